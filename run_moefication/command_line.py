@@ -1,0 +1,123 @@
+"""What the stage scripts share: option helpers, the progress bar, and the one place where errors become exit status 2.
+
+Nothing heavy is imported at the top: `--help` and a typo must answer at once.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+DEFAULT_TEMPLATE = "layers.{}.mlp.gate_proj.weight"
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, and lets the epilogue keep its line breaks."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in text.strip().splitlines())
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def new_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser described by its script's docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def add_model_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model_path", required=True, help="folder of the dense LLaMA checkpoint in transformers format, or a hub id"
+    )
+
+
+def add_save_path(parser: argparse.ArgumentParser, result: str) -> None:
+    parser.add_argument("--save_path", required=True, help=f"folder in which {result} is made")
+
+
+def add_templates(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    count = "one or several, comma-separated" if several else "one"
+    parser.add_argument(
+        "--templates",
+        default=DEFAULT_TEMPLATE,
+        help=f"weight whose rows are the neurons, {{}} standing for the layer ({count}; gate_proj or up_proj)",
+    )
+
+
+def add_common(parser: argparse.ArgumentParser, device: bool = True, seed: str | None = None) -> None:
+    """`--device`, `--seed` (with what it seeds) and `--overwrite`."""
+    if device:
+        parser.add_argument(
+            "--device", default=argparse.SUPPRESS, help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)"
+        )
+    if seed:
+        parser.add_argument("--seed", type=int, default=0, help=f"seed of {seed}")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="redo a finished stage, or one made with other options"
+    )
+
+
+def pick_device(arguments: argparse.Namespace, local_rank: int = 0) -> str:
+    """The device asked for, checked; by default the GPU of this process where there is one."""
+    import torch
+
+    from run_moefication.moefication.errors import MoEficationError
+
+    wanted = getattr(arguments, "device", None)
+    if wanted is None:
+        return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MoEficationError(f"--device {wanted!r} cannot be used here ({reason})") from None
+    return wanted
+
+
+def progress_bar(items: Iterable, what: str, unit: str) -> Iterable:
+    """tqdm, silent where stderr is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, unit=unit, disable=None, dynamic_ncols=True)
+
+
+def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
+    """Parse, work, and turn wrong input into one line on stderr and exit status 2.
+
+    Returns: the exit status. Other exceptions are defects of ours and keep their traceback.
+    """
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about their own plans
+    from run_moefication.moefication.errors import MoEficationError
+
+    try:
+        work(arguments)
+    except MoEficationError as error:
+        return _fail(parser, str(error))
+    except OSError as error:
+        return _fail(parser, f"{error.filename or 'file'}: {error.strerror or error}; run again to go on from here")
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; run again to go on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(parser: argparse.ArgumentParser, message: str) -> int:
+    print(f"{parser.prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def report(writer: Any, next_step: str) -> None:
+    """The last lines of a stage: what was written, where, and what comes next."""
+    if writer.was_finished:
+        print(f"already finished: {writer.folder} (--overwrite redoes it)")
+    elif writer.finished:
+        print(f"written: {writer.folder}")
+    else:
+        print(f"written so far: {writer.folder} ({len(writer.missing())} of {len(writer.pieces)} parts still missing)")
+    if writer.finished:
+        print(f"next: {next_step}")

@@ -1,0 +1,75 @@
+"""Stage 4, convert: dense weights, split and gates become a LlamaMoE checkpoint for `from_pretrained`.
+
+  python llama_convert.py --model_path MODEL --split_file_path ../llama_moe_temp_files/NAME-8Expert-Split-Clustering \
+    --select_file_path ../llama_moe_temp_files/NAME-8Expert-Select-MLP --save_path NAME-MoE --num_experts 8 --num_selects 2
+
+No weight changes; neurons move to their experts. Memory: twice one shard of at most 2 GiB.
+"""
+
+import argparse
+import sys
+
+from run_moefication import command_line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_line.new_parser(__doc__)
+    command_line.add_model_path(parser)
+    parser.add_argument("--split_file_path", required=True, help="folder that llama_split_clustering.py wrote")
+    parser.add_argument("--select_file_path", required=True, help="folder that llama_select_mlp.py wrote")
+    parser.add_argument("--save_path", required=True, help="folder of the new checkpoint itself, absent or empty")
+    command_line.add_templates(parser)
+    parser.add_argument("--num_experts", type=int, required=True, help="experts per layer, those of the split")
+    parser.add_argument(
+        "--num_selects", type=int, required=True, help="experts that run per token, need not be what gates were trained for"
+    )
+    parser.add_argument(
+        "--convert_type",
+        default="LlamaMoEForCausalLM",
+        choices=("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification"),
+        help="class of the new checkpoint",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the new weights (default: as in the source)"
+    )
+    parser.add_argument(
+        "--num_labels", type=int, help="labels of a new classification head, where the source has none (default: 2)"
+    )
+    command_line.add_common(parser, device=False)
+    return parser
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from run_moefication.moefication.checkpoints import Checkpoint
+    from run_moefication.moefication.conversion import convert as convert_checkpoint
+
+    checkpoint = Checkpoint(arguments.model_path)
+    writer = convert_checkpoint(
+        checkpoint,
+        arguments.split_file_path,
+        arguments.select_file_path,
+        arguments.save_path,
+        template=arguments.templates,
+        num_experts=arguments.num_experts,
+        num_selects=arguments.num_selects,
+        convert_type=arguments.convert_type,
+        dtype=arguments.dtype,
+        num_labels=arguments.num_labels,
+        overwrite=arguments.overwrite,
+        progress=command_line.progress_bar,
+    )
+    print(f"{checkpoint.name} as {arguments.convert_type}: {arguments.num_selects} of {arguments.num_experts} experts a token")
+    if arguments.convert_type == "LlamaMoEForSequenceClassification" and "score.weight" not in checkpoint.tensors:
+        labels = writer.claim["options"]["num_labels"]
+        print(f"the source has no score.weight: the classification head of {labels} labels is new and must be trained")
+    if not (checkpoint.path / "tokenizer_config.json").exists():
+        print(f"{checkpoint.path} has no tokenizer files: none were copied")
+    command_line.report(writer, "llama_evaluate.py (evaluate.sh)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command_line.run(build_parser(), convert, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

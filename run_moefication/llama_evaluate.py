@@ -1,0 +1,83 @@
+"""Perplexity of checkpoints, dense or MoE, on one text.
+
+  python llama_evaluate.py --model_path MODEL NAME-MoE --num_selects 8 6 4 2 --text_path ../llama_data/heldout/wikipedia.jsonl
+
+Prints one table with ratios to the first row, and how evenly each layer of an MoE uses its experts.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from run_moefication import command_line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_line.new_parser(__doc__)
+    parser.add_argument("--model_path", nargs="+", required=True, help="checkpoint folders or hub ids, dense or MoE")
+    parser.add_argument("--text_path", required=True, help='text file, or .jsonl with a "text" a line')
+    parser.add_argument(
+        "--num_selects", type=int, nargs="+", help="budgets to evaluate MoE checkpoints at (default: their own)"
+    )
+    parser.add_argument("--block_size", type=int, help="tokens per block (default: 2048, or what the models take)")
+    parser.add_argument("--max_tokens", type=int, help="read only so many tokens (default: all)")
+    parser.add_argument("--batch_size", type=int, default=4, help="blocks per forward pass")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="to run in (default: float32 on CPUs, the checkpoint's own elsewhere)",
+    )
+    parser.add_argument("--device", default=argparse.SUPPRESS, help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write the results as JSON to a file, or to stdout"
+    )
+    return parser
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    device = command_line.pick_device(arguments)
+    from run_moefication.moefication.evaluation import evaluate as evaluate_checkpoints
+
+    results = evaluate_checkpoints(
+        arguments.model_path,
+        arguments.text_path,
+        num_selects=arguments.num_selects,
+        block_size=arguments.block_size,
+        max_tokens=arguments.max_tokens,
+        batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
+        device=device,
+        progress=command_line.progress_bar,
+    )
+    if arguments.json:
+        content = json.dumps([asdict(row) for row in results], indent=1)
+        if arguments.json == "-":
+            print(content)
+            return
+        Path(arguments.json).write_text(content + "\n")
+    for row in results:
+        if row.expert_load:
+            print_load(row)
+    width = max(len(row.model) for row in results)
+    print(f"\n{'model':<{width}} {'perplexity':>12} {'ratio':>9} {'tokens':>9}")
+    for row in results:
+        ratio = row.perplexity / results[0].perplexity
+        print(f"{row.model:<{width}} {row.perplexity:>12.3f} {ratio:>9.4f} {row.predicted_tokens:>9,}")
+
+
+def print_load(row) -> None:
+    """Per layer, the share of tokens that the least and most used experts ran for."""
+    even = row.num_selects / row.num_experts
+    print(f"\n{row.model}: share of tokens per expert (even: {even:.3f})\n{'layer':>5} {'least':>7} {'most':>7} {'never used':>11}")
+    for layer, load in enumerate(row.expert_load):
+        print(f"{layer:>5} {min(load):>7.3f} {max(load):>7.3f} {sum(share == 0 for share in load):>11}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command_line.run(build_parser(), evaluate, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Stage 3, select: train the gates that choose experts.
+
+  python llama_select_mlp.py --model_path MODEL --split_file_path ../llama_moe_temp_files/NAME-8Expert-Split-Clustering \
+    --hidden_features_path ../llama_moe_temp_files/NAME-Hidden-Features --save_path ../llama_moe_temp_files \
+    --num_experts 8 --num_selects 2 --use_softmax
+  ... --specify_layer 0-7 (and 8-15, ... in other processes: together they fill one folder)
+
+Writes SAVE_PATH/NAME-8Expert-Select-MLP, one gate per layer. Memory: one layer's recorded inputs (LLaMA-7B: 8 kB a token).
+"""
+
+import argparse
+import sys
+
+from run_moefication import command_line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_line.new_parser(__doc__)
+    command_line.add_model_path(parser)
+    parser.add_argument("--split_file_path", required=True, help="folder that llama_split_clustering.py wrote")
+    parser.add_argument("--hidden_features_path", required=True, help="folder that llama_get_hidden_features.py wrote")
+    command_line.add_save_path(parser, "NAME-nExpert-Select-MLP")
+    command_line.add_templates(parser)
+    parser.add_argument(
+        "--select_criterion",
+        default="l2_norm",
+        choices=("plain", "positive", "l2_norm"),
+        help="score of an expert from its neurons' activations a: |sum a|, sum max(a, 0), or sum a^2",
+    )
+    parser.add_argument("--num_experts", type=int, required=True, help="experts per layer, those of the split")
+    parser.add_argument(
+        "--num_selects",
+        type=int,
+        required=True,
+        help="experts per token that gates are trained and measured for; conversion may choose another number",
+    )
+    parser.add_argument(
+        "--specify_layer",
+        nargs="*",
+        default=[],
+        help="layers to train: 0-7 (ends included), 0 1 2, or both (default: all)",
+    )
+    parser.add_argument(
+        "--use_softmax",
+        action="store_true",
+        help="learn the normalised scores (KL divergence) instead of the top-k set (binary cross-entropy); recommended",
+    )
+    parser.add_argument(
+        "--gate_network",
+        default="mlp",
+        choices=("mlp", "linear", "similarity"),
+        help="mlp: Linear-Tanh-Linear; linear: one Linear; similarity: a linear gate of expert centres, not trained",
+    )
+    parser.add_argument("--epochs", type=int, default=30, help="passes over the tokens, at most")
+    parser.add_argument("--batch_size", type=int, default=1024, help="tokens per step")
+    parser.add_argument("--lr", type=float, default=0.01, help="peak of the one-cycle learning rate")
+    parser.add_argument("--valid_percent", type=float, default=0.1, help="fraction of the tokens held out to measure on")
+    command_line.add_common(parser, seed="the order of tokens in training")
+    return parser
+
+
+def select(arguments: argparse.Namespace) -> None:
+    device = command_line.pick_device(arguments)
+    from run_moefication.moefication.checkpoints import Checkpoint
+    from run_moefication.moefication.gate_training import GateSettings, parse_layers, train_gates
+
+    settings = GateSettings(
+        templates=arguments.templates,
+        num_experts=arguments.num_experts,
+        num_selects=arguments.num_selects,
+        select_criterion=arguments.select_criterion,
+        gate_network=arguments.gate_network,
+        use_softmax=arguments.use_softmax,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        lr=arguments.lr,
+        valid_percent=arguments.valid_percent,
+        seed=arguments.seed,
+    )
+    checkpoint = Checkpoint(arguments.model_path)
+    writer = train_gates(
+        checkpoint,
+        arguments.split_file_path,
+        arguments.hidden_features_path,
+        arguments.save_path,
+        settings,
+        layers=parse_layers(arguments.specify_layer, checkpoint.config.num_hidden_layers),
+        device=device,
+        overwrite=arguments.overwrite,
+        progress=command_line.progress_bar,
+    )
+    print_quality(writer.metrics(), settings.num_selects)
+    command_line.report(writer, "llama_convert.py (4_convert.sh)")
+
+
+def print_quality(metrics: dict, num_selects: int) -> None:
+    """A row per layer, in held-out tokens' means, and how many layers beat the best constant choice."""
+    print(f"{'gate':<32} {'recall':>7} {'constant':>9} {'mass recall':>12} {'constant':>9} {'epoch':>6}")
+    for name, m in metrics.items():
+        print(
+            f"{name:<32} {m['recall']:>7.3f} {m['constant_recall']:>9.3f} "
+            f"{m['mass_recall']:>12.3f} {m['constant_mass_recall']:>9.3f} {m['best_epoch']:>6}"
+        )
+    better = sum(m["mass_recall"] > m["constant_mass_recall"] for m in metrics.values())
+    print(f"{better} of {len(metrics)} gates beat the best constant choice of {num_selects} experts by mass recall")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command_line.run(build_parser(), select, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

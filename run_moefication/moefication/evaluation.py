@@ -1,0 +1,168 @@
+"""Perplexity of checkpoints, dense or MoE, and how evenly an MoE uses its experts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import llama_moe  # noqa: F401 (registers LlamaMoE with the Auto classes)
+from llama_moe.moe_layers import Gate
+
+from .checkpoints import DTYPES, quiet_transformers, resolve_model_path
+from .corpus import load_tokenizer, pack, read_documents, require_block_size, tokenize
+from .errors import MoEficationError
+from .progress import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row of the table. `expert_load`: per layer, the share of tokens that each expert ran for (MoE only)."""
+
+    model: str
+    num_experts: int | None
+    num_selects: int | None
+    perplexity: float
+    predicted_tokens: int
+    expert_load: list[list[float]] | None
+
+
+def evaluate(
+    model_paths: list[str],
+    text_path: str | Path,
+    *,
+    num_selects: list[int] | None = None,
+    block_size: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 4,
+    dtype: str | None = None,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+) -> list[Evaluation]:
+    """Perplexity on a text: `exp` of the mean negative log-likelihood over non-overlapping blocks.
+
+    Each block is read afresh, so its first token is context only. All models read the same blocks; a checkpoint is
+    loaded once for all its budgets.
+
+    Args:
+        num_selects: budgets to evaluate MoE checkpoints at; None for the one each was converted with.
+        block_size: None for 2048, or what the smallest model takes.
+        dtype: to run in; None for float32 on CPUs and the checkpoint's own elsewhere.
+    """
+    text_path = Path(text_path)
+    if not text_path.is_file():
+        raise MoEficationError(f"--text_path {text_path} is not a file")
+    if batch_size < 1:
+        raise MoEficationError(f"--batch_size {batch_size} must be at least 1")
+    if max_tokens is not None and max_tokens < 2:
+        raise MoEficationError(f"--max_tokens {max_tokens} must be at least 2")
+    paths = [resolve_model_path(path) for path in model_paths]
+    configs = [_read_config(path) for path in paths]
+    budgets = [_budgets(config, num_selects) for config in configs]
+    if num_selects and not any(config.model_type == "llama_moe" for config in configs):
+        raise MoEficationError("--num_selects is for MoE checkpoints, none of --model_path is one")
+    positions = min(config.max_position_embeddings for config in configs)
+    block_size = require_block_size(block_size, positions, "the smallest model" if len(paths) > 1 else paths[0].name)
+
+    results = []
+    for path, name, model_budgets in zip(paths, model_paths, budgets, strict=True):
+        tokens = tokenize(read_documents(text_path), load_tokenizer(path), progress, text_path.name)[:max_tokens]
+        blocks = [block for block in pack(tokens, block_size) if len(block) > 1]
+        if not blocks:
+            raise MoEficationError(f"{text_path} holds fewer than 2 tokens")
+        model = _load(path, dtype, device)
+        for budget in model_budgets:
+            results.append(_evaluate(model, Path(name).name, budget, blocks, batch_size, progress))
+        del model
+    return results
+
+
+def _read_config(path: Path):
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(path)
+    except Exception as error:  # absent, not JSON, unknown type, code of its own, bad values: each another class
+        raise MoEficationError(f"{path} has no usable config.json ({str(error).strip().splitlines()[0]})") from None
+
+
+def _budgets(config, num_selects: list[int] | None) -> list[int | None]:
+    if config.model_type != "llama_moe":
+        return [None]
+    for budget in num_selects or []:
+        if not 1 <= budget <= config.num_experts:
+            raise MoEficationError(f"--num_selects {budget} is outside of 1 to {config.num_experts}, the model's experts")
+    return num_selects or [config.num_selects]
+
+
+def _load(path: Path, dtype: str | None, device: str) -> PreTrainedModel:
+    default = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    try:
+        with quiet_transformers():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                path, dtype=DTYPES[dtype] if dtype else default, output_loading_info=True
+            )
+    except Exception as error:  # cut or missing files, unknown classes: each raises something else
+        raise MoEficationError(f"{path} does not load as a causal LM ({str(error).strip().splitlines()[0]})") from None
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        raise MoEficationError(f"{path} lacks weights of a causal LM ({min(loading['missing_keys'], default='shapes')})")
+    return model.to(device).eval()
+
+
+@torch.inference_mode()
+def _evaluate(
+    model: PreTrainedModel,
+    name: str,
+    budget: int | None,
+    blocks: list[torch.Tensor],
+    batch_size: int,
+    progress: Progress,
+) -> Evaluation:
+    if budget is not None:
+        model.set_num_experts_per_tok(budget)
+        name = f"{name}, {budget} of {model.config.num_experts}"
+    loss_sum, predicted = 0.0, 0
+    with _recorded_load(model) as load:
+        for batch in progress(list(_batches(blocks, batch_size)), f"evaluate {name}", "batch"):
+            tokens = torch.stack(batch).long().to(model.device)
+            logits = model(input_ids=tokens, use_cache=False).logits
+            for row, targets in zip(logits[:, :-1], tokens[:, 1:], strict=True):  # a row at a time: logits are large
+                loss_sum += F.cross_entropy(row.float(), targets, reduction="sum").item()
+            predicted += tokens[:, 1:].numel()
+    total = sum(map(len, blocks))
+    return Evaluation(
+        model=name,
+        num_experts=getattr(model.config, "num_experts", None),
+        num_selects=budget,
+        perplexity=float(torch.tensor(loss_sum / predicted, dtype=torch.float64).exp()),
+        predicted_tokens=predicted,
+        expert_load=[(counts / total).tolist() for counts in load] or None,
+    )
+
+
+def _batches(blocks: list[torch.Tensor], batch_size: int) -> Iterator[list[torch.Tensor]]:
+    """Batches of equally long blocks: the last block, if shorter, is a batch of its own, so nothing is padded."""
+    whole = [block for block in blocks if len(block) == len(blocks[0])]
+    for start in range(0, len(whole), batch_size):
+        yield whole[start : start + batch_size]
+    if len(whole) < len(blocks):
+        yield blocks[len(whole) :]
+
+
+@contextmanager
+def _recorded_load(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Counts, per gate in layer order, how many tokens each expert was selected for, float64 `[experts]`."""
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
+    load = [torch.zeros(model.config.num_experts, dtype=torch.float64) for _ in gates]
+
+    def count(index: int, output: tuple[torch.Tensor, ...]) -> None:
+        load[index] += output[2].flatten().bincount(minlength=len(load[index])).cpu()
+
+    hooks = [gate.register_forward_hook(lambda _, __, out, i=i: count(i, out)) for i, gate in enumerate(gates)]
+    try:
+        yield load
+    finally:
+        for hook in hooks:
+            hook.remove()

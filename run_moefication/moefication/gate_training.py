@@ -1,0 +1,289 @@
+"""Stage 3: gates that predict which experts a token needs, trained layer by layer on recorded features."""
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from llama_moe.moe_layers import GATE_CLASSES, Gate
+
+from . import artifacts
+from .checkpoints import Checkpoint
+from .errors import MoEficationError
+from .expert_scores import CRITERIA, TOKENS_PER_CHUNK, ExpertScorer, LayerActivations
+from .hidden_features import Features
+from .progress import Progress, no_progress
+from .splitting import Split
+
+logger = logging.getLogger(__name__)
+
+# `similarity` is the linear gate as initialised, MoEfication's second mechanism: it is not trained.
+GATE_NETWORKS = {"mlp": "mlp", "linear": "linear", "similarity": "linear"}
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """Options of the select stage that shape a gate; see `llama_select_mlp.py --help`."""
+
+    templates: str
+    num_experts: int
+    num_selects: int
+    select_criterion: str = "l2_norm"
+    gate_network: str = "mlp"
+    use_softmax: bool = False
+    epochs: int = 30
+    batch_size: int = 1024
+    lr: float = 0.01
+    valid_percent: float = 0.1
+    patience: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.select_criterion not in CRITERIA:
+            raise MoEficationError(f"--select_criterion {self.select_criterion!r} is not one of {', '.join(CRITERIA)}")
+        if self.gate_network not in GATE_NETWORKS:
+            raise MoEficationError(f"--gate_network {self.gate_network!r} is not one of {', '.join(GATE_NETWORKS)}")
+        require_selects(self.num_selects, self.num_experts)
+        if self.epochs < 0 or self.batch_size < 1:
+            raise MoEficationError(f"--epochs {self.epochs} must not be negative, --batch_size {self.batch_size} at least 1")
+        if not 0 < self.lr < float("inf"):
+            raise MoEficationError(f"--lr {self.lr} must be a positive number")
+        if not 0 < self.valid_percent < 1:
+            raise MoEficationError(f"--valid_percent {self.valid_percent} is not a fraction between 0 and 1")
+
+
+def require_selects(num_selects: int, num_experts: int) -> None:
+    """Refuse a budget that is not between one and all experts."""
+    if not 1 <= num_selects <= num_experts:
+        raise MoEficationError(f"--num_selects {num_selects} is outside of 1 to --num_experts {num_experts}")
+
+
+def parse_layers(texts: list[str], num_layers: int) -> list[int]:
+    """`["0-7", "9"]` -> the layers, sorted, ends included; nothing means all.
+
+    An end equal to the number of layers is clipped with a warning (`24-32` of 32 layers); beyond that is refused.
+    """
+    if not texts:
+        return list(range(num_layers))
+    layers: set[int] = set()
+    for text in (part for item in texts for part in item.replace(",", " ").split()):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise MoEficationError(f"--specify_layer {text!r} is neither a layer nor a range such as 0-7")
+        if match[2] and last == num_layers and first < num_layers:
+            logger.warning("--specify_layer %s: the last of %d layers is %d, taken as the end", text, num_layers, last - 1)
+            last -= 1
+        if last >= num_layers:
+            raise MoEficationError(f"--specify_layer {text} goes beyond the model's layers 0-{num_layers - 1}")
+        layers.update(range(first, last + 1))
+    return sorted(layers)
+
+
+# ---------------------------------------------------------------------------------------------------- the stage
+
+
+def train_gates(
+    checkpoint: Checkpoint,
+    split_path: str | Path,
+    features_path: str | Path,
+    save_path: str | Path,
+    settings: GateSettings,
+    *,
+    layers: list[int],
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> artifacts.ArtifactWriter:
+    """Train and write the gates of the given layers; runs over different layers fill one folder.
+
+    Memory: the inputs of one layer in the dtype they are stored in (all tokens times hidden size), the scores
+    (tokens times experts, float32) and one layer's weights.
+
+    Returns: the folder's writer; it is finished once every layer has its gate.
+    """
+    split = Split(split_path, checkpoint, settings.templates, settings.num_experts)
+    features = Features(features_path, checkpoint, settings.templates)
+    if features.num_tokens < 2:
+        raise MoEficationError(f"{features_path} holds {features.num_tokens} tokens; at least 2 are needed")
+    num_layers = checkpoint.config.num_hidden_layers
+    names = [settings.templates.format(layer) for layer in range(num_layers)]
+    claim = artifacts.Claim(
+        stage="select",
+        options=asdict(settings),
+        source=checkpoint.source,
+        environment=artifacts.environment(device),
+        inputs={"split_file_path": split.artifact.digest, "hidden_features_path": features.artifact.digest},
+    )
+    folder = artifacts.select_folder(save_path, checkpoint.name, settings.num_experts)
+    # Other runs may be filling other layers of the folder.
+    shared = len(layers) < num_layers
+    writer = artifacts.open_for_writing(folder, claim, names, overwrite=overwrite, shared=shared)
+    missing = set(writer.missing())
+    for layer in progress([layer for layer in layers if names[layer] in missing], "select", "layer"):
+        inputs, scores = _layer_data(checkpoint, split, features, layer, settings, device)
+        gate = initial_gate(settings.gate_network, _rows(checkpoint, layer, settings.templates, device), split.neurons(layer))
+        metrics = fit_gate(gate.to(device), inputs, scores, settings)
+        if not all(parameter.isfinite().all() for parameter in gate.parameters()):
+            raise MoEficationError(f"the gate of layer {layer} did not stay finite; use a smaller --lr than {settings.lr}")
+        state = {name: tensor.cpu().clone() for name, tensor in gate.state_dict().items()}
+        writer.write_piece(names[layer], {names[layer]: writer.write_tensors(names[layer], state)}, metrics)
+    writer.finish()
+    return writer
+
+
+def _rows(checkpoint: Checkpoint, layer: int, template: str, device: str) -> torch.Tensor:
+    return checkpoint.finite_tensor(template.format(layer)).to(device, torch.float32)
+
+
+def _layer_data(
+    checkpoint: Checkpoint, split: Split, features: Features, layer: int, settings: GateSettings, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs `[tokens, hidden]` in their stored dtype and scores `[tokens, experts]` in float32, both on the device."""
+    scorer = ExpertScorer(split.neurons(layer).to(device), settings.select_criterion)
+    inputs = torch.cat([shard.to(device) for shard in features.inputs(layer)])
+    if features.has_gate_outputs:
+        chunks: Iterator[torch.Tensor] = (c for s in features.gate_outputs(layer) for c in s.split(TOKENS_PER_CHUNK))
+    else:
+        activations = LayerActivations(checkpoint, layer, settings.templates, device)
+        chunks = (activations(chunk) for chunk in inputs.split(TOKENS_PER_CHUNK))
+    scores = torch.cat([scorer(chunk.to(device)) for chunk in chunks])
+    if not scores.sum(dtype=torch.float64).isfinite():
+        raise MoEficationError(f"the features of layer {layer} in {features.artifact.folder} hold NaN or infinite values")
+    return inputs, scores
+
+
+# ---------------------------------------------------------------------------------------------------- one gate
+
+
+def initial_gate(gate_network: str, rows: torch.Tensor, neurons: torch.Tensor) -> Gate:
+    """A gate whose (first) layer is the mean normalised row of each expert; the second of an "mlp" is the identity.
+
+    Args:
+        rows: float `[intermediate_size, hidden]`, the template weight.
+        neurons: int64 `[experts, width]`, the neurons of each expert.
+    """
+    centres = F.normalize(rows)[neurons.to(rows.device)].mean(dim=1)  # [experts, hidden]
+    num_experts, hidden_size = centres.shape
+    gate = GATE_CLASSES[GATE_NETWORKS[gate_network]](hidden_size, num_experts, num_experts_per_tok=num_experts)
+    first, *second = gate.parameters()
+    with torch.no_grad():
+        first.copy_(centres)
+        for weight in second:
+            weight.copy_(torch.eye(num_experts))
+    return gate
+
+
+def fit_gate(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> dict[str, Any]:
+    """Train a gate in place and leave it at its best epoch by held-out mass recall, the untrained gate included.
+
+    The loss is the KL divergence to the normalised scores with `use_softmax`, the binary cross-entropy to the true top-k
+    set without. The last `valid_percent` of the tokens (blocks come shuffled) are never trained on.
+
+    Returns: metrics for the manifest, all on held-out tokens: `routing_quality` of the gate and of the best constant
+    choice, expert load, and the loss of every epoch.
+    """
+    num_valid = min(max(1, round(len(inputs) * settings.valid_percent)), len(inputs) - 1)
+    train, valid = slice(0, -num_valid), slice(-num_valid, None)
+    k = settings.num_selects
+    best_constant = top_k_mask(scores[train].mean(dim=0, keepdim=True), k)
+    constant = routing_quality(best_constant.expand(num_valid, -1), scores[valid], k)
+
+    valid_loss, best = _validate(gate, inputs[valid], scores[valid], settings)
+    losses: dict[str, list[float]] = {"train": [], "valid": [valid_loss]}
+    best_epoch, best_state = 0, {name: tensor.clone() for name, tensor in gate.state_dict().items()}
+    epochs = 0 if settings.gate_network == "similarity" else settings.epochs
+    for epoch, train_loss in enumerate(_epochs(gate, inputs[train], scores[train], settings, epochs), start=1):
+        valid_loss, quality = _validate(gate, inputs[valid], scores[valid], settings)
+        losses["train"].append(train_loss)
+        losses["valid"].append(valid_loss)
+        if quality["mass_recall"] > best["mass_recall"]:
+            best, best_epoch = quality, epoch
+            best_state = {name: tensor.clone() for name, tensor in gate.state_dict().items()}
+        elif epoch - best_epoch >= settings.patience:
+            break
+    gate.load_state_dict(best_state)
+    load = top_k_mask(_logits(gate, inputs[valid]), k).mean(dim=0, dtype=torch.float64)
+    return {
+        **best,
+        "constant_recall": constant["recall"],
+        "constant_mass_recall": constant["mass_recall"],
+        "best_epoch": best_epoch,
+        "train_tokens": len(inputs) - num_valid,
+        "valid_tokens": num_valid,
+        "loss": losses,
+        "expert_load": load.tolist(),
+    }
+
+
+def _epochs(
+    gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings, epochs: int
+) -> Iterator[float]:
+    """Train epoch by epoch (AdamW, one-cycle learning rate), yielding the mean training loss of each."""
+    if not epochs:
+        return
+    generator = torch.Generator().manual_seed(settings.seed)
+    batches_per_epoch = -(-len(inputs) // settings.batch_size)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=epochs * batches_per_epoch)
+    for _ in range(epochs):
+        total = 0.0
+        for batch in torch.randperm(len(inputs), generator=generator).to(inputs.device).split(settings.batch_size):
+            loss = _loss(gate.score(inputs[batch].float()), scores[batch], settings)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item() * len(batch)
+        yield total / len(inputs)
+
+
+def _loss(logits: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> torch.Tensor:
+    if settings.use_softmax:
+        target = scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        return F.kl_div(F.log_softmax(logits, dim=-1), target, reduction="batchmean")
+    return F.binary_cross_entropy_with_logits(logits, top_k_mask(scores, settings.num_selects))
+
+
+@torch.no_grad()
+def _logits(gate: Gate, inputs: torch.Tensor) -> torch.Tensor:
+    return torch.cat([gate.score(chunk.float()) for chunk in inputs.split(TOKENS_PER_CHUNK)])
+
+
+def _validate(
+    gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings
+) -> tuple[float, dict[str, float]]:
+    logits = _logits(gate, inputs)
+    quality = routing_quality(top_k_mask(logits, settings.num_selects), scores, settings.num_selects)
+    return _loss(logits, scores, settings).item(), quality
+
+
+# ---------------------------------------------------------------------------------------------------- quality
+
+
+def top_k_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Ones where an expert is among the k best of its token, `[tokens, experts]`, in the dtype of the scores."""
+    return torch.zeros_like(scores).scatter_(-1, scores.topk(k, dim=-1).indices, 1)
+
+
+def routing_quality(selected: torch.Tensor, scores: torch.Tensor, k: int) -> dict[str, float]:
+    """How good a choice of k experts per token is, against the true scores.
+
+    Args:
+        selected: `[tokens, experts]`, ones for the k experts chosen.
+        scores: `[tokens, experts]`, none negative.
+
+    Returns: means over tokens of `recall`, the share of the true top-k set found, and `mass_recall`, the score captured
+    over the score of the best k. The true top k themselves give exactly 1.
+    """
+    true = top_k_mask(scores, k)
+    recall = (selected * true).sum(dim=-1, dtype=torch.float64) / k
+    captured = (selected * scores).sum(dim=-1, dtype=torch.float64)
+    possible = (true * scores).sum(dim=-1, dtype=torch.float64)
+    mass_recall = torch.where(possible > 0, captured / possible, 1.0)  # no expert scores: any choice is right
+    return {"recall": recall.mean().item(), "mass_recall": mass_recall.mean().item()}
