@@ -1,6 +1,6 @@
 """LlamaMoE for transformers: each class is its stock Llama parent with one difference, named in its docstring.
 
-The parents' `__init__` would build dense MLPs first, so each class here calls the grandparent's and builds its own parts.
+The parents' `__init__` would build dense MLPs first, so each class calls the grandparent's and builds its own parts.
 """
 
 import torch
@@ -125,7 +125,7 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
-        """As `LlamaForCausalLM.forward`; `logits_to_keep` computes the last so many positions (0: all), or those listed."""
+        """As `LlamaForCausalLM.forward`; `logits_to_keep`: the last so many positions (0: all), or those listed."""
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

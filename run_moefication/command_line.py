@@ -51,7 +51,9 @@ def add_common(parser: argparse.ArgumentParser, device: bool = True, seed: str |
     """`--device`, `--seed` (with what it seeds) and `--overwrite`."""
     if device:
         parser.add_argument(
-            "--device", default=argparse.SUPPRESS, help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)"
+            "--device",
+            default=argparse.SUPPRESS,
+            help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)",
         )
     if seed:
         parser.add_argument("--seed", type=int, default=0, help=f"seed of {seed}")

@@ -1,7 +1,8 @@
-"""Stage 4, convert: dense weights, split and gates become a LlamaMoE checkpoint for `from_pretrained`.
+r"""Stage 4, convert: dense weights, split and gates become a LlamaMoE checkpoint for `from_pretrained`.
 
-  python llama_convert.py --model_path MODEL --split_file_path ../llama_moe_temp_files/NAME-8Expert-Split-Clustering \
-    --select_file_path ../llama_moe_temp_files/NAME-8Expert-Select-MLP --save_path NAME-MoE --num_experts 8 --num_selects 2
+  python llama_convert.py --model_path MODEL --save_path NAME-MoE --num_experts 8 --num_selects 2 \
+    --split_file_path ../llama_moe_temp_files/NAME-8Expert-Split-Clustering \
+    --select_file_path ../llama_moe_temp_files/NAME-8Expert-Select-MLP
 
 No weight changes; neurons move to their experts. Memory: twice one shard of at most 2 GiB.
 """
@@ -21,7 +22,10 @@ def build_parser() -> argparse.ArgumentParser:
     command_line.add_templates(parser)
     parser.add_argument("--num_experts", type=int, required=True, help="experts per layer, those of the split")
     parser.add_argument(
-        "--num_selects", type=int, required=True, help="experts that run per token, need not be what gates were trained for"
+        "--num_selects",
+        type=int,
+        required=True,
+        help="experts that run per token, need not be what gates were trained for",
     )
     parser.add_argument(
         "--convert_type",
@@ -58,7 +62,8 @@ def convert(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         progress=command_line.progress_bar,
     )
-    print(f"{checkpoint.name} as {arguments.convert_type}: {arguments.num_selects} of {arguments.num_experts} experts a token")
+    budget = f"{arguments.num_selects} of {arguments.num_experts} experts a token"
+    print(f"{checkpoint.name} as {arguments.convert_type}: {budget}")
     if arguments.convert_type == "LlamaMoEForSequenceClassification" and "score.weight" not in checkpoint.tensors:
         labels = writer.claim["options"]["num_labels"]
         print(f"the source has no score.weight: the classification head of {labels} labels is new and must be trained")

@@ -1,6 +1,7 @@
-"""Perplexity of checkpoints, dense or MoE, on one text.
+r"""Perplexity of checkpoints, dense or MoE, on one text.
 
-  python llama_evaluate.py --model_path MODEL NAME-MoE --num_selects 8 6 4 2 --text_path ../llama_data/heldout/wikipedia.jsonl
+  python llama_evaluate.py --model_path MODEL NAME-MoE --num_selects 8 6 4 2 \
+    --text_path ../llama_data/heldout/wikipedia.jsonl
 
 Prints one table with ratios to the first row, and how evenly each layer of an MoE uses its experts.
 """
@@ -70,7 +71,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def print_load(row) -> None:
     """Per layer, the share of tokens that the least and most used experts ran for."""
     even = row.num_selects / row.num_experts
-    print(f"\n{row.model}: share of tokens per expert (even: {even:.3f})\n{'layer':>5} {'least':>7} {'most':>7} {'never used':>11}")
+    print(f"\n{row.model}: share of tokens per expert (even: {even:.3f})")
+    print(f"{'layer':>5} {'least':>7} {'most':>7} {'never used':>11}")
     for layer, load in enumerate(row.expert_load):
         print(f"{layer:>5} {min(load):>7.3f} {max(load):>7.3f} {sum(share == 0 for share in load):>11}")
 

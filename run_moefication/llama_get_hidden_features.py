@@ -1,10 +1,10 @@
-"""Stage 2, get_hidden_features: record what the MLPs see while the dense model reads pretraining-like text.
+r"""Stage 2, get_hidden_features: record what the MLPs see while the dense model reads pretraining-like text.
 
   python llama_get_hidden_features.py --model_path MODEL --train_data_path ../llama_data \
     --train_data_cache_path ../llama_data_cache --save_path ../llama_moe_temp_files --feature_format inputs
   torchrun --nproc_per_node=8 llama_get_hidden_features.py (the same options)
 
-Writes SAVE_PATH/NAME-Hidden-Features. Disk, LLaMA-7B in 2-byte dtypes: 0.97 MB a token in full, 0.26 MB with inputs only.
+Writes SAVE_PATH/NAME-Hidden-Features. Disk, LLaMA-7B in 2-byte dtypes: 0.97 MB a token in full, 0.26 MB with inputs.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def get_hidden_features(arguments: argparse.Namespace) -> None:
         for row in corpus.mix:
             print(f"{row.domain:<14} {row.weight:>6.1%} {row.available:>10,} {row.asked:>10,} {row.got:>10,}")
         print(f"{checkpoint.name}: {corpus.num_tokens:,} tokens in {len(corpus.blocks):,} blocks")
-    if rank == 0 or writer.finished and not writer.was_finished:
+    if rank == 0 or (writer.finished and not writer.was_finished):
         command_line.report(writer, "llama_select_mlp.py (3_select.sh)")
 
 

@@ -1,11 +1,11 @@
-"""Stage 3, select: train the gates that choose experts.
+r"""Stage 3, select: train the gates that choose experts.
 
-  python llama_select_mlp.py --model_path MODEL --split_file_path ../llama_moe_temp_files/NAME-8Expert-Split-Clustering \
-    --hidden_features_path ../llama_moe_temp_files/NAME-Hidden-Features --save_path ../llama_moe_temp_files \
-    --num_experts 8 --num_selects 2 --use_softmax
+  python llama_select_mlp.py --model_path MODEL --save_path ../llama_moe_temp_files \
+    --split_file_path ../llama_moe_temp_files/NAME-8Expert-Split-Clustering \
+    --hidden_features_path ../llama_moe_temp_files/NAME-Hidden-Features --num_experts 8 --num_selects 2 --use_softmax
   ... --specify_layer 0-7 (and 8-15, ... in other processes: together they fill one folder)
 
-Writes SAVE_PATH/NAME-8Expert-Select-MLP, one gate per layer. Memory: one layer's recorded inputs (LLaMA-7B: 8 kB a token).
+Writes SAVE_PATH/NAME-8Expert-Select-MLP, a gate per layer. Memory: one layer's inputs (LLaMA-7B: 8 kB a token).
 """
 
 import argparse
@@ -54,7 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=30, help="passes over the tokens, at most")
     parser.add_argument("--batch_size", type=int, default=1024, help="tokens per step")
     parser.add_argument("--lr", type=float, default=0.01, help="peak of the one-cycle learning rate")
-    parser.add_argument("--valid_percent", type=float, default=0.1, help="fraction of the tokens held out to measure on")
+    parser.add_argument(
+        "--valid_percent", type=float, default=0.1, help="fraction of the tokens held out to measure on"
+    )
     command_line.add_common(parser, seed="the order of tokens in training")
     return parser
 

@@ -45,12 +45,13 @@ def split(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         progress=command_line.progress_bar,
     )
-    layers, width = checkpoint.config.num_hidden_layers, checkpoint.config.intermediate_size
-    print(f"{checkpoint.name}: {layers} layers, {arguments.num_experts} experts of {width // arguments.num_experts} neurons")
+    num_layers, width = checkpoint.config.num_hidden_layers, checkpoint.config.intermediate_size
+    experts = f"{arguments.num_experts} experts of {width // arguments.num_experts} neurons"
+    print(f"{checkpoint.name}: {num_layers} layers, {experts}")
     metrics = writer.metrics()
     for template in templates:
-        costs = [metrics[template.format(layer)]["cost"] / width for layer in range(layers)]
-        print(f"{template}: mean {arguments.distance} distance of a row to its centre {min(costs):.3f} to {max(costs):.3f}")
+        costs = [metrics[template.format(layer)]["cost"] / width for layer in range(num_layers)]
+        print(f"{template}: mean {arguments.distance} distance to the centre {min(costs):.3f} to {max(costs):.3f}")
     command_line.report(writer, "llama_get_hidden_features.py (2_get_hidden_features.sh)")
 
 

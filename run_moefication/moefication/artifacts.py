@@ -1,9 +1,9 @@
 """Every path, file name and manifest the stages hand to one another; atomic writes, checked reads.
 
 A folder under construction holds its data files and `manifest.parts/`: `claim.json` (what is being made, from what) and
-one JSON piece per finished unit (a layer, a feature shard), written after the unit's files. When every expected piece is
-there they are merged into `manifest.json`, which is thereby the mark of a finished folder, and the parts are removed.
-Several processes may fill one folder: each writes its own units, whoever sees the last piece finishes.
+one JSON piece per finished unit (a layer, a feature shard), written after the unit's files. When every expected piece
+is there they are merged into `manifest.json`, which is thereby the mark of a finished folder, and the parts are
+removed. Several processes may fill one folder: each writes its own units, whoever sees the last piece finishes.
 """
 
 import contextlib
@@ -310,7 +310,9 @@ def _read_json(path: Path) -> Any:
             raise ValueError("too large")
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise MoEficationError(f"{path} is damaged ({error}); remake its folder with --overwrite or remove it") from None
+        raise MoEficationError(
+            f"{path} is damaged ({error}); remake its folder with --overwrite or remove it"
+        ) from None
     if not isinstance(content, dict):
         raise MoEficationError(f"{path} is damaged (not a JSON object); remake its folder or remove it")
     return content
@@ -439,4 +441,3 @@ def load_tensors(path: Path) -> Any:
     except Exception as error:  # the unpickler raises anything, from UnpicklingError to KeyError
         reason = str(error).strip().split("\n")[0].split(". ")[0][:150]
         raise MoEficationError(f"{path} is not a whole file of plain tensors, refused ({reason})") from None
-

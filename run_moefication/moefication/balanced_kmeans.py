@@ -8,6 +8,7 @@ Axes: N rows (neurons), E clusters (experts), D columns.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -63,19 +64,21 @@ def balanced_kmeans(
     centres, _ = kmeans_plusplus(rows.cpu().numpy(), num_clusters, random_state=seed)
     centres = torch.from_numpy(centres).to(rows)
 
-    previous, prices = None, None
-    for iteration in range(1, MAX_ITERATIONS + 1):
+    labels, assignment, iterations = None, None, 0
+    while iterations < MAX_ITERATIONS:
+        iterations += 1
+        prices = None if assignment is None else assignment.prices
         assignment = balanced_assignment(_distances(rows, centres, distance), prices)
-        if previous is not None and np.array_equal(assignment.labels, previous.labels):
+        if labels is not None and np.array_equal(assignment.labels, labels):
             break
-        previous, prices = assignment, assignment.prices
-        centres = _means(rows, torch.from_numpy(assignment.labels).to(device), num_clusters)
+        labels = assignment.labels
+        centres = _means(rows, torch.from_numpy(labels).to(device), num_clusters)
     return Clustering(
-        labels=torch.from_numpy(assignment.labels),
+        labels=torch.from_numpy(labels),
         cost=assignment.cost,
         lower_bound=assignment.lower_bound,
-        iterations=iteration,
-        converged=np.array_equal(assignment.labels, previous.labels),
+        iterations=iterations,
+        converged=assignment.labels is not labels,
     )
 
 
@@ -148,8 +151,8 @@ def _estimate_prices(costs: np.ndarray, capacity: int, prices: np.ndarray | None
 def _repair(costs: np.ndarray, labels: np.ndarray, prices: np.ndarray, capacity: int) -> np.ndarray:
     """Move rows along cheapest paths of clusters, from overfull to underfull ones, until all are equal.
 
-    Every row starts in its cheapest cluster at the given prices, so the start is optimal for its own cluster sizes, and a
-    shortest augmenting path keeps it so. `labels` is changed in place; returns the final prices.
+    Every row starts in its cheapest cluster at the given prices, so the start is optimal for its own cluster sizes, and
+    a shortest augmenting path keeps it so. `labels` is changed in place; returns the final prices.
     """
     num_clusters = costs.shape[1]
     counts = np.bincount(labels, minlength=num_clusters)
@@ -180,7 +183,7 @@ def _repair(costs: np.ndarray, labels: np.ndarray, prices: np.ndarray, capacity:
         path = [target]
         while parent[path[-1]] >= 0:
             path.append(parent[path[-1]])
-        for to, source in zip(path, path[1:], strict=False):
+        for to, source in pairwise(path):
             labels[mover[source, to]] = to
         counts[path[-1]] -= 1
         counts[target] += 1

@@ -7,6 +7,7 @@ tensors. Tensors are memory-mapped; nothing is held here.
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +57,9 @@ def resolve_model_path(model_path: str) -> Path:
         return Path(snapshot_download(model_path, ignore_patterns=["*.gguf", "*.pth", "original/*", "onnx/*"]))
     except Exception as error:  # offline, unknown, gated, ...: the hub client has a class for each
         reason = str(error).strip().split("\n")[0]
-        raise MoEficationError(f"--model_path {model_path} is no folder here and the hub has no answer ({reason})") from None
+        raise MoEficationError(
+            f"--model_path {model_path} is no folder here and the hub has no answer ({reason})"
+        ) from None
 
 
 class Checkpoint:
@@ -169,7 +172,9 @@ class Checkpoint:
             if name not in self.tensors:
                 if name == "lm_head.weight":
                     continue  # base models have none, tied ones need none
-                raise MoEficationError(f"{self.path} lacks the tensor {self._prefix}{name}, which its config.json calls for")
+                raise MoEficationError(
+                    f"{self.path} lacks the tensor {self._prefix}{name}, which its config.json calls for"
+                )
             info = self.tensors[name]
             if info.shape != shape:
                 raise MoEficationError(
@@ -182,17 +187,17 @@ class Checkpoint:
             raise MoEficationError(f"{self.path} holds {surplus[0]}, which its config.json has no place for")
 
 
-class quiet_transformers:  # noqa: N801 (a context manager used like a function)
-    """Silences the reports and bars of transformers while a checkpoint that was checked here is loaded."""
-
-    def __enter__(self) -> None:
-        self._verbosity, self._bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *exception: object) -> None:
-        logging.set_verbosity(self._verbosity)
-        if self._bars:
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences the reports and bars of transformers while something that is checked here is loaded."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
             logging.enable_progress_bar()
 
 
@@ -302,7 +307,9 @@ def _file_header(path: Path, file: str) -> dict[str, TensorInfo]:
         with safe_open(path / file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
             return {
-                name: TensorInfo(file, tuple(view.get_shape()), SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype()))
+                name: TensorInfo(
+                    file, tuple(view.get_shape()), SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
+                )
                 for name, view in slices.items()
             }
     except (SafetensorError, OSError) as error:

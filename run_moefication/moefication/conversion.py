@@ -108,8 +108,8 @@ def convert(
 ) -> artifacts.ArtifactWriter:
     """Write a LlamaMoE checkpoint: config, safetensors shards, tokenizer files, code and model card.
 
-    Every neuron keeps its weights; it only moves to its expert's place. Memory: twice one shard of at most 2 GiB (or one
-    tensor, where that is larger), whatever the model's size.
+    Every neuron keeps its weights; it only moves to its expert's place. Memory: twice one shard of at most 2 GiB (or
+    one tensor, where that is larger), whatever the model's size.
 
     Args:
         dtype: of the new weights; None keeps that of the source.
@@ -223,7 +223,9 @@ def _plan_layer(
     ]
     if config.mlp_bias:
         plan += [
-            PlannedTensor(f"{prefix}experts.gate_up_proj_bias", (num_experts, 2 * width), dtype, lambda: gate_up("bias")),
+            PlannedTensor(
+                f"{prefix}experts.gate_up_proj_bias", (num_experts, 2 * width), dtype, lambda: gate_up("bias")
+            ),
             PlannedTensor(f"{prefix}output_bias", (hidden,), dtype, lambda: source("down_proj.bias")),
         ]
     return plan + [

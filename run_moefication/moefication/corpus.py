@@ -97,7 +97,9 @@ def read_documents(path: Path) -> Iterator[str]:
             if not line:
                 return
             if len(line) > MAX_LINE_BYTES:
-                raise MoEficationError(f"{path}:{number}: line longer than {MAX_LINE_BYTES >> 20} MiB; split the document")
+                raise MoEficationError(
+                    f"{path}:{number}: line longer than {MAX_LINE_BYTES >> 20} MiB; split the document"
+                )
             if line.strip():
                 text = _text_of_line(line, f"{path}:{number}")
                 if text.strip():
@@ -209,7 +211,9 @@ def find_domains(data_path: str | Path, weights: dict[str, float] | None) -> dic
     if weights:
         absent = [domain for domain in weights if domain not in domains]
         if absent:
-            raise MoEficationError(f"--domain_weights names {absent[0]}, but no file name in {data_path} carries that word")
+            raise MoEficationError(
+                f"--domain_weights names {absent[0]}, but no file name in {data_path} carries that word"
+            )
     elif not domains:
         return {"text": unnamed}
     elif unnamed:
@@ -242,11 +246,16 @@ def training_corpus(
         max_tokens: an upper limit on the tokens taken, all domains together.
     """
     if not 0 < data_use_percent <= 1:
-        raise MoEficationError(f"--data_use_percent {data_use_percent} is not a fraction in (0, 1]; one percent is 0.01")
+        raise MoEficationError(
+            f"--data_use_percent {data_use_percent} is not a fraction in (0, 1]; one percent is 0.01"
+        )
     if max_tokens is not None and max_tokens < 1:
         raise MoEficationError(f"--max_tokens {max_tokens} must be at least 1")
     domains = find_domains(data_path, domain_weights)
-    streams = {name: _domain_tokens(checkpoint, name, files, cache_path, block_size, progress) for name, files in domains.items()}
+    streams = {
+        name: _domain_tokens(checkpoint, name, files, cache_path, block_size, progress)
+        for name, files in domains.items()
+    }
     mix = domain_weights or LLAMA_MIX
     weights = {name: mix.get(name, 1.0) for name in streams}
     weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}

@@ -93,7 +93,9 @@ def _budgets(config, num_selects: list[int] | None) -> list[int | None]:
         return [None]
     for budget in num_selects or []:
         if not 1 <= budget <= config.num_experts:
-            raise MoEficationError(f"--num_selects {budget} is outside of 1 to {config.num_experts}, the model's experts")
+            raise MoEficationError(
+                f"--num_selects {budget} is outside of 1 to {config.num_experts}, the model's experts"
+            )
     return num_selects or [config.num_selects]
 
 
@@ -107,7 +109,9 @@ def _load(path: Path, dtype: str | None, device: str) -> PreTrainedModel:
     except Exception as error:  # cut or missing files, unknown classes: each raises something else
         raise MoEficationError(f"{path} does not load as a causal LM ({str(error).strip().splitlines()[0]})") from None
     if loading["missing_keys"] or loading["mismatched_keys"]:
-        raise MoEficationError(f"{path} lacks weights of a causal LM ({min(loading['missing_keys'], default='shapes')})")
+        raise MoEficationError(
+            f"{path} lacks weights of a causal LM ({min(loading['missing_keys'], default='shapes')})"
+        )
     return model.to(device).eval()
 
 

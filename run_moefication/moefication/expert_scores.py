@@ -16,7 +16,7 @@ TOKENS_PER_CHUNK = 4096
 class ExpertScorer:
     """Scores per expert from the activations of a layer's neurons.
 
-    `plain` is |sum a|, `positive` sum max(a, 0), `l2_norm` sum a^2, each over the neurons of one expert; sums in float32.
+    `plain` is |sum a|, `positive` sum max(a, 0), `l2_norm` sum a^2, over the neurons of one expert, in float32.
     """
 
     def __init__(self, neurons: torch.Tensor, criterion: str):

@@ -40,7 +40,7 @@ class GateSettings:
     batch_size: int = 1024
     lr: float = 0.01
     valid_percent: float = 0.1
-    patience: int = 5
+    patience: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,7 +50,9 @@ class GateSettings:
             raise MoEficationError(f"--gate_network {self.gate_network!r} is not one of {', '.join(GATE_NETWORKS)}")
         require_selects(self.num_selects, self.num_experts)
         if self.epochs < 0 or self.batch_size < 1:
-            raise MoEficationError(f"--epochs {self.epochs} must not be negative, --batch_size {self.batch_size} at least 1")
+            raise MoEficationError(
+                f"--epochs {self.epochs} must not be negative, --batch_size {self.batch_size} at least 1"
+            )
         if not 0 < self.lr < float("inf"):
             raise MoEficationError(f"--lr {self.lr} must be a positive number")
         if not 0 < self.valid_percent < 1:
@@ -77,7 +79,9 @@ def parse_layers(texts: list[str], num_layers: int) -> list[int]:
         if first > last:
             raise MoEficationError(f"--specify_layer {text!r} is neither a layer nor a range such as 0-7")
         if match[2] and last == num_layers and first < num_layers:
-            logger.warning("--specify_layer %s: the last of %d layers is %d, taken as the end", text, num_layers, last - 1)
+            logger.warning(
+                "--specify_layer %s: the last of %d layers is %d, taken as the end", text, num_layers, last - 1
+            )
             last -= 1
         if last >= num_layers:
             raise MoEficationError(f"--specify_layer {text} goes beyond the model's layers 0-{num_layers - 1}")
@@ -127,10 +131,14 @@ def train_gates(
     missing = set(writer.missing())
     for layer in progress([layer for layer in layers if names[layer] in missing], "select", "layer"):
         inputs, scores = _layer_data(checkpoint, split, features, layer, settings, device)
-        gate = initial_gate(settings.gate_network, _rows(checkpoint, layer, settings.templates, device), split.neurons(layer))
+        gate = initial_gate(
+            settings.gate_network, _rows(checkpoint, layer, settings.templates, device), split.neurons(layer)
+        )
         metrics = fit_gate(gate.to(device), inputs, scores, settings)
         if not all(parameter.isfinite().all() for parameter in gate.parameters()):
-            raise MoEficationError(f"the gate of layer {layer} did not stay finite; use a smaller --lr than {settings.lr}")
+            raise MoEficationError(
+                f"the gate of layer {layer} did not stay finite; use a smaller --lr than {settings.lr}"
+            )
         state = {name: tensor.cpu().clone() for name, tensor in gate.state_dict().items()}
         writer.write_piece(names[layer], {names[layer]: writer.write_tensors(names[layer], state)}, metrics)
     writer.finish()
@@ -154,7 +162,9 @@ def _layer_data(
         chunks = (activations(chunk) for chunk in inputs.split(TOKENS_PER_CHUNK))
     scores = torch.cat([scorer(chunk.to(device)) for chunk in chunks])
     if not scores.sum(dtype=torch.float64).isfinite():
-        raise MoEficationError(f"the features of layer {layer} in {features.artifact.folder} hold NaN or infinite values")
+        raise MoEficationError(
+            f"the features of layer {layer} in {features.artifact.folder} hold NaN or infinite values"
+        )
     return inputs, scores
 
 
@@ -182,8 +192,8 @@ def initial_gate(gate_network: str, rows: torch.Tensor, neurons: torch.Tensor) -
 def fit_gate(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> dict[str, Any]:
     """Train a gate in place and leave it at its best epoch by held-out mass recall, the untrained gate included.
 
-    The loss is the KL divergence to the normalised scores with `use_softmax`, the binary cross-entropy to the true top-k
-    set without. The last `valid_percent` of the tokens (blocks come shuffled) are never trained on.
+    The loss is the KL divergence to the normalised scores with `use_softmax`, the binary cross-entropy to the true
+    top-k set without. The last `valid_percent` of the tokens (blocks come shuffled) are never trained on.
 
     Returns: metrics for the manifest, all on held-out tokens: `routing_quality` of the gate and of the best constant
     choice, expert load, and the loss of every epoch.

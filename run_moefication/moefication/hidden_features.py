@@ -1,8 +1,8 @@
 """Stage 2: what the MLPs see on real text, captured in a forward pass of the dense model and stored in shards.
 
 The unit of work is a shard: `save_interval` batches of `batch_size` blocks, numbered globally. Rank r of W processes
-takes the shards whose number is r modulo W. A shard's bytes depend on its blocks alone and its name on its number and the
-W of the run that began the folder, so a run may go on with another number of processes.
+takes the shards whose number is r modulo W. A shard's bytes depend on its blocks alone, its name on its number and the
+W of the run that began the folder: a run may go on with another number of processes.
 """
 
 import math
@@ -98,7 +98,9 @@ def extract_features(
     return writer
 
 
-def _require_space(checkpoint: Checkpoint, corpus: Corpus, folder: Path, feature_format: str, dtype: torch.dtype) -> None:
+def _require_space(
+    checkpoint: Checkpoint, corpus: Corpus, folder: Path, feature_format: str, dtype: torch.dtype
+) -> None:
     config = checkpoint.config
     width = config.hidden_size + (config.intermediate_size if feature_format == "full" else 0)
     needed = corpus.num_tokens * config.num_hidden_layers * width * dtype.itemsize
@@ -129,12 +131,16 @@ class _Recorder:
             if template is None:
                 continue
             if "up_proj" in template:  # SiLU(gate) * up is what enters down_proj
-                layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, i=index: self._keep(GATE_OUTPUTS, i, args[0]))
+                layer.mlp.down_proj.register_forward_pre_hook(
+                    lambda _, args, i=index: self._keep(GATE_OUTPUTS, i, args[0])
+                )
             else:
                 layer.mlp.act_fn.register_forward_hook(lambda _, __, out, i=index: self._keep(GATE_OUTPUTS, i, out))
 
     @torch.inference_mode()
-    def record(self, blocks: list[torch.Tensor], batch_size: int, first_block: int) -> dict[str, dict[int, torch.Tensor]]:
+    def record(
+        self, blocks: list[torch.Tensor], batch_size: int, first_block: int
+    ) -> dict[str, dict[int, torch.Tensor]]:
         """Kind -> layer -> `[tokens, width]` over the blocks, without padding.
 
         Raises:

