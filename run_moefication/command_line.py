@@ -20,7 +20,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return "\n".join(indent + line for line in text.strip().splitlines())
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def new_parser(doc: str) -> argparse.ArgumentParser:
@@ -28,14 +30,24 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
+def path(text: str) -> str:
+    """The type of options that name a file or folder: an empty one (a shell variable not set) is refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
 def add_model_path(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model_path", required=True, help="folder of the dense LLaMA checkpoint in transformers format, or a hub id"
+        "--model_path",
+        type=path,
+        required=True,
+        help="folder of the dense LLaMA checkpoint in transformers format, or a hub id",
     )
 
 
 def add_save_path(parser: argparse.ArgumentParser, result: str) -> None:
-    parser.add_argument("--save_path", required=True, help=f"folder in which {result} is made")
+    parser.add_argument("--save_path", type=path, required=True, help=f"folder in which {result} is made")
 
 
 def add_templates(parser: argparse.ArgumentParser, several: bool = False) -> None:

@@ -16,9 +16,18 @@ from run_moefication import command_line
 def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
     command_line.add_model_path(parser)
-    parser.add_argument("--split_file_path", required=True, help="folder that llama_split_clustering.py wrote")
-    parser.add_argument("--select_file_path", required=True, help="folder that llama_select_mlp.py wrote")
-    parser.add_argument("--save_path", required=True, help="folder of the new checkpoint itself, absent or empty")
+    parser.add_argument(
+        "--split_file_path", type=command_line.path, required=True, help="folder that llama_split_clustering.py wrote"
+    )
+    parser.add_argument(
+        "--select_file_path", type=command_line.path, required=True, help="folder that llama_select_mlp.py wrote"
+    )
+    parser.add_argument(
+        "--save_path",
+        type=command_line.path,
+        required=True,
+        help="folder of the new checkpoint itself, absent or empty",
+    )
     command_line.add_templates(parser)
     parser.add_argument("--num_experts", type=int, required=True, help="experts per layer, those of the split")
     parser.add_argument(

@@ -17,8 +17,16 @@ from run_moefication import command_line
 
 def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
-    parser.add_argument("--model_path", nargs="+", required=True, help="checkpoint folders or hub ids, dense or MoE")
-    parser.add_argument("--text_path", required=True, help='text file, or .jsonl with a "text" a line')
+    parser.add_argument(
+        "--model_path",
+        type=command_line.path,
+        nargs="+",
+        required=True,
+        help="checkpoint folders or hub ids, dense or MoE",
+    )
+    parser.add_argument(
+        "--text_path", type=command_line.path, required=True, help='text file, or .jsonl with a "text" a line'
+    )
     parser.add_argument(
         "--num_selects", type=int, nargs="+", help="budgets to evaluate MoE checkpoints at (default: their own)"
     )
@@ -58,9 +66,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             print(content)
             return
         Path(arguments.json).write_text(content + "\n")
-    for row in results:
-        if row.expert_load:
-            print_load(row)
+    print_load([row for row in results if row.expert_load])
     width = max(len(row.model) for row in results)
     print(f"\n{'model':<{width}} {'perplexity':>12} {'ratio':>9} {'tokens':>9}")
     for row in results:
@@ -68,13 +74,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(f"{row.model:<{width}} {row.perplexity:>12.3f} {ratio:>9.4f} {row.predicted_tokens:>9,}")
 
 
-def print_load(row) -> None:
-    """Per layer, the share of tokens that the least and most used experts ran for."""
-    even = row.num_selects / row.num_experts
-    print(f"\n{row.model}: share of tokens per expert (even: {even:.3f})")
-    print(f"{'layer':>5} {'least':>7} {'most':>7} {'never used':>11}")
-    for layer, load in enumerate(row.expert_load):
-        print(f"{layer:>5} {min(load):>7.3f} {max(load):>7.3f} {sum(share == 0 for share in load):>11}")
+def print_load(rows: list) -> None:
+    """Per layer and budget, the share of tokens that the least and the most used expert ran for, and how many never."""
+    if not rows:
+        return
+    print("expert load per layer: share of tokens of the least and most used expert (number of experts never used)")
+    print("layer" + "".join(f"{f'{row.num_selects} of {row.num_experts}':>20}" for row in rows))
+    for layer in range(len(rows[0].expert_load)):
+        loads = [row.expert_load[layer] for row in rows]
+        cells = (f"{min(load):.3f} {max(load):.3f} ({sum(share == 0 for share in load)})" for load in loads)
+        print(f"{layer:>5}" + "".join(f"{cell:>20}" for cell in cells))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,11 +19,13 @@ def build_parser() -> argparse.ArgumentParser:
     command_line.add_model_path(parser)
     parser.add_argument(
         "--train_data_path",
+        type=command_line.path,
         required=True,
         help="folder of .jsonl files (not read below it) whose names carry their domain, or one such file",
     )
     parser.add_argument(
         "--train_data_cache_path",
+        type=command_line.path,
         help="folder that keeps tokenised text, so that it is tokenised once; without it nothing is kept",
     )
     command_line.add_save_path(parser, "NAME-Hidden-Features")

@@ -17,8 +17,15 @@ from run_moefication import command_line
 def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
     command_line.add_model_path(parser)
-    parser.add_argument("--split_file_path", required=True, help="folder that llama_split_clustering.py wrote")
-    parser.add_argument("--hidden_features_path", required=True, help="folder that llama_get_hidden_features.py wrote")
+    parser.add_argument(
+        "--split_file_path", type=command_line.path, required=True, help="folder that llama_split_clustering.py wrote"
+    )
+    parser.add_argument(
+        "--hidden_features_path",
+        type=command_line.path,
+        required=True,
+        help="folder that llama_get_hidden_features.py wrote",
+    )
     command_line.add_save_path(parser, "NAME-nExpert-Select-MLP")
     command_line.add_templates(parser)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Tiny real LLaMAs, a tiny real tokenizer and a little text: what most tests start from. Nothing here needs a network."""
+"""Tiny real LLaMAs, a tiny real tokenizer and a little text: what most tests start from. No network is needed."""
 
 import json
 import os

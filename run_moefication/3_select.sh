@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Stage 3, select: train the gates that choose experts. Works from any directory; each setting can be given in the
+# environment instead. Several GPUs:  SPECIFY_LAYER=0-15 bash 3_select.sh --device cuda:0 & SPECIFY_LAYER=16-31 ...
+set -euo pipefail
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+MODEL_PATH="${MODEL_PATH:-}"                            # dense LLaMA in transformers format, or a hub id
+SAVE_PATH="${SAVE_PATH:-$HERE/../llama_moe_temp_files}" # where the stages keep their files
+NUM_EXPERTS="${NUM_EXPERTS:-8}"                         # as in 1_split.sh
+NUM_SELECTS="${NUM_SELECTS:-2}"                         # experts per token
+TEMPLATES="${TEMPLATES:-"layers.{}.mlp.gate_proj.weight"}"
+SELECT_CRITERION="${SELECT_CRITERION:-l2_norm}"         # plain, positive or l2_norm
+GATE_NETWORK="${GATE_NETWORK:-mlp}"                     # mlp, linear or similarity
+SPECIFY_LAYER="${SPECIFY_LAYER:-}"                      # such as 0-7; empty: all layers
+SEED="${SEED:-0}"
+PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
+
+NAME="$(basename "$MODEL_PATH")"
+"$PYTHON" "$HERE/llama_select_mlp.py" \
+    --model_path "$MODEL_PATH" \
+    --split_file_path "$SAVE_PATH/$NAME-${NUM_EXPERTS}Expert-Split-Clustering" \
+    --hidden_features_path "$SAVE_PATH/$NAME-Hidden-Features" \
+    --save_path "$SAVE_PATH" \
+    --templates "$TEMPLATES" \
+    --select_criterion "$SELECT_CRITERION" \
+    --num_experts "$NUM_EXPERTS" \
+    --num_selects "$NUM_SELECTS" \
+    ${SPECIFY_LAYER:+--specify_layer "$SPECIFY_LAYER"} \
+    --gate_network "$GATE_NETWORK" \
+    --use_softmax \
+    --seed "$SEED" \
+    "$@"

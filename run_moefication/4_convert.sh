@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Stage 4, convert: write the LlamaMoE checkpoint. Works from any directory; each setting can be given in the environment
+# instead:  MODEL_PATH=/models/llama_7B MOE_PATH=/models/llama_7B-MoE bash 4_convert.sh
+set -euo pipefail
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+MODEL_PATH="${MODEL_PATH:-}"                            # dense LLaMA in transformers format, or a hub id
+MOE_PATH="${MOE_PATH:-${MODEL_PATH%/}-MoE}"             # the new checkpoint
+SAVE_PATH="${SAVE_PATH:-$HERE/../llama_moe_temp_files}" # where the stages keep their files
+NUM_EXPERTS="${NUM_EXPERTS:-8}"                         # as in 1_split.sh
+NUM_SELECTS="${NUM_SELECTS:-2}"                         # experts per token; need not be that of 3_select.sh
+TEMPLATES="${TEMPLATES:-"layers.{}.mlp.gate_proj.weight"}"
+CONVERT_TYPE="${CONVERT_TYPE:-LlamaMoEForCausalLM}"     # or LlamaMoEModel, LlamaMoEForSequenceClassification
+PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
+
+NAME="$(basename "$MODEL_PATH")"
+"$PYTHON" "$HERE/llama_convert.py" \
+    --model_path "$MODEL_PATH" \
+    --split_file_path "$SAVE_PATH/$NAME-${NUM_EXPERTS}Expert-Split-Clustering" \
+    --select_file_path "$SAVE_PATH/$NAME-${NUM_EXPERTS}Expert-Select-MLP" \
+    --save_path "$MOE_PATH" \
+    --templates "$TEMPLATES" \
+    --num_experts "$NUM_EXPERTS" \
+    --num_selects "$NUM_SELECTS" \
+    --convert_type "$CONVERT_TYPE" \
+    "$@"

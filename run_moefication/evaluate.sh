@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Perplexity of the dense model and of the MoE at several budgets. Works from any directory; each setting can be given in
+# the environment instead:  MODEL_PATH=/models/llama_7B TEXT_PATH=wiki.test.raw NUM_SELECTS="8 6 4 2" bash evaluate.sh
+set -euo pipefail
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+MODEL_PATH="${MODEL_PATH:-}"                            # dense LLaMA in transformers format, or a hub id
+MOE_PATH="${MOE_PATH:-${MODEL_PATH%/}-MoE}"             # the checkpoint that 4_convert.sh wrote
+TEXT_PATH="${TEXT_PATH:-$HERE/../llama_data/heldout/wikipedia.jsonl}"
+NUM_SELECTS="${NUM_SELECTS:-}"                          # such as "8 6 4 2"; empty: the checkpoint's own
+BLOCK_SIZE="${BLOCK_SIZE:-}"                            # empty: 2048, or what the models take
+MAX_TOKENS="${MAX_TOKENS:-}"                            # empty: all
+BATCH_SIZE="${BATCH_SIZE:-4}"
+PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
+
+# shellcheck disable=SC2086 # NUM_SELECTS is a list
+"$PYTHON" "$HERE/llama_evaluate.py" \
+    --model_path "$MODEL_PATH" "$MOE_PATH" \
+    --text_path "$TEXT_PATH" \
+    ${NUM_SELECTS:+--num_selects $NUM_SELECTS} \
+    ${BLOCK_SIZE:+--block_size "$BLOCK_SIZE"} \
+    ${MAX_TOKENS:+--max_tokens "$MAX_TOKENS"} \
+    --batch_size "$BATCH_SIZE" \
+    "$@"

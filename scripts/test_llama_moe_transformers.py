@@ -1,0 +1,65 @@
+"""Using a LlamaMoE checkpoint: load it with `from_pretrained`, generate, and see how much of each MLP ran per token.
+
+python scripts/test_llama_moe_transformers.py --model_path .quickstart/SmolLM2-135M-Instruct-MoE --num_selects 8
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+PROMPTS = ["The capital of France is", "Once upon a time, there was", "To bake bread you need"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", required=True, help="folder that llama_convert.py or save_pretrained wrote")
+    parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="texts to continue (default: three)")
+    parser.add_argument("--max_new_tokens", type=int, default=24, help="length of each continuation (default: 24)")
+    parser.add_argument("--num_selects", type=int, help="experts per token (default: the checkpoint's own)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if not Path(arguments.model_path, "config.json").is_file():
+        parser.error(f"--model_path {arguments.model_path} holds no checkpoint (no config.json)")
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    import llama_moe
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
+    # In a program that does not import llama_moe, add trust_remote_code=True: the checkpoint carries its code.
+    model = AutoModelForCausalLM.from_pretrained(arguments.model_path).eval()
+    if not isinstance(model, llama_moe.LlamaMoEForCausalLM):
+        parser.error(f"--model_path {arguments.model_path} is a {type(model).__name__}, not a LlamaMoEForCausalLM")
+    if arguments.num_selects is not None:
+        try:
+            model.set_num_experts_per_tok(arguments.num_selects)
+        except ValueError as error:
+            parser.error(f"--num_selects: {error}")
+
+    for prompt in arguments.prompt:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.inference_mode():
+            output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+        print(f"> {tokenizer.decode(output[0], skip_special_tokens=True)!r}")
+
+    config, block = model.config, model.model.layers[0].mlp
+    experts = sum(parameter.numel() for parameter in block.experts.parameters())
+    gate = sum(parameter.numel() for parameter in block.gate.parameters())
+    share = (experts * config.num_selects / config.num_experts + gate) / experts
+    print(
+        f"{config.num_selects} of {config.num_experts} experts: {share:.1%} of the MLP parameters ran per token, gate included"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
