@@ -168,13 +168,19 @@ class Claim:
 class ArtifactWriter:
     """Fills one folder, unit by unit. Make one with `open_for_writing`."""
 
-    def __init__(self, folder: Path, claim: dict[str, Any], pieces: list[str], finished: bool):
-        self.folder, self.claim, self.pieces, self.finished = folder, claim, pieces, finished
-        self.was_finished = finished
+    def __init__(self, folder: Path, claim: dict[str, Any], pieces: list[str]):
+        self.folder, self.claim, self.pieces = folder, claim, pieces
+        self.was_finished = self.finished
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / MANIFEST).exists()
 
     def missing(self) -> list[str]:
         """Names of the pieces that are not there yet, in order."""
-        return [] if self.finished else [piece for piece in self.pieces if not self._piece_path(piece).exists()]
+        missing = [piece for piece in self.pieces if not self._piece_path(piece).exists()]
+        # Asked last: whoever finishes the folder writes the manifest before it takes the parts away.
+        return [] if self.finished else missing
 
     def write(self, relative: str, write: Callable[[Any], None]) -> dict[str, Any]:
         """Write one file atomically and return its manifest entry."""
@@ -194,26 +200,26 @@ class ArtifactWriter:
 
     def metrics(self) -> dict[str, Any]:
         """Metrics of the pieces that are there, by piece."""
-        if self.finished:
+        missing = self.missing()
+        try:
+            return self._merged(piece for piece in self.pieces if piece not in missing)[1]
+        except FileNotFoundError:
             return _read_manifest(self.folder / MANIFEST)["metrics"]
-        return self._merged(piece for piece in self.pieces if self._piece_path(piece).exists())[1]
 
     def finish(self) -> bool:
         """Write `manifest.json` if every piece is there. Returns whether the folder is finished."""
-        if self.finished:
-            return True
         if self.missing():
-            # Another process may have finished the folder, and taken the parts away, since we began.
-            self.finished = (self.folder / MANIFEST).exists()
-            return self.finished
-        files, metrics = self._merged(self.pieces)
-        manifest = self.claim | {"files": files, "metrics": metrics}
-        write_atomically(self.folder / MANIFEST, lambda file: file.write(_json_bytes(manifest)))
-        for path in [*map(self._piece_path, self.pieces), self.folder / PARTS / CLAIM]:
+            return False
+        # Another process may be doing just this: what it takes away meanwhile is in its manifest, equal to ours.
+        with contextlib.suppress(FileNotFoundError):
+            files, metrics = self._merged(self.pieces)
+            manifest = self.claim | {"files": files, "metrics": metrics}
+            self.write(MANIFEST, lambda file: file.write(_json_bytes(manifest)))
+        parts = self.folder / PARTS
+        for path in [*parts.glob("*.json"), *parts.glob(".*.tmp")]:
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # another process has removed it, or is about to
-            (self.folder / PARTS).rmdir()
-        self.finished = True
+        with contextlib.suppress(OSError):
+            parts.rmdir()
         return True
 
     def _merged(self, pieces: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -243,7 +249,8 @@ def open_for_writing(
     """
     wanted = claim.to_json()
     existing, finished = _existing_claim(folder)
-    if existing is None and folder.exists() and any(folder.iterdir()):
+    # A run that died before its claim leaves an empty folder of parts, which is ours.
+    if existing is None and folder.exists() and any(path.name != PARTS for path in folder.iterdir()):
         raise MoEficationError(f"{folder} holds files but no {MANIFEST}: not ours to fill; choose another --save_path")
     if existing is not None:
         difference = _difference(existing, wanted, finished)
@@ -253,11 +260,9 @@ def open_for_writing(
         elif difference:
             raise MoEficationError(f"{folder} {difference}; choose another --save_path, or add --overwrite to redo it")
     if existing is None:
-        finished = False
-        (folder / PARTS).mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / PARTS / CLAIM, lambda file: file.write(_json_bytes(wanted)))
         existing = wanted
-    return ArtifactWriter(folder, existing, list(pieces), finished)
+        write_atomically(folder / PARTS / CLAIM, lambda file: file.write(_json_bytes(wanted)))
+    return ArtifactWriter(folder, existing, list(pieces))
 
 
 def _existing_claim(folder: Path) -> tuple[dict[str, Any] | None, bool]:

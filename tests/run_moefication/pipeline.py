@@ -1,0 +1,100 @@
+"""The four stages as a user types them, for tests: through each script's `main`, with the description's names."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import llama_moe  # noqa: F401 (registers LlamaMoE)
+from run_moefication import (
+    llama_convert,
+    llama_get_hidden_features,
+    llama_select_mlp,
+    llama_split_clustering,
+)
+
+
+@dataclass
+class Pipeline:
+    """Options of every stage; each stage method runs one script and returns its exit status."""
+
+    model: Path
+    text: Path
+    save: Path
+    num_experts: int = 4
+    num_selects: int = 2
+    split_options: list[Any] = field(default_factory=list)
+    feature_options: list[Any] = field(default_factory=lambda: ["--block_size", 32, "--max_tokens", 512])
+    select_options: list[Any] = field(default_factory=lambda: ["--epochs", 3, "--use_softmax"])
+    convert_options: list[Any] = field(default_factory=list)
+    moe: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.moe = self.moe or self.save / f"{self.model.name}-MoE"
+
+    @property
+    def split_folder(self) -> Path:
+        return self.save / f"{self.model.name}-{self.num_experts}Expert-Split-Clustering"
+
+    @property
+    def features_folder(self) -> Path:
+        return self.save / f"{self.model.name}-Hidden-Features"
+
+    @property
+    def select_folder(self) -> Path:
+        return self.save / f"{self.model.name}-{self.num_experts}Expert-Select-MLP"
+
+    def split_arguments(self) -> list[Any]:
+        paths = ["--model_path", self.model, "--save_path", self.save]
+        return [*paths, "--num_experts", self.num_experts, *self.split_options]
+
+    def feature_arguments(self) -> list[Any]:
+        paths = ["--model_path", self.model, "--train_data_path", self.text, "--save_path", self.save]
+        return [*paths, "--train_data_cache_path", self.save / "cache", *self.feature_options]
+
+    def select_arguments(self) -> list[Any]:
+        paths = ["--split_file_path", self.split_folder, "--hidden_features_path", self.features_folder]
+        counts = ["--num_experts", self.num_experts, "--num_selects", self.num_selects]
+        return ["--model_path", self.model, *paths, "--save_path", self.save, *counts, *self.select_options]
+
+    def convert_arguments(self) -> list[Any]:
+        paths = ["--split_file_path", self.split_folder, "--select_file_path", self.select_folder]
+        counts = ["--num_experts", self.num_experts, "--num_selects", self.num_selects]
+        return ["--model_path", self.model, *paths, "--save_path", self.moe, *counts, *self.convert_options]
+
+    def split(self) -> int:
+        return llama_split_clustering.main([*map(str, self.split_arguments())])
+
+    def features(self) -> int:
+        return llama_get_hidden_features.main([*map(str, self.feature_arguments())])
+
+    def select(self) -> int:
+        return llama_select_mlp.main([*map(str, self.select_arguments())])
+
+    def convert(self) -> int:
+        return llama_convert.main([*map(str, self.convert_arguments())])
+
+    def run(self) -> "Pipeline":
+        """All four stages; each must succeed."""
+        for stage in (self.split, self.features, self.select, self.convert):
+            assert stage() == 0, stage
+        return self
+
+
+def load_dense(folder: Path) -> PreTrainedModel:
+    """The dense model in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def load_moe(folder: Path, num_selects: int, auto_class: type = AutoModelForCausalLM) -> PreTrainedModel:
+    """The converted model in float32, with that many experts per token."""
+    model = auto_class.from_pretrained(folder, dtype=torch.float32).eval()
+    model.set_num_experts_per_tok(num_selects)
+    return model
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
