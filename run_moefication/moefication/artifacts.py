@@ -392,6 +392,11 @@ class Artifact:
         """A torch file of this folder, memory-mapped: only its size is checked, tensors are the reader's to check."""
         return load_tensors(self._checked_path(relative))
 
+    def check_sizes(self) -> None:
+        """Refuse a folder in which a listed file is missing or cut short: cheap, and done before long work."""
+        for relative in self.files:
+            self._checked_path(relative)
+
     def _checked_path(self, relative: str) -> Path:
         path = _inside(self.folder, relative)
         entry = self.files.get(relative)

@@ -78,6 +78,8 @@ class Gates:
                 checkpoint.config.hidden_size, split.num_experts, num_experts_per_tok=split.num_experts
             )
         self.shapes = {name: tuple(parameter.shape) for name, parameter in gate.named_parameters()}
+        for layer in range(checkpoint.config.num_hidden_layers):
+            self.state(layer)  # small, and better refused before work than in its middle
 
     def state(self, layer: int) -> dict[str, torch.Tensor]:
         """The gate's state dict, its names and shapes checked."""
@@ -146,6 +148,8 @@ def convert(
     )
     if Path(save_path).resolve() == checkpoint.path:
         raise MoEficationError(f"--save_path {save_path} is the source checkpoint itself; choose another folder")
+    for name in progress(checkpoint.body_tensors(), "check", "tensor"):
+        checkpoint.finite_tensor(name)
     writer = artifacts.open_for_writing(Path(save_path), claim, [*shards, "config"], overwrite=overwrite)
     missing = writer.missing()
     for file in progress([file for file in shards if file in missing], "convert", "shard"):

@@ -198,6 +198,7 @@ class Features:
         self.has_gate_outputs = self.artifact.options["feature_format"] == "full"
         if self.has_gate_outputs:
             self.artifact.require_option("templates", template)
+        self.artifact.check_sizes()
         self._widths = {INPUTS: checkpoint.config.hidden_size, GATE_OUTPUTS: checkpoint.config.intermediate_size}
         self.num_tokens = sum(self.artifact.files[file]["tokens"] for file in self._files(INPUTS))
 

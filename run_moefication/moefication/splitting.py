@@ -54,6 +54,8 @@ def split_by_clustering(
         environment=artifacts.environment(device),
     )
     names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
+    for name in progress(names, "check", "weight"):
+        checkpoint.finite_tensor(name)
     folder = artifacts.split_folder(save_path, checkpoint.name, num_experts)
     writer = artifacts.open_for_writing(folder, claim, names, overwrite=overwrite)
     for name in progress(writer.missing(), "split", "layer"):
@@ -84,6 +86,8 @@ class Split:
             raise MoEficationError(f"{folder} was not made on {template} but on {self.artifact.options['templates']}")
         self.template, self.num_experts = template, num_experts
         self._width = checkpoint.config.intermediate_size
+        for layer in range(checkpoint.config.num_hidden_layers):
+            self.labels(layer)  # small, and better refused before work than in its middle
 
     def labels(self, layer: int) -> torch.Tensor:
         """int64 `[intermediate_size]`: the expert of each neuron; every expert has equally many."""

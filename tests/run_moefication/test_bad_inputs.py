@@ -1,0 +1,342 @@
+"""Wrong input to any stage: one line on stderr that names it and the cure, exit status 2, nothing written or run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama, write_jsonl
+from pipeline import Pipeline, contents
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from run_moefication import (
+    llama_convert,
+    llama_evaluate,
+    llama_get_hidden_features,
+    llama_select_mlp,
+    llama_split_clustering,
+)
+
+MAINS = {
+    "split": llama_split_clustering.main,
+    "features": llama_get_hidden_features.main,
+    "select": llama_select_mlp.main,
+    "convert": llama_convert.main,
+    "evaluate": llama_evaluate.main,
+}
+LABELS = "layers.0.mlp.gate_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama, text_folder, tmp_path_factory) -> Pipeline:
+    """All stages run once, and again for models and options that the runs below must not confuse with the first."""
+    root = tmp_path_factory.mktemp("finished")
+    pipeline = Pipeline(tiny_llama, text_folder, root / "out").run()
+    other = make_llama(root / "other-llama", seed=1)
+    Pipeline(other, text_folder, root / "other").run()
+    Pipeline(tiny_llama, text_folder, root / "out", num_experts=8).split()
+    other_split = Pipeline(tiny_llama, text_folder, root / "seed1", split_options=["--seed", 1])
+    other_split.split()
+    return pipeline
+
+
+@pytest.fixture
+def places(finished, tmp_path) -> dict[str, object]:
+    """What the tables below may name in braces: good things, and bad ones of every kind."""
+    root = finished.save.parent
+    gpt2 = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10)).save_pretrained(gpt2)
+    mistral = Path(shutil.copytree(finished.model, tmp_path / "mistral"))
+    config = json.loads((mistral / "config.json").read_text())
+    (mistral / "config.json").write_text(json.dumps(config | {"model_type": "mistral", "sliding_window": 64}))
+    cut = Path(shutil.copytree(finished.model, tmp_path / "cut"))
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])
+    nan = Path(shutil.copytree(finished.model, tmp_path / "nan"))
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(nan / "model.safetensors")
+    weights["model.layers.1.mlp.gate_proj.weight"][0, 0] = float("nan")
+    save_file(weights, nan / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no_text").mkdir()
+    (tmp_path / "no_text" / "c4.jsonl").touch()
+    write_jsonl(tmp_path / "bad" / "c4.jsonl", ["fine", "fine"])
+    (tmp_path / "bad" / "github.jsonl").write_text('{"text": "fine"}\n{"text": "fine"}\n{"text": "cut')
+    (tmp_path / "file").write_text("a file")
+    return {
+        "model": finished.model,
+        "text": finished.text,
+        "save": tmp_path / "save",
+        "split": finished.split_folder,
+        "features": finished.features_folder,
+        "select": finished.select_folder,
+        "moe": finished.moe,
+        "gpt2": gpt2,
+        "mistral": mistral,
+        "cut": cut,
+        "nan": nan,
+        "other": root / "other-llama",
+        "other_split": root / "other" / "other-llama-4Expert-Split-Clustering",
+        "other_features": root / "other" / "other-llama-Hidden-Features",
+        "other_select": root / "other" / "other-llama-4Expert-Select-MLP",
+        "split8": root / "out" / "tiny-llama-8Expert-Split-Clustering",
+        "split_seed1": root / "seed1" / "tiny-llama-4Expert-Split-Clustering",
+        "tmp": tmp_path,
+    }
+
+
+GOOD = {
+    "split": {"model_path": "{model}", "save_path": "{save}", "num_experts": 4},
+    "features": {"model_path": "{model}", "train_data_path": "{text}", "save_path": "{save}", "block_size": 32},
+    "select": {
+        "model_path": "{model}",
+        "split_file_path": "{split}",
+        "hidden_features_path": "{features}",
+        "save_path": "{save}",
+        "num_experts": 4,
+        "num_selects": 2,
+    },
+    "convert": {
+        "model_path": "{model}",
+        "split_file_path": "{split}",
+        "select_file_path": "{select}",
+        "save_path": "{save}",
+        "num_experts": 4,
+        "num_selects": 2,
+    },
+    "evaluate": {"model_path": "{moe}", "text_path": "{text}/c4.jsonl", "max_tokens": 64, "block_size": 32},
+}
+
+# stage, options changed (None: left out), words that the line must have
+WRONG = [
+    *[
+        (stage, {"model_path": path}, words)
+        for stage in ("split", "features", "select", "convert")
+        for path, words in [
+            ("{tmp}/nowhere", "no folder here, and no hub id"),
+            ("", "path is empty"),
+            ("{tmp}/file", "is a file"),
+            ("{gpt2}", "'gpt2' model; llama, and mistral"),
+            ("{mistral}", "sliding_window"),
+            ("{cut}", "not a whole safetensors file"),
+            ("{tmp}/empty", "no config.json"),
+        ]
+    ],
+    (
+        "split",
+        {"num_experts": 5},
+        "--num_experts 5 does not divide the MLP width 64 of tiny-llama; near it, 1, 2, 4, 8",
+    ),
+    ("split", {"num_experts": 0}, "--num_experts 0 does not divide"),
+    ("split", {"num_experts": -4}, "--num_experts -4 does not divide"),
+    ("split", {"num_experts": 128}, "--num_experts 128 does not divide"),
+    ("split", {"num_experts": 2.5}, "--num_experts: invalid int value"),
+    ("split", {"num_experts": None}, "required: --num_experts"),
+    ("split", {"templates": "layers.{}.mlp.down_proj.weight"}, "--templates 'layers.{}.mlp.down_proj.weight'"),
+    ("split", {"templates": "../{}"}, "--templates '../{}' is not one of"),
+    ("split", {"templates": "layers.{}.mlp.gate_proj.weight," * 2}, "--templates"),
+    ("split", {"distance": "l3"}, "--distance: invalid choice"),
+    ("split", {"device": "warp"}, "--device 'warp' cannot be used here"),
+    ("split", {"model_path": "{nan}"}, "layers.1.mlp.gate_proj.weight holds NaN"),
+    ("split", {"save_path": "{tmp}/file"}, "tmp}/file"),
+    ("features", {"train_data_path": "{tmp}/nowhere"}, "nowhere does not exist"),
+    ("features", {"train_data_path": "{tmp}/empty"}, "holds no .jsonl file"),
+    ("features", {"train_data_path": "{tmp}/no_text"}, "no_text/c4.jsonl holds no text"),
+    ("features", {"train_data_path": "{tmp}/bad"}, "bad/github.jsonl:3: not valid JSON"),
+    ("features", {"block_size": 129}, "--block_size 129 is outside of 2 to 128, the positions of tiny-llama"),
+    ("features", {"block_size": 1}, "--block_size 1 is outside"),
+    ("features", {"data_use_percent": 0}, "--data_use_percent 0.0 is not a fraction in (0, 1]; one percent is 0.01"),
+    ("features", {"data_use_percent": 1.5}, "--data_use_percent 1.5 is not a fraction"),
+    ("features", {"data_use_percent": "nan"}, "--data_use_percent nan is not a fraction"),
+    ("features", {"batch_size": 0}, "--batch_size 0 must be at least 1"),
+    ("features", {"save_interval": 0}, "--save_interval 0 must be at least 1"),
+    ("features", {"max_tokens": 0}, "--max_tokens 0 must be at least 1"),
+    ("features", {"domain_weights": "c4"}, "'c4' is not of the form domain=positive number"),
+    ("features", {"domain_weights": "arxiv=1"}, "--domain_weights names arxiv"),
+    ("features", {"templates": "layers.{}.mlp.down_proj.weight"}, "is not one of"),
+    ("select", {"split_file_path": "{tmp}/nowhere"}, "nowhere is not a folder; run llama_split_clustering.py first"),
+    ("select", {"split_file_path": "{features}"}, "was written by llama_get_hidden_features.py, not by llama_split"),
+    ("select", {"split_file_path": "{other_split}"}, "was made from another model (other-llama) than tiny-llama"),
+    ("select", {"split_file_path": "{split8}"}, "was made for --num_experts 8 of tiny-llama, this run asks for 4"),
+    ("select", {"hidden_features_path": "{other_features}"}, "made from another model (other-llama) than tiny-llama"),
+    ("select", {"hidden_features_path": "{text}"}, "has no manifest.json: not a folder written by"),
+    ("select", {"num_experts": 8}, "was made for --num_experts 4 of tiny-llama, this run asks for 8"),
+    ("select", {"num_selects": 5}, "--num_selects 5 is outside of 1 to --num_experts 4"),
+    ("select", {"num_selects": 0}, "--num_selects 0 is outside"),
+    ("select", {"specify_layer": "4"}, "--specify_layer 4 goes beyond the model's layers 0-2"),
+    ("select", {"specify_layer": "2-1"}, "--specify_layer '2-1' is neither a layer nor a range"),
+    ("select", {"templates": "layers.{}.mlp.up_proj.weight"}, "was not made on layers.{{}}.mlp.up_proj.weight"),
+    ("select", {"lr": 0}, "--lr 0.0 must be a positive number"),
+    ("select", {"valid_percent": 1}, "--valid_percent 1.0 is not a fraction"),
+    ("select", {"epochs": -1}, "--epochs -1 must not be negative"),
+    ("select", {"select_criterion": "l3"}, "--select_criterion: invalid choice"),
+    (
+        "convert",
+        {"select_file_path": "{split}"},
+        "was written by llama_split_clustering.py, not by llama_select_mlp.py",
+    ),
+    ("convert", {"select_file_path": "{other_select}"}, "was made from another model (other-llama) than tiny-llama"),
+    ("convert", {"split_file_path": "{split_seed1}"}, "holds gates of another split than"),
+    ("convert", {"split_file_path": "{split8}", "num_experts": 8}, "was made for --num_experts 4"),
+    ("convert", {"model_path": "{nan}"}, "was made from another model"),
+    ("convert", {"num_selects": 9}, "--num_selects 9 is outside of 1 to --num_experts 4"),
+    ("convert", {"convert_type": "LlamaMoE"}, "--convert_type: invalid choice"),
+    ("convert", {"num_labels": 3}, "--num_labels is for LlamaMoEForSequenceClassification"),
+    ("convert", {"save_path": "{model}"}, "is the source checkpoint itself"),
+    ("convert", {"save_path": "{text}"}, "holds files but no manifest.json: not ours to fill"),
+    ("convert", {"save_path": "{split}"}, "was written by llama_split_clustering.py"),
+    ("evaluate", {"model_path": "{tmp}/nowhere"}, "no folder here, and no hub id"),
+    ("evaluate", {"model_path": "{tmp}/empty"}, "has no usable config.json"),
+    ("evaluate", {"model_path": "{cut}"}, "does not load as a causal LM"),
+    ("evaluate", {"text_path": "{tmp}/nowhere"}, "nowhere is not a file"),
+    ("evaluate", {"text_path": "{tmp}/no_text/c4.jsonl"}, "holds fewer than 2 tokens"),
+    ("evaluate", {"num_selects": 5}, "--num_selects 5 is outside of 1 to 4"),
+    ("evaluate", {"model_path": "{model}", "num_selects": 2}, "--num_selects is for MoE checkpoints"),
+    ("evaluate", {"block_size": 129}, "--block_size 129 is outside"),
+    ("evaluate", {"max_tokens": 1}, "--max_tokens 1 must be at least 2"),
+    ("evaluate", {"batch_size": 0}, "--batch_size 0 must be at least 1"),
+]
+
+
+def arguments_of(stage: str, changes: dict[str, object], places: dict[str, object]) -> list[str]:
+    options = {name: value for name, value in (GOOD[stage] | changes).items() if value is not None}
+    fill = lambda value: str(value).replace("{}", "{{}}").format(**places)  # noqa: E731
+    return [text for name, value in options.items() for text in (f"--{name}", fill(value))]
+
+
+def assert_refused(result: tuple[int, str, str], words: str) -> None:
+    status, out, err = result
+    message = err.strip().splitlines()[-1]
+    assert status == 2
+    assert words in message
+    assert "Traceback" not in err
+    assert not [line for line in err.splitlines()[:-1] if not line.startswith(("usage:", " "))]  # argparse's usage
+    assert out == ""
+
+
+@pytest.mark.parametrize(("stage", "changes", "words"), WRONG)
+def test_wrong_input_is_refused(stage, changes, words, places, finished, run_script):
+    before = contents(finished.save.parent), contents(places["tmp"])
+    result = run_script(MAINS[stage], *arguments_of(stage, changes, places))
+    assert_refused(result, words.replace("tmp}", str(places["tmp"])).replace("{{}}", "{}"))
+    assert (contents(finished.save.parent), contents(places["tmp"])) == before
+
+
+@pytest.mark.parametrize("stage", GOOD)
+def test_unknown_option_and_abbreviation_are_refused(stage, places, run_script):
+    for option in ("--nonsense", "--model"):
+        assert_refused(
+            run_script(MAINS[stage], *arguments_of(stage, {}, places), option, "x"), "unrecognized arguments"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- other options
+
+
+@pytest.mark.parametrize(
+    ("stage", "option", "words"),
+    [
+        ("split", ["--seed", 1], "was made with --seed 0, this run asks for 1"),
+        ("features", ["--batch_size", 2], "was made with --batch_size 4, this run asks for 2"),
+        ("select", ["--epochs", 4], "was made with --epochs 3, this run asks for 4"),
+        ("convert", ["--dtype", "bfloat16"], "was made with --dtype None, this run asks for bfloat16"),
+    ],
+)
+def test_other_options_are_refused_then_redone_with_overwrite(stage, option, words, finished, tmp_path, capfd):
+    pipeline = Pipeline(finished.model, finished.text, Path(shutil.copytree(finished.save, tmp_path / "out")))
+    options = {"features": pipeline.feature_options}.get(stage) or getattr(pipeline, f"{stage}_options")
+    options.extend(option)
+    before = contents(tmp_path)
+    assert getattr(pipeline, stage)() == 2
+    message = capfd.readouterr().err
+    assert words in message
+    assert "add --overwrite" in message
+    assert contents(tmp_path) == before
+    options.append("--overwrite")
+    assert getattr(pipeline, stage)() == 0
+    assert contents(tmp_path) != before
+
+
+# ---------------------------------------------------------------------------------------------------- damaged artifacts
+
+
+class Bomb:
+    """Pickles to a call that would leave a file behind."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGE = {
+    "flipped": (flip, "damaged"),
+    "cut": (cut, "bytes, the manifest says"),
+    "removed": (Path.unlink, "is missing although the manifest lists it"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    ("stage", "folder", "file"),
+    [
+        ("select", "split", LABELS),
+        ("select", "features", "hidden_inputs/0_1.pth"),
+        ("select", "features", "hidden_gate_outputs/0_0.pth"),
+        ("convert", "select", LABELS),
+    ],
+)
+def test_damaged_artifacts_are_named(damage, stage, folder, file, finished, tmp_path, capfd):
+    work, words = DAMAGE[damage]
+    pipeline = Pipeline(finished.model, finished.text, Path(shutil.copytree(finished.save, tmp_path / "out")))
+    shutil.rmtree(pipeline.moe)
+    if stage == "select":
+        shutil.rmtree(pipeline.select_folder)
+    path = getattr(pipeline, f"{folder}_folder") / file
+    work(path)
+    assert getattr(pipeline, stage)() == 2
+    message = capfd.readouterr().err.strip()
+    assert str(path) in message
+    assert words in message
+    assert not (pipeline.select_folder if stage == "select" else pipeline.moe).joinpath("manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "folder", "file"), [("select", "split", LABELS), ("select", "features", "hidden_inputs/0_0.pth")]
+)
+def test_code_in_an_artifact_is_never_run(stage, folder, file, finished, tmp_path, capfd):
+    pipeline = Pipeline(finished.model, finished.text, Path(shutil.copytree(finished.save, tmp_path / "out")))
+    shutil.rmtree(pipeline.select_folder)
+    place = getattr(pipeline, f"{folder}_folder")
+    torch.save({0: Bomb(tmp_path / "exploded")}, place / file)
+    manifest = json.loads((place / "manifest.json").read_text())
+    data = (place / file).read_bytes()
+    import hashlib
+
+    manifest["files"][file] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}  # a careful attacker
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    assert getattr(pipeline, stage)() == 2
+    assert "not a whole file of plain tensors, refused" in capfd.readouterr().err
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_code_in_a_checkpoint_is_never_run(finished, tmp_path, capfd):
+    model = Path(shutil.copytree(finished.model, tmp_path / "llama"))
+    (model / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Bomb(tmp_path / "exploded")}, model / "pytorch_model.bin")
+    assert Pipeline(model, finished.text, tmp_path / "out").split() == 2
+    assert "not a whole file of plain tensors, refused" in capfd.readouterr().err
+    assert not (tmp_path / "exploded").exists()
+    assert not (tmp_path / "out").exists()
