@@ -166,24 +166,77 @@ class Claim:
 
 
 class ArtifactWriter:
-    """Fills one folder, unit by unit. Make one with `open_for_writing`."""
+    """Fills one folder, unit by unit: begins it, or goes on with one begun, or finished, with the same claim.
 
-    def __init__(self, folder: Path, claim: dict[str, Any], pieces: list[str]):
-        self.folder, self.claim, self.pieces = folder, claim, pieces
+    Nothing is touched before the first write, so that a stage may still refuse its input after asking what is missing.
+
+    Args:
+        folder: made if absent; may exist empty.
+        claim: what the folder will be.
+        pieces: names of all the units the finished folder will consist of.
+        overwrite: throw away what an earlier run of the same stage left, and nothing else.
+        shared: other processes of this run fill the same folder: an unfinished folder with the same claim is theirs,
+            and is joined rather than cleared.
+
+    Raises:
+        MoEficationError: the folder holds something else, or was begun with other options, model or inputs.
+    """
+
+    def __init__(
+        self, folder: Path, claim: Claim, pieces: Iterable[str], *, overwrite: bool = False, shared: bool = False
+    ):
+        self.folder, self.pieces = folder, list(pieces)
+        self._wanted, self._overwrite, self._shared = claim.to_json(), overwrite, shared
+        existing, must_clear = self._look()
+        self._begun = existing is not None and not must_clear
+        self.claim = existing if self._begun else self._wanted
         self.was_finished = self.finished
 
     @property
     def finished(self) -> bool:
-        return (self.folder / MANIFEST).exists()
+        return self._begun and (self.folder / MANIFEST).exists()
 
     def missing(self) -> list[str]:
         """Names of the pieces that are not there yet, in order."""
-        missing = [piece for piece in self.pieces if not self._piece_path(piece).exists()]
+        missing = [piece for piece in self.pieces if not self._begun or not self._piece_path(piece).exists()]
         # Asked last: whoever finishes the folder writes the manifest before it takes the parts away.
         return [] if self.finished else missing
 
+    def begin(self) -> None:
+        """Clear and claim the folder, unless that is done; `write` does it too."""
+        if self._begun:
+            return
+        existing, must_clear = self._look()  # again: another process of this run may have begun meanwhile
+        if must_clear:
+            _clear(self.folder)
+            existing = None
+        if existing is None:
+            existing = self._wanted
+            write_atomically(self.folder / PARTS / CLAIM, lambda file: file.write(_json_bytes(existing)))
+        self.claim, self._begun = existing, True
+
+    def _look(self) -> tuple[dict[str, Any] | None, bool]:
+        """The claim that is there, if any, and whether it must be cleared away first."""
+        existing, finished = _existing_claim(self.folder)
+        if existing is None:
+            # A run that died before its claim leaves an empty folder of parts, which is ours.
+            if self.folder.exists() and any(path.name != PARTS for path in self.folder.iterdir()):
+                raise MoEficationError(
+                    f"{self.folder} holds files but no {MANIFEST}: not ours to fill; choose another --save_path"
+                )
+            return None, False
+        difference = _difference(existing, self._wanted, finished)
+        if self._overwrite and existing["stage"] == self._wanted["stage"]:
+            return existing, bool(difference or finished or not self._shared)
+        if difference:
+            raise MoEficationError(
+                f"{self.folder} {difference}; choose another --save_path, or add --overwrite to redo it"
+            )
+        return existing, False
+
     def write(self, relative: str, write: Callable[[Any], None]) -> dict[str, Any]:
         """Write one file atomically and return its manifest entry."""
+        self.begin()
         path = self.folder / relative
         for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of an interrupted run: this file is ours alone
             stale.unlink()
@@ -230,39 +283,6 @@ class ArtifactWriter:
 
     def _piece_path(self, piece: str) -> Path:
         return self.folder / PARTS / f"{piece}.json"
-
-
-def open_for_writing(
-    folder: Path, claim: Claim, pieces: Iterable[str], *, overwrite: bool = False, shared: bool = False
-) -> ArtifactWriter:
-    """Begin a folder, or go on with one begun or finished with the same claim.
-
-    Args:
-        folder: made if absent; may exist empty.
-        pieces: names of all the units the finished folder will consist of.
-        overwrite: throw away what an earlier run of the same stage left, and nothing else.
-        shared: other processes of this run fill the same folder: an unfinished folder with the same claim is theirs,
-            and is joined rather than cleared.
-
-    Raises:
-        MoEficationError: the folder holds something else, or was begun with other options, model or inputs.
-    """
-    wanted = claim.to_json()
-    existing, finished = _existing_claim(folder)
-    # A run that died before its claim leaves an empty folder of parts, which is ours.
-    if existing is None and folder.exists() and any(path.name != PARTS for path in folder.iterdir()):
-        raise MoEficationError(f"{folder} holds files but no {MANIFEST}: not ours to fill; choose another --save_path")
-    if existing is not None:
-        difference = _difference(existing, wanted, finished)
-        if overwrite and existing["stage"] == claim.stage and (difference or finished or not shared):
-            _clear(folder)
-            existing = None
-        elif difference:
-            raise MoEficationError(f"{folder} {difference}; choose another --save_path, or add --overwrite to redo it")
-    if existing is None:
-        existing = wanted
-        write_atomically(folder / PARTS / CLAIM, lambda file: file.write(_json_bytes(wanted)))
-    return ArtifactWriter(folder, existing, list(pieces))
 
 
 def _existing_claim(folder: Path) -> tuple[dict[str, Any] | None, bool]:

@@ -148,10 +148,10 @@ def convert(
     )
     if Path(save_path).resolve() == checkpoint.path:
         raise MoEficationError(f"--save_path {save_path} is the source checkpoint itself; choose another folder")
-    for name in progress(checkpoint.body_tensors(), "check", "tensor"):
-        checkpoint.finite_tensor(name)
-    writer = artifacts.open_for_writing(Path(save_path), claim, [*shards, "config"], overwrite=overwrite)
+    writer = artifacts.ArtifactWriter(Path(save_path), claim, [*shards, "config"], overwrite=overwrite)
     missing = writer.missing()
+    for name in progress(checkpoint.body_tensors() if missing else [], "check", "tensor"):
+        checkpoint.finite_tensor(name)
     for file in progress([file for file in shards if file in missing], "convert", "shard"):
         tensors = {planned.name: _made(planned) for planned in shards[file]}
         writer.write_piece(file, {file: writer.write(file, lambda f, t=tensors: f.write(save(t, {"format": "pt"})))})

@@ -127,7 +127,7 @@ def train_gates(
     folder = artifacts.select_folder(save_path, checkpoint.name, settings.num_experts)
     # Other runs may be filling other layers of the folder.
     shared = len(layers) < num_layers
-    writer = artifacts.open_for_writing(folder, claim, names, overwrite=overwrite, shared=shared)
+    writer = artifacts.ArtifactWriter(folder, claim, names, overwrite=overwrite, shared=shared)
     missing = set(writer.missing())
     for layer in progress([layer for layer in layers if names[layer] in missing], "select", "layer"):
         inputs, scores = _layer_data(checkpoint, split, features, layer, settings, device)

@@ -82,13 +82,14 @@ def extract_features(
     blocks_per_shard = batch_size * save_interval
     num_shards = math.ceil(len(corpus.blocks) / blocks_per_shard)
     _require_space(checkpoint, corpus, folder, feature_format, DTYPES[dtype])
-    writer = artifacts.open_for_writing(
+    writer = artifacts.ArtifactWriter(
         folder, claim, map(str, range(num_shards)), overwrite=overwrite, shared=world_size > 1
     )
     mine = [number for number in map(int, writer.missing()) if number % world_size == rank]
     if mine:
         on_cpu = torch.device(device).type == "cpu"
         model = checkpoint.load_model(device, torch.float32 if on_cpu else checkpoint.dtype)
+        writer.begin()
         recorder = _Recorder(model, template if feature_format == "full" else None, DTYPES[dtype])
         for number in progress(mine, "hidden features", "shard"):
             first = number * blocks_per_shard

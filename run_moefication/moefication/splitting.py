@@ -54,11 +54,12 @@ def split_by_clustering(
         environment=artifacts.environment(device),
     )
     names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
-    for name in progress(names, "check", "weight"):
-        checkpoint.finite_tensor(name)
     folder = artifacts.split_folder(save_path, checkpoint.name, num_experts)
-    writer = artifacts.open_for_writing(folder, claim, names, overwrite=overwrite)
-    for name in progress(writer.missing(), "split", "layer"):
+    writer = artifacts.ArtifactWriter(folder, claim, names, overwrite=overwrite)
+    missing = writer.missing()
+    for name in progress(missing, "check", "weight"):
+        checkpoint.finite_tensor(name)
+    for name in progress(missing, "split", "layer"):
         weight = checkpoint.finite_tensor(name).to(device, torch.float32)
         rows = torch.nn.functional.normalize(weight)
         clusters = balanced_kmeans(rows, num_experts, distance=distance, seed=seed, device=device)
