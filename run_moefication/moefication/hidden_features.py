@@ -89,7 +89,6 @@ def extract_features(
     if mine:
         on_cpu = torch.device(device).type == "cpu"
         model = checkpoint.load_model(device, torch.float32 if on_cpu else checkpoint.dtype)
-        writer.begin()
         recorder = _Recorder(model, template if feature_format == "full" else None, DTYPES[dtype])
         for number in progress(mine, "hidden features", "shard"):
             first = number * blocks_per_shard
@@ -177,6 +176,7 @@ class _Recorder:
 def _write_shard(
     writer: artifacts.ArtifactWriter, number: int, first_block: int, features: dict[str, dict[int, torch.Tensor]]
 ) -> None:
+    writer.begin()  # another process may have, with its own count of processes
     index, rank = divmod(number, writer.claim["facts"]["processes"])
     files = {}
     for kind, layers in features.items():
