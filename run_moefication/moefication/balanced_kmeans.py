@@ -183,10 +183,20 @@ def _repair(costs: np.ndarray, labels: np.ndarray, prices: np.ndarray, capacity:
         path = [target]
         while parent[path[-1]] >= 0:
             path.append(parent[path[-1]])
-        for to, source in pairwise(path):
-            labels[mover[source, to]] = to
-        counts[path[-1]] -= 1
-        counts[target] += 1
+        source = path[-1]
+        if len(path) == 2:
+            # Rows that cost the same to move (equal ones, zero ones) go together, as many as both ends allow.
+            members = np.flatnonzero(labels == source)
+            cost = costs[members, target] - costs[members, source]
+            movers = members[cost <= cost.min() + tolerance]
+            movers = movers[: min(counts[source] - capacity, capacity - counts[target])]
+            labels[movers] = target
+        else:
+            movers = [mover[source, path[-2]]]
+            for to, frm in pairwise(path):
+                labels[mover[frm, to]] = to
+        counts[source] -= len(movers)
+        counts[target] += len(movers)
         for cluster in path:
             refresh(cluster)
     return prices

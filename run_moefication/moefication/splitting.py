@@ -58,7 +58,8 @@ def split_by_clustering(
     writer = artifacts.ArtifactWriter(folder, claim, names, overwrite=overwrite)
     missing = writer.missing()
     for name in progress(missing, "check", "weight"):
-        checkpoint.finite_tensor(name)
+        if not checkpoint.finite_tensor(name).any():
+            raise MoEficationError(f"{checkpoint.path}: {name} is all zeros, there is nothing to cluster")
     for name in progress(missing, "split", "layer"):
         weight = checkpoint.finite_tensor(name).to(device, torch.float32)
         rows = torch.nn.functional.normalize(weight)
