@@ -172,7 +172,7 @@ def _repair(costs: np.ndarray, labels: np.ndarray, prices: np.ndarray, capacity:
 
     for cluster in range(num_clusters):
         refresh(cluster)
-    tolerance = 1e-13 * max(1.0, np.abs(costs).max())
+    tolerance = 1e-13 * np.abs(costs).max()
     while (counts > capacity).any():
         distance, parent = _shortest_paths(extra, counts > capacity, tolerance)
         target = np.where(counts < capacity, distance, np.inf).argmin()

@@ -1,0 +1,326 @@
+"""Folders that hand work from stage to stage: whole or absent, never mixed, never foreign, never executed."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from pipeline import contents
+
+from run_moefication.moefication import artifacts
+from run_moefication.moefication.artifacts import ArtifactWriter, Claim, load_tensors, open_finished, write_atomically
+from run_moefication.moefication.errors import MoEficationError
+
+CLAIM = Claim(
+    stage="split",
+    options={"num_experts": 8, "seed": 0},
+    source={"name": "llama_7B", "fingerprint": "abc"},
+    environment={"torch": "2"},
+    inputs={"text": "digest"},
+)
+PIECES = ["layer.0", "layer.1", "layer.2"]
+
+
+def fill(writer: ArtifactWriter, pieces: list[str]) -> None:
+    for piece in pieces:
+        entry = writer.write_tensors(f"files/{piece}", torch.arange(3) + int(piece[-1]))
+        writer.write_piece(piece, {f"files/{piece}": entry}, {"cost": int(piece[-1])})
+
+
+@pytest.fixture
+def finished(tmp_path) -> Path:
+    writer = ArtifactWriter(tmp_path / "folder", CLAIM, PIECES)
+    fill(writer, PIECES)
+    assert writer.finish()
+    return writer.folder
+
+
+# ---------------------------------------------------------------------------------------------------- one file
+
+
+def test_file_appears_whole_with_true_size_sum_and_rights(tmp_path):
+    previous = os.umask(0o027)
+    try:
+        entry = write_atomically(tmp_path / "a" / "file", lambda file: [file.write(b"ab"), file.write(b"c")])
+    finally:
+        os.umask(previous)
+    path = tmp_path / "a" / "file"
+    assert path.read_bytes() == b"abc"
+    assert entry == {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("existing", [None, b"old"])
+def test_failed_write_leaves_what_was_there(existing, tmp_path):
+    path = tmp_path / "file"
+    if existing:
+        path.write_bytes(existing)
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, fail)
+    assert contents(tmp_path) == ({"file": existing} if existing else {})
+
+
+def test_full_disk_inside_torch_save_is_an_oserror(tmp_path, monkeypatch):
+    writes = 0
+    real = artifacts._HashingFile.write
+
+    def fail_at(limit):
+        def write(self, data):
+            nonlocal writes
+            writes += 1
+            if writes == limit:
+                raise OSError(28, "No space left on device")
+            return real(self, data)
+
+        return write
+
+    for limit in (1, 2, 3, 5):
+        writes = 0
+        monkeypatch.setattr(artifacts._HashingFile, "write", fail_at(limit))
+        with pytest.raises(OSError, match="No space left"):
+            write_atomically(tmp_path / "file", lambda file: torch.save(torch.zeros(1000), file))
+        assert not list(tmp_path.iterdir())
+
+
+def test_bytes_do_not_depend_on_the_name(tmp_path):
+    for name in ("a", "a-much-longer-name"):
+        write_atomically(tmp_path / name, lambda file: torch.save({0: torch.ones(3)}, file))
+    first, second = contents(tmp_path).values()
+    assert first == second
+
+
+# ---------------------------------------------------------------------------------------------------- a folder's life
+
+
+def test_nothing_is_touched_before_the_first_write(tmp_path):
+    writer = ArtifactWriter(tmp_path / "folder", CLAIM, PIECES)
+    assert writer.missing() == PIECES
+    assert not writer.finish()
+    assert not (tmp_path / "folder").exists()
+
+
+def test_manifest_appears_with_the_last_piece(tmp_path):
+    writer = ArtifactWriter(tmp_path / "folder", CLAIM, PIECES)
+    fill(writer, PIECES[:2])
+    assert writer.missing() == PIECES[2:]
+    assert not writer.finish()
+    assert not (writer.folder / "manifest.json").exists()
+    assert writer.metrics() == {"layer.0": {"cost": 0}, "layer.1": {"cost": 1}}
+    with pytest.raises(MoEficationError, match=r"unfinished \(2 parts done\); run llama_split_clustering.py again"):
+        open_finished(writer.folder, "split")
+
+    resumed = ArtifactWriter(writer.folder, CLAIM, PIECES)
+    assert resumed.missing() == PIECES[2:]
+    fill(resumed, PIECES[2:])
+    assert resumed.finish()
+    assert resumed.finished
+    assert not (writer.folder / "manifest.parts").exists()
+    manifest = json.loads((writer.folder / "manifest.json").read_text())
+    assert manifest["options"] == CLAIM.options
+    assert manifest["metrics"] == {piece: {"cost": i} for i, piece in enumerate(PIECES)}
+    for name, entry in manifest["files"].items():
+        data = (writer.folder / name).read_bytes()
+        assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_finished_folder_is_left_alone(finished):
+    before = contents(finished)
+    writer = ArtifactWriter(finished, CLAIM, PIECES)
+    assert writer.was_finished
+    assert writer.missing() == []
+    assert writer.finish()
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_two_writers_fill_one_folder_like_one(last, finished, tmp_path):
+    writers = [ArtifactWriter(tmp_path / "two", CLAIM, PIECES) for _ in range(2)]
+    fill(writers[0], PIECES[:1])
+    fill(writers[1], PIECES[1:2])
+    fill(writers[0], PIECES[2:])
+    writers[last].finish()
+    assert all(writer.finish() and writer.finished for writer in writers)
+    assert contents(tmp_path / "two") == contents(finished)
+
+
+def test_stale_temporary_files_are_swept(finished, tmp_path):
+    folder = tmp_path / "folder2"
+    writer = ArtifactWriter(folder, CLAIM, PIECES)
+    fill(writer, PIECES[:1])
+    for stale in (folder / "files" / ".layer.1.abc.tmp", folder / "manifest.parts" / ".layer.1.json.abc.tmp"):
+        stale.write_text("of a killed run")
+    writer = ArtifactWriter(folder, CLAIM, PIECES)
+    fill(writer, PIECES[1:])
+    writer.finish()
+    assert contents(folder) == contents(finished)
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("state", ["finished", "begun"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"options": {"num_experts": 16, "seed": 0}}, "was made with --num_experts 8, this run asks for 16"),
+        ({"options": {"num_experts": 8, "seed": 0, "new": 1}}, "was made with --new None, this run asks for 1"),
+        ({"source": {"name": "x", "fingerprint": "other"}}, "was made from another model (llama_7B"),
+        ({"inputs": {"text": "other"}}, "was made from another text"),
+        ({"stage": "select"}, "was written by llama_split_clustering.py"),
+    ],
+)
+def test_other_claims_are_refused(state, change, words, tmp_path):
+    writer = ArtifactWriter(tmp_path / "folder", CLAIM, PIECES)
+    fill(writer, PIECES if state == "finished" else PIECES[:1])
+    writer.finish()
+    before = contents(tmp_path)
+    with pytest.raises(MoEficationError) as error:
+        ArtifactWriter(writer.folder, dataclasses.replace(CLAIM, **change), PIECES)
+    assert words in str(error.value)
+    assert str(writer.folder) in str(error.value)
+    assert contents(tmp_path) == before
+
+
+def test_environment_counts_only_while_unfinished(tmp_path):
+    other = dataclasses.replace(CLAIM, environment={"torch": "3"})
+    writer = ArtifactWriter(tmp_path / "folder", CLAIM, PIECES)
+    fill(writer, PIECES[:1])
+    with pytest.raises(MoEficationError, match="was begun with torch 2, this run has 3"):
+        ArtifactWriter(writer.folder, other, PIECES)
+    fill(writer, PIECES[1:])
+    writer.finish()
+    assert ArtifactWriter(writer.folder, other, PIECES).was_finished
+
+
+def test_foreign_folders_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(MoEficationError, match=r"holds files but no manifest.json: not ours to fill"):
+            ArtifactWriter(tmp_path, CLAIM, PIECES, overwrite=overwrite)
+    with pytest.raises(MoEficationError, match="is a file"):
+        ArtifactWriter(tmp_path / "notes.txt", CLAIM, PIECES)
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_overwrite_removes_only_what_was_written_here(finished):
+    (finished / "files" / "notes.txt").write_text("mine")
+    changed = dataclasses.replace(CLAIM, options={"num_experts": 4, "seed": 0})
+    writer = ArtifactWriter(finished, changed, PIECES[:1], overwrite=True)
+    assert writer.missing() == PIECES[:1]
+    fill(writer, PIECES[:1])
+    assert writer.finish()
+    assert set(contents(finished)) == {"files/layer.0", "files/notes.txt", "manifest.json"}
+
+
+def test_overwrite_of_another_stage_is_refused(finished):
+    before = contents(finished)
+    with pytest.raises(MoEficationError, match=r"was written by llama_split_clustering.py"):
+        ArtifactWriter(finished, dataclasses.replace(CLAIM, stage="select"), PIECES, overwrite=True)
+    assert contents(finished) == before
+
+
+def test_processes_of_one_run_overwrite_once(finished):
+    writers = [ArtifactWriter(finished, CLAIM, PIECES, overwrite=True, shared=True) for _ in range(2)]
+    assert [writer.missing() for writer in writers] == [PIECES, PIECES]
+    fill(writers[0], PIECES[:2])
+    fill(writers[1], PIECES[2:])  # joins: what the first has written stays
+    assert writers[1].finish()
+    assert len(contents(finished)) == 4
+
+
+def test_manifest_that_names_files_outside_removes_nothing_there(finished, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    manifest = json.loads((finished / "manifest.json").read_text())
+    manifest["files"]["../precious"] = {"size": 4, "sha256": "x"}
+    (finished / "manifest.json").write_text(json.dumps(manifest))
+    writer = ArtifactWriter(finished, CLAIM, PIECES, overwrite=True)
+    with pytest.raises(MoEficationError, match=r"names ../precious, outside of it"):
+        fill(writer, PIECES)
+    with pytest.raises(MoEficationError, match="outside of it"):
+        open_finished(finished, "split").load("../precious")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is damaged"),
+        (b"[1]", "is damaged (not a JSON object)"),
+        (b"\x00\xff", "is damaged"),
+        (b"[" * 100_000, "is damaged"),
+        (b'{"stage": "split"}', "has format None, this version reads 1"),
+        (b'{"stage": "split", "format": 2}', "has format 2, this version reads 1"),
+        (b'{"stage": "brew", "format": 1}', "is not a manifest of this toolkit"),
+        (b'{"stage": "split", "format": 1}', "is damaged (no options)"),
+    ],
+)
+def test_bad_manifests_are_refused(content, words, finished):
+    (finished / "manifest.json").write_bytes(content)
+    for use in (lambda: open_finished(finished, "split"), lambda: ArtifactWriter(finished, CLAIM, PIECES)):
+        with pytest.raises(MoEficationError) as error:
+            use()
+        assert words in str(error.value)
+        assert "manifest.json" in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def test_load_checks_size_and_sum(finished):
+    artifact = open_finished(finished, "split")
+    path = finished / "files" / "layer.1"
+    assert artifact.load("files/layer.1").tolist() == [1, 2, 3]
+    good = path.read_bytes()
+    for position in (0, len(good) // 2, len(good) - 1):
+        flipped = bytearray(good)
+        flipped[position] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(MoEficationError, match=r"layer.1 is damaged: its checksum"):
+            artifact.load("files/layer.1")
+    path.write_bytes(good[:-1])
+    with pytest.raises(MoEficationError, match=r"layer.1 has \d+ bytes, the manifest says"):
+        artifact.load("files/layer.1")
+    with pytest.raises(MoEficationError, match="the manifest says"):
+        artifact.check_sizes()
+    path.unlink()
+    with pytest.raises(MoEficationError, match="is missing although the manifest lists it"):
+        artifact.load("files/layer.1")
+    with pytest.raises(MoEficationError, match="has no files/other"):
+        artifact.load("files/other")
+
+
+class Bomb:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_refused_not_run(zipped, tmp_path):
+    torch.save(Bomb(tmp_path / "exploded"), tmp_path / "file", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(MoEficationError, match="is not a whole file of plain tensors, refused"):
+        load_tensors(tmp_path / "file")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + bytes(100)])
+def test_other_files_are_refused(content, tmp_path):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(MoEficationError, match="refused"):
+        load_tensors(tmp_path / "file")
+    os.mkfifo(tmp_path / "fifo")
+    for other in (tmp_path, tmp_path / "fifo", tmp_path / "absent"):
+        with pytest.raises(MoEficationError, match="is not a file"):
+            load_tensors(other)
