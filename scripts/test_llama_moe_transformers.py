@@ -55,9 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     experts = sum(parameter.numel() for parameter in block.experts.parameters())
     gate = sum(parameter.numel() for parameter in block.gate.parameters())
     share = (experts * config.num_selects / config.num_experts + gate) / experts
-    print(
-        f"{config.num_selects} of {config.num_experts} experts: {share:.1%} of the MLP parameters ran per token, gate included"
-    )
+    budget = f"{config.num_selects} of {config.num_experts} experts"
+    print(f"{budget}: {share:.1%} of the MLP parameters ran per token, gate included")
     return 0
 
 

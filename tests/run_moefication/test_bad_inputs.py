@@ -1,5 +1,6 @@
 """Wrong input to any stage: one line on stderr that names it and the cure, exit status 2, nothing written or run."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import make_llama, write_jsonl
 from pipeline import Pipeline, contents
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from run_moefication import (
@@ -53,8 +55,6 @@ def places(finished, tmp_path) -> dict[str, object]:
     cut = Path(shutil.copytree(finished.model, tmp_path / "cut"))
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])
     nan = Path(shutil.copytree(finished.model, tmp_path / "nan"))
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(nan / "model.safetensors")
     weights["model.layers.1.mlp.gate_proj.weight"][0, 0] = float("nan")
     save_file(weights, nan / "model.safetensors", metadata={"format": "pt"})
@@ -323,8 +323,6 @@ def test_code_in_an_artifact_is_never_run(stage, folder, file, finished, tmp_pat
     torch.save({0: Bomb(tmp_path / "exploded")}, place / file)
     manifest = json.loads((place / "manifest.json").read_text())
     data = (place / file).read_bytes()
-    import hashlib
-
     manifest["files"][file] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}  # a careful attacker
     (place / "manifest.json").write_text(json.dumps(manifest))
     assert getattr(pipeline, stage)() == 2

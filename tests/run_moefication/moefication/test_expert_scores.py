@@ -1,0 +1,48 @@
+"""Scores per expert against plain loops, activations against transformers' own MLP."""
+
+import pytest
+import torch
+from conftest import make_llama
+from transformers import LlamaForCausalLM
+
+from run_moefication.moefication.checkpoints import Checkpoint
+from run_moefication.moefication.expert_scores import ExpertScorer, LayerActivations
+
+# float32 sums in another order.
+TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+FORMULAS = {
+    "plain": lambda values: abs(sum(values)),
+    "positive": lambda values: sum(max(value, 0.0) for value in values),
+    "l2_norm": lambda values: sum(value * value for value in values),
+}
+
+
+@pytest.mark.parametrize("criterion", FORMULAS)
+@pytest.mark.parametrize(("experts", "width"), [(1, 6), (3, 4), (6, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_the_formulas(criterion, experts, width, dtype):
+    generator = torch.Generator().manual_seed(0)
+    neurons = torch.randperm(experts * width, generator=generator).view(experts, width)
+    activations = torch.randn(7, experts * width, generator=generator).to(dtype)
+    scores = ExpertScorer(neurons, criterion)(activations)
+    assert scores.dtype == torch.float32
+    for token in range(7):
+        values = activations[token].float().tolist()
+        expected = [FORMULAS[criterion]([values[neuron] for neuron in members]) for members in neurons.tolist()]
+        torch.testing.assert_close(scores[token], torch.tensor(expected), **TOLERANCE)
+
+
+@pytest.mark.parametrize("projection", ["gate_proj", "up_proj"])
+@pytest.mark.parametrize("mlp_bias", [False, True])
+def test_activations_are_the_models(projection, mlp_bias, tmp_path):
+    folder = make_llama(tmp_path / "llama", mlp_bias=mlp_bias)
+    mlp = LlamaForCausalLM.from_pretrained(folder).model.layers[1].mlp
+    inputs = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
+    recompute = LayerActivations(Checkpoint(str(folder)), 1, f"layers.{{}}.mlp.{projection}.weight", "cpu")
+    with torch.no_grad():
+        expected = mlp.act_fn(mlp.gate_proj(inputs))
+        if projection == "up_proj":
+            expected = expected * mlp.up_proj(inputs)
+    torch.testing.assert_close(recompute(inputs), expected, **TOLERANCE)
+    # Doubled inputs do not double SiLU: nothing is normalised on the way.
+    assert not torch.allclose(recompute(2 * inputs), 2 * recompute(inputs), rtol=0.01)
