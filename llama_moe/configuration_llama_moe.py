@@ -40,8 +40,8 @@ class LlamaMoEConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if "size_experts" in kwargs or "num_selects" in kwargs:
             raise ValueError(
-                "this config.json is of the LLaMA-MoE v1 project (it has size_experts or num_selects), whose "
-                "model_type is the same; load such a checkpoint with trust_remote_code=True and without importing llama_moe"
+                "this config.json (with size_experts or num_selects) is of the LLaMA-MoE v1 project, whose model_type "
+                "is the same; load its checkpoints with trust_remote_code=True and without importing llama_moe"
             )
         # All four classes, so that AutoModel and the rest find the code whichever class saved the checkpoint.
         kwargs.setdefault("auto_map", auto_map())

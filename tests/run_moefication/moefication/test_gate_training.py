@@ -88,9 +88,8 @@ def test_initial_gate_is_the_mean_normalised_row(network):
 def test_training_beats_the_start_and_the_constant_choice(network, use_softmax):
     rows, neurons, inputs, scores = problem()
     settings_ = dataclasses.replace(SETTINGS, gate_network=network, use_softmax=use_softmax)
-    start = fit_gate(
-        initial_gate("similarity", rows, neurons), inputs, scores, dataclasses.replace(settings_, epochs=0)
-    )
+    untrained = dataclasses.replace(settings_, epochs=0)
+    start = fit_gate(initial_gate(network, rows, neurons), inputs, scores, untrained)
     metrics = fit_gate(gate := initial_gate(network, rows, neurons), inputs, scores, settings_)
     assert metrics["mass_recall"] >= start["mass_recall"]
     assert metrics["mass_recall"] > metrics["constant_mass_recall"] + 0.1

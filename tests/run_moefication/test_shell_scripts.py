@@ -1,0 +1,67 @@
+"""The numbered shell scripts, from a directory that is not theirs, with settings from the environment."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pipeline import Pipeline, contents
+
+STAGES = Path(__file__).parents[2] / "run_moefication"
+
+
+@pytest.fixture
+def run(tiny_llama, text_folder, tmp_path):
+    """`run("1_split.sh", NAME="value")` in a directory of its own, paths given relative to it."""
+    (tmp_path / "a b").mkdir()
+    base = os.environ | {
+        "MODEL_PATH": str(tiny_llama),
+        "SAVE_PATH": "out",
+        "MOE_PATH": "out/tiny-llama-MoE",
+        "TRAIN_DATA_PATH": str(text_folder),
+        "TRAIN_DATA_CACHE_PATH": "out/cache",
+        "NUM_EXPERTS": "4",
+        "BLOCK_SIZE": "32",
+        "MAX_TOKENS": "512",
+        "PYTHON": sys.executable,
+    }
+
+    def run(script: str, **settings: str) -> subprocess.CompletedProcess:
+        command = ["bash", STAGES / script]
+        return subprocess.run(command, env=base | settings, cwd=tmp_path / "a b", capture_output=True, text=True)
+
+    run.folder = tmp_path / "a b" / "out"
+    return run
+
+
+def test_scripts_in_order_do_what_the_stages_do(run, tiny_llama, text_folder, tmp_path):
+    for script in ("1_split.sh", "2_get_hidden_features.sh", "3_select.sh", "4_convert.sh"):
+        result = run(script, NUM_GPUS="1")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[-1].startswith("next: ")
+    result = run("evaluate.sh", TEXT_PATH=str(text_folder / "c4.jsonl"), NUM_SELECTS="4 2")
+    assert result.returncode == 0, result.stderr
+    dense, full, half = (line.split()[-3] for line in result.stdout.splitlines()[-3:])
+    assert dense == full != half
+
+    pipeline = Pipeline(tiny_llama, text_folder, tmp_path / "python", select_options=["--use_softmax"])
+    pipeline.feature_options += ["--feature_format", "inputs"]
+    pipeline.run()
+    assert contents(run.folder) == contents(pipeline.save)
+
+
+def test_features_on_two_processes(run):
+    result = run("2_get_hidden_features.sh", NUM_GPUS="2")
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in run.folder.rglob("hidden_inputs/*.pth")} >= {"0_0.pth", "1_0.pth"}
+
+
+@pytest.mark.parametrize(
+    "script", ["1_split.sh", "2_get_hidden_features.sh", "3_select.sh", "4_convert.sh", "evaluate.sh"]
+)
+def test_a_model_not_given_is_one_line(script, run):
+    result = run(script, MODEL_PATH="", NUM_GPUS="1")
+    assert result.returncode == 2
+    assert "argument --model_path: the path is empty" in result.stderr.splitlines()[-1]
+    assert not run.folder.exists()
