@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -74,6 +76,26 @@ def make_llama(
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def as_bin(folder: Path, target: Path, shards: int = 1) -> Path:
+    """The same checkpoint with its weights in `pytorch_model.bin`, in one file or in shards with an index."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("model.safetensors"))
+    state = load_file(folder / "model.safetensors")
+    if shards == 1:
+        torch.save(state, target / "pytorch_model.bin")
+        return target
+    files = {name: f"pytorch_model-{i % shards}.bin" for i, name in enumerate(state)}
+    for file in set(files.values()):
+        torch.save({name: state[name] for name in state if files[name] == file}, target / file)
+    (target / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    return target
+
+
+def change_config(folder: Path, **changes) -> None:
+    """Set fields of a checkpoint's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

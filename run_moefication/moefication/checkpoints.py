@@ -158,8 +158,10 @@ class Checkpoint:
     def load_model(self, device: str, dtype: torch.dtype) -> LlamaModel:
         """The whole dense model without its head, for a forward pass."""
         with quiet_transformers():
+            # The tensors as they were checked here, whatever files they lie in.
+            state = {name: self.tensor(name) for name in self.body_tensors()}
             model, loading = LlamaModel.from_pretrained(
-                self.path, config=self.config, dtype=dtype, device_map=None, output_loading_info=True
+                None, config=self.config, state_dict=state, dtype=dtype, output_loading_info=True
             )
         if loading["missing_keys"] or loading["mismatched_keys"]:
             raise MoEficationError(f"{self.path}: weights did not load ({sorted(loading['missing_keys'])[:3]})")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, VARIANTS, make_llama
+from conftest import TINY, VARIANTS, as_bin, change_config, make_llama
 from pipeline import Pipeline, contents, load_dense, load_moe
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, LlamaForSequenceClassification, LlamaModel
@@ -53,6 +54,24 @@ def test_half_precision_sources_keep_their_dtype_and_values(dtype, text_folder, 
     pipeline = Pipeline(model, text_folder, tmp_path / "out").run()
     assert {tensor.dtype for tensor in load_file(pipeline.moe / "model.safetensors").values()} == {dtype}
     assert_dense_when_all_run(model, pipeline.moe)
+
+
+@pytest.mark.parametrize("layout", ["shards", "bin", "bin_shards", "mistral"])
+def test_any_layout_gives_the_same_checkpoint(layout, finished, tmp_path):
+    folder = tmp_path / "tiny-llama"
+    if layout == "shards":
+        make_llama(folder, max_shard_size="40KB")
+    elif layout == "mistral":
+        shutil.copytree(finished.model, folder)
+        change_config(folder, model_type="mistral", sliding_window=None)
+    else:
+        as_bin(finished.model, folder, shards=3 if layout == "bin_shards" else 1)
+    pipeline = Pipeline(folder, finished.text, tmp_path / "out").run()
+    same = [path.name for path in finished.moe.iterdir()]
+    if layout == "mistral":
+        same.remove("manifest.json")  # the fingerprint covers the config
+    for name in same:
+        assert (pipeline.moe / name).read_bytes() == (finished.moe / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("gate", ["mlp", "linear", "similarity"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, VARIANTS, make_llama
+from conftest import TINY, VARIANTS, as_bin, change_config, make_llama
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification, LlamaModel
 
@@ -27,20 +27,6 @@ def assert_reads(folder: Path, state: dict[str, torch.Tensor]) -> Checkpoint:
         assert read.dtype == tensor.dtype
         assert torch.equal(read, tensor)
     return checkpoint
-
-
-def as_bin(folder: Path, target: Path, shards: int = 1) -> Path:
-    """The same checkpoint with its weights in `pytorch_model.bin`, in one file or in shards with an index."""
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("model.safetensors"))
-    state = state_of(folder)
-    if shards == 1:
-        torch.save(state, target / "pytorch_model.bin")
-        return target
-    files = {name: f"pytorch_model-{i % shards}.bin" for i, name in enumerate(state)}
-    for file in set(files.values()):
-        torch.save({name: state[name] for name in state if files[name] == file}, target / file)
-    (target / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
-    return target
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -97,11 +83,6 @@ def test_name_is_the_last_part_of_the_path(tiny_llama, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
-
-
-def change_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def change_state(change) -> None:
