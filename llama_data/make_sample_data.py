@@ -192,7 +192,7 @@ def refuse_foreign_files(output_dir: Path, files: dict[str, bytes], manifest: di
 
 def write_files(output_dir: Path, files: dict[str, bytes]) -> None:
     """Write the files in their order, each complete under its name or absent."""
-    from run_moefication.moefication.artifacts import write_atomically  # brings torch in, which takes its time
+    from run_moefication.moefication.files import write_atomically  # brings torch in, which takes its time
 
     for name, content in files.items():
         write_atomically(output_dir / name, lambda file, content=content: file.write(content))

@@ -45,6 +45,7 @@ def path(text: str) -> str:
 
 
 def add_model_path(parser: argparse.ArgumentParser) -> None:
+    """`--model_path`."""
     parser.add_argument(
         "--model_path",
         type=path,
@@ -54,16 +55,26 @@ def add_model_path(parser: argparse.ArgumentParser) -> None:
 
 
 def add_save_path(parser: argparse.ArgumentParser, result: str) -> None:
+    """`--save_path`, the folder in which the result gets a folder of its own."""
     parser.add_argument("--save_path", type=path, required=True, help=f"folder in which {result} is made")
 
 
 def add_templates(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """`--templates`; several where the stage takes more than one."""
     count = "one or several, comma-separated" if several else "one"
     parser.add_argument(
         "--templates",
         default=DEFAULT_TEMPLATE,
         help=f"weight whose rows are the neurons, {{}} standing for the layer ({count}; gate_proj or up_proj)",
     )
+
+
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """`--split_file_path` and the `--num_experts` it must have been made for."""
+    parser.add_argument(
+        "--split_file_path", type=path, required=True, help="folder that llama_split_clustering.py wrote"
+    )
+    parser.add_argument("--num_experts", type=int, required=True, help="experts per layer, those of the split")
 
 
 def add_common(parser: argparse.ArgumentParser, device: bool = True, seed: str | None = None) -> None:

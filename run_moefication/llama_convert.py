@@ -14,11 +14,10 @@ from run_moefication import command_line
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options of this stage."""
     parser = command_line.new_parser(__doc__)
     command_line.add_model_path(parser)
-    parser.add_argument(
-        "--split_file_path", type=command_line.path, required=True, help="folder that llama_split_clustering.py wrote"
-    )
+    command_line.add_split(parser)
     parser.add_argument(
         "--select_file_path", type=command_line.path, required=True, help="folder that llama_select_mlp.py wrote"
     )
@@ -29,7 +28,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of the new checkpoint itself, absent or empty",
     )
     command_line.add_templates(parser)
-    parser.add_argument("--num_experts", type=int, required=True, help="experts per layer, those of the split")
     parser.add_argument(
         "--num_selects",
         type=int,
@@ -53,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def convert(arguments: argparse.Namespace) -> None:
+    """Run the stage and print what kind of checkpoint came out."""
     from run_moefication.moefication.checkpoints import Checkpoint
     from run_moefication.moefication.conversion import convert as convert_checkpoint
 
@@ -82,6 +81,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     return command_line.run(build_parser(), convert, argv)
 
 

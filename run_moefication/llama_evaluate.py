@@ -16,6 +16,7 @@ from run_moefication import command_line
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
     parser = command_line.new_parser(__doc__)
     parser.add_argument(
         "--model_path",
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    """Evaluate, and print the tables or the JSON."""
     device = command_line.pick_device(arguments)
     from run_moefication.moefication.evaluation import evaluate as evaluate_checkpoints
 
@@ -87,6 +89,7 @@ def print_load(rows: list) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     return command_line.run(build_parser(), evaluate, argv)
 
 

@@ -15,6 +15,7 @@ from run_moefication import command_line
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options of this stage."""
     parser = command_line.new_parser(__doc__)
     command_line.add_model_path(parser)
     parser.add_argument(
@@ -65,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def get_hidden_features(arguments: argparse.Namespace) -> None:
+    """Run the stage in this process of one or several, and print the mix of domains."""
     from run_moefication.moefication.errors import MoEficationError
 
     try:
@@ -122,6 +124,7 @@ def get_hidden_features(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     return command_line.run(build_parser(), get_hidden_features, argv)
 
 

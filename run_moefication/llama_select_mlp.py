@@ -15,11 +15,10 @@ from run_moefication import command_line
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options of this stage."""
     parser = command_line.new_parser(__doc__)
     command_line.add_model_path(parser)
-    parser.add_argument(
-        "--split_file_path", type=command_line.path, required=True, help="folder that llama_split_clustering.py wrote"
-    )
+    command_line.add_split(parser)
     parser.add_argument(
         "--hidden_features_path",
         type=command_line.path,
@@ -34,7 +33,6 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("plain", "positive", "l2_norm"),
         help="score of an expert from its neurons' activations a: |sum a|, sum max(a, 0), or sum a^2",
     )
-    parser.add_argument("--num_experts", type=int, required=True, help="experts per layer, those of the split")
     parser.add_argument(
         "--num_selects",
         type=int,
@@ -69,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def select(arguments: argparse.Namespace) -> None:
+    """Run the stage and print how good the gates are."""
     device = command_line.pick_device(arguments)
     from run_moefication.moefication.checkpoints import Checkpoint
     from run_moefication.moefication.gate_training import GateSettings, parse_layers, train_gates
@@ -115,6 +114,7 @@ def print_quality(metrics: dict, num_selects: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     return command_line.run(build_parser(), select, argv)
 
 

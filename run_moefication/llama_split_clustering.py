@@ -12,6 +12,7 @@ from run_moefication import command_line
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options of this stage."""
     parser = command_line.new_parser(__doc__)
     command_line.add_model_path(parser)
     command_line.add_save_path(parser, "NAME-nExpert-Split-Clustering")
@@ -28,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def split(arguments: argparse.Namespace) -> None:
+    """Run the stage and print the balance of what came out."""
     device = command_line.pick_device(arguments)
     from run_moefication.moefication.checkpoints import Checkpoint
     from run_moefication.moefication.splitting import parse_templates, split_by_clustering
@@ -56,6 +58,7 @@ def split(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     return command_line.run(build_parser(), split, argv)
 
 

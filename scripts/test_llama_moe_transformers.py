@@ -11,6 +11,7 @@ PROMPTS = ["The capital of France is", "Once upon a time, there was", "To bake b
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", required=True, help="folder that llama_convert.py or save_pretrained wrote")
     parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="texts to continue (default: three)")
@@ -20,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if not Path(arguments.model_path, "config.json").is_file():

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.utils import logging
 
-from .artifacts import digest, load_tensors
 from .errors import MoEficationError
+from .files import digest, load_tensors
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -30,6 +30,16 @@ TEMPLATES = ("layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight")
 FINGERPRINT_SAMPLES = 16
 # Fields of config.json that say nothing about what the weights compute.
 CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
+# What makes a tokenizer; not every checkpoint has all.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 HEADS = ("lm_head.weight", "score.weight")
 # Of checkpoints written by older transformers versions; computed from the config today.
 IGNORED_TENSORS = re.compile(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq")

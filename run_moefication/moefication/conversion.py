@@ -16,9 +16,10 @@ from llama_moe import LlamaMoEConfig
 from llama_moe.moe_layers import GATE_CLASSES
 
 from . import artifacts
-from .checkpoints import DTYPES, TEMPLATES, Checkpoint
+from .checkpoints import DTYPES, TEMPLATES, TOKENIZER_FILES, Checkpoint
 from .errors import MoEficationError
 from .gate_training import GATE_NETWORKS, require_selects
+from .manifests import Claim, environment
 from .model_card import model_card
 from .progress import Progress, no_progress
 from .splitting import Split
@@ -27,13 +28,7 @@ CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceCla
 CODE_FILES = ("configuration_llama_moe.py", "modeling_llama_moe.py", "moe_layers.py")
 # Copied as they are: loading and saving them again loses templates, and refuses some generation configs.
 COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+    *TOKENIZER_FILES,
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
@@ -139,11 +134,11 @@ def convert(
         "dtype": dtype,
         "num_labels": num_labels,
     }
-    claim = artifacts.Claim(
+    claim = Claim(
         stage="convert",
         options=options,
         source=checkpoint.source,
-        environment=artifacts.environment("cpu"),
+        environment=environment("cpu"),
         inputs={"split_file_path": split.artifact.digest, "select_file_path": gates.artifact.digest},
     )
     if Path(save_path).resolve() == checkpoint.path:

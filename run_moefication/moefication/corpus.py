@@ -1,6 +1,5 @@
 """Text to token blocks: documents, tokenised, joined, packed, and mixed as LLaMA's pretraining mixed its domains."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -14,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .artifacts import digest, tensor_sha256, write_atomically
-from .checkpoints import Checkpoint, quiet_transformers
+from .checkpoints import TOKENIZER_FILES, Checkpoint, quiet_transformers
 from .errors import MoEficationError
+from .files import digest, file_sha256, tensor_sha256, write_atomically
 from .progress import Progress, no_progress
 
 # Sampling proportions of LLaMA's pretraining data (Touvron et al. 2023, table 1), by the word a file's name carries.
@@ -33,16 +32,6 @@ DEFAULT_BLOCK_SIZE = 2048
 DOCUMENTS_PER_BATCH = 256
 MAX_LINE_BYTES = 64 << 20
 CACHE_VERSION = 1
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
-
 logger = logging.getLogger(__name__)
 
 
@@ -301,8 +290,8 @@ def _domain_tokens(
     progress: Progress,
 ) -> torch.Tensor:
     """The token stream of a domain, from the cache if it holds just this text, tokenizer and block size."""
-    tokenizer_files = {n: _file_sha256(checkpoint.path / n) for n in TOKENIZER_FILES if (checkpoint.path / n).exists()}
-    key = digest([CACHE_VERSION, tokenizer_files, [_file_sha256(file) for file in files], block_size])
+    tokenizer_files = {n: file_sha256(checkpoint.path / n) for n in TOKENIZER_FILES if (checkpoint.path / n).exists()}
+    key = digest([CACHE_VERSION, tokenizer_files, [file_sha256(file) for file in files], block_size])
     cached = None if cache_path is None else Path(cache_path) / f"{domain}-{key[:32]}.safetensors"
     if cached is not None and (tokens := _read_cache(cached)) is not None:
         return tokens
@@ -335,8 +324,3 @@ def _read_cache(path: Path) -> torch.Tensor | None:
         logger.debug("%s: %s", path, error)
     logger.warning("%s is damaged; tokenising again", path)
     return None
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,7 @@
 """Stage 3: gates that predict which experts a token needs, trained layer by layer on recorded features."""
 
 import logging
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from .checkpoints import Checkpoint
 from .errors import MoEficationError
 from .expert_scores import CRITERIA, TOKENS_PER_CHUNK, ExpertScorer, LayerActivations
 from .hidden_features import Features
+from .manifests import Claim, environment
 from .progress import Progress, no_progress
 from .splitting import Split
 
@@ -117,11 +119,11 @@ def train_gates(
         raise MoEficationError(f"{features_path} holds {features.num_tokens} tokens; at least 2 are needed")
     num_layers = checkpoint.config.num_hidden_layers
     names = [settings.templates.format(layer) for layer in range(num_layers)]
-    claim = artifacts.Claim(
+    claim = Claim(
         stage="select",
         options=asdict(settings),
         source=checkpoint.source,
-        environment=artifacts.environment(device),
+        environment=environment(device),
         inputs={"split_file_path": split.artifact.digest, "hidden_features_path": features.artifact.digest},
     )
     folder = artifacts.select_folder(save_path, checkpoint.name, settings.num_experts)
@@ -135,10 +137,6 @@ def train_gates(
             settings.gate_network, _rows(checkpoint, layer, settings.templates, device), split.neurons(layer)
         )
         metrics = fit_gate(gate.to(device), inputs, scores, settings)
-        if not all(parameter.isfinite().all() for parameter in gate.parameters()):
-            raise MoEficationError(
-                f"the gate of layer {layer} did not stay finite; use a smaller --lr than {settings.lr}"
-            )
         state = {name: tensor.cpu().clone() for name, tensor in gate.state_dict().items()}
         writer.write_piece(names[layer], {names[layer]: writer.write_tensors(names[layer], state)}, metrics)
     writer.finish()
@@ -250,6 +248,8 @@ def _epochs(
             optimizer.step()
             schedule.step()
             total += loss.item() * len(batch)
+        if not math.isfinite(total):
+            raise MoEficationError(f"the loss of a gate did not stay finite; use a smaller --lr than {settings.lr}")
         yield total / len(inputs)
 
 

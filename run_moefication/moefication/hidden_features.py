@@ -17,6 +17,8 @@ from . import artifacts
 from .checkpoints import DTYPES, Checkpoint
 from .corpus import Corpus
 from .errors import MoEficationError
+from .files import tensor_sha256
+from .manifests import Claim, environment
 from .progress import Progress, no_progress
 from .splitting import require_template
 
@@ -70,11 +72,11 @@ def extract_features(
         "save_interval": save_interval,
         "dtype": dtype,
     }
-    claim = artifacts.Claim(
+    claim = Claim(
         stage="hidden_features",
         options=options,
         source=checkpoint.source,
-        environment=artifacts.environment(device),
+        environment=environment(device),
         inputs={"train_data_path": corpus.digest},
         facts={"processes": world_size},
     )
@@ -184,7 +186,7 @@ def _write_shard(
         files[file] = writer.write_tensors(file, layers) | {
             "shard": number,
             "tokens": len(layers[0]),
-            "layers": {str(layer): artifacts.tensor_sha256(tensor) for layer, tensor in layers.items()},
+            "layers": {str(layer): tensor_sha256(tensor) for layer, tensor in layers.items()},
         }
     writer.write_piece(str(number), files)
 
@@ -222,7 +224,7 @@ class Features:
         shape = (entry["tokens"], self._widths[kind])
         if not isinstance(tensor, torch.Tensor) or tensor.shape != shape or not tensor.is_contiguous():
             raise MoEficationError(f"{path} has no tensor of shape {list(shape)} for layer {layer}")
-        if artifacts.tensor_sha256(tensor) != entry["layers"][str(layer)]:
+        if tensor_sha256(tensor) != entry["layers"][str(layer)]:
             raise MoEficationError(
                 f"{path} is damaged: the checksum of layer {layer} is not the manifest's; "
                 f"run llama_get_hidden_features.py again with --overwrite"

@@ -4,8 +4,8 @@ from typing import Any
 
 from llama_moe import LlamaMoEConfig
 
-from .artifacts import Claim
 from .checkpoints import Checkpoint
+from .manifests import Claim
 
 
 def model_card(checkpoint: Checkpoint, claim: Claim, config: LlamaMoEConfig, gate_metrics: dict[str, Any]) -> str:

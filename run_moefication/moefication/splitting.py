@@ -8,6 +8,7 @@ from . import artifacts
 from .balanced_kmeans import balanced_kmeans
 from .checkpoints import TEMPLATES, Checkpoint
 from .errors import MoEficationError
+from .manifests import Claim, environment
 from .progress import Progress, no_progress
 
 
@@ -47,11 +48,11 @@ def split_by_clustering(
     Returns: the writer of the folder, finished.
     """
     checkpoint.require_experts(num_experts)
-    claim = artifacts.Claim(
+    claim = Claim(
         stage="split",
         options={"templates": templates, "num_experts": num_experts, "distance": distance, "seed": seed},
         source=checkpoint.source,
-        environment=artifacts.environment(device),
+        environment=environment(device),
     )
     names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
     folder = artifacts.split_folder(save_path, checkpoint.name, num_experts)

@@ -331,7 +331,7 @@ def test_more_processes_may_finish_what_one_began(finished, tmp_path, monkeypatc
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert pipeline.features() == 0  # rank 1 of 3 does shards 1 and 4 of 0-4
-    assert not (pipeline.features_folder / artifacts.MANIFEST).exists()
+    assert not (pipeline.features_folder / "manifest.json").exists()
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert pipeline.features() == 0  # one process does the rest

@@ -11,9 +11,11 @@ import pytest
 import torch
 from pipeline import contents
 
-from run_moefication.moefication import artifacts
-from run_moefication.moefication.artifacts import ArtifactWriter, Claim, load_tensors, open_finished, write_atomically
+from run_moefication.moefication import files
+from run_moefication.moefication.artifacts import ArtifactWriter, open_finished
 from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.files import load_tensors, write_atomically
+from run_moefication.moefication.manifests import Claim
 
 CLAIM = Claim(
     stage="split",
@@ -72,7 +74,7 @@ def test_failed_write_leaves_what_was_there(existing, tmp_path):
 
 def test_full_disk_inside_torch_save_is_an_oserror(tmp_path, monkeypatch):
     writes = 0
-    real = artifacts._HashingFile.write
+    real = files._HashingFile.write
 
     def fail_at(limit):
         def write(self, data):
@@ -86,7 +88,7 @@ def test_full_disk_inside_torch_save_is_an_oserror(tmp_path, monkeypatch):
 
     for limit in (1, 2, 3, 5):
         writes = 0
-        monkeypatch.setattr(artifacts._HashingFile, "write", fail_at(limit))
+        monkeypatch.setattr(files._HashingFile, "write", fail_at(limit))
         with pytest.raises(OSError, match="No space left"):
             write_atomically(tmp_path / "file", lambda file: torch.save(torch.zeros(1000), file))
         assert not list(tmp_path.iterdir())

@@ -1,0 +1,110 @@
+"""Single files, written so that they are whole or absent, and read so that nothing in them is ever executed."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from .errors import MoEficationError
+
+
+class _HashingFile:
+    """A write-only file that counts and hashes what passes through, so that no file is read back to be hashed."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._sha256, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        written = self._file.write(data)
+        self._sha256.update(data)
+        self.size += written
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def entry(self) -> dict[str, Any]:
+        return {"size": self.size, "sha256": self._sha256.hexdigest()}
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
+    """Make `path` by `write(file)`: under its final name it is whole, whatever interrupts.
+
+    Returns: `{"size", "sha256"}` of the file, for its manifest.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as raw:
+            file = _HashingFile(raw)
+            try:
+                write(file)
+            except RuntimeError as error:  # torch.save hides a full disk behind an error of its own
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            raw.flush()
+            os.fsync(raw.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+    return file.entry()
+
+
+def write_json(path: Path, content: Any) -> dict[str, Any]:
+    """Write a JSON file atomically; the same content gives the same bytes."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's bytes, whatever its dtype."""
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+def digest(content: Any) -> str:
+    """sha256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_tensors(path: Path) -> Any:
+    """A torch file, memory-mapped; nothing in it is ever executed.
+
+    Raises:
+        MoEficationError: not a regular file, cut short, or holding anything but tensors and plain containers.
+    """
+    if not path.is_file():
+        raise MoEficationError(f"{path} is not a file")
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # the unpickler raises anything, from UnpicklingError to KeyError
+        reason = str(error).strip().split("\n")[0].split(". ")[0][:150]
+        raise MoEficationError(f"{path} is not a whole file of plain tensors, refused ({reason})") from None

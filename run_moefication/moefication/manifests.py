@@ -1,0 +1,127 @@
+"""What a folder's `manifest.json` says, how two of them differ, and refusing those that cannot be trusted."""
+
+import json
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import MoEficationError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PARTS = "manifest.parts"
+CLAIM = "claim.json"
+STAGE_SCRIPTS = {
+    "split": "llama_split_clustering.py",
+    "hidden_features": "llama_get_hidden_features.py",
+    "select": "llama_select_mlp.py",
+    "convert": "llama_convert.py",
+}
+VERSIONED_PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "safetensors")
+MAX_MANIFEST_BYTES = 1 << 30
+
+
+def environment(device: str) -> dict[str, str]:
+    """Versions and device kind: what decides the last bits of a result beside inputs and options."""
+    return {package: version(package) for package in VERSIONED_PACKAGES} | {"device": torch.device(device).type}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a folder is: the stage, every option that shapes its content, and what it is made from.
+
+    `source` describes the dense model (see `Checkpoint.source`), `inputs` maps the name of each artifact read to its
+    digest, `environment` is compared only while the folder is unfinished, `facts` are kept from the run that began the
+    folder and never compared.
+    """
+
+    stage: str
+    options: dict[str, Any]
+    source: dict[str, Any]
+    environment: dict[str, str]
+    inputs: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The claim as it stands in manifests."""
+        return {
+            "format": FORMAT_VERSION,
+            "stage": self.stage,
+            "options": self.options,
+            "source": self.source,
+            "inputs": self.inputs,
+            "environment": self.environment,
+            "facts": self.facts,
+        }
+
+
+def existing_claim(folder: Path) -> tuple[dict[str, Any] | None, bool]:
+    """The claim or manifest in a folder (None: there is none), and whether it is finished."""
+    if folder.exists() and not folder.is_dir():
+        raise MoEficationError(f"{folder} is a file; choose another --save_path")
+    for path, finished in ((folder / MANIFEST, True), (folder / PARTS / CLAIM, False)):
+        if path.exists():
+            return read_manifest(path), finished
+    return None, False
+
+
+def difference(existing: dict[str, Any], wanted: dict[str, Any], finished: bool) -> str | None:
+    """What keeps an existing folder from being the wanted one, as the rest of a sentence, or None."""
+    if existing["stage"] != wanted["stage"]:
+        return f"was written by {STAGE_SCRIPTS[existing['stage']]}"
+    if existing["source"].get("fingerprint") != wanted["source"]["fingerprint"]:
+        return f"was made from another model ({existing['source'].get('name')}: its weights or config differ)"
+    # An option that only one of the two knows (a newer version's) counts as different.
+    for name in sorted({*existing["options"], *wanted["options"]}):
+        before, now = existing["options"].get(name), wanted["options"].get(name)
+        if before != now:
+            return f"was made with --{name} {before}, this run asks for {now}"
+    for name, value in wanted["inputs"].items():
+        if existing["inputs"].get(name) != value:
+            return f"was made from another {name}"
+    if not finished:
+        for name, value in wanted["environment"].items():
+            if existing["environment"].get(name) != value:
+                return f"was begun with {name} {existing['environment'].get(name)}, this run has {value}"
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of our own, refused if it is damaged."""
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError("too large")
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise MoEficationError(
+            f"{path} is damaged ({error}); remake its folder with --overwrite or remove it"
+        ) from None
+    if not isinstance(content, dict):
+        raise MoEficationError(f"{path} is damaged (not a JSON object); remake its folder or remove it")
+    return content
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest or claim, refused if it is damaged, foreign, or of another format version."""
+    manifest = read_json(path)
+    if manifest.get("stage") not in STAGE_SCRIPTS:
+        raise MoEficationError(f"{path} is not a manifest of this toolkit")
+    if manifest.get("format") != FORMAT_VERSION:
+        raise MoEficationError(
+            f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT_VERSION}; remake the folder"
+        )
+    for name in ("options", "source", "inputs", "environment", "facts"):
+        if not isinstance(manifest.get(name), dict):
+            raise MoEficationError(f"{path} is damaged (no {name}); remake its folder")
+    return manifest
+
+
+def inside(folder: Path, relative: str) -> Path:
+    """The path of a file that a manifest names, which must lie in the manifest's folder."""
+    path = Path(relative)
+    if path.is_absolute() or ".." in path.parts:
+        raise MoEficationError(f"the manifest of {folder} names {relative}, outside of it")
+    return folder / path
