@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 GATE_NETWORKS = ("mlp", "linear")
 
 
+@strict
 class LlamaMoEConfig(LlamaConfig):
     """A `LlamaConfig` plus how each MLP is cut into experts and how a token chooses among them.
 
@@ -47,7 +49,7 @@ class LlamaMoEConfig(LlamaConfig):
         kwargs.setdefault("auto_map", auto_map())
         if self.moe_intermediate_size is None and self.num_experts > 0:
             self.moe_intermediate_size = self.intermediate_size // self.num_experts
-        self._check_experts()
+        self.check_experts()
         super().__post_init__(**kwargs)
 
     @property
@@ -55,7 +57,9 @@ class LlamaMoEConfig(LlamaConfig):
         """Experts that run per token: the command line's `--num_selects`."""
         return self.num_experts_per_tok
 
-    def _check_experts(self) -> None:
+    def check_experts(self) -> None:
+        """Raise `ValueError` unless the counts fit together. Models ask too: `from_pretrained(..., field=value)` sets
+        fields after the config was made."""
         if self.num_experts < 1:
             raise ValueError(f"num_experts is {self.num_experts}; it must be at least 1")
         if self.num_experts * self.moe_intermediate_size != self.intermediate_size:

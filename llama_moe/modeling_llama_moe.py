@@ -91,6 +91,7 @@ class LlamaMoEModel(LlamaMoEPreTrainedModel, LlamaModel):
     """The difference: its layers. `forward` is Llama's; ask it for `output_router_logits=True` as well."""
 
     def __init__(self, config: LlamaMoEConfig):
+        config.check_experts()
         super(LlamaModel, self).__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size

@@ -104,7 +104,6 @@ def get_hidden_features(arguments: argparse.Namespace) -> None:
         arguments.save_path,
         template=arguments.templates,
         feature_format=arguments.feature_format,
-        block_size=block_size,
         batch_size=arguments.batch_size,
         save_interval=arguments.save_interval,
         dtype=arguments.dtype,

@@ -22,12 +22,13 @@ if [ -z "${MODEL:-}" ]; then
     MODEL="$REPOSITORY/.cache/SmolLM2-135M-Instruct"
     "$PYTHON" "$REPOSITORY/llama_download/download_smollm2.py" --output_dir "$MODEL"
 fi
-if [ -z "${DATA:-}" ]; then
+if [ -z "${DATA:-}" ] || [ -z "${TEXT:-}" ]; then
     say "Text"
-    DATA="$REPOSITORY/.cache/llama_data"
-    "$PYTHON" "$REPOSITORY/llama_data/make_sample_data.py" --output_dir "$DATA"
+    SAMPLE="$REPOSITORY/.cache/llama_data"
+    "$PYTHON" "$REPOSITORY/llama_data/make_sample_data.py" --output_dir "$SAMPLE"
 fi
-TEXT="${TEXT:-$DATA/heldout/wikipedia.jsonl}"
+DATA="${DATA:-$SAMPLE}"
+TEXT="${TEXT:-$SAMPLE/heldout/wikipedia.jsonl}"
 
 export MODEL_PATH="$MODEL" SAVE_PATH="$WORK" TRAIN_DATA_PATH="$DATA" TRAIN_DATA_CACHE_PATH="$WORK/llama_data_cache"
 export NUM_EXPERTS="${NUM_EXPERTS:-8}" BLOCK_SIZE="${BLOCK_SIZE:-512}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,10 +49,14 @@ class DomainShare:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token blocks, each an int32 tensor of at most the block size, in the order every stage numbers them."""
+    """Token blocks, each an int32 tensor of at most the block size, in the order every stage numbers them.
+
+    `options` are those that chose the blocks, as manifests record them.
+    """
 
     blocks: list[torch.Tensor]
     mix: list[DomainShare]
+    options: dict[str, Any]
 
     @property
     def num_tokens(self) -> int:
@@ -260,7 +265,14 @@ def training_corpus(
         shares.append(DomainShare(name, weights[name], len(stream), asked, sum(map(len, taken))))
     if not blocks:
         raise MoEficationError(f"{data_path}: the options leave no token to read")
-    return Corpus([blocks[i] for i in generator.permutation(len(blocks))], shares)
+    options = {
+        "block_size": block_size,
+        "domain_weights": domain_weights,
+        "data_use_percent": data_use_percent,
+        "max_tokens": max_tokens,
+        "seed": seed,
+    }
+    return Corpus([blocks[i] for i in generator.permutation(len(blocks))], shares, options)
 
 
 def _draw(blocks: list[torch.Tensor], num_tokens: int, generator: np.random.Generator) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ W of the run that began the folder: a run may go on with another number of proce
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,7 +34,6 @@ def extract_features(
     *,
     template: str,
     feature_format: str = "full",
-    block_size: int,
     batch_size: int = 4,
     save_interval: int = 1,
     dtype: str = "bfloat16",
@@ -45,7 +45,7 @@ def extract_features(
 ) -> artifacts.ArtifactWriter:
     """Run the dense model over the corpus and store, per layer, the MLP's inputs and (format "full") activations.
 
-    Memory: the model, and one shard: `save_interval * batch_size * block_size` tokens times layers times hidden size
+    Memory: the model, and one shard: `save_interval * batch_size` blocks of tokens times layers times hidden size
     (plus intermediate size in "full") in `dtype`.
 
     Args:
@@ -67,18 +67,17 @@ def extract_features(
     options = {
         "templates": template,
         "feature_format": feature_format,
-        "block_size": block_size,
         "batch_size": batch_size,
         "save_interval": save_interval,
         "dtype": dtype,
     }
     claim = Claim(
         stage="hidden_features",
-        options=options,
+        options=options | corpus.options,
         source=checkpoint.source,
         environment=environment(device),
         inputs={"train_data_path": corpus.digest},
-        facts={"processes": world_size},
+        facts={"processes": world_size, "mix": [asdict(share) for share in corpus.mix]},
     )
     folder = artifacts.features_folder(save_path, checkpoint.name)
     blocks_per_shard = batch_size * save_interval

@@ -4,10 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, VARIANTS
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -16,6 +19,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -26,6 +31,11 @@ CLASSES = {
     LlamaMoEModel: AutoModel,
     LlamaMoEForCausalLM: AutoModelForCausalLM,
     LlamaMoEForSequenceClassification: AutoModelForSequenceClassification,
+}
+DENSE = {
+    LlamaMoEModel: LlamaModel,
+    LlamaMoEForCausalLM: LlamaForCausalLM,
+    LlamaMoEForSequenceClassification: LlamaForSequenceClassification,
 }
 # float32 sums of the same terms in another order or batch shape.
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
@@ -42,6 +52,10 @@ def some_tokens(batch=2, length=10):
 
 def first(output):
     return output.logits if "logits" in output else output.last_hidden_state
+
+
+def base_of(model):
+    return model if isinstance(model, LlamaMoEModel) else model.model
 
 
 # ---------------------------------------------------------------------------------------------------- config
@@ -64,6 +78,42 @@ def first(output):
 def test_bad_config_values_are_refused_by_name(change, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         LlamaMoEConfig(**(MOE | change))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_experts", "4"),
+        ("num_experts", None),
+        ("num_experts_per_tok", 2.0),
+        ("moe_intermediate_size", 16.0),
+        ("gate_network", None),
+        ("multiply_gate_scores", "no"),
+        ("output_router_logits", 1),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused_by_name(field, value):
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"'{field}'"):
+        LlamaMoEConfig(**(MOE | {field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_experts_per_tok", 0), ("num_experts_per_tok", 5), ("num_experts", 8), ("gate_network", "conv")],
+)
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_bad_values_given_while_loading_are_refused_by_name(model_class, field, value, tmp_path):
+    make(model_class).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=field):
+        model_class.from_pretrained(tmp_path, **{field: value})
+
+
+def test_config_defaults():
+    """As the class's docstring gives them; a LLaMA's own fields stay a LLaMA's."""
+    config, llama = LlamaMoEConfig(), LlamaConfig()
+    assert config.num_experts * config.moe_intermediate_size == config.intermediate_size == llama.intermediate_size
+    assert (config.num_experts, config.num_experts_per_tok, config.num_selects) == (8, 2, 2)
+    assert (config.gate_network, config.multiply_gate_scores, config.output_router_logits) == ("mlp", False, False)
 
 
 def test_config_round_trip(tmp_path):
@@ -97,6 +147,55 @@ def test_save_and_load_through_auto_classes(model_class, config, tmp_path):
         assert torch.equal(first(model(some_tokens())), first(loaded(some_tokens())))
 
 
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [(LlamaMoEForCausalLM, config) for config in VARIANTS.values()]
+    + [(LlamaMoEModel, {}), (LlamaMoEForSequenceClassification, {"num_labels": 3})],
+)
+def test_all_experts_are_the_dense_llama(model_class, config):
+    model = make(model_class, num_experts_per_tok=4, **config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    dense = DENSE[model_class](LlamaConfig(**(TINY | {"pad_token_id": 0} | config))).eval()
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
+    for name, tensor in model.state_dict().items():
+        layer, _, rest = name.partition("mlp.")
+        if rest.startswith("experts.gate_up_proj"):  # [E, 2W, H], or [E, 2W] for the biases
+            kind = "bias" if rest.endswith("bias") else "weight"
+            gate, up = tensor.chunk(2, dim=1)
+            state |= {
+                f"{layer}mlp.gate_proj.{kind}": gate.flatten(0, 1),
+                f"{layer}mlp.up_proj.{kind}": up.flatten(0, 1),
+            }
+        elif rest == "experts.down_proj":  # [E, H, W]
+            state[f"{layer}mlp.down_proj.weight"] = torch.cat(list(tensor), dim=1)
+        elif rest == "output_bias":
+            state[f"{layer}mlp.down_proj.bias"] = tensor
+    dense.load_state_dict(state)
+    with torch.no_grad():
+        output, expected = first(model(some_tokens())), first(dense(some_tokens()))
+    assert expected.std() > 0.1
+    assert (output - expected).abs().max() < 1e-4  # the design's invariant 1
+
+
+def test_gates_missing_from_a_checkpoint_are_initialised(tmp_path):
+    """Models are built on the meta device while loading: what the file lacks holds no numbers until initialised."""
+    model = make(initializer_range=0.3)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".gate." not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, report = LlamaMoEForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["missing_keys"]) == set(tensors) - set(kept)
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], kept[name]) for name in kept)
+    draws = torch.cat([state[name].flatten() for name in report["missing_keys"]])
+    # As above: the standard deviation of n normal draws is off by about 1 / sqrt(2 n).
+    assert draws.std().item() == pytest.approx(0.3, rel=4 / (2 * draws.numel()) ** 0.5)
+
+
 def test_every_parameter_is_initialised():
     model = make(mlp_bias=True, initializer_range=0.3, num_experts=2)
     for name, parameter in model.named_parameters():
@@ -113,8 +212,12 @@ def test_generation_is_the_same_with_and_without_cache():
     with_cache, without = (
         model.generate(some_tokens(), max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False)
     )
-    assert with_cache.shape == (2, 18)
-    assert torch.equal(with_cache, without)
+    tokens = some_tokens()
+    with torch.no_grad():
+        for _ in range(8):
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(with_cache, tokens)
+    assert torch.equal(without, tokens)
 
 
 def test_left_padding_changes_nothing():
@@ -127,12 +230,40 @@ def test_left_padding_changes_nothing():
         torch.testing.assert_close(output, model(tokens).logits, **TOLERANCE)
 
 
+def test_left_padded_prompts_are_continued_as_if_alone():
+    model, (long, short) = make(), some_tokens(2)
+    short = short[:6]
+    batch = torch.stack([long, F.pad(short, (4, 0), value=0)])
+    together = model.generate(batch, attention_mask=(batch != 0).long(), max_new_tokens=6, do_sample=False)
+    for prompt, answer in ((long, together[0]), (short, together[1])):
+        alone = model.generate(prompt[None], max_new_tokens=6, do_sample=False)[0]
+        assert answer[10:].tolist() == alone[len(prompt) :].tolist()
+
+
 def test_loss_is_the_cross_entropy_of_the_next_token():
     model, tokens = make(), some_tokens()
+    labels = tokens.clone()
+    labels[0, :4] = -100
     with torch.no_grad():
-        output = model(tokens, labels=tokens)
-    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    torch.testing.assert_close(output.loss, expected)
+        output = model(tokens, labels=labels)
+        log_probabilities = output.logits.log_softmax(-1)
+    losses = [
+        -log_probabilities[row, position, labels[row, position + 1]]
+        for row in range(2)
+        for position in range(9)
+        if labels[row, position + 1] != -100
+    ]
+    assert len(losses) == 15
+    torch.testing.assert_close(output.loss, torch.stack(losses).mean())
+
+
+def test_embeddings_in_and_tuples_out():
+    model, tokens = make(), some_tokens()
+    with torch.no_grad():
+        expected = model(tokens, labels=tokens)
+        loss, logits, *_ = model(inputs_embeds=model.get_input_embeddings()(tokens), labels=tokens, return_dict=False)
+    assert torch.equal(loss, expected.loss)
+    assert torch.equal(logits, expected.logits)
 
 
 @pytest.mark.parametrize("logits_to_keep", [1, 3, torch.tensor([0, 5])])
@@ -148,7 +279,7 @@ def test_logits_to_keep(logits_to_keep):
 @pytest.mark.parametrize("by_config", [False, True])
 def test_router_logits_are_the_gates_scores(model_class, by_config):
     model = make(model_class, output_router_logits=by_config)
-    base = model if model_class is LlamaMoEModel else model.model
+    base = base_of(model)
     seen = []
     hooks = [layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in base.layers]
     with torch.no_grad():
@@ -165,30 +296,41 @@ def test_hidden_states_and_attentions():
     model.set_attn_implementation("eager")
     with torch.no_grad():
         output = model(some_tokens(), output_hidden_states=True, output_attentions=True)
-    assert [state.shape for state in output.hidden_states] == [(2, 10, 32)] * 4
-    assert [attention.shape for attention in output.attentions] == [(2, 4, 10, 10)] * 3
+        states, attentions = output.hidden_states, output.attentions
+        assert [state.shape for state in states] == [(2, 10, 32)] * 4
+        assert torch.equal(states[0], model.model.embed_tokens(some_tokens()))
+        assert torch.equal(model.lm_head(states[-1]), output.logits)
+    assert [attention.shape for attention in attentions] == [(2, 4, 10, 10)] * 3
+    for attention in attentions:
+        torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 10))
+        assert torch.equal(attention, attention.tril())
 
 
 def test_budget_can_be_changed_in_place(tmp_path):
     model = make()
     model.save_pretrained(tmp_path)
+    outputs = []
     with torch.no_grad():
         for k in (1, 3, 4):
             model.set_num_experts_per_tok(k)
             loaded = LlamaMoEForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=k)
             assert model.config.num_selects == k
-            assert torch.equal(model(some_tokens()).logits, loaded(some_tokens()).logits)
-    for k in (0, 5):
-        with pytest.raises(ValueError, match=f"num_experts_per_tok is {k}; it must be 1 to num_experts"):
-            model.set_num_experts_per_tok(k)
+            outputs.append(model(some_tokens()).logits)
+            assert torch.equal(outputs[-1], loaded(some_tokens()).logits)
+            assert not any(torch.allclose(outputs[-1], other) for other in outputs[:-1])
+        for k in (0, 5):
+            with pytest.raises(ValueError, match=f"num_experts_per_tok is {k}; it must be 1 to num_experts"):
+                model.set_num_experts_per_tok(k)
+        assert torch.equal(model(some_tokens()).logits, outputs[-1])
 
 
 def test_gates_learn_only_when_their_scores_weigh():
     for multiply in (False, True):
         model = make(multiply_gate_scores=multiply)
         model(some_tokens(), labels=some_tokens()).loss.backward()
-        gate = model.model.layers[1].mlp.gate
-        assert all((parameter.grad is not None) == multiply for parameter in gate.parameters())
+        for layer in model.model.layers:
+            for parameter in layer.mlp.gate.parameters():
+                assert (parameter.grad is not None and parameter.grad.any().item()) == multiply
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -203,48 +345,72 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         assert torch.equal(plain, checkpointed)
 
 
-def test_resized_embeddings_keep_the_old_rows():
-    model = make(tie_word_embeddings=True)
-    before = model.model.embed_tokens.weight[:300].clone()
-    model.resize_token_embeddings(310)
-    assert model(some_tokens()).logits.shape[-1] == 310
-    assert torch.equal(model.model.embed_tokens.weight[:300], before)
+@pytest.mark.parametrize("tied", [False, True])
+def test_resized_embeddings_keep_the_old_logits(tied):
+    model = make(tie_word_embeddings=tied)
+    with torch.no_grad():
+        before = model(some_tokens()).logits
+        model.resize_token_embeddings(310)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        after = model(torch.cat([some_tokens(), torch.full((2, 1), 309)], dim=1)).logits
+    assert after.shape == (2, 11, 310)
+    torch.testing.assert_close(after[:, :10, :300], before, **TOLERANCE)
+
+
+def test_tied_embeddings_stay_one_tensor_on_disk_and_in_memory(tmp_path):
+    make(tie_word_embeddings=True).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = LlamaMoEForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
 # ---------------------------------------------------------------------------------------------------- experts
 
 
-def test_implementations_agree_and_really_run(tmp_path):
-    make().save_pretrained(tmp_path)
-    logits = {}
-    for name in ("eager", "grouped_mm", "batched_mm"):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation=name).eval()
-        calls, real = [], ALL_EXPERTS_FUNCTIONS.get(name)
-        if real is not None:
-            ALL_EXPERTS_FUNCTIONS.register(name, lambda *args, r=real, c=calls: c.append(1) or r(*args))
-        try:
-            with torch.no_grad():
-                logits[name] = model(some_tokens()).logits
-        finally:
-            if real is not None:
-                ALL_EXPERTS_FUNCTIONS.register(name, real)
-        assert len(calls) == (0 if name == "eager" else 3)
+@pytest.fixture
+def calls(monkeypatch):
+    """How often each of transformers' experts functions has run ("eager" is none of them)."""
+    counts = Counter()
+
+    def counting(name, real):
+        return lambda *args, **kwargs: counts.update([name]) or real(*args, **kwargs)
+
     for name in ("grouped_mm", "batched_mm"):
-        torch.testing.assert_close(logits[name], logits["eager"], **TOLERANCE)
+        monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, name, counting(name, ALL_EXPERTS_FUNCTIONS[name]))
+    return counts
 
 
-def test_a_dense_llama_built_before_changes_nothing(tmp_path):
+@pytest.mark.parametrize("model_class", CLASSES)
+@pytest.mark.parametrize("mlp_bias", [False, True])
+def test_implementations_agree_and_really_run(model_class, mlp_bias, calls, tmp_path):
+    make(model_class, mlp_bias=mlp_bias).save_pretrained(tmp_path)
+    outputs = {}
+    for name in ("eager", "grouped_mm", "batched_mm"):
+        model = CLASSES[model_class].from_pretrained(tmp_path, experts_implementation=name).eval()
+        calls.clear()
+        with torch.no_grad():
+            outputs[name] = first(model(some_tokens()))
+        assert dict(calls) == ({} if name == "eager" else {name: 3})
+    for name in ("grouped_mm", "batched_mm"):
+        torch.testing.assert_close(outputs[name], outputs["eager"], **TOLERANCE)
+
+
+def test_a_dense_llama_built_before_changes_nothing(calls, tmp_path):
     LlamaForCausalLM(LlamaConfig(**TINY))  # transformers caches its answer on this class, which ours inherit from
     make().save_pretrained(tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._experts_implementation == "grouped_mm"
+    AutoModelForCausalLM.from_pretrained(tmp_path)(some_tokens())
+    assert dict(calls) == {"grouped_mm": 3}
 
 
 @pytest.mark.parametrize("num_experts", [16, 32, 64])  # widths 4, 2, 1
-def test_widths_that_grouped_mm_refuses_run_eager(num_experts, tmp_path):
+def test_widths_that_grouped_mm_refuses_run_eager_unless_asked_otherwise(num_experts, calls, tmp_path):
     make(num_experts=num_experts).to(torch.bfloat16).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.config._experts_implementation == "eager"
     assert model(some_tokens()).logits.isfinite().all()
+    assert not calls
+    AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="batched_mm")(some_tokens())
+    assert dict(calls) == {"batched_mm": 3}
 
 
 # ---------------------------------------------------------------------------------------------------- carried code
@@ -259,44 +425,62 @@ class NoPackage(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, NoPackage())
 import torch, transformers
-folder, again = sys.argv[1:]
 tokens = torch.tensor([[5, 6, 7, 8]])
-result = {"config": type(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__}
-for auto in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+
+def run(auto, folder):
     model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
-    result[auto] = type(model).__name__
-    if auto == "AutoModelForCausalLM":
-        with torch.no_grad():
-            result["logits"] = model(tokens).logits.tolist()
-        model.save_pretrained(again)
-        model = transformers.AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eval()
-        with torch.no_grad():
-            result["again"] = model(tokens).logits.tolist()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    with torch.no_grad():
+        return model, model(tokens)[0].tolist()
+
+result = {}
+for auto, folder in zip(sys.argv[1::2], sys.argv[2::2]):
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    classes = {name: type(run(name, folder)[0]).__name__ for name in config.auto_map if name != "AutoConfig"}
+    model, output = run(auto, folder)
+    model.save_pretrained(folder + "-again")
+    result[auto] = {
+        "classes": classes | {"AutoConfig": type(config).__name__},
+        "hidden": run("AutoModel", folder)[1],
+        "output": output,
+        "again": run(auto, folder + "-again")[1],
+    }
 print(json.dumps(result))
 """
 
 
-def test_checkpoint_loads_without_the_package(tmp_path, monkeypatch):
-    model = make()
-    model.save_pretrained(tmp_path / "model")
+def test_checkpoints_load_and_save_without_the_package(tmp_path, monkeypatch):
+    """Whichever class saved the folder, every Auto class finds its code there, and none of it is this process's."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    command = [sys.executable, "-c", FRESH_PROCESS, tmp_path / "model", tmp_path / "again"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    models = {auto.__name__: make(model_class) for model_class, auto in CLASSES.items()}
+    arguments = []
+    for auto, model in models.items():
+        model.save_pretrained(tmp_path / auto)
+        arguments += [auto, tmp_path / auto]
+    process = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
     assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout)
-    assert result["config"] == "LlamaMoEConfig"
-    assert result["AutoModel"] == "LlamaMoEModel"
-    assert result["AutoModelForCausalLM"] == "LlamaMoEForCausalLM"
-    assert result["AutoModelForSequenceClassification"] == "LlamaMoEForSequenceClassification"
-    with torch.no_grad():
-        expected = model(torch.tensor([[5, 6, 7, 8]])).logits
-    for logits in (result["logits"], result["again"]):
-        torch.testing.assert_close(torch.tensor(logits), expected, **TOLERANCE)
+    result, tokens = json.loads(process.stdout), torch.tensor([[5, 6, 7, 8]])
+    for auto, model in models.items():
+        assert result[auto]["classes"] == {
+            "AutoConfig": "LlamaMoEConfig",
+            "AutoModel": "LlamaMoEModel",
+            "AutoModelForCausalLM": "LlamaMoEForCausalLM",
+            "AutoModelForSequenceClassification": "LlamaMoEForSequenceClassification",
+        }
+        with torch.no_grad():
+            expected, hidden = first(model(tokens)), base_of(model)(tokens).last_hidden_state
+        torch.testing.assert_close(torch.tensor(result[auto]["hidden"]), hidden, **TOLERANCE)
+        torch.testing.assert_close(torch.tensor(result[auto]["output"]), expected, **TOLERANCE)
+        assert result[auto]["again"] == result[auto]["output"]
 
 
 def test_checkpoint_without_trust_asks_for_it(tmp_path):
     make().save_pretrained(tmp_path)
     code = FRESH_PROCESS.replace(", trust_remote_code=True", ", trust_remote_code=False")
-    process = subprocess.run([sys.executable, "-c", code, tmp_path, "x"], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, "AutoModelForCausalLM", tmp_path]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert process.returncode != 0
     assert "trust_remote_code=True" in process.stderr

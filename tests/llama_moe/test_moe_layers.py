@@ -11,13 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from llama_moe import LlamaMoEConfig
-from llama_moe.moe_layers import BiasedExperts, Experts, LinearGate, MLPGate, MoEBlock
+from llama_moe.moe_layers import GATE_CLASSES, BiasedExperts, Experts, LinearGate, MLPGate, MoEBlock
 
 # float32 sums of the same terms in another order.
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 # Of the largest output: float32 as above; bf16 keeps 8 bits, and a handful of roundings add up.
 RELATIVE_TO_LARGEST = {torch.float32: 1e-6, torch.bfloat16: 4 * 2**-8}
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+# experts, width, tokens, experts per token; grouped_mm takes widths of whole 16 bytes only.
+SHAPES = [(1, 8, 3, 1), (4, 8, 1, 2), (4, 16, 9, 4), (8, 8, 40, 3)]
+NARROW = [(1, 1, 1, 1), (6, 1, 5, 2), (3, 5, 7, 3)]
 
 
 def random_experts(num_experts, width, hidden, *, biased=False, implementation="eager", dtype=torch.float32):
@@ -58,40 +61,42 @@ def naive_experts(experts, hidden_states, index, weights):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "shape"),
+    [(name, shape) for name in IMPLEMENTATIONS for shape in SHAPES + (NARROW if name != "grouped_mm" else [])],
+)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", RELATIVE_TO_LARGEST)
-@pytest.mark.parametrize(
-    ("experts", "width", "tokens", "k"), [(1, 8, 3, 1), (4, 8, 1, 2), (4, 16, 9, 4), (8, 8, 40, 3)]
-)
-def test_experts_equal_the_naive_loop(implementation, biased, dtype, experts, width, tokens, k):
+def test_experts_equal_the_naive_loop(implementation, biased, dtype, shape):
+    experts, width, tokens, k = shape
     module = random_experts(experts, width, 16, biased=biased, implementation=implementation, dtype=dtype)
     x = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
     routing = random_routing(tokens, experts, k, dtype)
-    before = x.clone(), routing[0].clone()
+    before = [tensor.clone() for tensor in (x, *routing)]
     with torch.no_grad():
         output = module(x, *routing)
+        assert torch.equal(output, module(x, *routing))
         expected = naive_experts(module.float(), x.float(), routing[0], routing[1].float())
     assert output.dtype == dtype
-    assert expected.std() > 0.5
+    assert expected.abs().max() > 0.5
     assert (output.float() - expected).abs().max() < RELATIVE_TO_LARGEST[dtype] * expected.abs().max()
-    assert torch.equal(x, before[0])
-    assert torch.equal(routing[0], before[1])
+    assert all(torch.equal(*pair) for pair in zip((x, *routing), before, strict=True)), "an input was modified"
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 12), st.data())
-def test_any_shape_equals_the_naive_loop(num_experts, width, tokens, data):
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 12), st.booleans(), st.data())
+def test_any_shape_equals_the_naive_loop(num_experts, width, tokens, biased, data):
     k = data.draw(st.integers(1, num_experts))
-    module = random_experts(num_experts, width, 6)
+    module = random_experts(num_experts, width, 6, biased=biased)
     x = torch.randn(tokens, 6, generator=torch.Generator().manual_seed(2))
     routing = random_routing(tokens, num_experts, k)
     torch.testing.assert_close(module(x, *routing), naive_experts(module, x, *routing), **TOLERANCE)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gradients_equal_the_naive_loops(implementation):
-    module = random_experts(4, 8, 16, implementation=implementation)
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradients_equal_the_naive_loops(implementation, biased):
+    module = random_experts(4, 8, 16, biased=biased, implementation=implementation)
     index, weights = random_routing(10, 4, 2)
     gradients = []
     for forward in (module, lambda *inputs: naive_experts(module, *inputs)):
@@ -104,8 +109,11 @@ def test_gradients_equal_the_naive_loops(implementation):
         torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)  # sums of squares are larger
 
 
-def test_no_tokens_give_no_rows():
-    output = random_experts(4, 8, 16)(torch.empty(0, 16), torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2))
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_no_tokens_give_no_rows(implementation, biased):
+    module = random_experts(4, 8, 16, biased=biased, implementation=implementation)
+    output = module(torch.empty(0, 16), torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2))
     assert output.shape == (0, 16)
 
 
@@ -149,6 +157,18 @@ def test_gate_sees_x_unnormalised():
 
 
 @pytest.mark.parametrize("gate_class", [MLPGate, LinearGate])
+def test_bf16_weights_are_a_float32_softmax_rounded_once(gate_class):
+    gate = random_gate(gate_class, num_experts_per_tok=4, multiply_gate_scores=True).bfloat16()
+    scores, weights, index = gate(torch.randn(50, 16, generator=torch.Generator().manual_seed(4)).bfloat16())
+    exponentials = scores.gather(1, index).double().exp()
+    assert weights.dtype == torch.bfloat16
+    # A bf16 number is off by at most 2**-9 of its size; the float32 softmax before it, by far less.
+    torch.testing.assert_close(
+        weights.double(), exponentials / exponentials.sum(dim=-1, keepdim=True), rtol=1.01 * 2**-9, atol=0
+    )
+
+
+@pytest.mark.parametrize("gate_class", [MLPGate, LinearGate])
 def test_gates_hold_raw_parameters_only(gate_class):
     gate = random_gate(gate_class, num_experts_per_tok=2)
     assert not list(gate.children())
@@ -158,7 +178,7 @@ def test_gates_hold_raw_parameters_only(gate_class):
 # ---------------------------------------------------------------------------------------------------- the block
 
 
-def block_of(mlp_bias, num_selects, implementation="eager"):
+def block_of(mlp_bias, num_selects, implementation="eager", **fields):
     config = LlamaMoEConfig(
         hidden_size=16,
         intermediate_size=32,
@@ -166,6 +186,7 @@ def block_of(mlp_bias, num_selects, implementation="eager"):
         num_experts=4,
         num_experts_per_tok=num_selects,
         mlp_bias=mlp_bias,
+        **fields,
     )
     config._experts_implementation_internal = implementation
     block = MoEBlock(config)
@@ -189,6 +210,20 @@ def test_all_experts_are_the_dense_swiglu(mlp_bias, implementation):
     output = block(x)
     assert isinstance(output, torch.Tensor)
     torch.testing.assert_close(output, dense, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"gate_network": gate, "multiply_gate_scores": m} for gate in GATE_CLASSES for m in (False, True)]
+)
+@pytest.mark.parametrize("mlp_bias", [False, True])
+def test_block_is_gate_then_experts(mlp_bias, fields):
+    block = block_of(mlp_bias, 2, **fields)
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(6))
+    _, weights, index = block.gate(x.reshape(10, 16))
+    expected = naive_experts(block.experts, x.reshape(10, 16), index, weights)
+    if mlp_bias:
+        expected = expected + block.output_bias
+    torch.testing.assert_close(block(x), expected.reshape(2, 5, 16), **TOLERANCE)
 
 
 def test_output_bias_is_added_once_whatever_the_budget():

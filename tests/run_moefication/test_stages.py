@@ -48,6 +48,20 @@ def test_all_experts_selected_is_the_dense_model(variant, text_folder, tmp_path)
     assert_dense_when_all_run(model, pipeline.moe)
 
 
+def test_rope_fields_of_older_checkpoints_carry_over(text_folder, tmp_path):
+    model = make_llama(tmp_path / "llama", **VARIANTS["llama3_rope"])
+    with torch.no_grad():
+        expected = load_dense(model)(tokens()).logits
+    config = json.loads((model / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": config.pop("dtype")}
+    (model / "config.json").write_text(json.dumps(config))
+    pipeline = Pipeline(model, text_folder, tmp_path / "out").run()
+    with torch.no_grad():
+        converted = load_moe(pipeline.moe, 4)(tokens()).logits
+    assert (expected - converted).abs().max() < DENSE_TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_sources_keep_their_dtype_and_values(dtype, text_folder, tmp_path):
     model = make_llama(tmp_path / "llama", dtype=dtype)

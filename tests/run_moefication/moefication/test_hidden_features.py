@@ -27,7 +27,7 @@ def corpus(checkpoint, text_folder) -> Corpus:
 
 
 def extract(checkpoint, corpus, folder, **options) -> None:
-    options = {"template": GATE, "block_size": 16, "dtype": "float32"} | options
+    options = {"template": GATE, "dtype": "float32"} | options
     assert extract_features(checkpoint, corpus, folder, **options).finished
 
 
