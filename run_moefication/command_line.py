@@ -132,6 +132,10 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         return _fail(parser, str(error))
     except OSError as error:
         return _fail(parser, f"{error.filename or 'file'}: {error.strerror or error}; run again to go on from here")
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        return _fail(parser, "out of memory: use a smaller --batch_size, another --device or fewer tokens; run again")
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; run again to go on from here", file=sys.stderr)
         return 130

@@ -145,8 +145,8 @@ def convert(
         raise MoEficationError(f"--save_path {save_path} is the source checkpoint itself; choose another folder")
     writer = artifacts.ArtifactWriter(Path(save_path), claim, [*shards, "config"], overwrite=overwrite)
     missing = writer.missing()
-    for name in progress(checkpoint.body_tensors() if missing else [], "check", "tensor"):
-        checkpoint.finite_tensor(name)
+    for name in progress(checkpoint.tensors if missing else [], "check", "tensor"):
+        _require_fit(checkpoint, name, new_dtype)
     for file in progress([file for file in shards if file in missing], "convert", "shard"):
         tensors = {planned.name: _made(planned) for planned in shards[file]}
         writer.write_piece(file, {file: writer.write(file, lambda f, t=tensors: f.write(save(t, {"format": "pt"})))})
@@ -237,9 +237,14 @@ def _made(planned: PlannedTensor) -> torch.Tensor:
     tensor = planned.make().to(planned.dtype).contiguous()
     if tuple(tensor.shape) != planned.shape:
         raise MoEficationError(f"{planned.name} came out as {list(tensor.shape)}, {list(planned.shape)} was planned")
-    if not tensor.sum(dtype=torch.float64).isfinite():
-        raise MoEficationError(f"{planned.name} does not fit into {planned.dtype}; choose another --dtype")
     return tensor
+
+
+def _require_fit(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> None:
+    """Refuse a source tensor that is not finite, or would not be in the new dtype."""
+    tensor = checkpoint.finite_tensor(name)
+    if dtype is not None and tensor.abs().max() > torch.finfo(dtype).max:
+        raise MoEficationError(f"{checkpoint.path}: {name} has values beyond {dtype}; choose another --dtype")
 
 
 def _shards(plan: list[PlannedTensor]) -> dict[str, list[PlannedTensor]]:

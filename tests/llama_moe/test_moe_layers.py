@@ -78,7 +78,7 @@ def test_experts_equal_the_naive_loop(implementation, biased, dtype, shape):
         assert torch.equal(output, module(x, *routing))
         expected = naive_experts(module.float(), x.float(), routing[0], routing[1].float())
     assert output.dtype == dtype
-    assert expected.abs().max() > 0.5
+    assert expected.any()
     assert (output.float() - expected).abs().max() < RELATIVE_TO_LARGEST[dtype] * expected.abs().max()
     assert all(torch.equal(*pair) for pair in zip((x, *routing), before, strict=True)), "an input was modified"
 
@@ -162,9 +162,9 @@ def test_bf16_weights_are_a_float32_softmax_rounded_once(gate_class):
     scores, weights, index = gate(torch.randn(50, 16, generator=torch.Generator().manual_seed(4)).bfloat16())
     exponentials = scores.gather(1, index).double().exp()
     assert weights.dtype == torch.bfloat16
-    # A bf16 number is off by at most 2**-9 of its size; the float32 softmax before it, by far less.
+    # Rounding to bf16's 8 bits moves a number by at most 2**-8 of its size; the float32 softmax is far closer.
     torch.testing.assert_close(
-        weights.double(), exponentials / exponentials.sum(dim=-1, keepdim=True), rtol=1.01 * 2**-9, atol=0
+        weights.double(), exponentials / exponentials.sum(dim=-1, keepdim=True), rtol=1.01 * 2**-8, atol=0
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TINY, VARIANTS, as_bin, change_config, make_llama
 from pipeline import Pipeline, contents, load_dense, load_moe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, LlamaForSequenceClassification, LlamaModel
 
 from run_moefication.moefication import artifacts, conversion
@@ -39,6 +39,20 @@ def assert_dense_when_all_run(model: Path, moe: Path, num_experts: int = 4) -> N
     assert dense.std() > 0.1  # the comparison is not between zeros
     assert (dense - converted).abs().max() < DENSE_TOLERANCE
     assert (dense - partial).abs().max() > 100 * DENSE_TOLERANCE  # and experts do matter
+
+
+def test_values_beyond_the_new_dtype_are_refused_before_anything_is_written(text_folder, tmp_path, capfd):
+    model = make_llama(tmp_path / "llama")
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"][5, 5] = 1e5
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    pipeline = Pipeline(model, text_folder, tmp_path / "out", convert_options=["--dtype", "float16"])
+    assert [pipeline.split(), pipeline.features(), pipeline.select(), pipeline.convert()] == [0, 0, 0, 2]
+    assert "lm_head.weight has values beyond torch.float16; choose another --dtype" in capfd.readouterr().err
+    assert not pipeline.moe.exists()
+    pipeline.convert_options = ["--dtype", "bfloat16"]
+    assert pipeline.convert() == 0
+    assert {tensor.dtype for tensor in load_file(pipeline.moe / "model.safetensors").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
