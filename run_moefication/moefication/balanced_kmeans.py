@@ -61,14 +61,20 @@ def balanced_kmeans(
     if num_clusters < 1 or len(rows) % num_clusters:
         raise MoEficationError(f"{len(rows)} rows cannot be cut into {num_clusters} equal clusters")
     rows = rows.to(device, torch.float32)
+    if distance == "cos":
+        rows = torch.nn.functional.normalize(rows)
     centres, _ = kmeans_plusplus(rows.cpu().numpy(), num_clusters, random_state=seed)
     centres = torch.from_numpy(centres).to(rows)
 
+    row_squares = rows.square().sum(1, dtype=torch.float64)
+    scale = 0.5 if distance == "cos" else 1.0  # between unit vectors, |x - c|^2 = 2 (1 - cos)
     labels, assignment, iterations = None, None, 0
     while iterations < MAX_ITERATIONS:
         iterations += 1
         prices = None if assignment is None else assignment.prices
-        assignment = balanced_assignment(_distances(rows, centres, distance), prices)
+        if distance == "cos":
+            centres = torch.nn.functional.normalize(centres)
+        assignment = balanced_assignment(_squared_distances(rows, row_squares, centres) * scale, prices)
         if labels is not None and np.array_equal(assignment.labels, labels):
             break
         labels = assignment.labels
@@ -82,12 +88,9 @@ def balanced_kmeans(
     )
 
 
-def _distances(rows: torch.Tensor, centres: torch.Tensor, distance: str) -> np.ndarray:
-    """float64 `[N, E]`"""
-    if distance == "cos":
-        cosines = torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(centres).T
-        return (1 - cosines.double()).cpu().numpy()
-    squares = rows.square().sum(1, dtype=torch.float64)[:, None] + centres.square().sum(1, dtype=torch.float64)
+def _squared_distances(rows: torch.Tensor, row_squares: torch.Tensor, centres: torch.Tensor) -> np.ndarray:
+    """Squared Euclidean distances, float64 `[N, E]`."""
+    squares = row_squares[:, None] + centres.square().sum(1, dtype=torch.float64)
     return (squares - 2 * (rows @ centres.T).double()).clamp(min=0).cpu().numpy()
 
 

@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -205,8 +206,7 @@ def fit_gate(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: G
     valid_loss, best = _validate(gate, inputs[valid], scores[valid], settings)
     losses: dict[str, list[float]] = {"train": [], "valid": [valid_loss]}
     best_epoch, best_state = 0, {name: tensor.clone() for name, tensor in gate.state_dict().items()}
-    epochs = 0 if settings.gate_network == "similarity" else settings.epochs
-    for epoch, train_loss in enumerate(_epochs(gate, inputs[train], scores[train], settings, epochs), start=1):
+    for epoch, train_loss in enumerate(_epochs(gate, inputs[train], scores[train], settings), start=1):
         valid_loss, quality = _validate(gate, inputs[valid], scores[valid], settings)
         losses["train"].append(train_loss)
         losses["valid"].append(valid_loss)
@@ -229,10 +229,9 @@ def fit_gate(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: G
     }
 
 
-def _epochs(
-    gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings, epochs: int
-) -> Iterator[float]:
+def _epochs(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> Iterator[float]:
     """Train epoch by epoch (AdamW, one-cycle learning rate), yielding the mean training loss of each."""
+    epochs = 0 if settings.gate_network == "similarity" else settings.epochs
     if not epochs:
         return
     generator = torch.Generator().manual_seed(settings.seed)
@@ -242,15 +241,27 @@ def _epochs(
     for _ in range(epochs):
         total = 0.0
         for batch in torch.randperm(len(inputs), generator=generator).to(inputs.device).split(settings.batch_size):
-            loss = _loss(gate.score(inputs[batch].float()), scores[batch], settings)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+            with _one_cpu_thread():
+                loss = _loss(gate.score(inputs[batch].float()), scores[batch], settings)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
             total += loss.item() * len(batch)
         if not math.isfinite(total):
             raise MoEficationError(f"the loss of a gate did not stay finite; use a smaller --lr than {settings.lr}")
         yield total / len(inputs)
+
+
+@contextmanager
+def _one_cpu_thread() -> Iterator[None]:
+    """A training step is a few small products: threads gain little there, and on busy cores wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _loss(logits: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> torch.Tensor:
