@@ -57,6 +57,10 @@ class LlamaMoEConfig(LlamaConfig):
         """Experts that run per token: the command line's `--num_selects`."""
         return self.num_experts_per_tok
 
+    @num_selects.setter
+    def num_selects(self, value: int) -> None:
+        self.num_experts_per_tok = value
+
     def check_experts(self) -> None:
         """Raise `ValueError` unless the counts fit together. Models ask too: `from_pretrained(..., field=value)` sets
         fields after the config was made."""

@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+# Tiny products on shared cores: threads that wait for one another take many times as long.
+torch.set_num_threads(1)
+
 VOCABULARY = 300
 TINY = {
     "vocab_size": VOCABULARY,

@@ -1,6 +1,7 @@
 """The whole way on a real model and real text: SmolLM2-135M in eight experts, the description's recipe."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,15 @@ from run_moefication.moefication.evaluation import evaluate
 
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time, there was a small"]
 LAYERS = 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_threads():
+    """A real model has work for every core, unlike the tiny ones of the other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

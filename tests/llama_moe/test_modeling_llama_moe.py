@@ -332,6 +332,13 @@ def test_hidden_states_and_attentions():
         assert torch.equal(attention, attention.tril())
 
 
+def test_num_selects_names_the_budget_when_loading(tmp_path):
+    make().save_pretrained(tmp_path)
+    assert LlamaMoEForCausalLM.from_pretrained(tmp_path, num_selects=3).config.num_experts_per_tok == 3
+    with pytest.raises(ValueError, match="num_experts_per_tok is 5"):
+        LlamaMoEForCausalLM.from_pretrained(tmp_path, num_selects=5)
+
+
 def test_budget_can_be_changed_in_place(tmp_path):
     model = make()
     model.save_pretrained(tmp_path)
