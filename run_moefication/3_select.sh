@@ -15,7 +15,7 @@ SPECIFY_LAYER="${SPECIFY_LAYER:-}"                      # such as 0-7; empty: al
 SEED="${SEED:-0}"
 PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
 
-NAME="$(basename "$MODEL_PATH")"
+NAME="$(basename "$(cd "$MODEL_PATH" 2>/dev/null && pwd || echo "$MODEL_PATH")")" # also of "." and the like
 "$PYTHON" "$HERE/llama_select_mlp.py" \
     --model_path "$MODEL_PATH" \
     --split_file_path "$SAVE_PATH/$NAME-${NUM_EXPERTS}Expert-Split-Clustering" \

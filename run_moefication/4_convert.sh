@@ -13,7 +13,7 @@ TEMPLATES="${TEMPLATES:-"layers.{}.mlp.gate_proj.weight"}"
 CONVERT_TYPE="${CONVERT_TYPE:-LlamaMoEForCausalLM}"     # or LlamaMoEModel, LlamaMoEForSequenceClassification
 PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
 
-NAME="$(basename "$MODEL_PATH")"
+NAME="$(basename "$(cd "$MODEL_PATH" 2>/dev/null && pwd || echo "$MODEL_PATH")")" # also of "." and the like
 "$PYTHON" "$HERE/llama_convert.py" \
     --model_path "$MODEL_PATH" \
     --split_file_path "$SAVE_PATH/$NAME-${NUM_EXPERTS}Expert-Split-Clustering" \
