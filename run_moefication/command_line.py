@@ -140,7 +140,7 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
     except MoEficationError as error:
         return _fail(parser, str(error))
     except OSError as error:
-        return _fail(parser, f"{error.filename or 'file'}: {error.strerror or error}; run again to go on from here")
+        return _fail(parser, f"{error.filename or 'file'}: {error.strerror or error}")
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise

@@ -49,7 +49,13 @@ def build_parser() -> argparse.ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the tables or the JSON."""
     device = command_line.pick_device(arguments)
+    from run_moefication.moefication.errors import MoEficationError
     from run_moefication.moefication.evaluation import evaluate as evaluate_checkpoints
+
+    if arguments.json not in (None, "-"):
+        file = Path(arguments.json)
+        if file.is_dir() or not file.parent.is_dir():
+            raise MoEficationError(f"--json {file} cannot be written: name a file in a folder that exists")
 
     results = evaluate_checkpoints(
         arguments.model_path,

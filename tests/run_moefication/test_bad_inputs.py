@@ -198,6 +198,7 @@ WRONG = [
     ("evaluate", {"model_path": "{model}", "num_selects": 2}, "--num_selects is for MoE checkpoints"),
     ("evaluate", {"block_size": 129}, "--block_size 129 is outside"),
     ("evaluate", {"max_tokens": 1}, "--max_tokens 1 must be at least 2"),
+    ("evaluate", {"json": "{tmp}/nowhere/rows.json"}, "cannot be written: name a file in a folder that exists"),
     ("evaluate", {"batch_size": 0}, "--batch_size 0 must be at least 1"),
 ]
 
