@@ -6,10 +6,11 @@ tensors. Tensors are memory-mapped; nothing is held here.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ class Checkpoint:
         infos = _read_headers(self.path)
         self._prefix = "model." if "model.embed_tokens.weight" in infos else ""
         self.tensors = {name.removeprefix(self._prefix): info for name, info in infos.items()}
+        # Heads apart, all names carry the prefix or none does.
+        self._refuse_surplus(infos.keys() - map(self._stored_name, self.tensors))
         self._check_tensors()
         self._open_files: dict[str, Any] = {}
 
@@ -134,7 +137,7 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor by its name without `model.` prefix; memory-mapped, not to be written to."""
         info = self.tensors[name]
-        stored = name if name in HEADS else self._prefix + name
+        stored = self._stored_name(name)
         if info.file not in self._open_files:
             path = self.path / info.file
             is_safetensors = path.suffix == ".safetensors"
@@ -177,15 +180,26 @@ class Checkpoint:
             raise MoEficationError(f"{self.path}: weights did not load ({sorted(loading['missing_keys'])[:3]})")
         return model.to(device).eval()
 
+    def _stored_name(self, name: str) -> str:
+        return name if name in HEADS else self._prefix + name
+
+    def _refuse_surplus(self, names: Collection[str]) -> None:
+        if names:
+            raise MoEficationError(f"{self.path} holds {min(names)}, which its config.json has no place for")
+
     def _check_tensors(self) -> None:
         expected = set()
-        for name, shape in _expected_shapes(self.config):
+        shapes = _expected_shapes(self.path, self.config)
+        if "score.weight" in self.tensors:  # of a classifier, with any number of labels
+            labels = self.tensors["score.weight"].shape[:1]
+            shapes = chain(shapes, [("score.weight", (*labels, self.config.hidden_size))])
+        for name, shape in shapes:
             expected.add(name)
             if name not in self.tensors:
                 if name == "lm_head.weight":
                     continue  # base models have none, tied ones need none
                 raise MoEficationError(
-                    f"{self.path} lacks the tensor {self._prefix}{name}, which its config.json calls for"
+                    f"{self.path} lacks the tensor {self._stored_name(name)}, which its config.json calls for"
                 )
             info = self.tensors[name]
             if info.shape != shape:
@@ -194,9 +208,7 @@ class Checkpoint:
                 )
             if info.dtype not in DTYPES.values():
                 raise MoEficationError(f"{self.path}: {name} is {info.dtype}; float32, float16 and bfloat16 are read")
-        surplus = sorted(n for n in self.tensors if n not in expected and not IGNORED_TENSORS.fullmatch(n))
-        if surplus and surplus != ["score.weight"]:
-            raise MoEficationError(f"{self.path} holds {surplus[0]}, which its config.json has no place for")
+        self._refuse_surplus([n for n in self.tensors if n not in expected and not IGNORED_TENSORS.fullmatch(n)])
 
 
 @contextmanager
@@ -217,10 +229,10 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _read_json_object(path: Path, what: str) -> dict[str, Any]:
+    if not path.is_file():  # nor a pipe, which would be waited for
+        raise MoEficationError(f"{path.parent} has no {path.name}; {what}")
     try:
         content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise MoEficationError(f"{path.parent} has no {path.name}; {what}") from None
     except (ValueError, RecursionError):
         raise MoEficationError(f"{path} is not JSON; {what}") from None
     if not isinstance(content, dict):
@@ -257,14 +269,18 @@ def _llama_config(path: Path, raw: dict[str, Any]) -> LlamaConfig:
         raise MoEficationError(f"{path / 'config.json'}: {str(error).strip().splitlines()[-1].strip()}") from None
 
 
-def _expected_shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expected_shapes(path: Path, config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names (without `model.`) and shapes of a LLaMA of this config, from transformers itself.
 
     One layer is built on the meta device and repeated lazily, so that an absurd layer count costs nothing.
     """
     one_layer = LlamaConfig.from_dict(config.to_dict() | {"num_hidden_layers": 1})
-    with torch.device("meta"):
-        tensors = LlamaForCausalLM(one_layer).state_dict()
+    try:
+        with torch.device("meta"):
+            tensors = LlamaForCausalLM(one_layer).state_dict()
+    except Exception as error:  # sizes that no tensor has (2^63, -1, no key-value heads): a class of error for each
+        reason = str(error).strip().split("\n")[0]
+        raise MoEficationError(f"{path / 'config.json'} describes no model that can be built ({reason})") from None
     shapes = {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in tensors.items()}
     for layer in range(config.num_hidden_layers):
         for name, shape in shapes.items():
@@ -312,8 +328,10 @@ def _file_header(path: Path, file: str) -> dict[str, TensorInfo]:
         raise MoEficationError(f"{path / file} is missing; download it again")
     if file.endswith(".bin"):
         tensors = load_tensors(path / file)
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise MoEficationError(f"{path / file} is not a dict of tensors")
+        if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+        ):
+            raise MoEficationError(f"{path / file} is not a dict of tensors by name")
         return {name: TensorInfo(file, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     try:
         with safe_open(path / file, "pt") as opened:

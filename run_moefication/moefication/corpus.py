@@ -1,7 +1,9 @@
 """Text to token blocks: documents, tokenised, joined, packed, and mixed as LLaMA's pretraining mixed its domains."""
 
+import codecs
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -94,7 +96,7 @@ def read_documents(path: Path) -> Iterator[str]:
                 raise MoEficationError(
                     f"{path}:{number}: line longer than {MAX_LINE_BYTES >> 20} MiB; split the document"
                 )
-            if line.strip():
+            if line.removeprefix(codecs.BOM_UTF8).strip():
                 text = _text_of_line(line, f"{path}:{number}")
                 if text.strip():
                     yield text
@@ -256,10 +258,12 @@ def training_corpus(
     total = data_use_percent * min(len(stream) / weights[name] for name, stream in streams.items())
     total = min(total, max_tokens or total)
 
+    left = math.inf if max_tokens is None else max_tokens
     generator = np.random.default_rng(seed)
     blocks, shares = [], []
     for name, stream in streams.items():
-        asked = min(len(stream), round(total * weights[name]))
+        asked = min(len(stream), round(total * weights[name]), left)  # shares rounded up may exceed the limit together
+        left -= asked
         taken = _draw(pack(stream, block_size), asked, generator)
         blocks += taken
         shares.append(DomainShare(name, weights[name], len(stream), asked, sum(map(len, taken))))
@@ -303,7 +307,9 @@ def _domain_tokens(
 ) -> torch.Tensor:
     """The token stream of a domain, from the cache if it holds just this text, tokenizer and block size."""
     tokenizer_files = {n: file_sha256(checkpoint.path / n) for n in TOKENIZER_FILES if (checkpoint.path / n).exists()}
-    key = digest([CACHE_VERSION, tokenizer_files, [file_sha256(file) for file in files], block_size])
+    # The suffix too: it decides how a file is read.
+    contents = [[file.suffix, file_sha256(file)] for file in files]
+    key = digest([CACHE_VERSION, tokenizer_files, contents, block_size])
     cached = None if cache_path is None else Path(cache_path) / f"{domain}-{key[:32]}.safetensors"
     if cached is not None and (tokens := _read_cache(cached)) is not None:
         return tokens

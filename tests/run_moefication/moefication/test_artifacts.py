@@ -2,13 +2,17 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pipeline import contents
 
 from run_moefication.moefication import files
@@ -72,26 +76,62 @@ def test_failed_write_leaves_what_was_there(existing, tmp_path):
     assert contents(tmp_path) == ({"file": existing} if existing else {})
 
 
-def test_full_disk_inside_torch_save_is_an_oserror(tmp_path, monkeypatch):
-    writes = 0
-    real = files._HashingFile.write
+def at_call(monkeypatch, owner, name: str, number: int, act) -> list[int]:
+    """Make the `number`-th call of a function `act()` first. Returns a list that grows by one with each call."""
+    calls, real = [], getattr(owner, name)
 
-    def fail_at(limit):
-        def write(self, data):
-            nonlocal writes
-            writes += 1
-            if writes == limit:
-                raise OSError(28, "No space left on device")
-            return real(self, data)
+    def replacement(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            act()
+        return real(*args, **kwargs)
 
-        return write
+    monkeypatch.setattr(owner, name, replacement)
+    return calls
 
-    for limit in (1, 2, 3, 5):
-        writes = 0
-        monkeypatch.setattr(files._HashingFile, "write", fail_at(limit))
-        with pytest.raises(OSError, match="No space left"):
-            write_atomically(tmp_path / "file", lambda file: torch.save(torch.zeros(1000), file))
-        assert not list(tmp_path.iterdir())
+
+def fail_with_full_disk():
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("existing", [None, b"old"])
+def test_full_disk_at_any_write_of_torch_save_leaves_what_was_there(existing, tmp_path):
+    if existing:
+        (tmp_path / "file").write_bytes(existing)
+    for number in itertools.count(1):
+        with pytest.MonkeyPatch.context() as patch:
+            calls = at_call(patch, files._HashingFile, "write", number, fail_with_full_disk)
+            try:
+                write_atomically(tmp_path / "file", lambda file: torch.save({0: torch.zeros(1000)}, file))
+            except OSError:
+                failed = True
+            else:
+                failed = False
+        assert failed == (len(calls) >= number)  # never silently, never as another error
+        if not failed:
+            break
+        assert contents(tmp_path) == ({"file": existing} if existing else {})
+    assert number > 5
+    assert load_tensors(tmp_path / "file")[0].tolist() == [0] * 1000
+
+
+@pytest.mark.parametrize("name", ["fsync", "chmod", "replace"])
+def test_failure_after_the_last_write_leaves_nothing(name, tmp_path, monkeypatch):
+    at_call(monkeypatch, os, name, 1, fail_with_full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "file", lambda file: file.write(b"x"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, RuntimeError])
+def test_other_errors_of_the_writer_pass_and_leave_nothing(error, tmp_path):
+    def fail(file):
+        file.write(b"half")
+        raise error("mine")
+
+    with pytest.raises(error, match="mine"):
+        write_atomically(tmp_path / "file", fail)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bytes_do_not_depend_on_the_name(tmp_path):
@@ -155,12 +195,44 @@ def test_two_writers_fill_one_folder_like_one(last, finished, tmp_path):
     assert contents(tmp_path / "two") == contents(finished)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(PIECES), st.lists(st.integers(0, 2), min_size=3, max_size=3), st.permutations(range(3)))
+def test_any_three_writers_in_any_order_fill_one_folder_like_one(order, writer_of, finishing):
+    with tempfile.TemporaryDirectory() as root:
+        alone = ArtifactWriter(Path(root, "one"), CLAIM, PIECES)
+        fill(alone, PIECES)
+        assert alone.finish()
+        writers = [ArtifactWriter(Path(root, "three"), CLAIM, PIECES, shared=True) for _ in range(3)]
+        for done, (piece, number) in enumerate(zip(order, writer_of, strict=True), start=1):
+            fill(writers[number], [piece])
+            assert writers[number].finish() == (done == 3)
+            assert (Path(root, "three") / "manifest.json").exists() == (done == 3)
+        assert all(writers[number].finish() for number in finishing if number in writer_of)
+        assert contents(Path(root, "three")) == contents(Path(root, "one"))
+
+
+@pytest.mark.parametrize(("owner", "name"), [(os, "replace"), (Path, "unlink"), (Path, "rmdir")])
+def test_a_writer_may_finish_while_another_does(owner, name, finished, tmp_path):
+    for number in itertools.count(1):
+        folder = tmp_path / f"two-{number}"
+        writers = [ArtifactWriter(folder, CLAIM, PIECES) for _ in range(2)]
+        fill(writers[0], PIECES[:1])
+        fill(writers[1], PIECES[1:])
+        with pytest.MonkeyPatch.context() as patch:
+            calls = at_call(patch, owner, name, number, lambda: writers[1].finish())  # noqa: B023 (called at once)
+            assert writers[0].finish()
+        assert contents(folder) == contents(finished)
+        if len(calls) < number:
+            break
+    assert number > 1
+
+
 def test_stale_temporary_files_are_swept(finished, tmp_path):
     folder = tmp_path / "folder2"
     writer = ArtifactWriter(folder, CLAIM, PIECES)
     fill(writer, PIECES[:1])
-    for stale in (folder / "files" / ".layer.1.abc.tmp", folder / "manifest.parts" / ".layer.1.json.abc.tmp"):
-        stale.write_text("of a killed run")
+    for stale in ("files/.layer.1.abc.tmp", "manifest.parts/.layer.1.json.abc.tmp", ".manifest.json.abc.tmp"):
+        (folder / stale).write_text("of a killed run")
     writer = ArtifactWriter(folder, CLAIM, PIECES)
     fill(writer, PIECES[1:])
     writer.finish()
@@ -214,14 +286,23 @@ def test_foreign_folders_are_refused(tmp_path):
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 
-def test_overwrite_removes_only_what_was_written_here(finished):
-    (finished / "files" / "notes.txt").write_text("mine")
-    changed = dataclasses.replace(CLAIM, options={"num_experts": 4, "seed": 0})
-    writer = ArtifactWriter(finished, changed, PIECES[:1], overwrite=True)
-    assert writer.missing() == PIECES[:1]
-    fill(writer, PIECES[:1])
+@pytest.mark.parametrize("options", [CLAIM.options, {"num_experts": 4, "seed": 0}])
+@pytest.mark.parametrize("state", ["finished", "begun"])
+def test_overwrite_removes_only_what_was_written_here(state, options, tmp_path):
+    writer = ArtifactWriter(tmp_path / "folder", CLAIM, PIECES)
+    fill(writer, PIECES if state == "finished" else PIECES[:2])
+    writer.finish()
+    (writer.folder / "files" / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    claim = dataclasses.replace(CLAIM, options=options)
+    writer = ArtifactWriter(writer.folder, claim, PIECES[2:], overwrite=True)
+    assert writer.missing() == PIECES[2:]
+    assert contents(tmp_path) == before  # until the first write
+    fill(writer, PIECES[2:])
     assert writer.finish()
-    assert set(contents(finished)) == {"files/layer.0", "files/notes.txt", "manifest.json"}
+    after = contents(writer.folder)
+    assert set(after) == {"files/layer.2", "files/notes.txt", "manifest.json"}
+    assert after["files/notes.txt"] == b"mine"
 
 
 def test_overwrite_of_another_stage_is_refused(finished):
@@ -264,6 +345,7 @@ def test_manifest_that_names_files_outside_removes_nothing_there(finished, tmp_p
         (b'{"stage": "split", "format": 2}', "has format 2, this version reads 1"),
         (b'{"stage": "brew", "format": 1}', "is not a manifest of this toolkit"),
         (b'{"stage": "split", "format": 1}', "is damaged (no options)"),
+        (b'{"model_type": "llama"}', "is not a manifest of this toolkit"),
     ],
 )
 def test_bad_manifests_are_refused(content, words, finished):
@@ -283,9 +365,9 @@ def test_load_checks_size_and_sum(finished):
     path = finished / "files" / "layer.1"
     assert artifact.load("files/layer.1").tolist() == [1, 2, 3]
     good = path.read_bytes()
-    for position in (0, len(good) // 2, len(good) - 1):
+    for position in {*range(0, len(good), 19), len(good) - 1}:
         flipped = bytearray(good)
-        flipped[position] ^= 1
+        flipped[position] ^= 1 << position % 8
         path.write_bytes(flipped)
         with pytest.raises(MoEficationError, match=r"layer.1 is damaged: its checksum"):
             artifact.load("files/layer.1")
@@ -299,6 +381,46 @@ def test_load_checks_size_and_sum(finished):
         artifact.load("files/layer.1")
     with pytest.raises(MoEficationError, match="has no files/other"):
         artifact.load("files/other")
+
+
+def test_folders_of_other_kinds_do_not_open(finished, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder, stage, words in [
+        (tmp_path / "absent", "split", "is not a folder; run llama_split_clustering.py first"),
+        (finished / "manifest.json", "split", "is not a folder"),
+        (tmp_path / "empty", "select", "has no manifest.json: not a folder written by llama_select_mlp.py"),
+        (finished, "select", "was written by llama_split_clustering.py, not by llama_select_mlp.py"),
+    ]:
+        with pytest.raises(MoEficationError) as error:
+            open_finished(folder, stage)
+        assert f"{folder} {words}" in str(error.value)
+    manifest = json.loads((finished / "manifest.json").read_text())
+    (finished / "manifest.json").write_text(json.dumps(manifest | {"files": None}))
+    with pytest.raises(MoEficationError, match=r"is damaged \(no files\)"):
+        open_finished(finished, "split")
+
+
+def test_mismatch_with_the_reader_is_named(finished):
+    artifact = open_finished(finished, "split")
+    artifact.require_source("abc", "llama_7B")
+    artifact.require_option("num_experts", 8)
+    with pytest.raises(MoEficationError, match=r"was made from another model \(llama_7B\) than alpaca"):
+        artifact.require_source("abcd", "alpaca")
+    with pytest.raises(MoEficationError, match="was made for --num_experts 8 of llama_7B, this run asks for 16"):
+        artifact.require_option("num_experts", 16)
+
+
+def test_digest_stands_for_the_files_alone(finished, tmp_path):
+    def digest_of(name: str, pieces: list[str]) -> str:
+        claim = dataclasses.replace(CLAIM, options={name: 1})
+        writer = ArtifactWriter(tmp_path / name, claim, pieces)
+        fill(writer, pieces)
+        assert writer.finish()
+        return open_finished(writer.folder, "split").digest
+
+    original = open_finished(finished, "split").digest
+    assert digest_of("same", PIECES) == original
+    assert digest_of("fewer", PIECES[:2]) != original
 
 
 class Bomb:
@@ -315,6 +437,29 @@ def test_code_in_a_file_is_refused_not_run(zipped, tmp_path):
     with pytest.raises(MoEficationError, match="is not a whole file of plain tensors, refused"):
         load_tensors(tmp_path / "file")
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("read", ["load", "map"])
+def test_code_in_a_folder_is_refused_not_run_even_with_a_true_checksum(read, tmp_path):
+    writer = ArtifactWriter(tmp_path / "folder", CLAIM, PIECES[:1])
+    entry = writer.write("bomb", lambda file: torch.save({0: Bomb(tmp_path / "exploded")}, file))
+    writer.write_piece(PIECES[0], {"bomb": entry})
+    assert writer.finish()
+    with pytest.raises(MoEficationError, match="is not a whole file of plain tensors, refused"):
+        getattr(open_finished(writer.folder, "split"), read)("bomb")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("read", ["load", "map"])
+def test_what_is_no_file_is_refused(read, finished):
+    path = finished / "files" / "layer.1"
+    artifact = open_finished(finished, "split")
+    assert getattr(artifact, read)("files/layer.1").tolist() == [1, 2, 3]
+    path.unlink()
+    for make in (path.mkdir, lambda: (path.rmdir(), os.mkfifo(path))):
+        make()
+        with pytest.raises(MoEficationError, match="is missing although the manifest lists it"):
+            getattr(artifact, read)("files/layer.1")
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + bytes(100)])

@@ -3,12 +3,15 @@
 import json
 import logging
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import SENTENCES, make_tokenizer, write_jsonl
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from run_moefication.moefication import corpus as corpus_module
 from run_moefication.moefication.checkpoints import Checkpoint
@@ -40,10 +43,13 @@ def checkpoint(tiny_llama) -> Checkpoint:
         (b'{"text": "a"}\n{"text": "b"}', ["a", "b"]),  # no final newline
         (b'{"text": "a"}\r\n{"text": "b"}\r\n', ["a", "b"]),
         (b'\xef\xbb\xbf{"text": "a"}\n', ["a"]),  # byte order mark
+        (b'\xef\xbb\xbf\r\n{"text": "a"}\n', ["a"]),
+        (b"\xef\xbb\xbf", []),
         ('{"text": "a\u2028b\x85c"}\n'.encode(), ["a\u2028b\x85c"]),  # line separators of Unicode are text
         (b'{"text": "a"}\n\n  \n{"text": "b", "more": [1]}\n', ["a", "b"]),
         (b'{"text": ""}\n{"text": " \\n"}\n{"text": "b"}\n', ["b"]),
         ('{"text": "雪"}\n'.encode(), ["雪"]),
+        (b'{"text": "a\\u0000b", "text": "c\\ud83d\\ude00"}\n', ["c\U0001f600"]),  # the last of two keys; a pair
         (b"", []),
     ],
 )
@@ -52,14 +58,39 @@ def test_documents_of_a_jsonl(content, texts, tmp_path):
     assert list(read_documents(tmp_path / "a.jsonl")) == texts
 
 
+# Text as files hold it: anything but lone surrogates, which UTF-8 cannot hold.
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(TEXTS, max_size=6),
+    st.booleans(),
+    st.sampled_from(["\n", "\r\n", "\n\n", "\n \n"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_any_text_comes_back(texts, escaped, line_end, bom, final_line_end):
+    lines = [json.dumps({"text": text}, ensure_ascii=escaped) for text in texts]
+    content = line_end.join(lines) + line_end * final_line_end
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.jsonl")
+        path.write_bytes(content.encode("utf-8-sig" if bom else "utf-8"))
+        assert list(read_documents(path)) == [text for text in texts if text.strip()]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
         (b'{"text": "cut', "not valid JSON"),
         (b'{"text": "a"} {"text": "b"}', "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
+        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "not valid JSON"),
+        (b'{"text": "a"}\r{"text": "b"}', "not valid JSON"),  # lone CR does not end a line
         (b'["text"]', 'not a JSON object with a string "text"'),
         (b"3", 'not a JSON object with a string "text"'),
+        (b'"text"', 'not a JSON object with a string "text"'),
+        (b'{"text": null}', 'not a JSON object with a string "text"'),
         (b"null", 'not a JSON object with a string "text"'),
         (b'{"text": ["a"]}', 'not a JSON object with a string "text"'),
         (b'{"content": "a"}', 'no "text" field'),
@@ -121,6 +152,21 @@ def test_block_size(asked, positions, used):
     assert require_block_size(asked, positions, "x") == used
 
 
+@pytest.mark.parametrize("asked", [129, 1, 0, -5])
+def test_block_size_beyond_the_model_is_refused(asked):
+    with pytest.raises(MoEficationError, match=f"--block_size {asked} is outside of 2 to 128, the positions of x"):
+        require_block_size(asked, 128, "x")
+
+
+def test_tokens_with_bos_where_the_tokenizer_adds_one_and_without_eos_where_it_has_none():
+    tokenizer = make_tokenizer()
+    plain = [tokenizer(text)["input_ids"] for text in SENTENCES[:2]]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert tokenize(SENTENCES[:2], tokenizer).tolist() == [1, *plain[0], tokenizer.eos_token_id, 1, *plain[1]]
+    tokenizer.eos_token = None
+    assert tokenize(SENTENCES[:2], tokenizer).tolist() == [1, *plain[0], 1, *plain[1]]
+
+
 # ---------------------------------------------------------------------------------------------------- the mix
 
 
@@ -138,9 +184,11 @@ def assert_blocks_of(corpus, checkpoint, folder, block_size) -> None:
     """Every block is (the start of) a block of its domain's packed stream, and none is there twice."""
     streams = [tokenize(read_documents(file), make_tokenizer()) for file in sorted(folder.glob("*.jsonl"))]
     pool = [tuple(block.tolist()) for stream in streams for block in pack(stream, block_size)]
-    for block in corpus.blocks:
-        whole = next(one for one in pool if one[: len(block)] == tuple(block.tolist()))
-        pool.remove(whole)
+    # Whole blocks first, so that one cut short cannot take the place of a whole one that begins alike.
+    for block in sorted((tuple(block.tolist()) for block in corpus.blocks), key=len, reverse=True):
+        matches = [one for one in pool if one[: len(block)] == block]
+        assert matches, f"{block} is no block of the text, or was drawn twice"
+        pool.remove(block if block in matches else matches[0])
 
 
 def test_shares_are_exact_and_the_scarcest_domain_is_used_up(checkpoint, tmp_path):
@@ -170,6 +218,91 @@ def test_less_text_in_the_same_shares(options, share, checkpoint, tmp_path):
     assert_blocks_of(part, checkpoint, tmp_path, 16)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    st.lists(st.integers(1, 9), min_size=4, max_size=4),
+    st.sampled_from([1.0, 0.7, 0.05]),
+    st.one_of(st.none(), st.integers(1, 300)),
+    st.integers(8, 40),
+)
+def test_shares_are_exact_for_any_sizes_weights_and_limits(
+    checkpoint, counts, weights, percent, max_tokens, block_size
+):
+    names = ["c4", "github", "book", "arxiv"][: len(counts)]
+    weights = dict(zip(names, weights, strict=False))
+    with tempfile.TemporaryDirectory() as root:
+        make_text(Path(root, "text"), **dict(zip(names, counts, strict=True)))
+        options = dict(domain_weights=weights, data_use_percent=percent, max_tokens=max_tokens, block_size=block_size)
+        available = {
+            name: len(tokenize(read_documents(Path(root, "text", f"{name}.jsonl")), make_tokenizer())) for name in names
+        }
+        total = percent * min(available[name] * sum(weights.values()) / weights[name] for name in names)
+        wanted = min(total, max_tokens or total)
+        exact = {name: wanted * weights[name] / sum(weights.values()) for name in names}
+        assume(wanted >= len(names))  # with less, there may be no token to take
+        corpus = draw(checkpoint, Path(root, "text"), **options)
+        got = {row.domain: row.got for row in corpus.mix}
+        assert {row.domain: row.available for row in corpus.mix} == available
+        # Each share is rounded; what that adds up to beyond the limit is taken back.
+        slack = 0.5 if max_tokens is None else len(names) / 2
+        assert all(abs(got[name] - exact[name]) <= slack + 1e-6 for name in names)
+        assert sum(got.values()) == corpus.num_tokens
+        assert max_tokens is None or corpus.num_tokens <= max_tokens
+        assert_blocks_of(corpus, checkpoint, Path(root, "text"), block_size)
+
+
+@pytest.mark.parametrize("max_tokens", [2, 5, 11, 101])
+def test_the_limit_on_tokens_holds_where_shares_are_rounded_up(max_tokens, checkpoint, tmp_path):
+    make_text(tmp_path, c4=30, github=30, book=30)
+    weights = dict.fromkeys(["c4", "github", "book"], 1.0)
+    corpus = draw(checkpoint, tmp_path, domain_weights=weights, max_tokens=max_tokens)
+    assert corpus.num_tokens == max_tokens  # each third ends in .67
+
+
+@pytest.mark.parametrize("name", ["c4.jsonl", "notes.txt"])
+def test_a_single_file_is_a_corpus(name, checkpoint, tmp_path):
+    write_jsonl(tmp_path / name, SENTENCES)
+    corpus = draw(checkpoint, tmp_path / name)
+    stream = tokenize(read_documents(tmp_path / name), make_tokenizer())
+    assert sorted(block.tolist() for block in corpus.blocks) == sorted(block.tolist() for block in pack(stream, 16))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        *[
+            ({"data_use_percent": value}, "is not a fraction in (0, 1]; one percent is 0.01")
+            for value in (0, -1, 1.01, 101, float("nan"))
+        ],
+        ({"max_tokens": 0}, "--max_tokens 0 must be at least 1"),
+        ({"max_tokens": -3}, "--max_tokens -3 must be at least 1"),
+        ({"data_use_percent": 1e-9}, "the options leave no token to read"),
+    ],
+)
+def test_wrong_amounts_are_refused(options, words, checkpoint, tmp_path):
+    make_text(tmp_path, c4=5)
+    with pytest.raises(MoEficationError) as error:
+        draw(checkpoint, tmp_path, **options)
+    assert words in str(error.value)
+
+
+def test_text_that_is_not_there_is_refused(checkpoint, tmp_path):
+    with pytest.raises(MoEficationError, match="nowhere does not exist"):
+        draw(checkpoint, tmp_path / "nowhere")
+    write_jsonl(tmp_path / "c4.jsonl", ["", "  "])
+    with pytest.raises(MoEficationError, match=r"c4.jsonl holds no text"):
+        draw(checkpoint, tmp_path)
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(tiny_llama, tmp_path):
+    make_text(tmp_path / "text", c4=5)
+    ignored = shutil.ignore_patterns("tokenizer*", "special_tokens*")
+    bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=ignored)
+    with pytest.raises(MoEficationError, match="bare has no usable tokenizer"):
+        draw(Checkpoint(str(bare)), tmp_path / "text")
+
+
 def test_weights_of_the_users_own(checkpoint, tmp_path):
     make_text(tmp_path, c4=60, github=60, notes=60)
     corpus = draw(checkpoint, tmp_path, domain_weights={"github": 1.0, "notes": 3.0}, max_tokens=400)
@@ -184,6 +317,19 @@ def test_same_seed_same_blocks_other_seed_others(checkpoint, tmp_path):
     assert [row.got for row in first.mix] == [row.got for row in other.mix]
 
 
+def test_domains_are_shuffled_together(checkpoint, tmp_path):
+    make_text(tmp_path, c4=60, github=60)
+    corpus = draw(checkpoint, tmp_path, domain_weights={"c4": 1.0, "github": 1.0})
+    stream = tokenize(read_documents(tmp_path / "c4.jsonl"), make_tokenizer())
+    of_c4 = {tuple(block.tolist()) for block in pack(stream, 16)}
+    first, second = corpus.blocks[: len(corpus.blocks) // 2], corpus.blocks[len(corpus.blocks) // 2 :]
+    for half in (first, second):
+        share = sum(tuple(block.tolist()) in of_c4 for block in half) / len(half)
+        # A half of more than 60 blocks: its share of c4 has a standard deviation below 0.5 / sqrt(60) = 0.065.
+        assert len(half) > 60
+        assert share == pytest.approx(0.5, abs=4 * 0.065)
+
+
 def test_what_lies_below_the_folder_is_not_read(checkpoint, tmp_path):
     make_text(tmp_path, c4=20)
     before = draw(checkpoint, tmp_path).digest
@@ -195,7 +341,11 @@ def test_what_lies_below_the_folder_is_not_read(checkpoint, tmp_path):
     ("names", "weights", "domains"),
     [
         (["c4", "my_GitHub-part1", "github2"], None, {"c4": ["c4"], "github": ["github2", "my_GitHub-part1"]}),
-        (["common_crawl", "Books3", "en_arxiv"], None, {"commoncrawl": ["common_crawl"]}),
+        (
+            ["common_crawl", "Books3", "en_arxiv"],
+            None,
+            {"commoncrawl": ["common_crawl"], "book": ["Books3"], "arxiv": ["en_arxiv"]},
+        ),
         (["a", "b"], None, {"text": ["a", "b"]}),
         (["c4", "other"], {"c4": 1.0}, {"c4": ["c4"]}),
         (["c4", "my notes"], {"mynotes": 1.0}, {"mynotes": ["my notes"]}),
@@ -204,7 +354,7 @@ def test_what_lies_below_the_folder_is_not_read(checkpoint, tmp_path):
 def test_domains_are_words_of_file_names(names, weights, domains, tmp_path):
     make_text(tmp_path, **dict.fromkeys(names, 1))
     found = {domain: sorted(file.stem for file in files) for domain, files in find_domains(tmp_path, weights).items()}
-    assert found | domains == found
+    assert found == domains
 
 
 @pytest.mark.parametrize(
@@ -284,6 +434,19 @@ def test_a_changed_input_is_never_served_from_the_cache(checkpoint, tiny_llama, 
     tokenizer["model"]["merges"] = []
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert cached(Checkpoint(str(other)), folder) != changed
+    assert tokenised == ["c4"] * 5  # draw has no cache
+
+
+def test_the_same_bytes_as_lines_and_as_one_text_are_two_texts(checkpoint, tmp_path, tokenised):
+    folder = tmp_path / "text"
+    make_text(folder, c4=5)
+    shutil.copy(folder / "c4.jsonl", tmp_path / "c4.txt")
+    lines, whole = (
+        training_corpus(checkpoint, path, tmp_path / "cache", block_size=16).digest
+        for path in (folder / "c4.jsonl", tmp_path / "c4.txt")
+    )
+    assert tokenised == ["c4"] * 2
+    assert whole == draw(checkpoint, tmp_path / "c4.txt").digest != lines
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])

@@ -32,11 +32,27 @@ def test_scores_are_the_formulas(criterion, experts, width, dtype):
         torch.testing.assert_close(scores[token], torch.tensor(expected), **TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("criterion", "scores"), [("plain", [2.0, 6.0]), ("positive", [1.0, 6.0]), ("l2_norm", [10.0, 20.0])]
+)
+def test_scores_by_hand(criterion, scores):
+    scorer = ExpertScorer(torch.tensor([[0, 2], [1, 3]]), criterion)
+    assert scorer(torch.tensor([[1.0, 2.0, -3.0, 4.0], [0.0, 0.0, 0.0, 0.0]])).tolist() == [scores, [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("criterion", FORMULAS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_activations_are_summed_in_float32(criterion, dtype):
+    # 1 + 3000 ones: in bfloat16 such a sum stops at 256, in float16 at 2048.
+    assert ExpertScorer(torch.arange(3001)[None], criterion)(torch.ones(1, 3001, dtype=dtype)).tolist() == [[3001.0]]
+
+
 @pytest.mark.parametrize("projection", ["gate_proj", "up_proj"])
 @pytest.mark.parametrize("mlp_bias", [False, True])
-def test_activations_are_the_models(projection, mlp_bias, tmp_path):
-    folder = make_llama(tmp_path / "llama", mlp_bias=mlp_bias)
-    mlp = LlamaForCausalLM.from_pretrained(folder).model.layers[1].mlp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_the_models(projection, mlp_bias, dtype, tmp_path):
+    folder = make_llama(tmp_path / "llama", mlp_bias=mlp_bias, dtype=dtype)
+    mlp = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).model.layers[1].mlp
     inputs = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
     recompute = LayerActivations(Checkpoint(str(folder)), 1, f"layers.{{}}.mlp.{projection}.weight", "cpu")
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Recall means what it says, and training improves it without ever looking at the held-out tokens."""
 
 import dataclasses
+import io
 import logging
 
 import pytest
@@ -55,6 +56,15 @@ def test_random_choice_recalls_k_over_n():
 def test_tokens_without_any_score_count_as_right():
     scores = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 3.0]])
     assert routing_quality(torch.tensor([[0.0, 1, 0], [1, 0, 0]]), scores, 1)["mass_recall"] == (1 + 1 / 3) / 2
+    nothing = torch.zeros(5, 4)
+    assert routing_quality(top_k_mask(nothing, 2), nothing, 2) == {"recall": 1.0, "mass_recall": 1.0}
+
+
+def test_quality_by_hand():
+    scores = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    for chosen, recall, mass in [([0, 1], 1.0, 1.0), ([0, 2], 0.5, 6 / 7), ([2, 3], 0.0, 3 / 7)]:
+        selected = torch.zeros(1, 4).index_fill_(1, torch.tensor(chosen), 1)
+        assert routing_quality(selected, scores, 2) == {"recall": recall, "mass_recall": pytest.approx(mass)}
 
 
 # ---------------------------------------------------------------------------------------------------- gates
@@ -103,6 +113,66 @@ def test_training_beats_the_start_and_the_constant_choice(network, use_softmax):
     assert sum(metrics["expert_load"]) == pytest.approx(K)
 
 
+def straight_loss(logits: torch.Tensor, scores: torch.Tensor, use_softmax: bool) -> float:
+    """The losses as their formulas stand in textbooks, token by token, in float64."""
+    total = 0.0
+    for guess, score in zip(logits.double(), scores.double(), strict=True):
+        if use_softmax:
+            target, predicted = score / score.sum(), guess.exp() / guess.exp().sum()
+            total += (target * (target / predicted).log()).sum().item()  # KL(target || predicted)
+        else:
+            best = set(score.topk(K).indices.tolist())
+            chances = 1 / (1 + (-guess).exp())
+            total -= sum((chances[e] if e in best else 1 - chances[e]).log().item() for e in range(EXPERTS)) / EXPERTS
+    return total / len(logits)
+
+
+@pytest.mark.parametrize("network", ["mlp", "linear"])
+@pytest.mark.parametrize("use_softmax", [True, False])
+def test_losses_are_the_formulas(network, use_softmax):
+    rows, neurons, inputs, scores = problem(350)
+    # A step too small to change a weight: the first epoch's loss is that of the gate as it starts, over all batches.
+    changes = dict(gate_network=network, use_softmax=use_softmax, epochs=1, lr=1e-30)
+    gate = initial_gate(network, rows, neurons)
+    losses = fit_gate(gate, inputs, scores, dataclasses.replace(SETTINGS, **changes))["loss"]
+    logits = gate.score(inputs).detach()
+    # float32 against float64.
+    assert losses["train"] == [pytest.approx(straight_loss(logits[:-35], scores[:-35], use_softmax), rel=1e-5)]
+    assert losses["valid"] == [pytest.approx(straight_loss(logits[-35:], scores[-35:], use_softmax), rel=1e-5)] * 2
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 99), st.sampled_from([1e-4, 0.01, 1.0, 30.0]), st.booleans(), st.sampled_from(["mlp", "linear"]))
+def test_a_gate_never_ends_below_its_start(seed, lr, use_softmax, network):
+    rows, neurons, inputs, scores = problem(120, seed)
+    options = dataclasses.replace(SETTINGS, epochs=4, lr=lr, use_softmax=use_softmax, gate_network=network, seed=seed)
+    start = fit_gate(initial_gate(network, rows, neurons), inputs, scores, dataclasses.replace(options, epochs=0))
+    end = fit_gate(gate := initial_gate(network, rows, neurons), inputs, scores, options)
+    assert end["mass_recall"] >= start["mass_recall"]
+    left = routing_quality(top_k_mask(gate.score(inputs[-12:]).detach(), K), scores[-12:], K)
+    assert left["mass_recall"] == end["mass_recall"]  # the gate left behind is the one reported
+    assert (end["mass_recall"] > start["mass_recall"]) == (end["best_epoch"] > 0)
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    rows, neurons, inputs, scores = problem(200)
+    inputs[7, 3] = float("inf")
+    with pytest.raises(MoEficationError, match="loss of a gate did not stay finite; use a smaller --lr than"):
+        fit_gate(
+            initial_gate("linear", rows, neurons), inputs, scores, dataclasses.replace(SETTINGS, gate_network="linear")
+        )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "valid_percent", "held_out"), [(2, 0.1, 1), (2, 0.99, 1), (10, 0.1, 1), (10, 0.99, 9), (200, 0.25, 50)]
+)
+def test_held_out_tokens_are_the_share_asked_for_and_never_all_or_none(tokens, valid_percent, held_out):
+    rows, neurons, inputs, scores = problem(tokens)
+    options = dataclasses.replace(SETTINGS, epochs=1, valid_percent=valid_percent)
+    metrics = fit_gate(initial_gate("mlp", rows, neurons), inputs, scores, options)
+    assert (metrics["train_tokens"], metrics["valid_tokens"]) == (tokens - held_out, held_out)
+
+
 def test_a_learnable_rule_is_learned():
     _, neurons, inputs, _ = problem(4000)
     rule = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(9))
@@ -118,6 +188,9 @@ def test_best_constant_choice_is_the_highest_mean_of_the_training_tokens():
     scores[:, 5] += 1e5
     metrics = fit_gate(initial_gate("mlp", rows, neurons), inputs, scores, dataclasses.replace(SETTINGS, epochs=0))
     assert metrics["constant_recall"] == 1.0
+    scores[-150:, [0, 1]] += 1e7  # what only the held-out tokens show, a choice made before them cannot know
+    metrics = fit_gate(initial_gate("mlp", rows, neurons), inputs, scores, dataclasses.replace(SETTINGS, epochs=0))
+    assert metrics["constant_recall"] == 0.0
 
 
 def test_held_out_tokens_do_not_train():
@@ -142,11 +215,15 @@ def test_training_stops_early_and_keeps_the_best():
 
 def test_same_seed_same_gate():
     rows, neurons, inputs, scores = problem()
-    gates = [initial_gate("mlp", rows, neurons) for _ in range(3)]
-    for gate, seed in zip(gates, (0, 0, 1), strict=True):
-        fit_gate(gate, inputs, scores, dataclasses.replace(SETTINGS, seed=seed))
-    assert torch.equal(gates[0].input_weight, gates[1].input_weight)
-    assert not torch.equal(gates[0].input_weight, gates[2].input_weight)
+    results = []
+    for seed in (0, 0, 1):
+        metrics = fit_gate(
+            gate := initial_gate("mlp", rows, neurons), inputs, scores, dataclasses.replace(SETTINGS, seed=seed)
+        )
+        torch.save(gate.state_dict(), file := io.BytesIO())
+        results.append((file.getvalue(), metrics))
+    assert results[0] == results[1]
+    assert results[0][0] != results[2][0]
 
 
 def test_similarity_gate_is_not_trained():
@@ -156,9 +233,35 @@ def test_similarity_gate_is_not_trained():
     metrics = fit_gate(gate, inputs, scores, dataclasses.replace(SETTINGS, gate_network="similarity"))
     assert torch.equal(gate.weight, before)
     assert metrics["loss"]["train"] == []
+    assert metrics["best_epoch"] == 0
 
 
 # ---------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_selects": 0}, "--num_selects 0 is outside of 1 to --num_experts 8"),
+        ({"num_selects": 9}, "--num_selects 9 is outside of 1 to --num_experts 8"),
+        ({"select_criterion": "l3"}, "--select_criterion 'l3' is not one of plain, positive, l2_norm"),
+        ({"gate_network": "deep"}, "--gate_network 'deep' is not one of mlp, linear, similarity"),
+        ({"epochs": -1}, "--epochs -1 must not be negative"),
+        ({"batch_size": 0}, "--batch_size 0 at least 1"),
+        *[
+            ({"lr": value}, f"--lr {value} must be a positive number")
+            for value in (0.0, -1.0, float("nan"), float("inf"))
+        ],
+        *[
+            ({"valid_percent": value}, f"--valid_percent {value} is not a fraction")
+            for value in (0.0, 1.0, -0.5, float("nan"))
+        ],
+    ],
+)
+def test_wrong_settings_are_refused(change, words):
+    with pytest.raises(MoEficationError) as error:
+        dataclasses.replace(SETTINGS, **change)
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize(
