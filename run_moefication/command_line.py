@@ -130,6 +130,9 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
 
     Returns: the exit status. Other exceptions are defects of ours and keep their traceback.
     """
+    if {"-h", "--help"} & {*(sys.argv[1:] if argv is None else argv)}:
+        parser.print_help()  # before any other option is looked at: the shell scripts pass some that may be empty
+        return 0
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about their own plans

@@ -109,6 +109,8 @@ def print_quality(metrics: dict, num_selects: int) -> None:
             f"{name:<32} {m['recall']:>7.3f} {m['constant_recall']:>9.3f} "
             f"{m['mass_recall']:>12.3f} {m['constant_mass_recall']:>9.3f} {m['best_epoch']:>6}"
         )
+    if all(m["constant_recall"] == 1.0 for m in metrics.values()):
+        return  # every expert is selected, or always the same: there is nothing to beat
     better = sum(m["mass_recall"] > m["constant_mass_recall"] for m in metrics.values())
     print(f"{better} of {len(metrics)} gates beat the best constant choice of {num_selects} experts by mass recall")
 

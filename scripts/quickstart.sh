@@ -9,6 +9,11 @@
 # Settings: MODEL (folder or hub id), DATA (folder of jsonl), TEXT (held-out text to measure on), NUM_EXPERTS, NUM_SELECTS,
 # MAX_TOKENS (to train gates on), BLOCK_SIZE, EVAL_TOKENS, and WORK, the folder everything is written to.
 set -euo pipefail
+case "${1:-}" in
+    "") ;;
+    -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 0 ;;
+    *) echo "quickstart.sh: error: '$1': settings are given in the environment (--help lists them)" >&2 && exit 2 ;;
+esac
 # shellcheck source=scripts/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment quickstart

@@ -7,15 +7,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from run_moefication import command_line
+
 PROMPTS = ["The capital of France is", "Once upon a time, there was", "To bake bread you need"]
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.new_parser(__doc__)
     parser.add_argument("--model_path", required=True, help="folder that llama_convert.py or save_pretrained wrote")
-    parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="texts to continue (default: three)")
-    parser.add_argument("--max_new_tokens", type=int, default=24, help="length of each continuation (default: 24)")
+    parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="texts to continue")
+    parser.add_argument("--max_new_tokens", type=int, default=24, help="length of each continuation")
     parser.add_argument("--num_selects", type=int, help="experts per token (default: the checkpoint's own)")
     return parser
 

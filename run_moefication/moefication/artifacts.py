@@ -116,7 +116,12 @@ class ArtifactWriter:
         if self._overwrite and existing["stage"] == self._wanted["stage"]:
             return existing, bool(unlike or finished or not self._shared)
         if unlike:
-            raise MoEficationError(f"{self.folder} {unlike}; choose another --save_path, or add --overwrite to redo it")
+            cure = "choose another --save_path"
+            if existing["stage"] == self._wanted["stage"]:
+                cure += ", or add --overwrite to redo it"
+            raise MoEficationError(f"{self.folder} {unlike}; {cure}")
+        if finished:
+            Artifact(self.folder, existing).check_sizes()  # "finished" is not said of a folder that has lost files
         return existing, False
 
     def write(self, relative: str, write: Callable[[Any], None]) -> dict[str, Any]:
@@ -270,6 +275,4 @@ def open_finished(folder: str | Path, stage: str) -> Artifact:
     if not finished:
         done = len(list((folder / PARTS).glob("*.json"))) - 1
         raise MoEficationError(f"{folder} is unfinished ({done} parts done); run {script} again, it goes on from there")
-    if not isinstance(manifest.get("files"), dict):
-        raise MoEficationError(f"{folder / MANIFEST} is damaged (no files); run {script} again with --overwrite")
     return Artifact(folder, manifest)

@@ -175,6 +175,8 @@ def parse_domain_weights(text: str | None) -> dict[str, float] | None:
             weight = -1.0
         if not domain.strip() or not 0 < weight < float("inf"):
             raise MoEficationError(f"--domain_weights {text!r}: {item!r} is not of the form domain=positive number")
+        if _plain(domain) in weights:
+            raise MoEficationError(f"--domain_weights {text!r} names {domain.strip()} twice")
         weights[_plain(domain)] = weight
     return weights
 

@@ -22,6 +22,8 @@ STAGE_SCRIPTS = {
 }
 VERSIONED_PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "safetensors")
 MAX_MANIFEST_BYTES = 1 << 30
+# What else lies in the folder cannot be told without its manifest, so --overwrite cannot clear it.
+CURE_OF_DAMAGE = "remove its folder and run the stage again"
 
 
 def environment(device: str) -> dict[str, str]:
@@ -96,11 +98,9 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError("too large")
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise MoEficationError(
-            f"{path} is damaged ({error}); remake its folder with --overwrite or remove it"
-        ) from None
+        raise MoEficationError(f"{path} is damaged ({error}); {CURE_OF_DAMAGE}") from None
     if not isinstance(content, dict):
-        raise MoEficationError(f"{path} is damaged (not a JSON object); remake its folder or remove it")
+        raise MoEficationError(f"{path} is damaged (not a JSON object); {CURE_OF_DAMAGE}")
     return content
 
 
@@ -115,8 +115,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     for name in ("options", "source", "inputs", "environment", "facts"):
         if not isinstance(manifest.get(name), dict):
-            raise MoEficationError(f"{path} is damaged (no {name}); remake its folder")
+            raise MoEficationError(f"{path} is damaged (no {name}); {CURE_OF_DAMAGE}")
+    if path.name == MANIFEST and not _are_entries(manifest.get("files")):
+        raise MoEficationError(f"{path} is damaged (no list of files with sizes and sums); {CURE_OF_DAMAGE}")
     return manifest
+
+
+def _are_entries(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    )
 
 
 def inside(folder: Path, relative: str) -> Path:

@@ -65,3 +65,12 @@ def test_a_model_not_given_is_one_line(script, run):
     assert result.returncode == 2
     assert "argument --model_path: the path is empty" in result.stderr.splitlines()[-1]
     assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("script", [*sorted(STAGES.glob("*.sh")), STAGES.parent / "scripts" / "quickstart.sh"])
+def test_help_needs_no_settings(script):
+    result = subprocess.run(
+        ["bash", script, "--help"], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(result.stdout.splitlines()) > 5

@@ -396,7 +396,7 @@ def test_folders_of_other_kinds_do_not_open(finished, tmp_path):
         assert f"{folder} {words}" in str(error.value)
     manifest = json.loads((finished / "manifest.json").read_text())
     (finished / "manifest.json").write_text(json.dumps(manifest | {"files": None}))
-    with pytest.raises(MoEficationError, match=r"is damaged \(no files\)"):
+    with pytest.raises(MoEficationError, match=r"is damaged \(no list of files"):
         open_finished(finished, "split")
 
 
@@ -471,3 +471,30 @@ def test_other_files_are_refused(content, tmp_path):
     for other in (tmp_path, tmp_path / "fifo", tmp_path / "absent"):
         with pytest.raises(MoEficationError, match="is not a file"):
             load_tensors(other)
+
+
+@pytest.mark.parametrize("entry", [3, None, {}, {"size": "x", "sha256": "y"}, {"size": 3}])
+def test_malformed_entries_are_refused(entry, finished):
+    manifest = json.loads((finished / "manifest.json").read_text())
+    manifest["files"]["files/layer.0"] = entry
+    (finished / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        MoEficationError, match=r"is damaged \(no list of files .*remove its folder and run the stage again"
+    ):
+        open_finished(finished, "split")
+
+
+def test_a_finished_folder_that_lost_a_file_says_so_and_is_redone(finished):
+    before = contents(finished)
+    (finished / "files" / "layer.1").unlink()
+    with pytest.raises(MoEficationError, match=r"layer.1 is missing .* again with --overwrite"):
+        ArtifactWriter(finished, CLAIM, PIECES)
+    writer = ArtifactWriter(finished, CLAIM, PIECES, overwrite=True)
+    fill(writer, PIECES)
+    assert writer.finish()
+    assert contents(finished) == before
+
+
+def test_overwrite_is_not_offered_where_it_would_be_refused(finished):
+    with pytest.raises(MoEficationError, match=r"llama_split_clustering.py; choose another --save_path$"):
+        ArtifactWriter(finished, dataclasses.replace(CLAIM, stage="select"), PIECES)

@@ -373,6 +373,11 @@ def test_unclear_domains_are_refused(names, weights, words, tmp_path):
     assert words in str(error.value)
 
 
+def test_a_domain_is_weighed_once():
+    with pytest.raises(MoEficationError, match="names C4 twice"):
+        parse_domain_weights("c4=0.5,C4=0.2")
+
+
 def test_domain_weights_are_parsed():
     assert parse_domain_weights("c4=0.5, My_Notes=2") == {"c4": 0.5, "mynotes": 2.0}
     assert parse_domain_weights(None) is None
