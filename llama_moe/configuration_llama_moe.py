@@ -3,40 +3,72 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 GATE_NETWORKS = ("mlp", "linear")
+ROUTINGS = ("top_k", "threshold")
+
+# Mixtral names its gate and experts as this package does, and its plans are kept in step with the installed release,
+# whose names for the styles change. The dense plan names projections that do not exist here.
+_SHARED_EXPERTS_PLAN = {
+    "layers.*.mlp.shared_experts.gate_proj": "colwise",
+    "layers.*.mlp.shared_experts.up_proj": "colwise",
+    "layers.*.mlp.shared_experts.down_proj": "rowwise",
+}
 
 
 @strict
 class LlamaMoEConfig(LlamaConfig):
     """A `LlamaConfig` plus how each MLP is cut into experts and how a token chooses among them.
 
-    The counts follow the names inference engines read.
+    The counts follow the names inference engines read: they are of routed experts, beside which `num_shared_experts`
+    run for every token. All experts have the same width, and together the dense MLP's.
 
     Args:
-        num_experts: experts per layer.
-        num_experts_per_tok: experts that run per token.
-        moe_intermediate_size: neurons per expert; default `intermediate_size / num_experts`.
+        num_experts: routed experts per layer.
+        num_experts_per_tok: routed experts that run per token. With threshold routing the rounded average; there the
+            thresholds, which are in the checkpoint, decide.
+        layer_num_experts_per_tok: the same for each layer, where layers differ; `num_experts_per_tok` is the largest.
+        num_shared_experts: experts that always run, as one MLP `shared_experts`.
+        moe_intermediate_size: neurons per expert; default `intermediate_size / (num_experts + num_shared_experts)`.
         gate_network: "mlp" (Linear-Tanh-Linear, MoEfication section 3.2) or "linear".
-        multiply_gate_scores: weight the selected experts by the softmax of their scores. Off, every selected expert
+        gate_rank: width between the two factors of a "linear" gate; None for a single, full matrix.
+        gate_noise: standard deviation of the noise added to the scores while training.
+        routing: "top_k" runs the `num_experts_per_tok` experts of the highest score; "threshold" every expert whose
+            score reaches its layer's threshold, so that tokens differ in cost and the average is the budget.
+        min_experts_per_tok: with threshold routing, the best so many run whatever their score.
+        max_experts_per_tok: with threshold routing, at most the best so many run; None for all.
+        multiply_gate_scores: weight the selected experts by the softmax over their scores. Off, every selected expert
             has weight 1, which is what keeps a converted model equal to its dense source when all experts run.
-        output_router_logits: return the gate scores of every layer with each forward pass.
+        score_scale_factor: multiplies the weights of all routed experts.
+        output_bias: a bias on the output of each MLP, which calibration can fit. Models with `mlp_bias` have one.
+        router_aux_loss_coef: factor of the load-balancing loss in the training loss; 0 leaves it out.
+        output_router_logits: return the gate scores of every layer with each forward pass, and the load-balancing loss.
 
     Raises:
         ValueError: the counts do not fit together, or the file is of the older LLaMA-MoE v1 project.
     """
 
     model_type = "llama_moe"
-    keys_to_ignore_at_inference = ("past_key_values", "router_logits")
-    # The dense plan names projections that do not exist here; only the attention half carries over.
-    base_model_tp_plan = {k: v for k, v in LlamaConfig.base_model_tp_plan.items() if ".self_attn." in k}
+    keys_to_ignore_at_inference = ("past_key_values", "router_logits", "aux_loss")
+    base_model_tp_plan = MixtralConfig.base_model_tp_plan
+    base_model_ep_plan = getattr(MixtralConfig, "base_model_ep_plan", None)
 
     num_experts: int = 8
     num_experts_per_tok: int = 2
+    layer_num_experts_per_tok: list[int] | None = None
+    num_shared_experts: int = 0
     moe_intermediate_size: int | None = None
     gate_network: str = "mlp"
+    gate_rank: int | None = None
+    gate_noise: float = 0.0
+    routing: str = "top_k"
+    min_experts_per_tok: int = 0
+    max_experts_per_tok: int | None = None
     multiply_gate_scores: bool = False
+    score_scale_factor: float = 1.0
+    output_bias: bool = False
+    router_aux_loss_coef: float = 0.0
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -47,36 +79,68 @@ class LlamaMoEConfig(LlamaConfig):
             )
         # All four classes, so that AutoModel and the rest find the code whichever class saved the checkpoint.
         kwargs.setdefault("auto_map", auto_map())
-        if self.moe_intermediate_size is None and self.num_experts > 0:
-            self.moe_intermediate_size = self.intermediate_size // self.num_experts
+        all_experts = self.num_experts + self.num_shared_experts
+        if self.moe_intermediate_size is None and all_experts > 0:
+            self.moe_intermediate_size = self.intermediate_size // all_experts
         self.check_experts()
+        if self.num_shared_experts:
+            self.base_model_tp_plan = self.base_model_tp_plan | _SHARED_EXPERTS_PLAN
         super().__post_init__(**kwargs)
 
     @property
     def num_selects(self) -> int:
-        """Experts that run per token: the command line's `--num_selects`."""
-        return self.num_experts_per_tok
+        """Experts that run per token, shared ones included: the command line's `--num_selects`."""
+        return self.num_experts_per_tok + self.num_shared_experts
 
     @num_selects.setter
     def num_selects(self, value: int) -> None:
-        self.num_experts_per_tok = value
+        self.num_experts_per_tok = value - self.num_shared_experts
+
+    def experts_per_tok_of(self, layer: int) -> int:
+        """Routed experts that run per token in this layer (top-k routing)."""
+        return (self.layer_num_experts_per_tok or [self.num_experts_per_tok] * self.num_hidden_layers)[layer]
 
     def check_experts(self) -> None:
-        """Raise `ValueError` unless the counts fit together. Models ask too: `from_pretrained(..., field=value)` sets
+        """Raise `ValueError` unless the fields fit together. Models ask too: `from_pretrained(..., field=value)` sets
         fields after the config was made."""
-        if self.num_experts < 1:
-            raise ValueError(f"num_experts is {self.num_experts}; it must be at least 1")
-        if self.num_experts * self.moe_intermediate_size != self.intermediate_size:
+        self._require("num_experts", self.num_experts >= 1, "at least 1")
+        self._require("num_shared_experts", self.num_shared_experts >= 0, "at least 0")
+        self._require("gate_network", self.gate_network in GATE_NETWORKS, f"one of {', '.join(GATE_NETWORKS)}")
+        self._require("routing", self.routing in ROUTINGS, f"one of {', '.join(ROUTINGS)}")
+        self._require("gate_noise", self.gate_noise >= 0, "at least 0")
+        self._require("router_aux_loss_coef", self.router_aux_loss_coef >= 0, "at least 0")
+        all_experts = self.num_experts + self.num_shared_experts
+        if all_experts * self.moe_intermediate_size != self.intermediate_size:
+            shared = f" plus num_shared_experts ({self.num_shared_experts})" if self.num_shared_experts else ""
             raise ValueError(
-                f"num_experts ({self.num_experts}) times moe_intermediate_size ({self.moe_intermediate_size}) must "
-                f"give intermediate_size ({self.intermediate_size})"
+                f"num_experts ({self.num_experts}){shared} times moe_intermediate_size ({self.moe_intermediate_size}) "
+                f"must give intermediate_size ({self.intermediate_size})"
             )
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok is {self.num_experts_per_tok}; it must be 1 to num_experts ({self.num_experts})"
-            )
-        if self.gate_network not in GATE_NETWORKS:
-            raise ValueError(f"gate_network is {self.gate_network!r}; it must be one of {', '.join(GATE_NETWORKS)}")
+        if self.gate_rank is not None:
+            limit = min(self.hidden_size, self.num_experts)
+            self._require("gate_rank", 1 <= self.gate_rank <= limit, f"1 to {limit}, the smaller side of the gate")
+            self._require("gate_rank", self.gate_network == "linear", 'None unless gate_network is "linear"')
+        self._check_budgets()
+
+    def _check_budgets(self) -> None:
+        whole = f"1 to num_experts ({self.num_experts})"
+        self._require("num_experts_per_tok", 1 <= self.num_experts_per_tok <= self.num_experts, whole)
+        budgets = self.layer_num_experts_per_tok
+        if budgets is not None:
+            self._require("layer_num_experts_per_tok", self.routing == "top_k", "None with threshold routing")
+            counts = f"{self.num_hidden_layers} numbers of {whole}, the largest num_experts_per_tok"
+            fits = len(budgets) == self.num_hidden_layers and all(1 <= k <= self.num_experts for k in budgets)
+            self._require("layer_num_experts_per_tok", fits and max(budgets) == self.num_experts_per_tok, counts)
+        most = self.num_experts if self.max_experts_per_tok is None else self.max_experts_per_tok
+        self._require("max_experts_per_tok", 1 <= most <= self.num_experts, whole)
+        self._require("min_experts_per_tok", 0 <= self.min_experts_per_tok <= most, f"0 to {most}")
+        bounded = self.min_experts_per_tok > 0 or self.max_experts_per_tok is not None
+        if bounded and self.routing != "threshold":
+            raise ValueError('min_experts_per_tok and max_experts_per_tok are for routing "threshold"')
+
+    def _require(self, field: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"{field} is {getattr(self, field)!r}; it must be {wanted}")
 
 
 def auto_map() -> dict[str, str]:

@@ -3,8 +3,11 @@
 The parents' `__init__` would build dense MLPs first, so each class calls the grandparent's and builds its own parts.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
@@ -21,7 +24,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_llama_moe import LlamaMoEConfig
-from .moe_layers import Experts, Gate, MoEBlock
+from .moe_layers import Experts, Gate, MoEBlock, load_balancing_loss
 
 
 class LlamaMoEDecoderLayer(LlamaDecoderLayer):
@@ -31,7 +34,7 @@ class LlamaMoEDecoderLayer(LlamaDecoderLayer):
         super(LlamaDecoderLayer, self).__init__()
         self.hidden_size = config.hidden_size
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
-        self.mlp = MoEBlock(config)
+        self.mlp = MoEBlock(config, layer_idx)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -57,7 +60,10 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
                     init.zeros_(parameter)
                 else:
                     init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, MoEBlock) and hasattr(module, "output_bias"):
+        if isinstance(module, Gate) and module.routing == "threshold":
+            init.constant_(module.threshold, module.LOWEST_THRESHOLD)
+            init.zeros_(module.score_quantiles)
+        elif isinstance(module, MoEBlock) and module.output_bias is not None:
             init.zeros_(module.output_bias)
 
     @classmethod
@@ -66,25 +72,62 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """grouped_mm needs strides of 16 bytes: expert widths that break them run eager unless asked otherwise."""
-        if requested_experts is None and (self.config.moe_intermediate_size % 8 or self.config.hidden_size % 8):
-            return "eager"
+        """Unless asked otherwise, "llama_moe": the fastest of eager and grouped_mm for each device and size."""
+        if requested_experts in (None, "llama_moe"):
+            return "llama_moe"
         return super().get_correct_experts_implementation(requested_experts)
 
-    def set_num_experts_per_tok(self, num_experts_per_tok: int) -> None:
-        """Change how many experts run per token, in every layer, in place.
+    def set_num_experts_per_tok(self, num_experts_per_tok: int | Sequence[int]) -> None:
+        """Change how many routed experts run per token, in place; with threshold routing, on average.
+
+        Args:
+            num_experts_per_tok: one number for every layer, or one per layer.
 
         Raises:
-            ValueError: not between 1 and the number of experts.
+            ValueError: not between 1 and the number of experts, or not one per layer; or threshold routing has no
+                score quantiles to go by.
         """
-        if not 1 <= num_experts_per_tok <= self.config.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok is {num_experts_per_tok}; it must be 1 to num_experts ({self.config.num_experts})"
-            )
-        self.config.num_experts_per_tok = num_experts_per_tok
-        for module in self.modules():
-            if isinstance(module, Gate):
-                module.num_experts_per_tok = num_experts_per_tok
+        config = self.config
+        by_layer = isinstance(num_experts_per_tok, Sequence)
+        budgets = list(num_experts_per_tok) if by_layer else [num_experts_per_tok] * config.num_hidden_layers
+        if len(budgets) != config.num_hidden_layers:
+            raise ValueError(f"{len(budgets)} budgets given for {config.num_hidden_layers} layers")
+        for budget in budgets:
+            if not 1 <= budget <= config.num_experts:
+                raise ValueError(f"num_experts_per_tok is {budget}; it must be 1 to num_experts ({config.num_experts})")
+        self._set_routed_budgets(budgets)
+
+    def set_active_fraction(self, fraction: float) -> None:
+        """Change the share of all experts, shared ones included, that runs per token, on average, in every layer.
+
+        Raises:
+            ValueError: outside of what the model can do. Top-k routing takes whole numbers of experts only.
+        """
+        config = self.config
+        total = config.num_experts + config.num_shared_experts
+        routed = fraction * total - config.num_shared_experts
+        tolerance, least = 1e-6 * total, 1 if config.routing == "top_k" else 0
+        if not (fraction > 0 and least - tolerance <= routed <= config.num_experts + tolerance):
+            lowest = (config.num_shared_experts + least) / total
+            raise ValueError(f"active fraction {fraction} is outside of {lowest:.4g} to 1, what this model can run")
+        if config.routing == "top_k":
+            if abs(routed - round(routed)) > tolerance:
+                raise ValueError(f"active fraction {fraction} is not a whole number of {total} experts")
+            routed = round(routed)
+        self._set_routed_budgets([routed] * config.num_hidden_layers)
+
+    def _set_routed_budgets(self, budgets: list[int | float]) -> None:
+        config = self.config
+        gates = [module for module in self.modules() if isinstance(module, Gate)]
+        if config.routing == "threshold":
+            for gate, budget in zip(gates, budgets, strict=True):
+                gate.set_active_share(budget / config.num_experts)
+            config.num_experts_per_tok = max(1, round(sum(budgets) / len(budgets)))
+        else:
+            for gate, budget in zip(gates, budgets, strict=True):
+                gate.num_experts_per_tok = budget
+            config.num_experts_per_tok = max(budgets)
+            config.layer_num_experts_per_tok = budgets if len(set(budgets)) > 1 else None
 
 
 class LlamaMoEModel(LlamaMoEPreTrainedModel, LlamaModel):
@@ -103,8 +146,9 @@ class LlamaMoEModel(LlamaMoEPreTrainedModel, LlamaModel):
         self.post_init()
 
 
-class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM):
-    """The difference: its output carries `router_logits`, a tuple of `[tokens, experts]` per layer, when asked."""
+class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM, GenerationMixin):
+    """The difference: its output carries `router_logits`, a tuple of `[tokens, experts]` per layer, and `aux_loss`,
+    when asked; with `router_aux_loss_coef` the latter is part of the loss."""
 
     def __init__(self, config: LlamaMoEConfig):
         super(LlamaForCausalLM, self).__init__(config)
@@ -124,9 +168,12 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        output_router_logits: bool | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """As `LlamaForCausalLM.forward`; `logits_to_keep`: the last so many positions (0: all), or those listed."""
+        asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        balanced = labels is not None and self.config.router_aux_loss_coef > 0
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -134,6 +181,7 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_router_logits=asked or balanced,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -141,13 +189,20 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        router_logits, aux_loss = outputs.get("router_logits"), None
+        if router_logits is not None:
+            selected = [layer.mlp.gate.selected(s) for layer, s in zip(self.model.layers, router_logits, strict=True)]
+            aux_loss = load_balancing_loss(router_logits, selected, attention_mask)
+            if balanced:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss if asked else None,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.get("router_logits"),
+            router_logits=router_logits if asked else None,
         )
 
 

@@ -1,58 +1,159 @@
 """Gates, experts and the MoE block that stands in for an MLP. Pure torch: nothing here knows about LLaMA.
 
-Axes: T tokens, E experts, K experts per token, H hidden size, W expert width (neurons per expert).
+Axes: T tokens, E routed experts, K slots per token (the experts it may run), H hidden size, W expert width (neurons per
+expert). A slot of weight 0 is unused: `Experts` skips it at no cost, other implementations may compute it.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+# ---------------------------------------------------------------------------------------------------- gates
 
 
 class Gate(nn.Module):
-    """Scores every expert for every token and selects the K best. Subclasses give `score`.
+    """Scores every expert for every token and selects those that run. Subclasses give `score`.
 
     Gates hold raw parameters, not `nn.Linear`: tools that quantise or adapt "all linear layers" must leave the
     routing alone.
+
+    Args:
+        num_experts_per_tok, routing, min_experts_per_tok, max_experts_per_tok, multiply_gate_scores,
+            score_scale_factor, noise: as in `LlamaMoEConfig`.
     """
 
-    def __init__(self, num_experts_per_tok: int, multiply_gate_scores: bool = False):
+    # Score quantiles kept for `set_active_share`, at levels 0, 1/1024, ..., 1.
+    NUM_QUANTILES = 1025
+    # Every score reaches it, so all experts run: minus infinity, but a number that tools can subtract.
+    LOWEST_THRESHOLD = -1e30
+
+    def __init__(
+        self,
+        num_experts: int,
+        *,
+        num_experts_per_tok: int,
+        routing: str = "top_k",
+        min_experts_per_tok: int = 0,
+        max_experts_per_tok: int | None = None,
+        multiply_gate_scores: bool = False,
+        score_scale_factor: float = 1.0,
+        noise: float = 0.0,
+    ):
         super().__init__()
+        self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
+        self.routing = routing
+        self.min_experts_per_tok = min_experts_per_tok
+        self.max_experts_per_tok = num_experts if max_experts_per_tok is None else max_experts_per_tok
         self.multiply_gate_scores = multiply_gate_scores
+        self.score_scale_factor = score_scale_factor
+        self.noise = noise
+        if routing == "threshold":
+            self.register_buffer("threshold", torch.full((1,), self.LOWEST_THRESHOLD))
+            self.register_buffer("score_quantiles", torch.zeros(self.NUM_QUANTILES))  # all equal: none stored yet
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[T, H]`, as the MLP sees it (not normalised) -> raw scores `[T, E]`."""
         raise NotImplementedError
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns scores `[T, E]`, the weights of the selected experts `[T, K]`, and their indices `[T, K]`."""
+        """Returns scores `[T, E]`, the weights of the slots `[T, K]`, and the slots' experts `[T, K]`."""
         scores = self.score(hidden_states)
-        top_scores, top_k_index = torch.topk(scores, self.num_experts_per_tok, dim=-1)
+        if self.training and self.noise:
+            scores = scores + self.noise * torch.randn_like(scores)
+        index, used = self.select(scores)
+        return scores, self._weights(scores, index, used).to(hidden_states.dtype), index
+
+    def select(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores `[T, E]` -> the slots' experts `[T, K]`, and which slots are used, bool `[T, K]` (None: all are)."""
+        if self.routing == "top_k":
+            return torch.topk(scores, self.num_experts_per_tok, dim=-1).indices, None
+        if self.min_experts_per_tok == 0 and self.max_experts_per_tok == scores.shape[-1]:
+            return torch.arange(scores.shape[-1], device=scores.device).expand_as(scores), scores >= self.threshold
+        best, index = torch.topk(scores, self.max_experts_per_tok, dim=-1)
+        forced = torch.arange(best.shape[-1], device=scores.device) < self.min_experts_per_tok
+        return index, (best >= self.threshold) | forced
+
+    def selected(self, scores: torch.Tensor) -> torch.Tensor:
+        """Which experts run, bool `[T, E]`."""
+        index, used = self.select(scores)
+        used = torch.ones_like(index, dtype=torch.bool) if used is None else used
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, used)
+
+    def _weights(self, scores: torch.Tensor, index: torch.Tensor, used: torch.Tensor | None) -> torch.Tensor:
         if self.multiply_gate_scores:
-            top_k_weights = torch.softmax(top_scores, dim=-1, dtype=torch.float32).to(hidden_states.dtype)
+            chosen = scores.gather(-1, index)
+            if used is not None:
+                chosen = chosen.masked_fill(~used, torch.finfo(chosen.dtype).min)
+            weights = torch.softmax(chosen, dim=-1, dtype=torch.float32)
+        elif scores.requires_grad and (used is not None or index.shape[-1] < scores.shape[-1]):
+            weights = self._straight_through(scores.gather(-1, index))
         else:
-            top_k_weights = torch.ones_like(top_scores, dtype=hidden_states.dtype)
-        return scores, top_k_weights, top_k_index
+            weights = scores.new_ones(index.shape)
+        if self.score_scale_factor != 1.0:
+            weights = weights * self.score_scale_factor
+        return weights if used is None else weights * used
+
+    def _straight_through(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Ones whose gradient is that of a sigmoid around the boundary between running and not (Bengio et al. 2013,
+        "Estimating or propagating gradients through stochastic neurons"): without it a gate could not be trained."""
+        boundary = self.threshold if self.routing == "threshold" else chosen.amin(dim=-1, keepdim=True)
+        soft = torch.sigmoid(chosen - boundary.detach())
+        return 1 + (soft - soft.detach())
+
+    @torch.no_grad()
+    def store_score_quantiles(self, scores: torch.Tensor) -> None:
+        """Keep the quantiles of all scores `[T, E]` of a text: what `set_active_share` sets thresholds by."""
+        ordered = scores.flatten().float().sort().values
+        levels = torch.linspace(0, len(ordered) - 1, self.NUM_QUANTILES, device=ordered.device)
+        self.score_quantiles.copy_(ordered[levels.round().long()])
+
+    @torch.no_grad()
+    def set_active_share(self, share: float) -> None:
+        """Set the threshold that this share of all token-expert pairs reaches on the text of the stored quantiles.
+
+        Raises:
+            ValueError: no quantiles are stored.
+        """
+        if self.score_quantiles[0] == self.score_quantiles[-1]:
+            raise ValueError("no score quantiles are stored: the thresholds of this model have not been calibrated")
+        if not 0 < share < 1:
+            self.threshold.fill_(self.LOWEST_THRESHOLD if share >= 1 else -self.LOWEST_THRESHOLD)
+            return
+        level, part = divmod((1 - share) * (self.NUM_QUANTILES - 1), 1)
+        low, high = self.score_quantiles[int(level) : int(level) + 2]
+        self.threshold.fill_(torch.lerp(low, high, part))
 
 
 class LinearGate(Gate):
-    """One linear map from hidden state to expert scores."""
+    """One linear map from hidden state to expert scores; with a `rank`, the product of two factors of that width."""
 
-    def __init__(self, hidden_size: int, num_experts: int, **routing):
-        super().__init__(**routing)
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+    def __init__(self, hidden_size: int, num_experts: int, rank: int | None = None, **routing):
+        super().__init__(num_experts, **routing)
+        self.rank = rank
+        if rank is None:
+            self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        else:
+            self.input_weight = nn.Parameter(torch.empty(rank, hidden_size))
+            self.output_weight = nn.Parameter(torch.empty(num_experts, rank))
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden_states, self.weight)
+        if self.rank is None:
+            return F.linear(hidden_states, self.weight)
+        return F.linear(F.linear(hidden_states, self.input_weight), self.output_weight)
 
 
 class MLPGate(Gate):
     """Linear-Tanh-Linear without biases, E hidden units (MoEfication, Zhang et al. 2022, section 3.2)."""
 
     def __init__(self, hidden_size: int, num_experts: int, **routing):
-        super().__init__(**routing)
+        super().__init__(num_experts, **routing)
         self.input_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.output_weight = nn.Parameter(torch.empty(num_experts, num_experts))
 
@@ -63,12 +164,41 @@ class MLPGate(Gate):
 GATE_CLASSES = {"mlp": MLPGate, "linear": LinearGate}
 
 
+def load_balancing_loss(
+    scores: list[torch.Tensor], selected: list[torch.Tensor], attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """How unevenly experts are used, over all layers at once: their number times the sum over experts of the share of
+    tokens that ran it times its mean softmax score (Switch Transformer, Fedus et al. 2021, equations 4 to 6). Equals
+    the mean number of experts per token when balanced.
+
+    Args:
+        scores, selected: per layer `[T, E]`, floating and bool.
+        attention_mask: `[batch, sequence]` with batch x sequence = T, 0 for tokens that do not count.
+    """
+    device, num_experts = scores[0].device, scores[0].shape[-1]
+    counts = torch.ones(scores[0].shape[0], device=device) if attention_mask is None else attention_mask.flatten()
+    counts = counts.to(device, torch.float32)  # [T]
+    total = counts.sum() * len(scores)
+    load = sum(counts @ chosen.to(device, torch.float32) for chosen in selected) / total
+    probability = sum(counts @ layer.to(device).softmax(-1, dtype=torch.float32) for layer in scores) / total
+    return num_experts * (load * probability).sum()
+
+
+# ---------------------------------------------------------------------------------------------------- experts
+
+# Where CPUs change from one way to another, as measured with scripts/bench_moe_layer.py: few tokens in a layer that fits
+# into caches cost more in calls than in arithmetic; in bfloat16 so do few token-expert pairs in any layer.
+SMALL_LAYER_BYTES = 2**24
+FEW_TOKENS = 128
+FEW_PAIRS = 512
+
+
 @use_experts_implementation
 class Experts(nn.Module):
     """The SwiGLU experts of a layer, packed: `gate_up_proj [E, 2W, H]` (gate rows first) and `down_proj [E, H, W]`.
 
     The decorator sends `forward` to the implementation that `experts_implementation` names (grouped_mm, batched_mm,
-    ...); the method below is "eager".
+    ...). The method below is "eager"; the default, "llama_moe", chooses by device and size.
     """
 
     def __init__(self, config):
@@ -82,27 +212,133 @@ class Experts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Weighted sum of the selected experts' outputs: `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`."""
-        # Token-expert pairs sorted by expert: each used expert reads one contiguous run of rows.
-        expert_of_pair, pairs = top_k_index.flatten().sort(stable=True)
-        token_of_pair = pairs // top_k_index.shape[-1]
-        weight_of_pair = top_k_weights.flatten()[pairs, None]
-        ends = torch.bincount(expert_of_pair, minlength=self.num_experts).cumsum(0).tolist()
+        """Weighted sum of the experts of the used slots: `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`.
 
+        No weight is copied and, but for `_runs`' exception, none of an expert that no token uses is read.
+        """
+        return self._eager(hidden_states, top_k_index, top_k_weights)
+
+    def _eager(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor):
+        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj  # once: adapters compute them anew at every access
+        on_cpu = hidden_states.device.type == "cpu"
+        small = gate_up_proj.nbytes + down_proj.nbytes <= SMALL_LAYER_BYTES
+        if on_cpu and small and len(hidden_states) <= FEW_TOKENS:
+            return self._few_tokens(gate_up_proj, down_proj, hidden_states, top_k_index, top_k_weights)
+        tokens, weights, experts = _used_pairs(top_k_index, top_k_weights)
+        groupable = hidden_states.dtype == torch.bfloat16 and self._is_aligned(down_proj)
+        if on_cpu and groupable and len(tokens) <= FEW_PAIRS:
+            return self._grouped(gate_up_proj, down_proj, hidden_states, tokens, weights, experts)
+        # Sorted by expert: each used expert reads one run of tokens.
+        sizes = experts.bincount(minlength=self.num_experts)[: self.num_experts].tolist()
         output = torch.zeros_like(hidden_states)
         start = 0
-        for expert, end in enumerate(ends):
-            if end > start:
-                rows = token_of_pair[start:end]
-                expert_output = self._run_expert(expert, hidden_states[rows]) * weight_of_pair[start:end]
-                output.index_add_(0, rows, expert_output.to(output.dtype))
-            start = end
+        for expert, size in enumerate(sizes):
+            if size:
+                rows = tokens[start : start + size]
+                hidden = _linear(hidden_states[rows], gate_up_proj[expert])
+                if self.has_bias:
+                    hidden = hidden + self.gate_up_proj_bias[expert]
+                hidden = self._apply_gate(hidden) * weights[start : start + size]
+                output.index_add_(0, rows, _linear(hidden, down_proj[expert]).to(output.dtype))
+            start += size
         return output
 
-    def _run_expert(self, expert: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        bias = self.gate_up_proj_bias[expert] if self.has_bias else None
-        gate, up = F.linear(hidden_states, self.gate_up_proj[expert], bias).chunk(2, dim=-1)
-        return F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+    def _few_tokens(self, gate_up_proj, down_proj, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
+        """The same where calls dominate: every used expert sees all tokens, a run of experts in one batched product."""
+        # One column more for the slots that expert parallelism marks as another process's.
+        weights = hidden_states.new_zeros(len(hidden_states), self.num_experts + 1)
+        weights = weights.scatter_(-1, top_k_index, top_k_weights.to(weights.dtype)).t()[..., None]  # [E + 1, T, 1]
+        # MKL, and oneDNN for very few tokens, prefer the weights on the right; else oneDNN has them on the left.
+        by_rows = hidden_states.dtype == torch.float32 or len(hidden_states) < 8
+        output = None
+        for run in self._runs(weights):
+            gate_up, down = gate_up_proj[run], down_proj[run]  # views [n, 2W, H], [n, H, W]
+            if by_rows:
+                hidden = torch.bmm(hidden_states.expand(len(down), -1, -1), gate_up.transpose(1, 2))  # [n, T, 2W]
+            else:
+                hidden = (gate_up.flatten(0, 1) @ hidden_states.t()).unflatten(0, (len(down), -1)).transpose(1, 2)
+            if self.has_bias:
+                hidden = hidden + self.gate_up_proj_bias[run, None]
+            hidden = self._apply_gate(hidden) * weights[run]
+            if by_rows:
+                partial = torch.bmm(hidden, down.transpose(1, 2)).sum(0)
+            else:
+                partial = torch.bmm(down, hidden.transpose(1, 2)).sum(0).t()
+            output = partial if output is None else output + partial
+        return torch.zeros_like(hidden_states) if output is None else output
+
+    def _runs(self, weights: torch.Tensor) -> Iterator[slice]:
+        """The used experts (rows of `weights [E + 1, T, 1]` that are not all zero) as few slices of equal steps.
+
+        In bfloat16 one slice of all: a call costs oneDNN more than reading a small layer's other experts."""
+        if weights.dtype == torch.bfloat16:
+            yield slice(self.num_experts)
+            return
+        used = [expert for expert, is_used in enumerate(weights[:, :, 0].any(dim=1).tolist()[:-1]) if is_used]
+        start = 0
+        while start < len(used):
+            step = used[start + 1] - used[start] if start + 1 < len(used) else 1
+            end = start + 1
+            while end < len(used) and used[end] - used[end - 1] == step:
+                end += 1
+            yield slice(used[start], used[end - 1] + 1, step)
+            start = end
+
+    def fastest(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`forward` on CPUs; on GPUs one grouped product for all experts, where their strides allow it."""
+        inputs = (hidden_states, top_k_index, top_k_weights)
+        aligned = self._is_aligned(self.down_proj)
+        if torch.compiler.is_compiling():  # what eager decides by value would break the graph
+            return ALL_EXPERTS_FUNCTIONS["grouped_mm" if aligned else "batched_mm"](self, *inputs)
+        device = hidden_states.device
+        if not aligned or device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+            return self._eager(*inputs)
+        if self.config.routing == "threshold":  # transformers' grouped_mm computes unused slots too
+            return self._grouped(self.gate_up_proj, self.down_proj, hidden_states, *_used_pairs(*inputs[1:]))
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, *inputs)
+
+    def _grouped(self, gate_up_proj, down_proj, hidden_states, tokens, weights, experts) -> torch.Tensor:
+        """All experts in one grouped product, given the used pairs."""
+        ends = torch.searchsorted(experts, torch.arange(self.num_experts, device=experts.device), right=True)
+        ends = ends.to(torch.int32)
+        rows = hidden_states[tokens].to(gate_up_proj.dtype)  # grouped_mm knows no autocast
+        hidden = F.grouped_mm(rows, gate_up_proj.transpose(1, 2), offs=ends)
+        if self.has_bias:
+            hidden = hidden + self.gate_up_proj_bias[experts]
+        hidden = (self._apply_gate(hidden) * weights).to(rows.dtype)
+        outputs = F.grouped_mm(hidden, down_proj.transpose(1, 2), offs=ends)
+        sums = torch.zeros_like(hidden_states, dtype=torch.float32)
+        return sums.index_add_(0, tokens, outputs.float()).to(hidden_states.dtype)
+
+    @staticmethod
+    def _is_aligned(down_proj: torch.Tensor) -> bool:
+        """Whether all strides are multiples of 16 bytes, as grouped_mm wants them."""
+        return all(size * down_proj.element_size() % 16 == 0 for size in down_proj.shape[1:])
+
+
+def _used_pairs(index: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Slots `[T, K]` -> the used token-expert pairs sorted by expert: tokens `[S]`, weights `[S, 1]`, experts `[S]`."""
+    used = weights.flatten().nonzero().squeeze(-1)
+    experts, order = index.flatten()[used].sort(stable=True)
+    pairs = used[order]
+    return pairs // index.shape[-1], weights.flatten()[pairs, None], experts
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x [m, k]`, `weight [n, k]` -> `x @ weight.T`.
+
+    In float32 MKL runs a product of few rows on one core, and any of these shapes faster as a batched product over
+    blocks of the weight's rows, two or more for each core. Other types and devices need no such help.
+    """
+    n, k = weight.shape
+    blocks = min(n & -n, 1 << torch.get_num_threads().bit_length())  # a power of two that divides n
+    plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and type(weight) is torch.Tensor
+    if not plain or blocks == 1 or n * k < 2**18:
+        return F.linear(x, weight)
+    products = torch.bmm(x.expand(blocks, -1, -1), weight.unflatten(0, (blocks, -1)).transpose(1, 2))
+    return products.transpose(0, 1).reshape(-1, n)
 
 
 @use_experts_implementation(has_bias=True)
@@ -119,27 +355,115 @@ class BiasedExperts(Experts):
         return self.down_proj.new_zeros(1, 1).expand(self.num_experts, self.down_proj.shape[1])
 
 
-class MoEBlock(nn.Module):
-    """Stands in for an MLP: the gate selects, the experts run, the bias of `down_proj` (if any) is added once."""
+ALL_EXPERTS_FUNCTIONS.register("llama_moe", lambda experts, *inputs, **named: experts.fastest(*inputs, **named))
+
+
+class SharedExperts(nn.Module):
+    """The experts that always run: an ordinary SwiGLU MLP. The bias of its `down_proj` is the block's `output_bias`."""
 
     def __init__(self, config):
         super().__init__()
+        width = config.num_shared_experts * config.moe_intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+# ---------------------------------------------------------------------------------------------------- the block
+
+
+class MoEBlock(nn.Module):
+    """Stands in for an MLP: the gate selects, the experts run, shared experts and output bias (if any) are added."""
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__()
+        rank = {"rank": config.gate_rank} if config.gate_network == "linear" else {}
         self.gate = GATE_CLASSES[config.gate_network](
             config.hidden_size,
             config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
+            **rank,
+            num_experts_per_tok=config.experts_per_tok_of(layer_idx),
+            routing=config.routing,
+            min_experts_per_tok=config.min_experts_per_tok,
+            max_experts_per_tok=config.max_experts_per_tok,
             multiply_gate_scores=config.multiply_gate_scores,
+            score_scale_factor=config.score_scale_factor,
+            noise=config.gate_noise,
         )
         # This child's name, and its holding 3-D parameters only, is what engines look for.
         self.experts = BiasedExperts(config) if config.mlp_bias else Experts(config)
-        if config.mlp_bias:
-            self.output_bias = nn.Parameter(torch.empty(config.hidden_size))
+        self.shared_experts = SharedExperts(config) if config.num_shared_experts else None
+        has_bias = config.mlp_bias or config.output_bias
+        self.register_parameter("output_bias", nn.Parameter(torch.empty(config.hidden_size)) if has_bias else None)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[batch, sequence, H]` -> the same shape."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, top_k_weights, top_k_index = self.gate(tokens)
-        output = self.experts(tokens, top_k_index, top_k_weights)
-        if hasattr(self, "output_bias"):
+        _, weights, index = self.gate(tokens)
+        output = self.experts(tokens, index, weights)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(tokens)
+        if self.output_bias is not None:
             output = output + self.output_bias
         return output.reshape(hidden_states.shape)
+
+
+# ---------------------------------------------------------------------------------------------------- statistics
+
+
+class RoutingStatistics:
+    """What a gate did while `record_routing` was on.
+
+    Attributes:
+        num_tokens: tokens that the gate has seen.
+        runs: int64 `[E]`, tokens that each expert ran for.
+        tokens_by_cost: int64 `[E + 1]`, tokens that ran 0, 1, ... E routed experts.
+        score_sum: float64 `[E]`, sums of the gate's scores.
+    """
+
+    def __init__(self, num_experts: int):
+        self.num_tokens = 0
+        self.runs = torch.zeros(num_experts, dtype=torch.int64)
+        self.tokens_by_cost = torch.zeros(num_experts + 1, dtype=torch.int64)
+        self.score_sum = torch.zeros(num_experts, dtype=torch.float64)
+
+    def add(self, scores: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> None:
+        """Count one forward pass, given the gate's output."""
+        used = weights != 0
+        self.num_tokens += len(scores)
+        self.runs += index[used].bincount(minlength=len(self.runs)).cpu()
+        self.tokens_by_cost += used.sum(-1).bincount(minlength=len(self.tokens_by_cost)).cpu()
+        self.score_sum += scores.detach().sum(0, dtype=torch.float64).cpu()
+
+    @property
+    def expert_load(self) -> torch.Tensor:
+        """Share of the tokens that each expert ran for, float64 `[E]`."""
+        return self.runs.double() / max(self.num_tokens, 1)
+
+    @property
+    def experts_per_tok(self) -> float:
+        """Routed experts that ran per token, on average."""
+        return self.expert_load.sum().item()
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[list[RoutingStatistics]]:
+    """Within the context, every gate of the model is counted: one `RoutingStatistics` per layer, in order.
+
+    Outside of it nothing is counted and nothing costs time. Padding tokens count like others.
+    """
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
+    statistics = [RoutingStatistics(gate.num_experts) for gate in gates]
+    hooks = [
+        gate.register_forward_hook(lambda _, __, output, layer=layer: layer.add(*output))
+        for gate, layer in zip(gates, statistics, strict=True)
+    ]
+    try:
+        yield statistics
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,211 @@
+"""One MoE block against the dense MLP it replaces, and against transformers' own MoE, gates included.
+
+python scripts/bench_moe_layer.py --shapes SmolLM2 --rounds 3     # a minute
+python scripts/bench_moe_layer.py --json layer.json               # LLaMA-7B's layer and SmolLM2's, fp32 and bf16
+python scripts/bench_moe_layer.py --device cuda --tokens 1 4096 --dtypes bf16 --shapes 7B
+
+Every number is a time over the dense MLP's, measured in turn in one process. `bound` is what the machine's arithmetic
+and memory allow: the active fraction of the flops, or the share of experts whose weights some token needs.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from run_moefication import command_line
+
+SHAPES = {"7B": (4096, 11008), "SmolLM2": (576, 1536), "1B": (2048, 8192)}  # hidden and intermediate size
+# batched_mm copies the weights of every slot: cases beyond this many bytes are left out.
+MOST_COPIED_BYTES = 4 * 2**30
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = command_line.new_parser(__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7B", "SmolLM2"], help="layers to measure")
+    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="of weights")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512], help="tokens per forward pass")
+    parser.add_argument("--num_experts", type=int, default=16, help="experts per layer")
+    parser.add_argument("--active", nargs="+", type=float, default=[0.25, 0.5, 0.75], help="shares of experts to run")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds, of which the median counts")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+
+    import torch
+    from timing import machine, peak_rates
+
+    device = torch.device(arguments.device)
+    print(machine(device))
+    rows = []
+    for dtype_name in arguments.dtypes:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
+        rates = peak_rates(dtype, device)
+        print(f"{dtype_name}: a large product reaches {rates[0] / 1e9:,.0f} GFLOP/s, reading {rates[1] / 1e9:.1f} GB/s")
+        for shape in arguments.shapes:
+            print(f"\n{shape} layer, {arguments.num_experts} experts, {dtype_name}: time over dense")
+            print(f"{'routing':10}{'tokens':>7}{'active':>8}{'dense ms':>10}{'bound':>8}{'ours':>8}", end="")
+            print("".join(f"{name:>12}" for name in IMPLEMENTATIONS), "   ours/best")
+            for case in cases(arguments, shape, dtype, device):
+                row = {"shape": shape, "dtype": dtype_name} | measure(case, arguments.rounds, rates)
+                rows.append(row)
+                print(_line(row), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # transformers' own
+
+
+def cases(arguments: argparse.Namespace, shape: str, dtype: Any, device: Any):
+    """The dense MLP, our block, and inputs, for every number of tokens and budget; threshold routing at the first."""
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    from llama_moe import LlamaMoEConfig
+    from llama_moe.moe_layers import MoEBlock
+
+    hidden_size, intermediate_size = SHAPES[shape]
+    fields = dict(hidden_size=hidden_size, intermediate_size=intermediate_size)
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        dense = LlamaMLP(LlamaConfig(**fields))
+    fill(dense, dtype, device, generator)
+    experts = None
+    for routing in ("top_k", "threshold"):
+        for tokens in arguments.tokens:
+            for active in arguments.active if routing == "top_k" else arguments.active[:1]:
+                budget = round(active * arguments.num_experts)
+                config = LlamaMoEConfig(
+                    **fields,
+                    num_experts=arguments.num_experts,
+                    num_experts_per_tok=budget,
+                    gate_network="linear",
+                    routing=routing,
+                )
+                config._experts_implementation = "llama_moe"
+                with torch.device("meta"):
+                    block = MoEBlock(config)
+                if experts is not None:
+                    block.experts = experts
+                fill(block, dtype, device, generator)
+                experts = block.experts
+                experts.config = config
+                x = torch.randn(1, tokens, hidden_size, generator=generator).to(device, dtype)
+                if routing == "threshold":
+                    spread_costs(block.gate, x[0], budget)
+                yield {"dense": dense, "block": block, "x": x, "routing": routing, "budget": budget}
+
+
+def fill(module: Any, dtype: Any, device: Any, generator: Any) -> None:
+    """Random numbers of a trained layer's size for every parameter still on the meta device."""
+    import torch
+
+    for child in module.modules():
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                values = torch.empty(parameter.shape).normal_(std=0.02, generator=generator).to(device, dtype)
+                setattr(child, name, torch.nn.Parameter(values, requires_grad=False))
+        for name, buffer in list(child.named_buffers(recurse=False)):
+            child.register_buffer(name, torch.zeros(buffer.shape, device=device))
+
+
+def spread_costs(gate: Any, x: Any, budget: int) -> None:
+    """Move the tokens so that they run from 5 to 95 % of the experts with the budget as average (one token: just it).
+
+    Adding a multiple of d, where the gate's weight times d is all ones, to a token shifts all its scores alike.
+    """
+    import torch
+
+    num_experts = gate.num_experts
+    low, high = max(1, round(0.05 * num_experts)), round(0.95 * num_experts)
+    # Shares of a curve low + (high - low) u^p between the ends, whose mean low + (high - low) / (p + 1) is the budget.
+    power = (high - low) / (budget - low) - 1
+    places = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x) if len(x) > 1 else torch.tensor([0.0])
+    counts = low + (high - low) * places**power if len(x) > 1 else torch.tensor([float(budget)])
+    counts = counts.round().long().to(x.device)  # [T]
+    direction = torch.linalg.pinv(gate.weight.float()).sum(-1)  # [H]
+    scores = gate.score(x).float().sort(dim=-1, descending=True).values
+    rows = torch.arange(len(x), device=x.device)
+    middles = (scores[rows, counts - 1] + scores[rows, counts]) / 2
+    x.sub_((middles[:, None] * direction).to(x.dtype))
+
+
+def measure(case: dict[str, Any], rounds: int, rates: tuple[float, float]) -> dict[str, Any]:
+    """Times of one case, as ratios to the dense MLP's."""
+    import torch
+    from timing import median_seconds
+
+    dense, block, x = case["dense"], case["block"], case["x"]
+    num_tokens, num_experts = x.shape[1], block.gate.num_experts
+    with torch.inference_mode():
+        selected = block.gate.selected(block.gate.score(x[0]))
+        alternatives: dict[str, Callable[[], object]] = {"dense": lambda: dense(x), "ours": lambda: block(x)}
+        expert_bytes = sum(parameter[0].nbytes for parameter in block.experts.parameters())
+        for name in IMPLEMENTATIONS if case["routing"] == "top_k" else ():
+            if name != "batched_mm" or num_tokens * case["budget"] * expert_bytes <= MOST_COPIED_BYTES:
+                peer = mixtral(block, case["budget"], name)
+                alternatives[name] = lambda peer=peer: peer(x)
+        seconds = median_seconds(alternatives, rounds=rounds, device=x.device)
+
+    active = selected.float().mean().item()
+    touched = selected.any(dim=0).float().mean().item()
+    weights = num_experts * expert_bytes
+    flops, transfer = 2 * num_tokens * weights / x.element_size() / rates[0], weights / rates[1]
+    ratios = {name: value / seconds["dense"] for name, value in seconds.items() if name != "dense"}
+    best = min((ratios[name] for name in IMPLEMENTATIONS if name in ratios), default=None)
+    return {
+        "routing": case["routing"],
+        "tokens": num_tokens,
+        "active": active,
+        "experts_per_token": [selected.sum(-1).min().item(), selected.sum(-1).max().item()],
+        "dense_ms": seconds["dense"] * 1e3,
+        "limit": "arithmetic" if flops > transfer else "memory",
+        "bound": max(active * flops, touched * transfer) / max(flops, transfer),
+        **ratios,
+        "ours_over_best": ratios["ours"] / best if best else None,
+    }
+
+
+def mixtral(block: Any, budget: int, implementation: str) -> Any:
+    """transformers' Mixtral block around the same tensors."""
+    import torch
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    num_experts, hidden_size, width = block.experts.down_proj.shape
+    config = MixtralConfig(
+        hidden_size=hidden_size,
+        intermediate_size=width,
+        num_local_experts=num_experts,
+        num_experts_per_tok=budget,
+    )
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        peer = MixtralSparseMoeBlock(config)
+    peer.gate.weight = block.gate.weight
+    peer.experts.gate_up_proj, peer.experts.down_proj = block.experts.gate_up_proj, block.experts.down_proj
+    return peer.eval()
+
+
+def _line(row: dict[str, Any]) -> str:
+    peers = "".join(f"{row[name]:12.3f}" if name in row else f"{'-':>12}" for name in IMPLEMENTATIONS)
+    best = f"{row['ours_over_best']:12.3f}" if row["ours_over_best"] else ""
+    return (
+        f"{row['routing']:10}{row['tokens']:7}{row['active']:8.3f}{row['dense_ms']:10.3f}{row['bound']:8.3f}"
+        f"{row['ours']:8.3f}{peers}{best}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
