@@ -186,8 +186,8 @@ def load_balancing_loss(
 
 # ---------------------------------------------------------------------------------------------------- experts
 
-# Where CPUs change from one way to another, as measured with scripts/bench_moe_layer.py: few tokens in a layer that fits
-# into caches cost more in calls than in arithmetic; in bfloat16 so do few token-expert pairs in any layer.
+# Where CPUs change from one way to another, as measured with scripts/bench_moe_layer.py: few tokens in a layer that
+# fits into caches cost more in calls than in arithmetic; in bfloat16 so do few token-expert pairs in any layer.
 SMALL_LAYER_BYTES = 2**24
 FEW_TOKENS = 128
 FEW_PAIRS = 512
