@@ -23,8 +23,10 @@ from transformers import (
     LlamaModel,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, LlamaMoEForSequenceClassification, LlamaMoEModel
+from llama_moe.moe_layers import record_routing
 
 MOE = TINY | {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
 CLASSES = {
@@ -37,6 +39,14 @@ DENSE = {
     LlamaMoEForCausalLM: LlamaForCausalLM,
     LlamaMoEForSequenceClassification: LlamaForSequenceClassification,
 }
+# One of each kind of routing that a model can have.
+ROUTINGS = [
+    {},
+    {"gate_network": "linear", "gate_rank": 2, "multiply_gate_scores": True, "score_scale_factor": 1.5},
+    {"num_experts": 6, "num_shared_experts": 2, "output_bias": True},
+    {"routing": "threshold", "gate_network": "linear"},
+    {"routing": "threshold", "num_experts": 8, "min_experts_per_tok": 1, "max_experts_per_tok": 5},
+]
 # float32 sums of the same terms in another order or batch shape.
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
@@ -44,6 +54,17 @@ TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 def make(model_class=LlamaMoEForCausalLM, **config):
     torch.manual_seed(0)
     return model_class(LlamaMoEConfig(**(MOE | config))).eval()
+
+
+def calibrated(model, fraction=0.5):
+    """With threshold routing: quantiles of the scores on some text stored, and the active fraction set by them."""
+    if model.config.routing == "threshold":
+        with torch.no_grad():
+            scores = model(some_tokens(4, 20), output_router_logits=True).router_logits
+        for layer, layer_scores in zip(base_of(model).layers, scores, strict=True):
+            layer.mlp.gate.store_score_quantiles(layer_scores)
+        model.set_active_fraction(fraction)
+    return model
 
 
 def some_tokens(batch=2, length=10):
@@ -78,7 +99,26 @@ def base_of(model):
         ({"moe_intermediate_size": 8}, "moe_intermediate_size (8)"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5; it must be 1 to num_experts (4)"),
+        ({"num_experts_per_tok": -1}, "num_experts_per_tok is -1"),
+        ({"num_shared_experts": -1}, "num_shared_experts is -1"),
+        ({"num_shared_experts": 1}, "num_experts (4) plus num_shared_experts (1) times moe_intermediate_size (12)"),
+        ({"layer_num_experts_per_tok": [2, 2]}, "layer_num_experts_per_tok is [2, 2]; it must be 3 numbers"),
+        ({"layer_num_experts_per_tok": [2, 5, 2]}, "layer_num_experts_per_tok is [2, 5, 2]"),
+        ({"layer_num_experts_per_tok": [1, 1, 1]}, "the largest num_experts_per_tok"),
+        ({"layer_num_experts_per_tok": [2, 1, 1], "routing": "threshold"}, "None with threshold routing"),
         ({"gate_network": "conv"}, "gate_network is 'conv'; it must be one of mlp, linear"),
+        ({"gate_rank": 2}, 'gate_rank is 2; it must be None unless gate_network is "linear"'),
+        ({"gate_rank": 5, "gate_network": "linear"}, "gate_rank is 5; it must be 1 to 4"),
+        ({"gate_rank": 0, "gate_network": "linear"}, "gate_rank is 0"),
+        ({"gate_noise": -0.5}, "gate_noise is -0.5"),
+        ({"routing": "best"}, "routing is 'best'; it must be one of top_k, threshold"),
+        ({"routing": "threshold", "max_experts_per_tok": 5}, "max_experts_per_tok is 5"),
+        ({"routing": "threshold", "max_experts_per_tok": 0}, "max_experts_per_tok is 0"),
+        ({"routing": "threshold", "max_experts_per_tok": 2, "min_experts_per_tok": 3}, "min_experts_per_tok is 3"),
+        ({"routing": "threshold", "min_experts_per_tok": -1}, "min_experts_per_tok is -1"),
+        ({"min_experts_per_tok": 1}, 'are for routing "threshold"'),
+        ({"max_experts_per_tok": 2}, 'are for routing "threshold"'),
+        ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef is -0.1"),
         ({"size_experts": [16] * 4}, "LLaMA-MoE v1"),
         ({"num_selects": 2}, "LLaMA-MoE v1"),
     ],
@@ -98,6 +138,11 @@ def test_bad_config_values_are_refused_by_name(change, words):
         ("gate_network", None),
         ("multiply_gate_scores", "no"),
         ("output_router_logits", 1),
+        ("num_shared_experts", None),
+        ("layer_num_experts_per_tok", 2),
+        ("gate_rank", 1.0),
+        ("routing", None),
+        ("output_bias", "no"),
     ],
 )
 def test_values_of_the_wrong_type_are_refused_by_name(field, value):
@@ -125,7 +170,14 @@ def test_config_defaults():
 
 
 def test_config_round_trip(tmp_path):
-    config = LlamaMoEConfig(**MOE, gate_network="linear", multiply_gate_scores=True)
+    config = LlamaMoEConfig(
+        **MOE,
+        gate_network="linear",
+        gate_rank=3,
+        multiply_gate_scores=True,
+        layer_num_experts_per_tok=[1, 2, 2],
+        output_bias=True,
+    )
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(again, LlamaMoEConfig)
@@ -144,9 +196,11 @@ def test_config_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
-@pytest.mark.parametrize("config", [{}, {"mlp_bias": True}, {"tie_word_embeddings": True}, {"gate_network": "linear"}])
+@pytest.mark.parametrize("config", [{"mlp_bias": True}, {"tie_word_embeddings": True}, *ROUTINGS])
 def test_save_and_load_through_auto_classes(model_class, config, tmp_path):
     model = make(model_class, **config)
+    if model_class is LlamaMoEForCausalLM:
+        calibrated(model)
     model.save_pretrained(tmp_path)
     loaded, report = CLASSES[model_class].from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is model_class
@@ -157,30 +211,45 @@ def test_save_and_load_through_auto_classes(model_class, config, tmp_path):
         assert torch.equal(first(model(some_tokens())), first(realigned(loaded)(some_tokens())))
 
 
+def append(state, name, tensor, dim):
+    """Neurons of a dense MLP, collected from its parts."""
+    state[name] = torch.cat([state[name], tensor], dim=dim) if name in state else tensor
+
+
 @pytest.mark.parametrize(
     ("model_class", "config"),
     [(LlamaMoEForCausalLM, config) for config in VARIANTS.values()]
-    + [(LlamaMoEModel, {}), (LlamaMoEForSequenceClassification, {"num_labels": 3})],
+    + [
+        (LlamaMoEModel, {}),
+        (LlamaMoEForSequenceClassification, {"num_labels": 3}),
+        (LlamaMoEForCausalLM, {"routing": "threshold"}),  # the design's invariant 7: a threshold that all scores reach
+        (LlamaMoEForCausalLM, {"num_shared_experts": 4, "mlp_bias": True}),
+    ],
 )
 def test_all_experts_are_the_dense_llama(model_class, config):
     model = make(model_class, num_experts_per_tok=4, **config)
+    if "routing" in config:
+        for layer in model.model.layers:
+            layer.mlp.gate.threshold.fill_(-torch.inf)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    dense = DENSE[model_class](LlamaConfig(**(TINY | {"pad_token_id": 0} | config))).eval()
+    moe_fields = ("routing", "num_shared_experts")
+    dense_fields = {name: value for name, value in config.items() if name not in moe_fields}
+    dense = DENSE[model_class](LlamaConfig(**(TINY | {"pad_token_id": 0} | dense_fields))).eval()
     state = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
     for name, tensor in model.state_dict().items():
         layer, _, rest = name.partition("mlp.")
         if rest.startswith("experts.gate_up_proj"):  # [E, 2W, H], or [E, 2W] for the biases
             kind = "bias" if rest.endswith("bias") else "weight"
-            gate, up = tensor.chunk(2, dim=1)
-            state |= {
-                f"{layer}mlp.gate_proj.{kind}": gate.flatten(0, 1),
-                f"{layer}mlp.up_proj.{kind}": up.flatten(0, 1),
-            }
+            for part, values in zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True):
+                append(state, f"{layer}mlp.{part}.{kind}", values.flatten(0, 1), dim=0)
         elif rest == "experts.down_proj":  # [E, H, W]
-            state[f"{layer}mlp.down_proj.weight"] = torch.cat(list(tensor), dim=1)
+            append(state, f"{layer}mlp.down_proj.weight", torch.cat(list(tensor), dim=1), dim=1)
+        elif rest.startswith("shared_experts."):
+            part = rest.removeprefix("shared_experts.")
+            append(state, f"{layer}mlp.{part}", tensor, dim=1 if part == "down_proj.weight" else 0)
         elif rest == "output_bias":
             state[f"{layer}mlp.down_proj.bias"] = tensor
     dense.load_state_dict(state)
@@ -206,8 +275,9 @@ def test_gates_missing_from_a_checkpoint_are_initialised(tmp_path):
     assert draws.std().item() == pytest.approx(0.3, rel=4 / (2 * draws.numel()) ** 0.5)
 
 
-def test_every_parameter_is_initialised():
-    model = make(mlp_bias=True, initializer_range=0.3, num_experts=2)
+@pytest.mark.parametrize("config", [{"mlp_bias": True}, {"output_bias": True, "num_shared_experts": 2}])
+def test_every_parameter_is_initialised(config):
+    model = make(initializer_range=0.3, num_experts=2, **config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert not parameter.any(), name
@@ -217,11 +287,16 @@ def test_every_parameter_is_initialised():
             assert parameter.std().item() == pytest.approx(0.3, rel=error), name
 
 
-def test_generation_is_the_same_with_and_without_cache():
-    model = make()
-    with_cache, without = (
-        model.generate(some_tokens(), max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False)
-    )
+@pytest.mark.parametrize("config", ROUTINGS)
+def test_generation_is_the_same_with_and_without_cache(config):
+    model = calibrated(make(**config, eos_token_id=None))
+    mask = torch.ones_like(some_tokens())
+    options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False)
+    with_cache, without = (model.generate(some_tokens(), **options, use_cache=use) for use in (True, False))
+    static = model.generate(some_tokens(), **options, cache_implementation="static")
+    assisted = model.generate(some_tokens(1), max_new_tokens=8, do_sample=False, assistant_model=make())
+    assert torch.equal(static, with_cache)
+    assert torch.equal(assisted, with_cache[:1])
     tokens = some_tokens()
     with torch.no_grad():
         for _ in range(8):
@@ -230,8 +305,9 @@ def test_generation_is_the_same_with_and_without_cache():
     assert torch.equal(without, tokens)
 
 
-def test_left_padding_changes_nothing():
-    model, tokens = make(), some_tokens(1)
+@pytest.mark.parametrize("config", ROUTINGS)
+def test_left_padding_changes_nothing(config):
+    model, tokens = calibrated(make(**config)), some_tokens(1)
     padded = F.pad(tokens, (4, 0), value=0)
     mask = (torch.arange(14) >= 4)[None].long()
     with torch.no_grad():
@@ -357,23 +433,30 @@ def test_budget_can_be_changed_in_place(tmp_path):
         assert torch.equal(model(some_tokens()).logits, outputs[-1])
 
 
-def test_gates_learn_only_when_their_scores_weigh():
-    for multiply in (False, True):
-        model = make(multiply_gate_scores=multiply)
+@pytest.mark.parametrize("routing", [{}, {"routing": "threshold"}, {"multiply_gate_scores": True}])
+def test_gates_are_trained_where_there_is_a_choice(routing):
+    """Selected experts weigh 1, which alone would leave gates without gradient; with all experts on nothing is chosen
+    and the gradients of the rest are the dense model's."""
+    model = calibrated(make(**routing))
+    model(some_tokens(), labels=some_tokens()).loss.backward()
+    gates = [layer.mlp.gate for layer in model.model.layers]
+    assert all(parameter.grad.any() for gate in gates for parameter in gate.parameters())
+    if "multiply_gate_scores" not in routing:
+        model.zero_grad()
+        model.set_num_experts_per_tok(4)
         model(some_tokens(), labels=some_tokens()).loss.backward()
-        for layer in model.model.layers:
-            for parameter in layer.mlp.gate.parameters():
-                assert (parameter.grad is not None and parameter.grad.any().item()) == multiply
+        assert not any(p.grad is not None and p.grad.any() for gate in gates for p in gate.parameters())
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("config", ROUTINGS)
+def test_gradient_checkpointing_gives_the_same_gradients(config):
     gradients = []
     for checkpointing in (False, True):
-        model = make().train()
+        model = calibrated(make(**config)).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         model(some_tokens(), labels=some_tokens()).loss.backward()
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        gradients.append([p.grad for p in model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         assert torch.equal(plain, checkpointed)
 
@@ -398,6 +481,11 @@ def test_tied_embeddings_stay_one_tensor_on_disk_and_in_memory(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- experts
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()  # it counts recompilations over all models of a process
 
 
 @pytest.fixture
@@ -431,19 +519,153 @@ def test_implementations_agree_and_really_run(model_class, mlp_bias, calls, tmp_
 def test_a_dense_llama_built_before_changes_nothing(calls, tmp_path):
     LlamaForCausalLM(LlamaConfig(**TINY))  # transformers caches its answer on this class, which ours inherit from
     make().save_pretrained(tmp_path)
-    AutoModelForCausalLM.from_pretrained(tmp_path)(some_tokens())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="grouped_mm")
+    model(some_tokens())
     assert dict(calls) == {"grouped_mm": 3}
+    model.set_experts_implementation("batched_mm")
+    model(some_tokens())
+    assert dict(calls) == {"grouped_mm": 3, "batched_mm": 3}
 
 
-@pytest.mark.parametrize("num_experts", [16, 32, 64])  # widths 4, 2, 1
-def test_widths_that_grouped_mm_refuses_run_eager_unless_asked_otherwise(num_experts, calls, tmp_path):
-    make(num_experts=num_experts).to(torch.bfloat16).save_pretrained(tmp_path)
+@pytest.mark.parametrize("num_experts", [4, 16, 32, 64])  # widths 16, 4, 2, 1: grouped_mm takes the first only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_by_default_any_width_runs(num_experts, dtype, calls, tmp_path):
+    make(num_experts=num_experts, dtype=dtype).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert model.config._experts_implementation == "eager"
-    assert model(some_tokens()).logits.isfinite().all()
-    assert not calls
-    AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="batched_mm")(some_tokens())
-    assert dict(calls) == {"batched_mm": 3}
+    assert model.config._experts_implementation == "llama_moe"
+    with torch.no_grad():
+        logits = model(some_tokens()).logits
+        assert not calls
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(some_tokens()).logits
+        torch.testing.assert_close(
+            compiled, logits, **(TOLERANCE if dtype == torch.float32 else dict(rtol=0.1, atol=0.1))
+        )
+        model.set_experts_implementation("eager")
+        assert torch.equal(model(some_tokens()).logits, logits)
+
+
+@pytest.mark.parametrize("config", ROUTINGS)
+def test_compiled_forward_is_one_graph(config):
+    model = calibrated(make(**config))
+    with torch.no_grad():
+        expected = model(some_tokens()).logits
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(some_tokens()).logits, expected, **TOLERANCE)
+    model.train()
+    torch.compile(model, backend="aot_eager")(some_tokens(), labels=some_tokens()).loss.backward()
+    compiled_gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(some_tokens(), labels=some_tokens()).loss.backward()
+    for parameter, compiled in zip(model.parameters(), compiled_gradients, strict=True):
+        torch.testing.assert_close(compiled, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- budgets
+
+
+def routing_of(model, tokens):
+    with record_routing(model) as statistics, torch.no_grad():
+        model(tokens)
+    return statistics
+
+
+def test_layers_can_have_budgets_of_their_own(tmp_path):
+    model, tokens = make(), some_tokens()
+    model.set_num_experts_per_tok([1, 4, 3])
+    assert model.config.num_experts_per_tok == 4
+    assert [layer.experts_per_tok for layer in routing_of(model, tokens)] == [1, 4, 3]
+    model.save_pretrained(tmp_path)
+    loaded = realigned(LlamaMoEForCausalLM.from_pretrained(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    with pytest.raises(ValueError, match="layer_num_experts_per_tok"):  # which of the two is meant?
+        LlamaMoEForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=2)
+    model.set_num_experts_per_tok(2)
+    assert model.config.layer_num_experts_per_tok is None
+    for wrong in ([1, 2], [1, 2, 5], [0, 1, 1]):
+        with pytest.raises(ValueError, match=r"2 budgets given for 3 layers|num_experts_per_tok is"):
+            model.set_num_experts_per_tok(wrong)
+    assert [layer.experts_per_tok for layer in routing_of(model, tokens)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("shared", [0, 4])
+def test_active_fraction_of_a_top_k_model_is_a_whole_number_of_experts(shared):
+    model = make(num_shared_experts=shared)
+    model.set_active_fraction(0.75)
+    assert model.config.num_selects == 0.75 * (4 + shared)
+    for wrong in (0.8, 0, -1, 1.25, shared / 8):
+        with pytest.raises(ValueError, match="active fraction"):
+            model.set_active_fraction(wrong)
+    assert model.config.num_selects == 0.75 * (4 + shared)
+
+
+@pytest.mark.parametrize("shared", [0, 8])
+@pytest.mark.parametrize("fraction", [0.55, 0.7, 0.9, 1.0])
+def test_threshold_routing_meets_its_budget_on_the_text_of_its_quantiles(shared, fraction, tmp_path):
+    """The design's invariant 7: each layer on what it sees, so quantiles are taken layer after layer."""
+    model, tokens = make(routing="threshold", num_experts=8, num_shared_experts=shared), some_tokens(8, 40)
+    with pytest.raises(ValueError, match="no score quantiles are stored"):
+        model.set_active_fraction(fraction)
+    for layer in model.model.layers:
+        with torch.no_grad():
+            scores = model(tokens, output_router_logits=True).router_logits[layer.self_attn.layer_idx]
+        layer.mlp.gate.store_score_quantiles(scores)
+        layer.mlp.gate.set_active_share((fraction * (8 + shared) - shared) / 8)
+    expected = routing_of(model, tokens)
+    for layer in expected:
+        # Quantiles are kept at 1025 levels, and 8 x 40 x 8 scores have a spacing of their own.
+        assert (layer.experts_per_tok + shared) / (8 + shared) == pytest.approx(fraction, abs=1 / 1024 + 1 / 2560)
+    model.set_active_fraction(fraction)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaMoEForCausalLM.from_pretrained(tmp_path)
+    for here, there in zip(expected, routing_of(loaded, tokens), strict=True):
+        assert torch.equal(here.runs, there.runs)
+    for wrong in (0, -0.1, 1.1, *([0.3] if shared else [])):
+        with pytest.raises(ValueError, match="active fraction"):
+            loaded.set_active_fraction(wrong)
+
+
+def test_tokens_differ_in_cost_under_a_threshold():
+    model = calibrated(make(routing="threshold", num_experts=16))
+    costs = [layer.tokens_by_cost for layer in routing_of(model, some_tokens(8, 40))]
+    assert all(int(counts.sum()) == 320 and (counts > 0).sum() >= 4 for counts in costs)
+
+
+# ---------------------------------------------------------------------------------------------------- balancing
+
+
+def test_aux_loss_is_mixtrals_and_off_by_default():
+    model, tokens = make(), some_tokens()
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        plain = model(tokens, attention_mask=mask, labels=tokens)
+        assert plain.aux_loss is None
+        asked = model(tokens, attention_mask=mask, labels=tokens, output_router_logits=True)
+        expected = load_balancing_loss_func(asked.router_logits, 4, 2, mask)
+        torch.testing.assert_close(asked.aux_loss, expected)
+        assert torch.equal(asked.loss, plain.loss)
+        model.config.router_aux_loss_coef = 0.5
+        balanced = model(tokens, attention_mask=mask, labels=tokens)
+        assert balanced.router_logits is None
+        torch.testing.assert_close(balanced.loss, plain.loss + 0.5 * expected)
+        assert model(tokens, labels=None).loss is None
+
+
+def test_training_on_the_aux_loss_evens_out_the_load():
+    """SGD on the balancing loss alone, from gates that all prefer expert 0."""
+    model, tokens = make(gate_network="linear", output_router_logits=True).train(), some_tokens(8, 20)
+    gates = [layer.mlp.gate for layer in model.model.layers]
+    optimizer = torch.optim.Adam([gate.weight for gate in gates], lr=0.02)
+    losses = []
+    for _ in range(40):
+        loss = model(tokens).aux_loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    assert losses[-1] == pytest.approx(2, rel=0.1)  # experts per token: perfectly even
 
 
 # ---------------------------------------------------------------------------------------------------- carried code

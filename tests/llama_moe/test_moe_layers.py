@@ -10,14 +10,23 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from llama_moe import LlamaMoEConfig
-from llama_moe.moe_layers import GATE_CLASSES, BiasedExperts, Experts, LinearGate, MLPGate, MoEBlock
+from llama_moe import LlamaMoEConfig, moe_layers
+from llama_moe.moe_layers import (
+    GATE_CLASSES,
+    BiasedExperts,
+    Experts,
+    LinearGate,
+    MLPGate,
+    MoEBlock,
+    load_balancing_loss,
+    record_routing,
+)
 
 # float32 sums of the same terms in another order.
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 # Of the largest output: float32 as above; bf16 keeps 8 bits, and a handful of roundings add up.
 RELATIVE_TO_LARGEST = {torch.float32: 1e-6, torch.bfloat16: 4 * 2**-8}
-IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+IMPLEMENTATIONS = ["eager", "llama_moe", "grouped_mm", "batched_mm"]
 # experts, width, tokens, experts per token; grouped_mm takes widths of whole 16 bytes only.
 SHAPES = [(1, 8, 3, 1), (4, 8, 1, 2), (4, 16, 9, 4), (8, 8, 40, 3)]
 NARROW = [(1, 1, 1, 1), (6, 1, 5, 2), (3, 5, 7, 3)]
@@ -30,6 +39,7 @@ def random_experts(num_experts, width, hidden, *, biased=False, implementation="
         moe_intermediate_size=width,
         hidden_size=hidden,
         hidden_act="silu",
+        routing="top_k",
         _experts_implementation=implementation,
     )
     experts = (BiasedExperts if biased else Experts)(config)
@@ -81,6 +91,73 @@ def test_experts_equal_the_naive_loop(implementation, biased, dtype, shape):
     assert expected.any()
     assert (output.float() - expected).abs().max() < RELATIVE_TO_LARGEST[dtype] * expected.abs().max()
     assert all(torch.equal(*pair) for pair in zip((x, *routing), before, strict=True)), "an input was modified"
+
+
+@pytest.fixture(params=["as it comes", "loop", "grouped", "few tokens"])
+def path(request, monkeypatch):
+    """Our implementation has ways for different sizes; each is forced upon small ones here."""
+    if request.param != "as it comes":
+        monkeypatch.setattr(moe_layers, "FEW_TOKENS", 10**6 if request.param == "few tokens" else 0)
+        monkeypatch.setattr(moe_layers, "FEW_PAIRS", 10**6 if request.param == "grouped" else 0)
+    return request.param
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", RELATIVE_TO_LARGEST)
+@pytest.mark.parametrize(("experts", "width", "hidden"), [(4, 16, 32), (2, 176, 1024), (3, 172, 1028)])
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_every_path_equals_the_naive_loop(path, biased, dtype, experts, width, hidden, tokens):
+    """Odd sizes, sizes whose products are split into blocks, and unused slots, which weigh 0."""
+    module = random_experts(experts, width, hidden, biased=biased, dtype=dtype)
+    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(2)).to(dtype)
+    index, weights = random_routing(tokens, experts, experts, dtype)
+    weights = weights * (torch.rand(weights.shape, generator=torch.Generator().manual_seed(3)) < 0.5)
+    with torch.no_grad():
+        output = module(x, index, weights)
+        expected = naive_experts(module.float(), x.float(), index, weights.float())
+    assert output.dtype == dtype
+    assert (output.float() - expected).abs().max() < 2 * RELATIVE_TO_LARGEST[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("tokens", [1, 70, 300])
+def test_what_no_token_uses_is_never_read(path, tokens):
+    module = random_experts(6, 16, 32)
+    index, weights = random_routing(tokens, 6, 6)
+    weights[(index == 2) | (index == 5)] = 0
+    x = torch.randn(tokens, 32)
+    with torch.no_grad():
+        expected = module(x, index, weights)
+        for unused in (2, 5):
+            module.gate_up_proj[unused] = float("nan")
+            module.down_proj[unused] = float("nan")
+        assert expected.any()
+        assert torch.equal(module(x, index, weights), expected)
+
+
+def test_slots_of_another_process_are_skipped(path):
+    """Expert parallelism marks them with an index beyond the local experts and weight 0."""
+    module = random_experts(4, 16, 32)
+    index, weights = random_routing(9, 4, 2)
+    x = torch.randn(9, 32)
+    elsewhere = torch.rand(9, 2) < 0.5
+    with torch.no_grad():
+        expected = module(x, index, weights.masked_fill(elsewhere, 0))
+        output = module(x, index.masked_fill(elsewhere, 4), weights.masked_fill(elsewhere, 0))
+    torch.testing.assert_close(output, expected, **TOLERANCE)
+
+
+def test_gradients_of_every_path_equal_the_naive_loops(path):
+    module = random_experts(3, 176, 1024)
+    index, weights = random_routing(10, 3, 2)
+    gradients = []
+    for forward in (module, lambda *inputs: naive_experts(module, *inputs)):
+        module.zero_grad()
+        x = torch.randn(10, 1024, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        w = weights.clone().requires_grad_()
+        forward(x, index, w).mean().backward()
+        gradients.append([x.grad, w.grad, *(p.grad.clone() for p in module.parameters())])
+    for ours, naive in zip(*gradients, strict=True):
+        assert (ours - naive).abs().max() < 1e-5 * naive.abs().max()
 
 
 @settings(max_examples=40, deadline=None)
@@ -175,6 +252,141 @@ def test_gates_hold_raw_parameters_only(gate_class):
     assert all(type(parameter) is nn.Parameter for parameter in gate.parameters())
 
 
+def test_a_gate_of_low_rank_is_the_product_of_its_factors():
+    gate = random_gate(LinearGate, rank=2, num_experts_per_tok=3)
+    x = torch.randn(5, 16)
+    assert {name: tuple(p.shape) for name, p in gate.named_parameters()} == {
+        "input_weight": (2, 16),
+        "output_weight": (6, 2),
+    }
+    torch.testing.assert_close(gate.score(x), x @ (gate.output_weight @ gate.input_weight).T, **TOLERANCE)
+
+
+def test_noise_is_added_while_training_only():
+    gate = random_gate(LinearGate, num_experts_per_tok=3, noise=0.5)
+    x = torch.zeros(4000, 16)  # scores without noise are 0
+    assert not gate.eval()(x)[0].any()
+    noise = gate.train()(x)[0]
+    # 24,000 normal draws: their standard deviation is off by about 1 / sqrt(48,000).
+    assert noise.std().item() == pytest.approx(0.5, rel=4 / 48000**0.5)
+    assert noise.mean().item() == pytest.approx(0, abs=4 * 0.5 / 24000**0.5)
+
+
+@pytest.mark.parametrize("multiply", [False, True])
+@pytest.mark.parametrize("routing", [{}, {"routing": "threshold"}])
+def test_score_scale_factor_multiplies_the_weights(multiply, routing):
+    x = torch.randn(7, 16)
+    plain, scaled = (
+        random_gate(
+            LinearGate, num_experts_per_tok=3, multiply_gate_scores=multiply, score_scale_factor=factor, **routing
+        )
+        for factor in (1.0, 2.5)
+    )
+    torch.testing.assert_close(scaled(x)[1], 2.5 * plain(x)[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(-3, 3), st.integers(0, 6), st.integers(1, 6), st.booleans(), st.integers(0, 100))
+def test_threshold_routing_runs_what_reaches_it_within_the_bounds(threshold, least, most, multiply, seed):
+    least = min(least, most)
+    gate = random_gate(
+        LinearGate,
+        num_experts_per_tok=1,
+        routing="threshold",
+        min_experts_per_tok=least,
+        max_experts_per_tok=most,
+        multiply_gate_scores=multiply,
+    )
+    gate.threshold.fill_(threshold)
+    x = torch.randn(12, 16, generator=torch.Generator().manual_seed(seed))
+    scores, weights, index = gate(x)
+    mask = gate.selected(scores)
+    for token in range(12):
+        ranked = sorted(range(6), key=lambda e: -scores[token, e])
+        reached = [e for e in ranked if scores[token, e] >= threshold]
+        expected = set(ranked[:least]) | set(reached[:most])
+        used = {int(e): float(w) for e, w in zip(index[token], weights[token], strict=True) if w != 0}
+        assert set(used) == expected == set(mask[token].nonzero().flatten().tolist())
+        if not multiply:
+            assert set(used.values()) <= {1.0}
+        elif expected:
+            chosen = sorted(expected)
+            torch.testing.assert_close(torch.tensor([used[e] for e in chosen]), scores[token, chosen].softmax(0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.02, 0.98), st.integers(0, 100))
+def test_quantiles_give_the_threshold_of_any_share(share, seed):
+    gate = random_gate(LinearGate, num_experts_per_tok=1, routing="threshold")
+    scores = torch.randn(2000, 6, generator=torch.Generator().manual_seed(seed)) ** 3
+    gate.store_score_quantiles(scores)
+    gate.set_active_share(share)
+    assert gate.selected(scores).float().mean().item() == pytest.approx(share, abs=1 / 1024 + 1 / 12000)
+
+
+def test_the_ends_of_the_shares_are_all_and_none():
+    gate = random_gate(LinearGate, num_experts_per_tok=1, routing="threshold")
+    gate.store_score_quantiles(torch.randn(50, 6))
+    for share, every in ((1.0, True), (0.0, False)):
+        gate.set_active_share(share)
+        assert gate.selected(torch.randn(50, 6) * 1e6).all().item() == every
+        assert gate.selected(torch.randn(50, 6) * 1e6).any().item() == every
+
+
+@pytest.mark.parametrize("routing", [{}, {"routing": "threshold"}])
+def test_weights_of_one_carry_the_gradient_of_a_sigmoid_around_the_boundary(routing):
+    gate = random_gate(LinearGate, num_experts_per_tok=2, **routing)
+    if routing:
+        gate.threshold.fill_(0.2)
+    x = torch.randn(9, 16)
+    scores, weights, index = gate(x)
+    assert set(weights.unique().tolist()) <= {0.0, 1.0}
+    upstream = torch.randn(weights.shape)
+    (weights * upstream).sum().backward()
+    gradient = torch.zeros_like(scores)  # with respect to the scores, straight from the definition
+    for token in range(9):
+        for slot, expert in enumerate(index[token]):
+            if weights[token, slot] != 0:
+                boundary = 0.2 if routing else scores[token, index[token]].min()
+                soft = torch.sigmoid(scores[token, expert] - boundary)
+                gradient[token, expert] = upstream[token, slot] * soft * (1 - soft)
+    torch.testing.assert_close(gate.weight.grad, (gradient.T @ x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_balancing_loss_by_hand():
+    """Two layers, three experts; the last token does not count."""
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.randn(6, 3, generator=generator) for _ in range(2)]
+    selected = [torch.rand(6, 3, generator=generator) < 0.5 for _ in range(2)]
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    load, probability = torch.zeros(3), torch.zeros(3)
+    for layer_scores, chosen in zip(scores, selected, strict=True):
+        for token in range(5):
+            load += chosen[token] / 10
+            probability += layer_scores[token].exp() / layer_scores[token].exp().sum() / 10
+    torch.testing.assert_close(load_balancing_loss(scores, selected, mask), 3 * (load @ probability))
+
+
+def test_statistics_count_what_ran():
+    block = block_of(False, 1, num_experts=8, routing="threshold", gate_network="linear")
+    block.gate.threshold.fill_(0.5)
+    batches = [torch.randn(2, 5, 16), torch.randn(1, 7, 16)]
+    block(batches[0])
+    with record_routing(block) as (counted,):
+        for x in batches:
+            block(x)
+    block(batches[1])
+    assert not block.gate._forward_hooks
+    scores = torch.cat([block.gate.score(x.reshape(-1, 16)) for x in batches])
+    mask = scores >= 0.5
+    assert counted.num_tokens == 17
+    assert counted.runs.tolist() == mask.sum(0).tolist()
+    assert counted.tokens_by_cost.tolist() == [int((mask.sum(1) == cost).sum()) for cost in range(9)]
+    assert counted.experts_per_tok == pytest.approx(mask.sum().item() / 17)
+    torch.testing.assert_close(counted.expert_load, mask.double().mean(0))
+    torch.testing.assert_close(counted.score_sum, scores.double().sum(0), rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------- the block
 
 
@@ -183,10 +395,9 @@ def block_of(mlp_bias, num_selects, implementation="eager", **fields):
         hidden_size=16,
         intermediate_size=32,
         num_attention_heads=2,
-        num_experts=4,
         num_experts_per_tok=num_selects,
         mlp_bias=mlp_bias,
-        **fields,
+        **({"num_experts": 4} | fields),
     )
     config._experts_implementation_internal = implementation
     block = MoEBlock(config)
@@ -243,6 +454,19 @@ def test_block_runs_only_the_selected_experts():
             changed.experts.gate_up_proj[unused] = float("nan")
             changed.experts.down_proj[unused] = float("nan")
     assert torch.equal(block(x), changed(x))
+
+
+@pytest.mark.parametrize("mlp_bias", [False, True])
+def test_shared_experts_always_run(mlp_bias):
+    block = block_of(mlp_bias, 1, num_experts=3, num_shared_experts=1, output_bias=True)
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(6))
+    _, weights, index = block.gate(x.reshape(10, 16))
+    routed = naive_experts(block.experts, x.reshape(10, 16), index, weights).reshape(2, 5, 16)
+    shared = block.shared_experts
+    gate, up = (F.linear(x, part.weight, part.bias) for part in (shared.gate_proj, shared.up_proj))
+    expected = routed + (F.silu(gate) * up) @ shared.down_proj.weight.T + block.output_bias
+    assert (shared.gate_proj.bias is not None) == mlp_bias
+    torch.testing.assert_close(block(x), expected, **TOLERANCE)
 
 
 def test_experts_child_is_what_engines_look_for():
