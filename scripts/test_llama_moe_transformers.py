@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     from transformers.utils import logging
 
     import llama_moe
+    from llama_moe.moe_layers import record_routing
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -45,21 +46,24 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--model_path {arguments.model_path} is a {type(model).__name__}, not a LlamaMoEForCausalLM")
     if arguments.num_selects is not None:
         try:
-            model.set_num_experts_per_tok(arguments.num_selects)
+            model.set_num_experts_per_tok(arguments.num_selects - model.config.num_shared_experts)
         except ValueError as error:
             parser.error(f"--num_selects: {error}")
 
-    for prompt in arguments.prompt:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
-        print(f"> {tokenizer.decode(output[0], skip_special_tokens=True)!r}")
+    with record_routing(model) as routing:
+        for prompt in arguments.prompt:
+            inputs = tokenizer(prompt, return_tensors="pt")
+            with torch.inference_mode():
+                output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+            print(f"> {tokenizer.decode(output[0], skip_special_tokens=True)!r}")
 
     config, block = model.config, model.model.layers[0].mlp
     experts = sum(parameter.numel() for parameter in block.experts.parameters())
+    everything = sum(parameter.numel() for parameter in block.parameters())
     gate = sum(parameter.numel() for parameter in block.gate.parameters())
-    share = (experts * config.num_selects / config.num_experts + gate) / experts
-    budget = f"{config.num_selects} of {config.num_experts} experts"
+    routed = sum(layer.experts_per_tok for layer in routing) / len(routing)
+    share = (everything - experts + experts * routed / config.num_experts) / (everything - gate)
+    budget = f"{routed + config.num_shared_experts:.4g} of {config.num_experts + config.num_shared_experts} experts"
     print(f"{budget}: {share:.1%} of the MLP parameters ran per token, gate included")
     return 0
 

@@ -1,7 +1,6 @@
 """Perplexity of checkpoints, dense or MoE, and how evenly an MoE uses its experts."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import llama_moe  # noqa: F401 (registers LlamaMoE with the Auto classes)
-from llama_moe.moe_layers import Gate
+from llama_moe.moe_layers import record_routing
 
 from .checkpoints import DTYPES, quiet_transformers, resolve_model_path
 from .corpus import load_tokenizer, pack, read_documents, require_block_size, tokenize
@@ -20,7 +19,8 @@ from .progress import Progress, no_progress
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One row of the table. `expert_load`: per layer, the share of tokens that each expert ran for (MoE only)."""
+    """One row of the table. `num_experts` and `num_selects` count shared experts, too. `expert_load`: per layer, the
+    share of tokens that each routed expert ran for (MoE only)."""
 
     model: str
     num_experts: int | None
@@ -96,11 +96,10 @@ def _read_config(path: Path):
 def _budgets(config, num_selects: list[int] | None) -> list[int | None]:
     if config.model_type != "llama_moe":
         return [None]
+    shared, total = config.num_shared_experts, config.num_shared_experts + config.num_experts
     for budget in num_selects or []:
-        if not 1 <= budget <= config.num_experts:
-            raise MoEficationError(
-                f"--num_selects {budget} is outside of 1 to {config.num_experts}, the model's experts"
-            )
+        if not shared < budget <= total:
+            raise MoEficationError(f"--num_selects {budget} is outside of {shared + 1} to {total}, the model's experts")
     return num_selects or [config.num_selects]
 
 
@@ -129,25 +128,28 @@ def _evaluate(
     batch_size: int,
     progress: Progress,
 ) -> Evaluation:
+    num_experts = None
     if budget is not None:
-        model.set_num_experts_per_tok(budget)
-        name = f"{name}, {budget} of {model.config.num_experts}"
+        config = model.config
+        num_experts = config.num_experts + config.num_shared_experts
+        if budget != config.num_selects:
+            model.set_num_experts_per_tok(budget - config.num_shared_experts)
+        name = f"{name}, {budget} of {num_experts}"
     loss_sum, predicted = 0.0, 0
-    with _recorded_load(model) as load:
+    with record_routing(model) as routing:
         for batch in progress(list(_batches(blocks, batch_size)), f"evaluate {name}", "batch"):
             tokens = torch.stack(batch).long().to(model.device)
             logits = model(input_ids=tokens, use_cache=False).logits
             for row, targets in zip(logits[:, :-1], tokens[:, 1:], strict=True):  # a row at a time: logits are large
                 loss_sum += F.cross_entropy(row.float(), targets, reduction="sum").item()
             predicted += tokens[:, 1:].numel()
-    total = sum(map(len, blocks))
     return Evaluation(
         model=name,
-        num_experts=getattr(model.config, "num_experts", None),
+        num_experts=num_experts,
         num_selects=budget,
         perplexity=float(torch.tensor(loss_sum / predicted, dtype=torch.float64).exp()),
         predicted_tokens=predicted,
-        expert_load=[(counts / total).tolist() for counts in load] or None,
+        expert_load=[layer.expert_load.tolist() for layer in routing] or None,
     )
 
 
@@ -158,20 +160,3 @@ def _batches(blocks: list[torch.Tensor], batch_size: int) -> Iterator[list[torch
         yield whole[start : start + batch_size]
     if len(whole) < len(blocks):
         yield blocks[len(whole) :]
-
-
-@contextmanager
-def _recorded_load(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """Counts, per gate in layer order, how many tokens each expert was selected for, float64 `[experts]`."""
-    gates = [module for module in model.modules() if isinstance(module, Gate)]
-    load = [torch.zeros(model.config.num_experts, dtype=torch.float64) for _ in gates]
-
-    def count(index: int, output: tuple[torch.Tensor, ...]) -> None:
-        load[index] += output[2].flatten().bincount(minlength=len(load[index])).cpu()
-
-    hooks = [gate.register_forward_hook(lambda _, __, out, i=i: count(i, out)) for i, gate in enumerate(gates)]
-    try:
-        yield load
-    finally:
-        for hook in hooks:
-            hook.remove()

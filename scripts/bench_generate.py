@@ -1,0 +1,174 @@
+"""Whole models: prefill and decode of a random LLaMA and of the LlamaMoE with the same tensors around its experts.
+
+python scripts/bench_generate.py --layers 2 --new_tokens 8 --rounds 2     # half a minute
+python scripts/bench_generate.py --json generate.json                     # 16 layers, LLaMA-3.2-1B's shape
+python scripts/bench_generate.py --device cuda --dtype bf16
+
+`possible` is what the MLPs' share of the dense model's time allows: that share times the active fraction, and the rest.
+"""
+
+import argparse
+import json
+import sys
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from run_moefication import command_line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = command_line.new_parser(__doc__)
+    parser.add_argument("--layers", type=int, default=16, help="decoder layers")
+    parser.add_argument("--num_experts", type=int, default=16, help="experts per layer")
+    parser.add_argument("--active", nargs="+", type=float, default=[0.25, 0.5, 0.75], help="shares of experts to run")
+    parser.add_argument("--prompt_tokens", type=int, default=512, help="length of the prompt")
+    parser.add_argument("--new_tokens", type=int, default=16, help="tokens to decode after it")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+
+    import torch
+    from timing import machine, median_seconds
+
+    device = torch.device(arguments.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    print(f"{machine(device)}; {arguments.dtype}, {arguments.layers} layers")
+    dense, moe = make_models(arguments, dtype, device)
+    rows = []
+    print(f"{'':8}{'active':>8}{'dense tokens/s':>16}{'MoE tokens/s':>14}{'time ratio':>12}{'possible':>10}")
+    with torch.inference_mode():
+        for phase, tokens in (("prefill", arguments.prompt_tokens), ("decode", arguments.new_tokens)):
+            run = Phase(phase, arguments, device)
+            mlp_share = run.mlp_share(dense)
+            for active in arguments.active:
+                moe.set_active_fraction(active)
+                alternatives = {"dense": partial(run, dense), "moe": partial(run, moe)}
+                seconds = median_seconds(alternatives, rounds=arguments.rounds, device=device)
+                row = {
+                    "phase": phase,
+                    "active": active,
+                    "dense_tokens_per_second": tokens / seconds["dense"],
+                    "moe_tokens_per_second": tokens / seconds["moe"],
+                    "time_ratio": seconds["moe"] / seconds["dense"],
+                    "mlp_share": mlp_share,
+                    "possible": 1 - mlp_share * (1 - active),
+                }
+                rows.append(row)
+                print(
+                    f"{phase:8}{active:8.2f}{row['dense_tokens_per_second']:16.2f}{row['moe_tokens_per_second']:14.2f}"
+                    f"{row['time_ratio']:12.3f}{row['possible']:10.3f}",
+                    flush=True,
+                )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+def make_models(arguments: argparse.Namespace, dtype: Any, device: Any) -> tuple[Any, Any]:
+    """A random LLaMA of LLaMA-3.2-1B's shape, and a LlamaMoE that shares all its tensors but the MLPs'."""
+    import torch
+    from bench_moe_layer import fill
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
+
+    fields = dict(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=32000,
+        max_position_embeddings=8192,
+    )
+    moe_config = LlamaMoEConfig(**fields, num_experts=arguments.num_experts, num_experts_per_tok=1)
+    generator = torch.Generator().manual_seed(0)
+    models = []
+    for model_class, config in ((LlamaForCausalLM, LlamaConfig(**fields)), (LlamaMoEForCausalLM, moe_config)):
+        with torch.device("meta"):
+            model = model_class(config)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+        if models:
+            shared = {name: tensor for name, tensor in models[0].state_dict().items() if ".mlp." not in name}
+            model.load_state_dict(shared, strict=False, assign=True)
+        fill(model, dtype, device, generator)
+        models.append(model.eval())
+    return models[0], models[1]
+
+
+class Phase:
+    """Prefill: one forward pass over the prompt. Decode: one token at a time after it, each the most likely."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace, device: Any):
+        import torch
+
+        generator = torch.Generator().manual_seed(1)
+        self.prompt = torch.randint(3, 32000, (1, arguments.prompt_tokens), generator=generator).to(device)
+        self.name = name
+        self.new_tokens = arguments.new_tokens
+        self.caches: dict[Any, Any] = {}
+
+    def __call__(self, model: Any) -> None:
+        if self.name == "prefill":
+            model(self.prompt, logits_to_keep=1, use_cache=True)
+            return
+        if model not in self.caches:
+            self.caches[model] = model(self.prompt, logits_to_keep=1, use_cache=True).past_key_values
+        cache, token = self.caches[model], self.prompt[:, -1:]
+        for _ in range(self.new_tokens):
+            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        cache.crop(-self.new_tokens)
+
+    def mlp_share(self, dense: Any) -> float:
+        """The share of the dense model's time that its MLPs take."""
+        from timing import synchronize
+
+        self(dense)
+        with timed([layer.mlp for layer in dense.model.layers]) as seconds:
+            start = time.perf_counter()
+            for _ in range(3):
+                self(dense)
+            synchronize(self.prompt.device)
+            total = time.perf_counter() - start
+        return sum(seconds) / total
+
+
+@contextmanager
+def timed(modules: list[Any]):
+    """Collects how long each call of each module takes."""
+    from timing import synchronize
+
+    seconds: list[float] = []
+    starts: list[float] = []
+
+    def before(module, inputs):
+        synchronize(inputs[0].device)
+        starts.append(time.perf_counter())
+
+    def after(module, inputs, output):
+        synchronize(output.device)
+        seconds.append(time.perf_counter() - starts.pop())
+
+    hooks = [module.register_forward_pre_hook(before) for module in modules]
+    hooks += [module.register_forward_hook(after) for module in modules]
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
