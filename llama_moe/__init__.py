@@ -9,6 +9,7 @@ from .modeling_llama_moe import (
     LlamaMoEModel,
     LlamaMoEPreTrainedModel,
 )
+from .moe_layers import RoutingStatistics, record_routing
 
 AutoConfig.register(LlamaMoEConfig.model_type, LlamaMoEConfig)
 AutoModel.register(LlamaMoEConfig, LlamaMoEModel)
@@ -21,4 +22,6 @@ __all__ = [
     "LlamaMoEForSequenceClassification",
     "LlamaMoEModel",
     "LlamaMoEPreTrainedModel",
+    "RoutingStatistics",
+    "record_routing",
 ]

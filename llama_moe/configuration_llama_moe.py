@@ -50,7 +50,7 @@ class LlamaMoEConfig(LlamaConfig):
     """
 
     model_type = "llama_moe"
-    keys_to_ignore_at_inference = ("past_key_values", "router_logits", "aux_loss")
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
     base_model_tp_plan = MixtralConfig.base_model_tp_plan
     base_model_ep_plan = getattr(MixtralConfig, "base_model_ep_plan", None)
 

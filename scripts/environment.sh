@@ -5,12 +5,18 @@
 #     ensure_environment test        # or: quickstart, dev
 #     "$VENV_PYTHON" -m pytest
 #
-# The environment is .venv in the root, made with PYTHON (default: python3) where there is none yet.
+# The environment is .venv in the root (use_environment FOLDER: another), made with PYTHON (default: python3) where there
+# is none yet.
 
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-VENV_PYTHON="$REPOSITORY/.venv/bin/python"
 
-# Prints a hash of all that decides what an install gives. Fails where .venv has no working Python >= 3.11.
+use_environment() {
+    VENV="$1"
+    VENV_PYTHON="$VENV/bin/python"
+}
+use_environment "$REPOSITORY/.venv"
+
+# Prints a hash of all that decides what an install gives. Fails where the environment has no working Python >= 3.11.
 # The path is part of it, since an editable install of a project that has moved points to its old place.
 _environment_fingerprint() {
     "$VENV_PYTHON" - "$REPOSITORY" 2>/dev/null <<'PYTHON_CODE'
@@ -25,7 +31,7 @@ print(hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)
 PYTHON_CODE
 }
 
-# Makes .venv, or mends one whose making was cut short.
+# Makes the environment, or mends one whose making was cut short.
 _make_venv() {
     local python="${PYTHON:-python3}"
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -36,8 +42,8 @@ _make_venv() {
         echo "error: '$python' cannot make a virtual environment: install its venv package (Debian: apt install python3-venv)" >&2
         return 2
     fi
-    if ! "$python" -m venv "$REPOSITORY/.venv" || ! _environment_fingerprint >/dev/null; then
-        echo "error: $REPOSITORY/.venv has no usable Python >= 3.11: delete that folder and run this again" >&2
+    if ! "$python" -m venv "$VENV" || ! _environment_fingerprint >/dev/null; then
+        echo "error: $VENV has no usable Python >= 3.11: delete that folder and run this again" >&2
         return 2
     fi
 }
@@ -52,11 +58,11 @@ _install() (
         "$VENV_PYTHON" -m pip install --disable-pip-version-check "$@" -e ".[$extra]" -c constraints.txt
 )
 
-# ensure_environment EXTRA: .venv holds this project, editable, with that extra of pyproject.toml and the versions of
+# ensure_environment EXTRA: the environment holds this project, editable, with that extra of pyproject.toml and the versions of
 # constraints.txt. Does nothing when that is so already; finishes an install that was cut short.
 ensure_environment() {
     local extra="$1" fingerprint quiet="" again=""
-    local stamp="$REPOSITORY/.venv/.installed-$extra" unfinished="$REPOSITORY/.venv/.unfinished"
+    local stamp="$VENV/.installed-$extra" unfinished="$VENV/.unfinished"
     if [ ! -e "$unfinished" ] && fingerprint="$(_environment_fingerprint)" &&
         [ "$(cat "$stamp" 2>/dev/null)" = "$fingerprint" ]; then
         return 0
@@ -67,7 +73,7 @@ ensure_environment() {
     fi
     fingerprint="$(_environment_fingerprint)" || return
     [ -t 2 ] || quiet=1
-    echo "Installing into $REPOSITORY/.venv (extra: $extra); the first time takes some minutes" >&2
+    echo "Installing into $VENV (extra: $extra); the first time takes some minutes" >&2
 
     # pip takes a package whose installation was killed half-way for installed: then all are installed anew.
     [ ! -e "$unfinished" ] || again=1

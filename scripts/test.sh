@@ -4,6 +4,7 @@
 #     bash scripts/test.sh                    # the fast tests
 #     bash scripts/test.sh -m slow            # the long ones
 #     bash scripts/test.sh tests/llama_moe    # some of them; every argument goes to pytest
+#     bash scripts/test.sh compat             # on the oldest transformers this project takes, and on the newest there is
 #
 # Works from any directory; paths among the arguments start at the root of the project.
 set -euo pipefail
@@ -22,6 +23,24 @@ fetch() {
         *) exit "$status" ;;
     esac
 }
+
+# compat PYTEST_ARGUMENT...: the same tests with each of two releases of transformers, in environments of their own.
+compat() {
+    local release
+    for release in "transformers==$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).*" transformers; do
+        use_environment "$REPOSITORY/.venv-compat/${release//[^a-z0-9.]/}"
+        ensure_environment test
+        "$VENV_PYTHON" -m pip install --disable-pip-version-check --quiet --upgrade "$release"
+        echo "== $("$VENV_PYTHON" -c 'import transformers; print("transformers", transformers.__version__)')"
+        HF_HUB_OFFLINE=1 "$VENV_PYTHON" -m pytest "$@"
+    done
+}
+
+if [ "${1-}" = compat ]; then
+    shift
+    compat "$@"
+    exit
+fi
 
 ensure_environment test
 "$VENV_PYTHON" -m ruff check .

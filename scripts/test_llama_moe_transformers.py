@@ -34,7 +34,6 @@ def main(argv: list[str] | None = None) -> int:
     from transformers.utils import logging
 
     import llama_moe
-    from llama_moe.moe_layers import record_routing
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as error:
             parser.error(f"--num_selects: {error}")
 
-    with record_routing(model) as routing:
+    with llama_moe.record_routing(model) as routing:
         for prompt in arguments.prompt:
             inputs = tokenizer(prompt, return_tensors="pt")
             with torch.inference_mode():

@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import llama_moe  # noqa: F401 (registers LlamaMoE with the Auto classes)
-from llama_moe.moe_layers import record_routing
+from llama_moe import record_routing  # importing it registers LlamaMoE with the Auto classes
 
 from .checkpoints import DTYPES, quiet_transformers, resolve_model_path
 from .corpus import load_tokenizer, pack, read_documents, require_block_size, tokenize

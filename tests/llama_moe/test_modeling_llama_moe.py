@@ -25,8 +25,13 @@ from transformers import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, LlamaMoEForSequenceClassification, LlamaMoEModel
-from llama_moe.moe_layers import record_routing
+from llama_moe import (
+    LlamaMoEConfig,
+    LlamaMoEForCausalLM,
+    LlamaMoEForSequenceClassification,
+    LlamaMoEModel,
+    record_routing,
+)
 
 MOE = TINY | {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
 CLASSES = {
@@ -216,6 +221,30 @@ def append(state, name, tensor, dim):
     state[name] = torch.cat([state[name], tensor], dim=dim) if name in state else tensor
 
 
+def dense_twin(model):
+    """The dense LLaMA with the same neurons."""
+    fields = model.config.to_dict()
+    for name in ("model_type", "architectures", "auto_map"):
+        fields.pop(name, None)
+    dense = DENSE[type(model)](LlamaConfig(**fields)).eval()
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
+    for name, tensor in model.state_dict().items():
+        layer, _, rest = name.partition("mlp.")
+        if rest.startswith("experts.gate_up_proj"):  # [E, 2W, H], or [E, 2W] for the biases
+            kind = "bias" if rest.endswith("bias") else "weight"
+            for part, values in zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True):
+                append(state, f"{layer}mlp.{part}.{kind}", values.flatten(0, 1), dim=0)
+        elif rest == "experts.down_proj":  # [E, H, W]
+            append(state, f"{layer}mlp.down_proj.weight", torch.cat(list(tensor), dim=1), dim=1)
+        elif rest.startswith("shared_experts."):
+            part = rest.removeprefix("shared_experts.")
+            append(state, f"{layer}mlp.{part}", tensor, dim=1 if part == "down_proj.weight" else 0)
+        elif rest == "output_bias":
+            state[f"{layer}mlp.down_proj.bias"] = tensor
+    dense.load_state_dict(state)
+    return dense
+
+
 @pytest.mark.parametrize(
     ("model_class", "config"),
     [(LlamaMoEForCausalLM, config) for config in VARIANTS.values()]
@@ -235,28 +264,45 @@ def test_all_experts_are_the_dense_llama(model_class, config):
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    moe_fields = ("routing", "num_shared_experts")
-    dense_fields = {name: value for name, value in config.items() if name not in moe_fields}
-    dense = DENSE[model_class](LlamaConfig(**(TINY | {"pad_token_id": 0} | dense_fields))).eval()
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
-    for name, tensor in model.state_dict().items():
-        layer, _, rest = name.partition("mlp.")
-        if rest.startswith("experts.gate_up_proj"):  # [E, 2W, H], or [E, 2W] for the biases
-            kind = "bias" if rest.endswith("bias") else "weight"
-            for part, values in zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True):
-                append(state, f"{layer}mlp.{part}.{kind}", values.flatten(0, 1), dim=0)
-        elif rest == "experts.down_proj":  # [E, H, W]
-            append(state, f"{layer}mlp.down_proj.weight", torch.cat(list(tensor), dim=1), dim=1)
-        elif rest.startswith("shared_experts."):
-            part = rest.removeprefix("shared_experts.")
-            append(state, f"{layer}mlp.{part}", tensor, dim=1 if part == "down_proj.weight" else 0)
-        elif rest == "output_bias":
-            state[f"{layer}mlp.down_proj.bias"] = tensor
-    dense.load_state_dict(state)
-    with torch.no_grad():
-        output, expected = first(model(some_tokens())), first(dense(some_tokens()))
+        output, expected = first(model(some_tokens())), first(dense_twin(model)(some_tokens()))
     assert expected.std() > 0.1
     assert (output - expected).abs().max() < 1e-4  # the design's invariant 1
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 4, "do_sample": True},
+        {"do_sample": True, "top_p": 0.9},
+        {"repetition_penalty": 1.3},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+)
+def test_every_way_to_generate_gives_what_the_dense_llama_gives(mode):
+    model = make(num_experts_per_tok=4, eos_token_id=None)
+    results = []
+    for each in (model, dense_twin(model)):
+        torch.manual_seed(0)
+        tokens = some_tokens(1)
+        options = {"do_sample": False} | mode
+        results.append(each.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, **options))
+    assert results[0].shape == (1, 22)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("mask", [None, "left"])
+def test_attention_implementations_agree(mask):
+    model, tokens = make(), some_tokens()
+    mask = None if mask is None else (torch.arange(10) >= torch.tensor([[0], [3]])).long()
+    outputs = []
+    with torch.no_grad():
+        for name in ("eager", "sdpa"):
+            model.set_attn_implementation(name)
+            outputs.append(model(tokens, attention_mask=mask).logits[:, 3:])
+    torch.testing.assert_close(*outputs, **TOLERANCE)
 
 
 def test_gates_missing_from_a_checkpoint_are_initialised(tmp_path):

@@ -1,0 +1,280 @@
+"""The package in the hands of other tools: PEFT, Trainer, device_map, FSDP and tensor parallelism, vLLM and SGLang."""
+
+import inspect
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import TINY
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, LlamaMoEForSequenceClassification
+from llama_moe.moe_layers import Experts, Gate
+
+MOE = TINY | {"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 0, "pad_token_id": 0}
+TOLERANCE = dict(rtol=1e-4, atol=1e-5)
+
+
+def make(model_class=LlamaMoEForCausalLM, **config):
+    torch.manual_seed(0)
+    return model_class(LlamaMoEConfig(**(MOE | config))).eval()
+
+
+def some_tokens(batch=2, length=10):
+    return torch.randint(3, TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+# ---------------------------------------------------------------------------------------------------- PEFT
+
+
+def train_a_little(model, steps=3):
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(steps):
+        loss = model(some_tokens(), labels=some_tokens()).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("shared", [0, 4])
+def test_peft_all_linear_leaves_gates_and_experts_alone(shared, tmp_path):
+    model = make(num_shared_experts=shared)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    touched = {name.split(".lora_A")[0] for name, _ in adapted.named_modules() if name.endswith(".lora_A")}
+    names = {name.rsplit(".", 1)[1] for name in touched}
+    mlp = {"gate_proj", "up_proj", "down_proj"} if shared else set()
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj"} | mlp
+    assert not any(".gate." in name or ".experts." in name for name in touched)
+    losses = train_a_little(adapted)
+    assert losses[-1] < losses[0]
+    check_merge_and_reload(adapted, tmp_path, shared)
+    merged = adapted.merge_and_unload().state_dict()
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, before[name]) == not_adapted(name), name
+
+
+def not_adapted(name):
+    return not any(name.endswith(f"{part}_proj.weight") for part in ("q", "k", "v", "o", "gate", "up", "down"))
+
+
+@pytest.mark.parametrize("implementation", ["llama_moe", "eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peft_adapts_the_experts(implementation, checkpointing, tmp_path):
+    model = make()
+    model.set_experts_implementation(implementation)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    config = LoraConfig(
+        r=2, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, config)
+    losses = train_a_little(adapted)
+    assert losses[-1] < losses[0]
+    assert all(p.grad.any() for name, p in adapted.named_parameters() if "lora_B" in name and p.requires_grad)
+    check_merge_and_reload(adapted, tmp_path, 0)
+
+
+def check_merge_and_reload(adapted, folder, shared):
+    adapted.eval()
+    with torch.no_grad():
+        expected = adapted(some_tokens()).logits
+        adapted.save_pretrained(folder / "adapter")
+        again = PeftModel.from_pretrained(make(num_shared_experts=shared), folder / "adapter").eval()
+        torch.testing.assert_close(again(some_tokens()).logits, expected, **TOLERANCE)
+        merged = again.merge_and_unload()
+        torch.testing.assert_close(merged(some_tokens()).logits, expected, **TOLERANCE)
+        merged.save_pretrained(folder / "merged")
+        loaded = AutoModelForCausalLM.from_pretrained(folder / "merged")
+        torch.testing.assert_close(loaded(some_tokens()).logits, expected, **TOLERANCE)
+
+
+def test_no_linear_layer_lies_in_the_routing():
+    """Quantisers such as bitsandbytes and torchao replace `nn.Linear`s wherever they find them."""
+    model = make(num_shared_experts=4)
+    for module in model.modules():
+        if isinstance(module, (Gate, Experts)):
+            assert not any(isinstance(child, nn.Linear) for child in module.modules())
+
+
+# ---------------------------------------------------------------------------------------------------- Trainer
+
+
+@pytest.mark.parametrize("model_class", [LlamaMoEForCausalLM, LlamaMoEForSequenceClassification])
+@pytest.mark.parametrize("config", [{}, {"output_router_logits": True, "router_aux_loss_coef": 0.01}])
+def test_trainer_trains_evaluates_and_predicts(model_class, config, tmp_path):
+    causal = model_class is LlamaMoEForCausalLM
+    labels = some_tokens(8) if causal else torch.arange(8) % 2
+    data = [{"input_ids": row, "labels": label} for row, label in zip(some_tokens(8), labels, strict=True)]
+    model = make(model_class, num_labels=2, **config)
+    arguments = TrainingArguments(
+        tmp_path,
+        per_device_train_batch_size=4,
+        num_train_epochs=4,
+        learning_rate=1e-2,
+        gradient_checkpointing=True,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        seed=0,
+    )
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    predictions = trainer.predict(data).predictions
+    assert predictions.shape == ((8, 10, TINY["vocab_size"]) if causal else (8, 2))
+    trainer.save_model(tmp_path / "saved")
+    loaded = model_class.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(some_tokens(8)).logits, torch.tensor(predictions), rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- placement
+
+
+def test_weights_can_be_left_on_disk(tmp_path):
+    model = make(num_shared_experts=4, output_bias=True)
+    model.save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    with torch.no_grad():
+        expected = model(some_tokens()).logits
+        device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+        offloaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+        )
+        assert offloaded.model.layers[2].mlp.experts.gate_up_proj.is_meta
+        torch.testing.assert_close(offloaded(some_tokens()).logits, expected, **TOLERANCE)
+        automatic = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="auto")
+        torch.testing.assert_close(automatic(some_tokens()).logits.cpu(), expected, **TOLERANCE)
+
+
+def test_meta_device_construction_allocates_nothing():
+    with torch.device("meta"):
+        model = LlamaMoEForCausalLM(LlamaMoEConfig(**(MOE | {"routing": "threshold"})))
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+DISTRIBUTED = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+import llama_moe
+
+kind, folder = sys.argv[1:]
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+tokens = torch.load(folder + "/tokens.pt")
+if kind == "tensor_parallel":
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    experts = model.model.layers[0].mlp.experts
+    local = experts.down_proj.to_local() if hasattr(experts.down_proj, "to_local") else experts.down_proj
+    assert local.shape[-1] == model.config.moe_intermediate_size // 2, local.shape  # really split over two processes
+else:
+    from torch.distributed.fsdp import fully_shard
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    assert model.model.layers[0].mlp.experts.down_proj.to_local().shape[0] == model.config.num_experts // 2
+output = model(tokens, labels=tokens)
+output.loss.backward()
+logits = output.logits.full_tensor() if hasattr(output.logits, "full_tensor") else output.logits
+if rank == 0:
+    torch.save({"logits": logits.detach(), "loss": output.loss.detach()}, folder + "/output.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["tensor_parallel", "fully_sharded"])
+@pytest.mark.parametrize("config", [{"num_shared_experts": 4}, {"routing": "threshold", "gate_network": "linear"}])
+def test_two_processes_compute_what_one_does(kind, config, tmp_path):
+    model, tokens = make(**config), some_tokens()
+    if "routing" in config:
+        for layer in model.model.layers:
+            layer.mlp.gate.threshold.fill_(0.1)
+    model.save_pretrained(tmp_path)
+    torch.save(tokens, tmp_path / "tokens.pt")
+    script = tmp_path / "distributed.py"
+    script.write_text(textwrap.dedent(DISTRIBUTED))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    process = subprocess.run([*command, kind, tmp_path], capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    with torch.no_grad():
+        expected = model(tokens, labels=tokens)
+    output = torch.load(tmp_path / "output.pt", weights_only=True)
+    torch.testing.assert_close(output["logits"], expected.logits, **TOLERANCE)
+    torch.testing.assert_close(output["loss"], expected.loss, **TOLERANCE)
+
+
+# ---------------------------------------------------------------------------------------------------- engines
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"gate_network": "linear"}, {"num_shared_experts": 4}, {"routing": "threshold"}]
+)
+def test_vllms_and_sglangs_transformers_backends_find_what_they_look_for(config, tmp_path):
+    """The structural demands of vLLM's `model_executor/models/transformers/moe.py` and SGLang's
+    `models/transformers/moe.py`, one by one."""
+    model = make(**config)
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    block = model.model.layers[0].mlp
+
+    assert set(fields["auto_map"]) >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert (tmp_path / "moe_layers.py").is_file()
+    assert fields["num_experts"] == len(block.experts.down_proj) > 0
+    assert 0 < fields["num_experts_per_tok"] <= fields["num_experts"]
+    assert fields["moe_intermediate_size"] == block.experts.down_proj.shape[2] != fields["intermediate_size"]
+    assert fields["hidden_size"] == block.experts.down_proj.shape[1]
+    assert fields["hidden_act"] == "silu"
+
+    assert dict(block.named_children())["experts"] is block.experts
+    parameters = dict(block.experts.named_parameters())
+    assert set(parameters) == {"gate_up_proj", "down_proj"}
+    assert all(parameter.ndim == 3 for parameter in parameters.values())
+    assert not list(block.experts.children()) or all(not list(c.parameters()) for c in block.experts.children())
+    signature = inspect.signature(type(block.experts).forward)
+    assert list(signature.parameters) == ["self", "hidden_states", "top_k_index", "top_k_weights"]
+    assert isinstance(block(torch.randn(1, 3, 32)), torch.Tensor)
+    shared = [name for name, _ in model.named_parameters() if "shared_expert" in name]
+    assert bool(shared) == bool(fields["num_shared_experts"])
+
+    # Gates that vLLM recognises as softmax-then-top-k it would replace by its own weighting. It does so where the
+    # gate's only tensor is `weight` and a softmax or sigmoid lies between it and top-k.
+    _, weights, _ = block.gate(torch.randn(5, 32))
+    assert weights.unique().tolist() in ([1.0], [0.0, 1.0])
+    # Only the base model's own attention interface lets an engine put in its own.
+    assert model._supports_attention_backend
+    assert model.config.base_model_tp_plan
+
+
+def test_foreign_experts_may_compute_unused_slots():
+    """An engine that takes weights and indices and computes every slot gets the same result."""
+    block = make(routing="threshold", gate_network="linear").model.layers[0].mlp
+    block.gate.threshold.fill_(0.1)
+    x = torch.randn(1, 6, 32)
+    _, weights, index = block.gate(x[0])
+    assert 0 < (weights == 0).sum() < weights.numel()
+    outputs = torch.stack(
+        [
+            sum(
+                w * (block.experts.down_proj[e] @ nn.functional.silu(gate_up[:16]).mul(gate_up[16:]))
+                for e, w in zip(experts, slot_weights, strict=True)
+                for gate_up in [block.experts.gate_up_proj[e] @ token]
+            )
+            for token, experts, slot_weights in zip(x[0], index, weights, strict=True)
+        ]
+    )
+    torch.testing.assert_close(block(x)[0], outputs, **TOLERANCE)
