@@ -26,9 +26,10 @@ fetch() {
 
 # compat PYTEST_ARGUMENT...: the same tests with each of two releases of transformers, in environments of their own.
 compat() {
-    local release
+    local release name
     for release in "transformers==$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).*" transformers; do
-        use_environment "$REPOSITORY/.venv-compat/${release//[^a-z0-9.]/}"
+        name="${release//[^a-z0-9.]/}"
+        use_environment "$REPOSITORY/.venv-compat/${name%.}"
         ensure_environment test
         "$VENV_PYTHON" -m pip install --disable-pip-version-check --quiet --upgrade "$release"
         echo "== $("$VENV_PYTHON" -c 'import transformers; print("transformers", transformers.__version__)')"
