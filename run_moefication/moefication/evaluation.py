@@ -132,7 +132,10 @@ def _evaluate(
         config = model.config
         num_experts = config.num_experts + config.num_shared_experts
         if budget != config.num_selects:
-            model.set_num_experts_per_tok(budget - config.num_shared_experts)
+            try:
+                model.set_num_experts_per_tok(budget - config.num_shared_experts)
+            except ValueError as error:  # thresholds without quantiles
+                raise MoEficationError(f"{name} cannot run --num_selects {budget}: {error}") from None
         name = f"{name}, {budget} of {num_experts}"
     loss_sum, predicted = 0.0, 0
     with record_routing(model) as routing:

@@ -606,6 +606,15 @@ def test_compiled_forward_is_one_graph(config):
         torch.testing.assert_close(compiled, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", ROUTINGS)
+def test_compiled_decoding_with_a_static_cache_gives_the_same_text(config):
+    model, tokens = calibrated(make(**config, eos_token_id=None)), some_tokens()
+    options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False)
+    expected = model.generate(tokens, **options)
+    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    assert torch.equal(model.generate(tokens, **options, cache_implementation="static"), expected)
+
+
 # ---------------------------------------------------------------------------------------------------- budgets
 
 
@@ -669,6 +678,20 @@ def test_threshold_routing_meets_its_budget_on_the_text_of_its_quantiles(shared,
     for wrong in (0, -0.1, 1.1, *([0.3] if shared else [])):
         with pytest.raises(ValueError, match="active fraction"):
             loaded.set_active_fraction(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_budget(dtype, tmp_path):
+    model, tokens = calibrated(make(routing="threshold", num_experts=8, gate_network="linear")), some_tokens(8, 40)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaMoEForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    loaded.set_active_fraction(0.5)
+    for here, there in zip(routing_of(model, tokens), routing_of(loaded, tokens), strict=True):
+        # Scores and threshold keep 8 bits in bfloat16: pairs within 0.4 % of the threshold may change sides.
+        assert there.experts_per_tok == pytest.approx(here.experts_per_tok, rel=0.02)
+    with torch.no_grad():
+        assert loaded(tokens).logits.dtype == dtype
+        assert loaded(tokens).logits.isfinite().all()
 
 
 def test_tokens_differ_in_cost_under_a_threshold():

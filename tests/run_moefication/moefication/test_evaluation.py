@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
-from conftest import SENTENCES, make_tokenizer, write_jsonl
+from conftest import SENTENCES, TINY, make_tokenizer, write_jsonl
 from pipeline import Pipeline, load_dense, load_moe
 
+from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
 from run_moefication import llama_evaluate
+from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.evaluation import evaluate
 
 # float32 sums over other batches.
@@ -68,6 +70,40 @@ def test_expert_load_counts_the_gates_choices(moe, text):
         logits = model(torch.tensor(ids).view(2, 32), output_router_logits=True).router_logits
     for load, scores in zip(row.expert_load, logits, strict=True):
         assert load == pytest.approx((scores.topk(2).indices.flatten().bincount(minlength=4) / 64).tolist())
+
+
+@pytest.mark.parametrize("routing", ["top_k", "threshold"])
+def test_shared_experts_and_thresholds(routing, text, tmp_path):
+    torch.manual_seed(0)
+    model = LlamaMoEForCausalLM(
+        LlamaMoEConfig(
+            **TINY, num_experts=6, num_shared_experts=2, num_experts_per_tok=2, routing=routing, gate_network="linear"
+        )
+    ).eval()
+    ids = make_tokenizer()(text.read_text())["input_ids"]
+    if routing == "threshold":
+        with torch.no_grad():
+            scores = model(torch.tensor([ids[:128]]), output_router_logits=True).router_logits
+        for layer, layer_scores in zip(model.model.layers, scores, strict=True):
+            layer.mlp.gate.store_score_quantiles(layer_scores)
+        model.set_active_fraction(0.5)
+    model.save_pretrained(tmp_path / "moe")
+    make_tokenizer().save_pretrained(tmp_path / "moe")
+    own, more = evaluate([str(tmp_path / "moe")], text, num_selects=[4, 7], block_size=32)
+    assert (own.num_experts, own.num_selects, own.model) == (8, 4, "moe, 4 of 8")
+    assert own.perplexity == pytest.approx(naive_perplexity(model, ids, 32), rel=RELATIVE)
+    model.set_num_experts_per_tok(5)
+    assert more.perplexity == pytest.approx(naive_perplexity(model, ids, 32), rel=RELATIVE)
+    for wrong in (2, 9):
+        with pytest.raises(MoEficationError, match=f"--num_selects {wrong} is outside of 3 to 8"):
+            evaluate([str(tmp_path / "moe")], text, num_selects=[wrong])
+
+
+def test_thresholds_without_quantiles_have_no_other_budget(text, tmp_path):
+    LlamaMoEForCausalLM(LlamaMoEConfig(**TINY, routing="threshold")).save_pretrained(tmp_path / "moe")
+    make_tokenizer().save_pretrained(tmp_path / "moe")
+    with pytest.raises(MoEficationError, match="cannot run --num_selects 3: no score quantiles are stored"):
+        evaluate([str(tmp_path / "moe")], text, num_selects=[3], block_size=32)
 
 
 def test_documents_of_a_jsonl_are_joined_with_eos(tiny_llama, tmp_path):

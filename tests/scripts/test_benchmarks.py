@@ -1,0 +1,89 @@
+"""The benchmarks measure what they say they measure."""
+
+import json
+
+import bench_generate
+import bench_moe_layer
+import pytest
+import torch
+from timing import median_seconds
+
+from llama_moe.moe_layers import LinearGate
+
+CPU = torch.device("cpu")
+
+
+def test_threshold_cases_spread_over_the_experts_and_keep_the_average():
+    gate = LinearGate(64, 16, num_experts_per_tok=1, routing="threshold")
+    torch.nn.init.normal_(gate.weight)
+    gate.threshold.zero_()
+    x = torch.randn(400, 64)
+    bench_moe_layer.spread_costs(gate, x, budget=4)
+    with torch.no_grad():
+        costs = gate.selected(gate.score(x)).sum(-1)
+    assert costs.float().mean().item() == pytest.approx(4, abs=0.1)
+    assert (costs.min().item(), costs.max().item()) == (1, 15)
+    one = torch.randn(1, 64)
+    bench_moe_layer.spread_costs(gate, one, budget=4)
+    assert gate.selected(gate.score(one)).sum().item() == 4
+
+
+def test_layer_bench_times_the_same_computation():
+    arguments = bench_moe_layer.build_parser().parse_args(["--tokens", "5", "--active", "1"])
+    case = next(iter(bench_moe_layer.cases(arguments, "SmolLM2", torch.float32, CPU)))
+    block, x = case["block"], case["x"]
+    with torch.no_grad():
+        expected = block(x)
+        for name in bench_moe_layer.IMPLEMENTATIONS:
+            # Mixtral weighs the experts by a softmax over their scores, so compare what goes in and comes out of it.
+            peer = bench_moe_layer.mixtral(block, case["budget"], name)
+            _, weights, index = peer.gate(x[0])
+            torch.testing.assert_close(peer(x)[0], block.experts(x[0], index, weights), rtol=1e-4, atol=1e-5)
+    assert expected.shape == x.shape
+    assert expected.any()
+
+
+def test_layer_bench_writes_its_numbers(tmp_path, capsys):
+    options = ["--shapes", "SmolLM2", "--tokens", "1", "8", "--active", "0.25", "--rounds", "1", "--dtypes", "fp32"]
+    assert bench_moe_layer.main([*options, "--json", str(tmp_path / "layer.json")]) == 0
+    rows = json.loads((tmp_path / "layer.json").read_text())["rows"]
+    assert [(row["routing"], row["tokens"]) for row in rows] == [
+        ("top_k", 1),
+        ("top_k", 8),
+        ("threshold", 1),
+        ("threshold", 8),
+    ]
+    for row in rows:
+        assert row["active"] == pytest.approx(0.25, abs=0.02)
+        assert row["active"] <= row["bound"] <= 1
+        assert row["ours"] > 0
+        assert ("eager" in row) == (row["routing"] == "top_k")
+    assert "SmolLM2 layer, 16 experts, fp32" in capsys.readouterr().out
+
+
+def test_models_of_the_whole_bench_share_all_but_their_mlps():
+    arguments = bench_generate.build_parser().parse_args(["--layers", "1", "--prompt_tokens", "6", "--new_tokens", "3"])
+    dense, moe = bench_generate.make_models(arguments, torch.float32, CPU)
+    assert dense.model.embed_tokens.weight.data_ptr() == moe.model.embed_tokens.weight.data_ptr()
+    mlp = sum(parameter.numel() for parameter in moe.model.layers[0].mlp.experts.parameters())
+    assert mlp == sum(parameter.numel() for parameter in dense.model.layers[0].mlp.parameters())
+    decode = bench_generate.Phase("decode", arguments, CPU)
+    with torch.inference_mode():
+        assert 0.2 < decode.mlp_share(dense) < 1
+        for _ in range(2):  # each run begins at the end of the prompt
+            decode(moe)
+            assert decode.caches[moe].get_seq_length() == 6
+
+
+def test_times_are_medians_of_all_alternatives():
+    calls = {"slow": 0, "fast": 0}
+
+    def work(name, size):
+        calls[name] += 1
+        torch.randn(size, size) @ torch.randn(size, size)
+
+    seconds = median_seconds(
+        {"slow": lambda: work("slow", 600), "fast": lambda: work("fast", 20)}, rounds=3, device=CPU, at_least=0.005
+    )
+    assert seconds["slow"] > seconds["fast"] > 0
+    assert calls["fast"] > calls["slow"] >= 5
