@@ -192,7 +192,9 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM, GenerationM
         router_logits, aux_loss = outputs.get("router_logits"), None
         if router_logits is not None:
             selected = [layer.mlp.gate.selected(s) for layer, s in zip(self.model.layers, router_logits, strict=True)]
-            aux_loss = load_balancing_loss(router_logits, selected, attention_mask)
+            new_tokens = outputs.last_hidden_state.shape[1]  # the mask covers the cached ones as well
+            mask = attention_mask[:, -new_tokens:] if getattr(attention_mask, "ndim", 0) == 2 else None
+            aux_loss = load_balancing_loss(router_logits, selected, mask)
             if balanced:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(

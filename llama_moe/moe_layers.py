@@ -111,7 +111,7 @@ class Gate(nn.Module):
     def store_score_quantiles(self, scores: torch.Tensor) -> None:
         """Keep the quantiles of all scores `[T, E]` of a text: what `set_active_share` sets thresholds by."""
         ordered = scores.flatten().float().sort().values
-        levels = torch.linspace(0, len(ordered) - 1, self.NUM_QUANTILES, device=ordered.device)
+        levels = torch.linspace(0, len(ordered) - 1, self.NUM_QUANTILES, dtype=torch.float64, device=ordered.device)
         self.score_quantiles.copy_(ordered[levels.round().long()])
 
     @torch.no_grad()
@@ -121,11 +121,11 @@ class Gate(nn.Module):
         Raises:
             ValueError: no quantiles are stored.
         """
-        if self.score_quantiles[0] == self.score_quantiles[-1]:
-            raise ValueError("no score quantiles are stored: the thresholds of this model have not been calibrated")
         if not 0 < share < 1:
             self.threshold.fill_(self.LOWEST_THRESHOLD if share >= 1 else -self.LOWEST_THRESHOLD)
             return
+        if self.score_quantiles[0] == self.score_quantiles[-1]:
+            raise ValueError("no score quantiles are stored: the thresholds of this model have not been calibrated")
         level, part = divmod((1 - share) * (self.NUM_QUANTILES - 1), 1)
         low, high = self.score_quantiles[int(level) : int(level) + 2]
         self.threshold.fill_(torch.lerp(low, high, part))
@@ -214,7 +214,8 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         """Weighted sum of the experts of the used slots: `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`.
 
-        No weight is copied and, but for `_runs`' exception, none of an expert that no token uses is read.
+        No weight is copied and, but for `_runs`' exception, none of an expert that no token uses is read. Memory beside
+        the output: H + 4W numbers for each token of the expert at work (for few tokens: for each used pair).
         """
         return self._eager(hidden_states, top_k_index, top_k_weights)
 

@@ -660,7 +660,8 @@ def test_threshold_routing_meets_its_budget_on_the_text_of_its_quantiles(shared,
     """The design's invariant 7: each layer on what it sees, so quantiles are taken layer after layer."""
     model, tokens = make(routing="threshold", num_experts=8, num_shared_experts=shared), some_tokens(8, 40)
     with pytest.raises(ValueError, match="no score quantiles are stored"):
-        model.set_active_fraction(fraction)
+        model.set_active_fraction(0.95)
+    model.set_active_fraction(1.0)  # all experts need none
     for layer in model.model.layers:
         with torch.no_grad():
             scores = model(tokens, output_router_logits=True).router_logits[layer.self_attn.layer_idx]
@@ -719,6 +720,14 @@ def test_aux_loss_is_mixtrals_and_off_by_default():
         assert balanced.router_logits is None
         torch.testing.assert_close(balanced.loss, plain.loss + 0.5 * expected)
         assert model(tokens, labels=None).loss is None
+
+
+def test_router_logits_can_stay_on_while_generating():
+    model, tokens = make(), some_tokens()
+    options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False)
+    expected = model.generate(tokens, **options)
+    model.config.output_router_logits = True
+    assert torch.equal(model.generate(tokens, **options), expected)
 
 
 def test_training_on_the_aux_loss_evens_out_the_load():
