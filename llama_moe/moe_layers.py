@@ -186,11 +186,12 @@ def load_balancing_loss(
 
 # ---------------------------------------------------------------------------------------------------- experts
 
-# Where CPUs change from one way to another, as measured with scripts/bench_moe_layer.py: few tokens in a layer that
-# fits into caches cost more in calls than in arithmetic; in bfloat16 so do few token-expert pairs in any layer.
+# Where CPUs change from one way to another, as measured with scripts/bench_moe_layer.py. In a layer that fits into
+# caches the calls for few tokens cost more than the arithmetic; in bfloat16 so do those for few token-expert pairs
+# anywhere.
 SMALL_LAYER_BYTES = 2**24
-FEW_TOKENS = 128
-FEW_PAIRS = 512
+VERY_FEW_TOKENS, FEW_TOKENS = 24, 128
+FEW_PAIRS = 1024
 
 
 @use_experts_implementation
@@ -221,14 +222,17 @@ class Experts(nn.Module):
 
     def _eager(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor):
         gate_up_proj, down_proj = self.gate_up_proj, self.down_proj  # once: adapters compute them anew at every access
-        on_cpu = hidden_states.device.type == "cpu"
-        small = gate_up_proj.nbytes + down_proj.nbytes <= SMALL_LAYER_BYTES
-        if on_cpu and small and len(hidden_states) <= FEW_TOKENS:
+        num_tokens, on_cpu = len(hidden_states), hidden_states.device.type == "cpu"
+        in_bfloat16 = hidden_states.dtype == torch.bfloat16
+        small = on_cpu and gate_up_proj.nbytes + down_proj.nbytes <= SMALL_LAYER_BYTES
+        if small and num_tokens <= (FEW_TOKENS if in_bfloat16 else VERY_FEW_TOKENS):
             return self._few_tokens(gate_up_proj, down_proj, hidden_states, top_k_index, top_k_weights)
         tokens, weights, experts = _used_pairs(top_k_index, top_k_weights)
-        groupable = hidden_states.dtype == torch.bfloat16 and self._is_aligned(down_proj)
-        if on_cpu and groupable and len(tokens) <= FEW_PAIRS:
+        sparse = 2 * len(tokens) < num_tokens * self.num_experts
+        if len(tokens) <= FEW_PAIRS and on_cpu and (in_bfloat16 or (small and sparse)) and self._is_aligned(down_proj):
             return self._grouped(gate_up_proj, down_proj, hidden_states, tokens, weights, experts)
+        if small and num_tokens <= FEW_TOKENS:
+            return self._few_tokens(gate_up_proj, down_proj, hidden_states, top_k_index, top_k_weights)
         # Sorted by expert: each used expert reads one run of tokens.
         sizes = experts.bincount(minlength=self.num_experts)[: self.num_experts].tolist()
         output = torch.zeros_like(hidden_states)

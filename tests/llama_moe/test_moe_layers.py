@@ -97,7 +97,8 @@ def test_experts_equal_the_naive_loop(implementation, biased, dtype, shape):
 def path(request, monkeypatch):
     """Our implementation has ways for different sizes; each is forced upon small ones here."""
     if request.param != "as it comes":
-        monkeypatch.setattr(moe_layers, "FEW_TOKENS", 10**6 if request.param == "few tokens" else 0)
+        for name in ("VERY_FEW_TOKENS", "FEW_TOKENS"):
+            monkeypatch.setattr(moe_layers, name, 10**6 if request.param == "few tokens" else 0)
         monkeypatch.setattr(moe_layers, "FEW_PAIRS", 10**6 if request.param == "grouped" else 0)
     return request.param
 
