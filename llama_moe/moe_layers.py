@@ -222,18 +222,25 @@ class Experts(nn.Module):
 
     def _eager(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor):
         gate_up_proj, down_proj = self.gate_up_proj, self.down_proj  # once: adapters compute them anew at every access
-        num_tokens, on_cpu = len(hidden_states), hidden_states.device.type == "cpu"
-        in_bfloat16 = hidden_states.dtype == torch.bfloat16
+        weights_of_all = (gate_up_proj, down_proj)
+        num_tokens, in_bfloat16 = len(hidden_states), hidden_states.dtype == torch.bfloat16
+        on_cpu = hidden_states.device.type == "cpu"
         small = on_cpu and gate_up_proj.nbytes + down_proj.nbytes <= SMALL_LAYER_BYTES
         if small and num_tokens <= (FEW_TOKENS if in_bfloat16 else VERY_FEW_TOKENS):
-            return self._few_tokens(gate_up_proj, down_proj, hidden_states, top_k_index, top_k_weights)
-        tokens, weights, experts = _used_pairs(top_k_index, top_k_weights)
-        sparse = 2 * len(tokens) < num_tokens * self.num_experts
-        if len(tokens) <= FEW_PAIRS and on_cpu and (in_bfloat16 or (small and sparse)) and self._is_aligned(down_proj):
-            return self._grouped(gate_up_proj, down_proj, hidden_states, tokens, weights, experts)
+            return self._few_tokens(*weights_of_all, hidden_states, top_k_index, top_k_weights)
+        pairs = _used_pairs(top_k_index, top_k_weights)
+        num_pairs = len(pairs[0])
+        sparse = 2 * num_pairs < num_tokens * self.num_experts
+        groups_pay = on_cpu and num_pairs <= FEW_PAIRS and (in_bfloat16 or (small and sparse))
+        # torch 2.10 wants aligned addresses as well, which weights mapped from a file may not have.
+        if groups_pay and all(_is_aligned(weight) and weight.data_ptr() % 16 == 0 for weight in weights_of_all):
+            return self._grouped(*weights_of_all, hidden_states, *pairs)
         if small and num_tokens <= FEW_TOKENS:
-            return self._few_tokens(gate_up_proj, down_proj, hidden_states, top_k_index, top_k_weights)
-        # Sorted by expert: each used expert reads one run of tokens.
+            return self._few_tokens(*weights_of_all, hidden_states, top_k_index, top_k_weights)
+        return self._one_by_one(*weights_of_all, hidden_states, *pairs)
+
+    def _one_by_one(self, gate_up_proj, down_proj, hidden_states, tokens, weights, experts) -> torch.Tensor:
+        """Expert by expert, given the used pairs: sorted by expert, so each reads one run of tokens."""
         sizes = experts.bincount(minlength=self.num_experts)[: self.num_experts].tolist()
         output = torch.zeros_like(hidden_states)
         start = 0
@@ -294,7 +301,7 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         """`forward` on CPUs; on GPUs one grouped product for all experts, where their strides allow it."""
         inputs = (hidden_states, top_k_index, top_k_weights)
-        aligned = self._is_aligned(self.down_proj)
+        aligned = _is_aligned(self.down_proj)
         if torch.compiler.is_compiling():  # what eager decides by value would break the graph
             return ALL_EXPERTS_FUNCTIONS["grouped_mm" if aligned else "batched_mm"](self, *inputs)
         device = hidden_states.device
@@ -317,10 +324,10 @@ class Experts(nn.Module):
         sums = torch.zeros_like(hidden_states, dtype=torch.float32)
         return sums.index_add_(0, tokens, outputs.float()).to(hidden_states.dtype)
 
-    @staticmethod
-    def _is_aligned(down_proj: torch.Tensor) -> bool:
-        """Whether all strides are multiples of 16 bytes, as grouped_mm wants them."""
-        return all(size * down_proj.element_size() % 16 == 0 for size in down_proj.shape[1:])
+
+def _is_aligned(weight: torch.Tensor) -> bool:
+    """Whether all strides are multiples of 16 bytes, as grouped_mm wants them."""
+    return all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
 
 
 def _used_pairs(index: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
