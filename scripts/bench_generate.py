@@ -8,13 +8,13 @@ python scripts/bench_generate.py --device cuda --dtype bf16
 """
 
 import argparse
-import json
 import sys
 import time
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
+
+import timing
 
 from run_moefication import command_line
 
@@ -23,14 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--layers", type=int, default=16, help="decoder layers")
-    parser.add_argument("--num_experts", type=int, default=16, help="experts per layer")
-    parser.add_argument("--active", nargs="+", type=float, default=[0.25, 0.5, 0.75], help="shares of experts to run")
     parser.add_argument("--prompt_tokens", type=int, default=512, help="length of the prompt")
     parser.add_argument("--new_tokens", type=int, default=16, help="tokens to decode after it")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
-    parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--dtype", choices=timing.DTYPES, default="fp32", help="of weights")
+    timing.add_options(parser)
     return parser
 
 
@@ -39,11 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 
     import torch
-    from timing import machine, median_seconds
 
     device = torch.device(arguments.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
-    print(f"{machine(device)}; {arguments.dtype}, {arguments.layers} layers")
+    dtype = getattr(torch, timing.DTYPES[arguments.dtype])
+    print(f"{timing.machine(device)}; {arguments.dtype}, {arguments.layers} layers")
     dense, moe = make_models(arguments, dtype, device)
     rows = []
     print(f"{'':8}{'active':>8}{'dense tokens/s':>16}{'MoE tokens/s':>14}{'time ratio':>12}{'possible':>10}")
@@ -54,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             for active in arguments.active:
                 moe.set_active_fraction(active)
                 alternatives = {"dense": partial(run, dense), "moe": partial(run, moe)}
-                seconds = median_seconds(alternatives, rounds=arguments.rounds, device=device)
+                seconds = timing.median_seconds(alternatives, rounds=arguments.rounds, device=device)
                 row = {
                     "phase": phase,
                     "active": active,
@@ -70,8 +65,7 @@ def main(argv: list[str] | None = None) -> int:
                     f"{row['time_ratio']:12.3f}{row['possible']:10.3f}",
                     flush=True,
                 )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+    timing.write_json(arguments.json, device, rows)
     return 0
 
 
@@ -133,14 +127,12 @@ class Phase:
 
     def mlp_share(self, dense: Any) -> float:
         """The share of the dense model's time that its MLPs take."""
-        from timing import synchronize
-
         self(dense)
         with timed([layer.mlp for layer in dense.model.layers]) as seconds:
             start = time.perf_counter()
             for _ in range(3):
                 self(dense)
-            synchronize(self.prompt.device)
+            timing.synchronize(self.prompt.device)
             total = time.perf_counter() - start
         return sum(seconds) / total
 
@@ -148,17 +140,15 @@ class Phase:
 @contextmanager
 def timed(modules: list[Any]):
     """Collects how long each call of each module takes."""
-    from timing import synchronize
-
     seconds: list[float] = []
     starts: list[float] = []
 
     def before(module, inputs):
-        synchronize(inputs[0].device)
+        timing.synchronize(inputs[0].device)
         starts.append(time.perf_counter())
 
     def after(module, inputs, output):
-        synchronize(output.device)
+        timing.synchronize(output.device)
         seconds.append(time.perf_counter() - starts.pop())
 
     hooks = [module.register_forward_pre_hook(before) for module in modules]

@@ -9,11 +9,11 @@ and memory allow: the active fraction of the flops, or the share of experts whos
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+import timing
 
 from run_moefication import command_line
 
@@ -26,13 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7B", "SmolLM2"], help="layers to measure")
-    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="of weights")
+    parser.add_argument("--dtypes", nargs="+", choices=timing.DTYPES, default=["fp32", "bf16"], help="of weights")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512], help="tokens per forward pass")
-    parser.add_argument("--num_experts", type=int, default=16, help="experts per layer")
-    parser.add_argument("--active", nargs="+", type=float, default=[0.25, 0.5, 0.75], help="shares of experts to run")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds, of which the median counts")
-    parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    timing.add_options(parser)
     return parser
 
 
@@ -41,14 +37,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 
     import torch
-    from timing import machine, peak_rates
 
     device = torch.device(arguments.device)
-    print(machine(device))
+    print(timing.machine(device))
     rows = []
     for dtype_name in arguments.dtypes:
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
-        rates = peak_rates(dtype, device)
+        dtype = getattr(torch, timing.DTYPES[dtype_name])
+        rates = timing.peak_rates(dtype, device)
         print(f"{dtype_name}: a large product reaches {rates[0] / 1e9:,.0f} GFLOP/s, reading {rates[1] / 1e9:.1f} GB/s")
         for shape in arguments.shapes:
             print(f"\n{shape} layer, {arguments.num_experts} experts, {dtype_name}: time over dense")
@@ -58,8 +53,7 @@ def main(argv: list[str] | None = None) -> int:
                 row = {"shape": shape, "dtype": dtype_name} | measure(case, arguments.rounds, rates)
                 rows.append(row)
                 print(_line(row), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+    timing.write_json(arguments.json, device, rows)
     return 0
 
 
@@ -144,7 +138,6 @@ def spread_costs(gate: Any, x: Any, budget: int) -> None:
 def measure(case: dict[str, Any], rounds: int, rates: tuple[float, float]) -> dict[str, Any]:
     """Times of one case, as ratios to the dense MLP's."""
     import torch
-    from timing import median_seconds
 
     dense, block, x = case["dense"], case["block"], case["x"]
     num_tokens, num_experts = x.shape[1], block.gate.num_experts
@@ -156,7 +149,7 @@ def measure(case: dict[str, Any], rounds: int, rates: tuple[float, float]) -> di
             if name != "batched_mm" or num_tokens * case["budget"] * expert_bytes <= MOST_COPIED_BYTES:
                 peer = mixtral(block, case["budget"], name)
                 alternatives[name] = lambda peer=peer: peer(x)
-        seconds = median_seconds(alternatives, rounds=rounds, device=x.device)
+        seconds = timing.median_seconds(alternatives, rounds=rounds, device=x.device)
 
     active = selected.float().mean().item()
     touched = selected.any(dim=0).float().mean().item()

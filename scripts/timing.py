@@ -1,16 +1,37 @@
-"""What the benchmarks share: alternatives timed in turn, and what the machine is."""
+"""What the benchmarks share: options, alternatives timed in turn, and what the machine is.
 
+torch is imported by the functions that need it, so that `--help` answers at once.
+"""
+
+import argparse
+import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """`--num_experts`, `--active`, `--rounds`, `--device` and `--json`."""
+    parser.add_argument("--num_experts", type=int, default=16, help="experts per layer")
+    parser.add_argument("--active", nargs="+", type=float, default=[0.25, 0.5, 0.75], help="shares of experts to run")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds, of which the median counts")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+
+
+def write_json(path: Path | None, device: Any, rows: list[dict[str, Any]]) -> None:
+    """The numbers and the machine, if a file was asked for."""
+    if path:
+        path.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
 
 
 def median_seconds(
-    alternatives: dict[str, Callable[[], object]], *, rounds: int, device: torch.device, at_least: float = 0.02
+    alternatives: dict[str, Callable[[], object]], *, rounds: int, device: Any, at_least: float = 0.02
 ) -> dict[str, float]:
     """Median time of one call of each alternative. Each is called once to warm up; then, in every round, all are
     measured one after another, each over as many calls as take `at_least` seconds: a slow moment of a shared machine
@@ -26,7 +47,7 @@ def median_seconds(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _seconds(function: Callable[[], object], calls: int, device: torch.device) -> float:
+def _seconds(function: Callable[[], object], calls: int, device: Any) -> float:
     synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -35,14 +56,18 @@ def _seconds(function: Callable[[], object], calls: int, device: torch.device) -
     return (time.perf_counter() - start) / calls
 
 
-def synchronize(device: torch.device) -> None:
+def synchronize(device: Any) -> None:
     """Wait for the device's work to end."""
+    import torch
+
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def machine(device: torch.device) -> str:
+def machine(device: Any) -> str:
     """One line: the device, its threads, and whether the CPU computes in bfloat16."""
+    import torch
+
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
@@ -52,8 +77,10 @@ def machine(device: torch.device) -> str:
     return f"{name or platform.processor()}, {threads} threads, {has_bf16} bf16 instructions, torch {torch.__version__}"
 
 
-def peak_rates(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+def peak_rates(dtype: Any, device: Any) -> tuple[float, float]:
     """What the device reaches on a large square product (flop/s) and on reading a large tensor (bytes/s)."""
+    import torch
+
     size = 8192 if device.type == "cuda" else 2048
     square = torch.randn(size, size, device=device).to(dtype)
     stream = torch.ones(2**28, device=device, dtype=torch.float32)  # 1 GiB
