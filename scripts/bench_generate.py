@@ -17,6 +17,9 @@ from typing import Any
 import timing
 
 from run_moefication import command_line
+from run_moefication.moefication.errors import MoEficationError
+
+INTERMEDIATE_SIZE = 8192
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,11 +35,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
-    arguments = build_parser().parse_args(argv)
+    return command_line.run(build_parser(), bench, argv)
 
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Measure prefill, then decode, printing as it goes."""
     import torch
 
-    device = torch.device(arguments.device)
+    device = timing.check_options(arguments, [INTERMEDIATE_SIZE])
+    for option in ("layers", "prompt_tokens", "new_tokens"):
+        if getattr(arguments, option) < 1:
+            raise MoEficationError(f"--{option} {getattr(arguments, option)} must be at least 1")
     dtype = getattr(torch, timing.DTYPES[arguments.dtype])
     print(f"{timing.machine(device)}; {arguments.dtype}, {arguments.layers} layers")
     dense, moe = make_models(arguments, dtype, device)
@@ -66,7 +75,6 @@ def main(argv: list[str] | None = None) -> int:
                     flush=True,
                 )
     timing.write_json(arguments.json, device, rows)
-    return 0
 
 
 def make_models(arguments: argparse.Namespace, dtype: Any, device: Any) -> tuple[Any, Any]:
@@ -79,7 +87,7 @@ def make_models(arguments: argparse.Namespace, dtype: Any, device: Any) -> tuple
 
     fields = dict(
         hidden_size=2048,
-        intermediate_size=8192,
+        intermediate_size=INTERMEDIATE_SIZE,
         num_hidden_layers=arguments.layers,
         num_attention_heads=32,
         num_key_value_heads=8,

@@ -16,6 +16,7 @@ from typing import Any
 import timing
 
 from run_moefication import command_line
+from run_moefication.moefication.errors import MoEficationError
 
 SHAPES = {"7B": (4096, 11008), "SmolLM2": (576, 1536), "1B": (2048, 8192)}  # hidden and intermediate size
 # batched_mm copies the weights of every slot: cases beyond this many bytes are left out.
@@ -34,11 +35,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
-    arguments = build_parser().parse_args(argv)
+    return command_line.run(build_parser(), bench, argv)
 
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Measure all that was asked for, printing as it goes."""
     import torch
 
-    device = torch.device(arguments.device)
+    device = timing.check_options(arguments, [SHAPES[shape][1] for shape in arguments.shapes])
+    if min(arguments.tokens) < 1:
+        raise MoEficationError(f"--tokens {min(arguments.tokens)} must be at least 1")
     print(timing.machine(device))
     rows = []
     for dtype_name in arguments.dtypes:
@@ -54,7 +60,6 @@ def main(argv: list[str] | None = None) -> int:
                 rows.append(row)
                 print(_line(row), flush=True)
     timing.write_json(arguments.json, device, rows)
-    return 0
 
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # transformers' own

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from run_moefication import command_line
+from run_moefication.moefication.errors import MoEficationError
+
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -22,6 +25,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="rounds, of which the median counts")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+
+
+def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) -> Any:
+    """Refuse what cannot be measured; returns the torch device."""
+    import torch
+
+    for size in intermediate_sizes:
+        if arguments.num_experts < 1 or size % arguments.num_experts:
+            raise MoEficationError(f"--num_experts {arguments.num_experts} does not divide {size} neurons")
+    for active in arguments.active:
+        experts = active * arguments.num_experts
+        if not 0 < active <= 1 or abs(experts - round(experts)) > 1e-6:
+            raise MoEficationError(
+                f"--active {active} of {arguments.num_experts} experts is not a whole number of them above 0"
+            )
+    if arguments.rounds < 1:
+        raise MoEficationError(f"--rounds {arguments.rounds} must be at least 1")
+    return torch.device(command_line.pick_device(arguments))
 
 
 def write_json(path: Path | None, device: Any, rows: list[dict[str, Any]]) -> None:

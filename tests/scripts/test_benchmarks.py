@@ -87,3 +87,22 @@ def test_times_are_medians_of_all_alternatives():
     )
     assert seconds["slow"] > seconds["fast"] > 0
     assert calls["fast"] > calls["slow"] >= 5
+
+
+@pytest.mark.parametrize(
+    ("bench", "options", "words"),
+    [
+        (bench_moe_layer, ["--num_experts", "7"], "--num_experts 7 does not divide 11008 neurons"),
+        (bench_moe_layer, ["--active", "0.3"], "--active 0.3 of 16 experts is not a whole number"),
+        (bench_moe_layer, ["--tokens", "0"], "--tokens 0 must be at least 1"),
+        (bench_moe_layer, ["--rounds", "0"], "--rounds 0 must be at least 1"),
+        (bench_generate, ["--active", "0"], "--active 0.0"),
+        (bench_generate, ["--layers", "0"], "--layers 0 must be at least 1"),
+        (bench_generate, ["--device", "nowhere"], "--device 'nowhere' cannot be used here"),
+    ],
+)
+def test_wrong_options_give_one_line(bench, options, words, run_script):
+    status, _, err = run_script(bench.main, *options)
+    assert status == 2
+    assert words in err
+    assert err.count("\n") == 1
