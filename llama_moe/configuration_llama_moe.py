@@ -1,5 +1,6 @@
 """Configuration of LlamaMoE: a LLaMA whose MLPs are split into experts."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -61,14 +62,14 @@ class LlamaMoEConfig(LlamaConfig):
     moe_intermediate_size: int | None = None
     gate_network: str = "mlp"
     gate_rank: int | None = None
-    gate_noise: float = 0.0
+    gate_noise: float | int = 0.0
     routing: str = "top_k"
     min_experts_per_tok: int = 0
     max_experts_per_tok: int | None = None
     multiply_gate_scores: bool = False
-    score_scale_factor: float = 1.0
+    score_scale_factor: float | int = 1.0
     output_bias: bool = False
-    router_aux_loss_coef: float = 0.0
+    router_aux_loss_coef: float | int = 0.0
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -107,8 +108,9 @@ class LlamaMoEConfig(LlamaConfig):
         self._require("num_shared_experts", self.num_shared_experts >= 0, "at least 0")
         self._require("gate_network", self.gate_network in GATE_NETWORKS, f"one of {', '.join(GATE_NETWORKS)}")
         self._require("routing", self.routing in ROUTINGS, f"one of {', '.join(ROUTINGS)}")
-        self._require("gate_noise", self.gate_noise >= 0, "at least 0")
-        self._require("router_aux_loss_coef", self.router_aux_loss_coef >= 0, "at least 0")
+        self._require("gate_noise", 0 <= self.gate_noise < math.inf, "at least 0")
+        self._require("score_scale_factor", math.isfinite(self.score_scale_factor), "a finite number")
+        self._require("router_aux_loss_coef", 0 <= self.router_aux_loss_coef < math.inf, "at least 0")
         all_experts = self.num_experts + self.num_shared_experts
         if all_experts * self.moe_intermediate_size != self.intermediate_size:
             shared = f" plus num_shared_experts ({self.num_shared_experts})" if self.num_shared_experts else ""

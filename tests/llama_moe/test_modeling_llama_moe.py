@@ -124,6 +124,8 @@ def base_of(model):
         ({"min_experts_per_tok": 1}, 'are for routing "threshold"'),
         ({"max_experts_per_tok": 2}, 'are for routing "threshold"'),
         ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef is -0.1"),
+        ({"router_aux_loss_coef": float("nan")}, "router_aux_loss_coef is nan"),
+        ({"score_scale_factor": float("inf")}, "score_scale_factor is inf; it must be a finite number"),
         ({"size_experts": [16] * 4}, "LLaMA-MoE v1"),
         ({"num_selects": 2}, "LLaMA-MoE v1"),
     ],
@@ -180,6 +182,7 @@ def test_config_round_trip(tmp_path):
         gate_network="linear",
         gate_rank=3,
         multiply_gate_scores=True,
+        score_scale_factor=2,
         layer_num_experts_per_tok=[1, 2, 2],
         output_bias=True,
     )
