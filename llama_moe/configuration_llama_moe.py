@@ -43,8 +43,9 @@ class LlamaMoEConfig(LlamaConfig):
             has weight 1, which is what keeps a converted model equal to its dense source when all experts run.
         score_scale_factor: multiplies the weights of all routed experts.
         output_bias: a bias on the output of each MLP, which calibration can fit. Models with `mlp_bias` have one.
-        router_aux_loss_coef: factor of the load-balancing loss in the training loss; 0 leaves it out.
-        output_router_logits: return the gate scores of every layer with each forward pass, and the load-balancing loss.
+        router_aux_loss_coef: factor of the load-balancing loss in a causal LM's loss while training; 0 leaves it out.
+        output_router_logits: return the gate scores of every layer with each forward pass, and from a causal LM the
+            load-balancing loss.
 
     Raises:
         ValueError: the counts do not fit together, or the file is of the older LLaMA-MoE v1 project.
@@ -101,11 +102,17 @@ class LlamaMoEConfig(LlamaConfig):
         """Routed experts that run per token in this layer (top-k routing)."""
         return (self.layer_num_experts_per_tok or [self.num_experts_per_tok] * self.num_hidden_layers)[layer]
 
+    @property
+    def most_experts_per_tok(self) -> int:
+        """Routed experts that a token runs at most."""
+        return self.num_experts if self.max_experts_per_tok is None else self.max_experts_per_tok
+
     def check_experts(self) -> None:
         """Raise `ValueError` unless the fields fit together. Models ask too: `from_pretrained(..., field=value)` sets
         fields after the config was made."""
         self._require("num_experts", self.num_experts >= 1, "at least 1")
         self._require("num_shared_experts", self.num_shared_experts >= 0, "at least 0")
+        self._require("moe_intermediate_size", self.moe_intermediate_size >= 1, "at least 1")
         self._require("gate_network", self.gate_network in GATE_NETWORKS, f"one of {', '.join(GATE_NETWORKS)}")
         self._require("routing", self.routing in ROUTINGS, f"one of {', '.join(ROUTINGS)}")
         self._require("gate_noise", 0 <= self.gate_noise < math.inf, "at least 0")
@@ -133,9 +140,12 @@ class LlamaMoEConfig(LlamaConfig):
             counts = f"{self.num_hidden_layers} numbers of {whole}, the largest num_experts_per_tok"
             fits = len(budgets) == self.num_hidden_layers and all(1 <= k <= self.num_experts for k in budgets)
             self._require("layer_num_experts_per_tok", fits and max(budgets) == self.num_experts_per_tok, counts)
-        most = self.num_experts if self.max_experts_per_tok is None else self.max_experts_per_tok
+        least, most = self.min_experts_per_tok, self.most_experts_per_tok
         self._require("max_experts_per_tok", 1 <= most <= self.num_experts, whole)
-        self._require("min_experts_per_tok", 0 <= self.min_experts_per_tok <= most, f"0 to {most}")
+        self._require("min_experts_per_tok", 0 <= least <= most, f"0 to {most}")
+        if self.routing == "threshold":
+            bounds = f"{max(least, 1)} to {most}, the bounds of each token"
+            self._require("num_experts_per_tok", least <= self.num_experts_per_tok <= most, bounds)
         bounded = self.min_experts_per_tok > 0 or self.max_experts_per_tok is not None
         if bounded and self.routing != "threshold":
             raise ValueError('min_experts_per_tok and max_experts_per_tok are for routing "threshold"')

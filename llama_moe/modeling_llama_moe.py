@@ -4,6 +4,7 @@ The parents' `__init__` would build dense MLPs first, so each class calls the gr
 """
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -88,14 +89,17 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
                 score quantiles to go by.
         """
         config = self.config
-        by_layer = isinstance(num_experts_per_tok, Sequence)
+        by_layer = isinstance(num_experts_per_tok, Sequence) and not isinstance(num_experts_per_tok, str)
         budgets = list(num_experts_per_tok) if by_layer else [num_experts_per_tok] * config.num_hidden_layers
         if len(budgets) != config.num_hidden_layers:
             raise ValueError(f"{len(budgets)} budgets given for {config.num_hidden_layers} layers")
         for budget in budgets:
-            if not 1 <= budget <= config.num_experts:
-                raise ValueError(f"num_experts_per_tok is {budget}; it must be 1 to num_experts ({config.num_experts})")
-        self._set_routed_budgets(budgets)
+            whole = isinstance(budget, Integral) and not isinstance(budget, bool)
+            if not (whole and 1 <= budget <= config.num_experts):
+                raise ValueError(
+                    f"num_experts_per_tok is {budget!r}; it must be 1 to num_experts ({config.num_experts})"
+                )
+        self._set_routed_budgets([int(budget) for budget in budgets])
 
     def set_active_fraction(self, fraction: float) -> None:
         """Change the share of all experts, shared ones included, that runs per token, on average, in every layer.
@@ -103,13 +107,18 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         Raises:
             ValueError: outside of what the model can do. Top-k routing takes whole numbers of experts only.
         """
+        if not isinstance(fraction, Real):
+            raise ValueError(f"active fraction {fraction!r} is not a number")
         config = self.config
         total = config.num_experts + config.num_shared_experts
         routed = fraction * total - config.num_shared_experts
-        tolerance, least = 1e-6 * total, 1 if config.routing == "top_k" else 0
-        if not (fraction > 0 and least - tolerance <= routed <= config.num_experts + tolerance):
-            lowest = (config.num_shared_experts + least) / total
-            raise ValueError(f"active fraction {fraction} is outside of {lowest:.4g} to 1, what this model can run")
+        tolerance = 1e-6 * total
+        least, most = 1 if config.routing == "top_k" else config.min_experts_per_tok, config.most_experts_per_tok
+        if not (fraction > 0 and least - tolerance <= routed <= most + tolerance):
+            lowest, highest = ((config.num_shared_experts + routed) / total for routed in (least, most))
+            raise ValueError(
+                f"active fraction {fraction} is outside of {lowest:.4g} to {highest:.4g}, what this model can run"
+            )
         if config.routing == "top_k":
             if abs(routed - round(routed)) > tolerance:
                 raise ValueError(f"active fraction {fraction} is not a whole number of {total} experts")
@@ -120,8 +129,12 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         config = self.config
         gates = [module for module in self.modules() if isinstance(module, Gate)]
         if config.routing == "threshold":
-            for gate, budget in zip(gates, budgets, strict=True):
-                gate.set_active_share(budget / config.num_experts)
+            thresholds = [
+                gate.threshold_of_share(budget / config.num_experts)
+                for gate, budget in zip(gates, budgets, strict=True)
+            ]
+            for gate, threshold in zip(gates, thresholds, strict=True):
+                gate.threshold.fill_(threshold)
             config.num_experts_per_tok = max(1, round(sum(budgets) / len(budgets)))
         else:
             for gate, budget in zip(gates, budgets, strict=True):
@@ -148,7 +161,7 @@ class LlamaMoEModel(LlamaMoEPreTrainedModel, LlamaModel):
 
 class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM, GenerationMixin):
     """The difference: its output carries `router_logits`, a tuple of `[tokens, experts]` per layer, and `aux_loss`,
-    when asked; with `router_aux_loss_coef` the latter is part of the loss."""
+    when asked; with `router_aux_loss_coef` the latter is part of the loss while training."""
 
     def __init__(self, config: LlamaMoEConfig):
         super(LlamaForCausalLM, self).__init__(config)
@@ -173,7 +186,7 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM, GenerationM
     ) -> MoeCausalLMOutputWithPast:
         """As `LlamaForCausalLM.forward`; `logits_to_keep`: the last so many positions (0: all), or those listed."""
         asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        balanced = labels is not None and self.config.router_aux_loss_coef > 0
+        balanced = self.training and labels is not None and self.config.router_aux_loss_coef > 0
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -196,7 +209,10 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM, GenerationM
             mask = attention_mask[:, -new_tokens:] if getattr(attention_mask, "ndim", 0) == 2 else None
             aux_loss = load_balancing_loss(router_logits, selected, mask)
             if balanced:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+                # With gradient accumulation each batch brings its share of the loss, and so of this one.
+                all_items = kwargs.get("num_items_in_batch")
+                share = 1 if all_items is None else (labels[:, 1:] != -100).sum().to(loss.device) / all_items
+                loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss if asked else None,

@@ -1,7 +1,8 @@
 """Gates, experts and the MoE block that stands in for an MLP. Pure torch: nothing here knows about LLaMA.
 
 Axes: T tokens, E routed experts, K slots per token (the experts it may run), H hidden size, W expert width (neurons per
-expert). A slot of weight 0 is unused: `Experts` skips it at no cost, other implementations may compute it.
+expert). A slot of weight 0 is unused: `Experts` skips it (but see `Experts._runs`), other implementations may compute
+it.
 """
 
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ class Gate(nn.Module):
 
     # Score quantiles kept for `set_active_share`, at levels 0, 1/1024, ..., 1.
     NUM_QUANTILES = 1025
-    # Every score reaches it, so all experts run: minus infinity, but a number that tools can subtract.
+    # Every score reaches it, so all experts run: minus infinity (which float16 makes of it), but a number that tools
+    # can subtract.
     LOWEST_THRESHOLD = -1e30
 
     def __init__(
@@ -109,26 +111,43 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def store_score_quantiles(self, scores: torch.Tensor) -> None:
-        """Keep the quantiles of all scores `[T, E]` of a text: what `set_active_share` sets thresholds by."""
+        """Keep the quantiles of all scores `[T, E]` of a text: what `set_active_share` sets thresholds by.
+
+        Raises:
+            ValueError: the gate routes by top-k, there is no score, or one is not finite.
+        """
+        self._require_threshold_routing()
+        if not scores.numel() or not scores.isfinite().all():
+            raise ValueError("quantiles need scores, all of them finite")
         ordered = scores.flatten().float().sort().values
         levels = torch.linspace(0, len(ordered) - 1, self.NUM_QUANTILES, dtype=torch.float64, device=ordered.device)
         self.score_quantiles.copy_(ordered[levels.round().long()])
 
     @torch.no_grad()
-    def set_active_share(self, share: float) -> None:
-        """Set the threshold that this share of all token-expert pairs reaches on the text of the stored quantiles.
+    def threshold_of_share(self, share: float) -> float:
+        """The threshold that this share of all token-expert pairs reaches on the text of the stored quantiles, before
+        `min_experts_per_tok` and `max_experts_per_tok` have their say.
 
         Raises:
-            ValueError: no quantiles are stored.
+            ValueError: the gate routes by top-k, or no quantiles are stored.
         """
+        self._require_threshold_routing()
         if not 0 < share < 1:
-            self.threshold.fill_(self.LOWEST_THRESHOLD if share >= 1 else -self.LOWEST_THRESHOLD)
-            return
+            return self.LOWEST_THRESHOLD if share >= 1 else -self.LOWEST_THRESHOLD
         if self.score_quantiles[0] == self.score_quantiles[-1]:
-            raise ValueError("no score quantiles are stored: the thresholds of this model have not been calibrated")
+            raise ValueError("no score quantiles are stored, or all are equal: this model has not been calibrated")
         level, part = divmod((1 - share) * (self.NUM_QUANTILES - 1), 1)
         low, high = self.score_quantiles[int(level) : int(level) + 2]
-        self.threshold.fill_(torch.lerp(low, high, part))
+        return torch.lerp(low, high, part).item()
+
+    def set_active_share(self, share: float) -> None:
+        """Set the threshold to `threshold_of_share(share)`."""
+        threshold = self.threshold_of_share(share)
+        self.threshold.fill_(threshold)
+
+    def _require_threshold_routing(self) -> None:
+        if self.routing != "threshold":
+            raise ValueError(f"this gate's routing is {self.routing!r}; only threshold routing has score quantiles")
 
 
 class LinearGate(Gate):
@@ -178,7 +197,7 @@ def load_balancing_loss(
     device, num_experts = scores[0].device, scores[0].shape[-1]
     counts = torch.ones(scores[0].shape[0], device=device) if attention_mask is None else attention_mask.flatten()
     counts = counts.to(device, torch.float32)  # [T]
-    total = counts.sum() * len(scores)
+    total = counts.sum().clamp(min=1) * len(scores)
     load = sum(counts @ chosen.to(device, torch.float32) for chosen in selected) / total
     probability = sum(counts @ layer.to(device).softmax(-1, dtype=torch.float32) for layer in scores) / total
     return num_experts * (load * probability).sum()
@@ -245,7 +264,7 @@ class Experts(nn.Module):
         output = torch.zeros_like(hidden_states)
         start = 0
         for expert, size in enumerate(sizes):
-            if size:
+            if size or not len(tokens):  # no pair at all: products of no rows keep the gradient's graph whole
                 rows = tokens[start : start + size]
                 hidden = _linear(hidden_states[rows], gate_up_proj[expert])
                 if self.has_bias:
@@ -277,7 +296,9 @@ class Experts(nn.Module):
             else:
                 partial = torch.bmm(down, hidden.transpose(1, 2)).sum(0).t()
             output = partial if output is None else output + partial
-        return torch.zeros_like(hidden_states) if output is None else output
+        if output is None:
+            return self._one_by_one(gate_up_proj, down_proj, hidden_states, *_used_pairs(top_k_index, top_k_weights))
+        return output
 
     def _runs(self, weights: torch.Tensor) -> Iterator[slice]:
         """The used experts (rows of `weights [E + 1, T, 1]` that are not all zero) as few slices of equal steps.
@@ -302,7 +323,10 @@ class Experts(nn.Module):
         """`forward` on CPUs; on GPUs one grouped product for all experts, where their strides allow it."""
         inputs = (hidden_states, top_k_index, top_k_weights)
         aligned = _is_aligned(self.down_proj)
-        if torch.compiler.is_compiling():  # what eager decides by value would break the graph
+        # What eager decides by value would break a graph, and meta tensors have no values.
+        if hidden_states.is_meta:
+            return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, *inputs)
+        if torch.compiler.is_compiling():
             return ALL_EXPERTS_FUNCTIONS["grouped_mm" if aligned else "batched_mm"](self, *inputs)
         device = hidden_states.device
         if not aligned or device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
@@ -428,10 +452,10 @@ class MoEBlock(nn.Module):
 
 
 class RoutingStatistics:
-    """What a gate did while `record_routing` was on.
+    """What a gate did while `record_routing` was on. An expert ran for a token if its weight was not 0.
 
     Attributes:
-        num_tokens: tokens that the gate has seen.
+        num_tokens: tokens that the gate has seen (twice each where gradient checkpointing runs layers again).
         runs: int64 `[E]`, tokens that each expert ran for.
         tokens_by_cost: int64 `[E + 1]`, tokens that ran 0, 1, ... E routed experts.
         score_sum: float64 `[E]`, sums of the gate's scores.
@@ -466,7 +490,8 @@ class RoutingStatistics:
 def record_routing(model: nn.Module) -> Iterator[list[RoutingStatistics]]:
     """Within the context, every gate of the model is counted: one `RoutingStatistics` per layer, in order.
 
-    Outside of it nothing is counted and nothing costs time. Padding tokens count like others.
+    Outside of it nothing is counted and nothing costs time. Padding tokens count like others. A compiled model notices
+    the recorder only if the context is entered before its first call.
     """
     gates = [module for module in model.modules() if isinstance(module, Gate)]
     statistics = [RoutingStatistics(gate.num_experts) for gate in gates]

@@ -81,10 +81,11 @@ def cases(arguments: argparse.Namespace, shape: str, dtype: Any, device: Any):
         dense = LlamaMLP(LlamaConfig(**fields))
     fill(dense, dtype, device, generator)
     experts = None
+    budgets = [round(active * arguments.num_experts) for active in arguments.active]
+    spread = [budget for budget in budgets if cost_bounds(arguments.num_experts)[0] < budget < arguments.num_experts]
     for routing in ("top_k", "threshold"):
         for tokens in arguments.tokens:
-            for active in arguments.active if routing == "top_k" else arguments.active[:1]:
-                budget = round(active * arguments.num_experts)
+            for budget in budgets if routing == "top_k" else spread[:1]:
                 config = LlamaMoEConfig(
                     **fields,
                     num_experts=arguments.num_experts,
@@ -119,15 +120,22 @@ def fill(module: Any, dtype: Any, device: Any, generator: Any) -> None:
             child.register_buffer(name, torch.zeros(buffer.shape, device=device))
 
 
+def cost_bounds(num_experts: int) -> tuple[int, int]:
+    """5 and 95 % of the experts, at least one."""
+    return max(1, round(0.05 * num_experts)), round(0.95 * num_experts)
+
+
 def spread_costs(gate: Any, x: Any, budget: int) -> None:
-    """Move the tokens so that they run from 5 to 95 % of the experts with the budget as average (one token: just it).
+    """Move the tokens `x [T, H]`, in place, so that they run from 5 to 95 % of the experts with the budget as average
+    (one token: just it).
 
     Adding a multiple of d, where the gate's weight times d is all ones, to a token shifts all its scores alike.
     """
     import torch
 
     num_experts = gate.num_experts
-    low, high = max(1, round(0.05 * num_experts)), round(0.95 * num_experts)
+    low, high = cost_bounds(num_experts)
+    high = max(high, budget)
     # Shares of a curve low + (high - low) u^p between the ends, whose mean low + (high - low) / (p + 1) is the budget.
     power = (high - low) / (budget - low) - 1
     places = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x) if len(x) > 1 else torch.tensor([0.0])

@@ -95,10 +95,11 @@ def _read_config(path: Path):
 def _budgets(config, num_selects: list[int] | None) -> list[int | None]:
     if config.model_type != "llama_moe":
         return [None]
-    shared, total = config.num_shared_experts, config.num_shared_experts + config.num_experts
+    least = config.num_shared_experts + max(1, config.min_experts_per_tok)
+    most = config.num_shared_experts + config.most_experts_per_tok
     for budget in num_selects or []:
-        if not shared < budget <= total:
-            raise MoEficationError(f"--num_selects {budget} is outside of {shared + 1} to {total}, the model's experts")
+        if not least <= budget <= most:
+            raise MoEficationError(f"--num_selects {budget} is outside of {least} to {most}, the model's experts")
     return num_selects or [config.num_selects]
 
 

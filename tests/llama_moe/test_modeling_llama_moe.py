@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, VARIANTS
@@ -99,6 +100,7 @@ def base_of(model):
     ("change", "words"),
     [
         ({"num_experts": 0}, "num_experts is 0"),
+        ({"intermediate_size": 0}, "moe_intermediate_size is 0"),
         ({"num_experts": -2}, "num_experts is -2"),
         ({"num_experts": 5}, "num_experts (5) times moe_intermediate_size (12) must give intermediate_size (64)"),
         ({"moe_intermediate_size": 8}, "moe_intermediate_size (8)"),
@@ -640,9 +642,11 @@ def test_layers_can_have_budgets_of_their_own(tmp_path):
         LlamaMoEForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=2)
     model.set_num_experts_per_tok(2)
     assert model.config.layer_num_experts_per_tok is None
-    for wrong in ([1, 2], [1, 2, 5], [0, 1, 1]):
+    for wrong in ([1, 2], [1, 2, 5], [0, 1, 1], [1.0, 2, 2], [True, 1, 1], 2.0, True, "2", None, torch.tensor(2)):
         with pytest.raises(ValueError, match=r"2 budgets given for 3 layers|num_experts_per_tok is"):
             model.set_num_experts_per_tok(wrong)
+    model.set_num_experts_per_tok(np.int64(2))
+    assert json.loads(model.config.to_json_string())["num_experts_per_tok"] == 2
     assert [layer.experts_per_tok for layer in routing_of(model, tokens)] == [2, 2, 2]
 
 
@@ -698,6 +702,43 @@ def test_half_precision_keeps_the_budget(dtype, tmp_path):
         assert loaded(tokens).logits.isfinite().all()
 
 
+def test_a_refused_fraction_changes_no_layer():
+    model = make(routing="threshold")
+    model.model.layers[0].mlp.gate.store_score_quantiles(torch.randn(20, 4))
+    before = [layer.mlp.gate.threshold.clone() for layer in model.model.layers]
+    for wrong in (0.5, "0.5", None):
+        with pytest.raises(ValueError, match=r"no score quantiles|is not a number"):
+            model.set_active_fraction(wrong)
+    assert all(torch.equal(layer.mlp.gate.threshold, b) for layer, b in zip(model.model.layers, before, strict=True))
+
+
+def test_bounds_of_a_token_are_bounds_of_the_average():
+    model = calibrated(make(routing="threshold", num_experts=8, min_experts_per_tok=1, max_experts_per_tok=5))
+    for wrong in (0.1, 0.7, 1.0):
+        with pytest.raises(ValueError, match=r"outside of 0.125 to 0.625"):
+            model.set_active_fraction(wrong)
+    with pytest.raises(ValueError, match="num_experts_per_tok is 2; it must be 1 to 1, the bounds of each token"):
+        LlamaMoEConfig(**MOE, routing="threshold", max_experts_per_tok=1)
+
+
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_without_any_expert_the_gradients_are_zero_not_missing(tokens):
+    model = calibrated(make(routing="threshold", num_experts=8))
+    for layer in model.model.layers:
+        layer.mlp.gate.set_active_share(0.0)
+    text = some_tokens(1, tokens).clamp(max=299) if tokens < 128 else some_tokens(2, 100)
+    model(text, labels=text).loss.backward()
+    for layer in model.model.layers:
+        assert all(not parameter.grad.any() for parameter in layer.mlp.parameters())
+
+
+@pytest.mark.parametrize("config", ROUTINGS)
+def test_shapes_can_be_had_without_numbers(config):
+    with torch.device("meta"):
+        model = LlamaMoEForCausalLM(LlamaMoEConfig(**(MOE | config)))
+        assert model(torch.ones(2, 10, dtype=torch.long)).logits.shape == (2, 10, 300)
+
+
 def test_tokens_differ_in_cost_under_a_threshold():
     model = calibrated(make(routing="threshold", num_experts=16))
     costs = [layer.tokens_by_cost for layer in routing_of(model, some_tokens(8, 40))]
@@ -719,10 +760,21 @@ def test_aux_loss_is_mixtrals_and_off_by_default():
         torch.testing.assert_close(asked.aux_loss, expected)
         assert torch.equal(asked.loss, plain.loss)
         model.config.router_aux_loss_coef = 0.5
+        assert torch.equal(model(tokens, attention_mask=mask, labels=tokens).loss, plain.loss)
+        model.train()
         balanced = model(tokens, attention_mask=mask, labels=tokens)
         assert balanced.router_logits is None
         torch.testing.assert_close(balanced.loss, plain.loss + 0.5 * expected)
         assert model(tokens, labels=None).loss is None
+        assert model(tokens, attention_mask=torch.zeros_like(mask), output_router_logits=True).aux_loss == 0
+
+
+def test_batches_of_an_accumulated_step_share_the_aux_loss():
+    model, tokens = make(router_aux_loss_coef=1.0).train(), some_tokens(1).repeat(4, 1)  # equal rows, equal loads
+    with torch.no_grad():
+        whole = model(tokens, labels=tokens, num_items_in_batch=4 * 9).loss
+        parts = sum(model(row[None], labels=row[None], num_items_in_batch=4 * 9).loss for row in tokens)
+    torch.testing.assert_close(parts, whole)
 
 
 def test_router_logits_can_stay_on_while_generating():

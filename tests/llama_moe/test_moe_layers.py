@@ -326,6 +326,16 @@ def test_quantiles_give_the_threshold_of_any_share(share, seed):
     assert gate.selected(scores).float().mean().item() == pytest.approx(share, abs=1 / 1024 + 1 / 12000)
 
 
+def test_quantiles_are_of_finite_scores_and_for_thresholds():
+    gate = random_gate(LinearGate, num_experts_per_tok=1, routing="threshold")
+    for wrong in (torch.empty(0, 6), torch.tensor([[1.0, float("nan")]])):
+        with pytest.raises(ValueError, match="all of them finite"):
+            gate.store_score_quantiles(wrong)
+    for act in (lambda g: g.store_score_quantiles(torch.randn(5, 6)), lambda g: g.set_active_share(0.5)):
+        with pytest.raises(ValueError, match="only threshold routing has score quantiles"):
+            act(random_gate(LinearGate, num_experts_per_tok=1))
+
+
 def test_the_ends_of_the_shares_are_all_and_none():
     gate = random_gate(LinearGate, num_experts_per_tok=1, routing="threshold")
     gate.store_score_quantiles(torch.randn(50, 6))

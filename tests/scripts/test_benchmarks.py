@@ -43,6 +43,13 @@ def test_layer_bench_times_the_same_computation():
     assert expected.any()
 
 
+@pytest.mark.parametrize(("active", "routings"), [("1.0", 1), ("0.0625", 1), ("0.9375", 2)])
+def test_layer_bench_takes_any_whole_number_of_experts(active, routings):
+    arguments = bench_moe_layer.build_parser().parse_args(["--tokens", "8", "--active", active])
+    cases = list(bench_moe_layer.cases(arguments, "SmolLM2", torch.float32, CPU))
+    assert len({case["routing"] for case in cases}) == routings
+
+
 def test_layer_bench_writes_its_numbers(tmp_path, capsys):
     options = ["--shapes", "SmolLM2", "--tokens", "1", "8", "--active", "0.25", "--rounds", "1", "--dtypes", "fp32"]
     assert bench_moe_layer.main([*options, "--json", str(tmp_path / "layer.json")]) == 0
