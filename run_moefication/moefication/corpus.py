@@ -32,7 +32,7 @@ LLAMA_MIX = {
     "stackexchange": 0.02,
 }
 DEFAULT_BLOCK_SIZE = 2048
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 DOCUMENTS_PER_BATCH = 256
 MAX_LINE_BYTES = 64 << 20
 CACHE_VERSION = 1
@@ -126,8 +126,8 @@ def _text_of_line(line: bytes, place: str) -> str:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder; its code, if it brings any, is not run."""
     try:
-        if not any((path / name).is_file() for name in TOKENIZER_FILES):  # some releases would then make an empty one
-            raise FileNotFoundError(f"none of {', '.join(TOKENIZER_FILES)} is there")
+        if not any((path / name).is_file() for name in VOCABULARY_FILES):  # some releases would then make an empty one
+            raise FileNotFoundError(f"none of {', '.join(VOCABULARY_FILES)} is there")
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # missing files, unknown classes, broken JSON: each raises something else
