@@ -93,12 +93,12 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         budgets = list(num_experts_per_tok) if by_layer else [num_experts_per_tok] * config.num_hidden_layers
         if len(budgets) != config.num_hidden_layers:
             raise ValueError(f"{len(budgets)} budgets given for {config.num_hidden_layers} layers")
+        least, most = max(1, config.min_experts_per_tok), config.most_experts_per_tok
+        limits = f"1 to num_experts ({most})" if (least, most) == (1, config.num_experts) else f"{least} to {most}"
         for budget in budgets:
             whole = isinstance(budget, Integral) and not isinstance(budget, bool)
-            if not (whole and 1 <= budget <= config.num_experts):
-                raise ValueError(
-                    f"num_experts_per_tok is {budget!r}; it must be 1 to num_experts ({config.num_experts})"
-                )
+            if not (whole and least <= budget <= most):
+                raise ValueError(f"num_experts_per_tok is {budget!r}; it must be {limits}")
         self._set_routed_budgets([int(budget) for budget in budgets])
 
     def set_active_fraction(self, fraction: float) -> None:
@@ -115,7 +115,7 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         tolerance = 1e-6 * total
         least, most = 1 if config.routing == "top_k" else config.min_experts_per_tok, config.most_experts_per_tok
         if not (fraction > 0 and least - tolerance <= routed <= most + tolerance):
-            lowest, highest = ((config.num_shared_experts + routed) / total for routed in (least, most))
+            lowest, highest = ((config.num_shared_experts + count) / total for count in (least, most))
             raise ValueError(
                 f"active fraction {fraction} is outside of {lowest:.4g} to {highest:.4g}, what this model can run"
             )

@@ -100,7 +100,7 @@ def _budgets(config, num_selects: list[int] | None) -> list[int | None]:
     for budget in num_selects or []:
         if not least <= budget <= most:
             raise MoEficationError(f"--num_selects {budget} is outside of {least} to {most}, the model's experts")
-    return num_selects or [config.num_selects]
+    return num_selects or [None]
 
 
 def _load(path: Path, dtype: str | None, device: str) -> PreTrainedModel:
@@ -129,12 +129,14 @@ def _evaluate(
     progress: Progress,
 ) -> Evaluation:
     num_experts = None
-    if budget is not None:
-        config = model.config
-        num_experts = config.num_experts + config.num_shared_experts
-        if budget != config.num_selects:
+    if model.config.model_type == "llama_moe":
+        shared = model.config.num_shared_experts
+        num_experts = model.config.num_experts + shared
+        if budget is None:
+            budget = model.config.num_selects
+        else:
             try:
-                model.set_num_experts_per_tok(budget - config.num_shared_experts)
+                model.set_num_experts_per_tok(budget - shared)
             except ValueError as error:  # thresholds without quantiles
                 raise MoEficationError(f"{name} cannot run --num_selects {budget}: {error}") from None
         name = f"{name}, {budget} of {num_experts}"

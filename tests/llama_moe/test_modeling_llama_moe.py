@@ -717,6 +717,8 @@ def test_bounds_of_a_token_are_bounds_of_the_average():
     for wrong in (0.1, 0.7, 1.0):
         with pytest.raises(ValueError, match=r"outside of 0.125 to 0.625"):
             model.set_active_fraction(wrong)
+    with pytest.raises(ValueError, match="num_experts_per_tok is 6; it must be 1 to 5"):
+        model.set_num_experts_per_tok(6)
     with pytest.raises(ValueError, match="num_experts_per_tok is 2; it must be 1 to 1, the bounds of each token"):
         LlamaMoEConfig(**MOE, routing="threshold", max_experts_per_tok=1)
 

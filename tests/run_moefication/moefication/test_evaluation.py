@@ -99,6 +99,18 @@ def test_shared_experts_and_thresholds(routing, text, tmp_path):
             evaluate([str(tmp_path / "moe")], text, num_selects=[wrong])
 
 
+def test_a_budget_asked_for_replaces_those_of_single_layers(text, tmp_path):
+    torch.manual_seed(0)
+    model = LlamaMoEForCausalLM(LlamaMoEConfig(**TINY, num_experts=4)).eval()
+    model.set_num_experts_per_tok([1, 4, 3])
+    model.save_pretrained(tmp_path / "moe")
+    make_tokenizer().save_pretrained(tmp_path / "moe")
+    (own,) = evaluate([str(tmp_path / "moe")], text, block_size=32)
+    (asked,) = evaluate([str(tmp_path / "moe")], text, num_selects=[4], block_size=32)
+    assert [sum(load) for load in own.expert_load] == pytest.approx([1, 4, 3])
+    assert [sum(load) for load in asked.expert_load] == pytest.approx([4, 4, 4])
+
+
 def test_thresholds_without_quantiles_have_no_other_budget(text, tmp_path):
     LlamaMoEForCausalLM(LlamaMoEConfig(**TINY, routing="threshold")).save_pretrained(tmp_path / "moe")
     make_tokenizer().save_pretrained(tmp_path / "moe")
