@@ -9,8 +9,6 @@ from transformers import LlamaConfig, MixtralConfig
 GATE_NETWORKS = ("mlp", "linear")
 ROUTINGS = ("top_k", "threshold")
 
-# Mixtral names its gate and experts as this package does, and its plans are kept in step with the installed release,
-# whose names for the styles change. The dense plan names projections that do not exist here.
 _SHARED_EXPERTS_PLAN = {
     "layers.*.mlp.shared_experts.gate_proj": "colwise",
     "layers.*.mlp.shared_experts.up_proj": "colwise",
@@ -53,6 +51,8 @@ class LlamaMoEConfig(LlamaConfig):
 
     model_type = "llama_moe"
     keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
+    # LLaMA's own plan names projections that do not exist here. Mixtral names its gate and experts as this package does,
+    # and its plans use the installed release's names of the styles, which change.
     base_model_tp_plan = MixtralConfig.base_model_tp_plan
     base_model_ep_plan = getattr(MixtralConfig, "base_model_ep_plan", None)
 
@@ -100,7 +100,8 @@ class LlamaMoEConfig(LlamaConfig):
 
     def experts_per_tok_of(self, layer: int) -> int:
         """Routed experts that run per token in this layer (top-k routing)."""
-        return (self.layer_num_experts_per_tok or [self.num_experts_per_tok] * self.num_hidden_layers)[layer]
+        budgets = self.layer_num_experts_per_tok
+        return self.num_experts_per_tok if budgets is None else budgets[layer]
 
     @property
     def most_experts_per_tok(self) -> int:

@@ -58,8 +58,8 @@ _install() (
         "$VENV_PYTHON" -m pip install --disable-pip-version-check "$@" -e ".[$extra]" -c constraints.txt
 )
 
-# ensure_environment EXTRA: the environment holds this project, editable, with that extra of pyproject.toml and the versions of
-# constraints.txt. Does nothing when that is so already; finishes an install that was cut short.
+# ensure_environment EXTRA: the environment holds this project, editable, with that extra of pyproject.toml and the
+# versions of constraints.txt. Does nothing when that is so already; finishes an install that was cut short.
 ensure_environment() {
     local extra="$1" fingerprint quiet="" again=""
     local stamp="$VENV/.installed-$extra" unfinished="$VENV/.unfinished"

@@ -164,6 +164,7 @@ def _repair(costs: np.ndarray, labels: np.ndarray, prices: np.ndarray, capacity:
     mover = np.zeros((num_clusters, num_clusters), dtype=np.int64)
 
     def refresh(cluster: int) -> None:
+        """Row `cluster` of `extra` and `mover`, after its members changed."""
         members = np.flatnonzero(labels == cluster)
         extra[cluster] = np.inf
         if len(members):

@@ -611,6 +611,16 @@ def test_compiled_forward_is_one_graph(config):
         torch.testing.assert_close(compiled, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ROUTINGS)
+def test_inductor_gives_the_same_logits(config):
+    """The compiler itself, where the other tests of compilation stop at its graph; it needs a C++ compiler."""
+    model = calibrated(make(**config))
+    with torch.no_grad():
+        expected = model(some_tokens()).logits
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(some_tokens()).logits, expected, **TOLERANCE)
+
+
 @pytest.mark.parametrize("config", ROUTINGS)
 def test_compiled_decoding_with_a_static_cache_gives_the_same_text(config):
     model, tokens = calibrated(make(**config, eos_token_id=None)), some_tokens()
