@@ -22,7 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--train_data_path",
         type=command_line.path,
         required=True,
-        help="folder of .jsonl files (not read below it) whose names carry their domain, or one such file",
+        help="folder of .jsonl, .txt, .gz or .zst of them, or .zip files, whose names carry their domain (not read below "
+        "it), or one such file",
     )
     parser.add_argument(
         "--train_data_cache_path",
@@ -55,6 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--domain_weights",
         help="domain=weight,..., a word of the file names each (default: the mix of LLaMA's pretraining)",
+    )
+    parser.add_argument(
+        "--skip_bad_lines", action="store_true", help="count lines that hold no document, and go on without them"
     )
     parser.add_argument(
         "--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"), help="of the stored features"
@@ -95,6 +99,7 @@ def get_hidden_features(arguments: argparse.Namespace) -> None:
         domain_weights=domain_weights,
         data_use_percent=arguments.data_use_percent,
         max_tokens=arguments.max_tokens,
+        skip_bad_lines=arguments.skip_bad_lines,
         seed=arguments.seed,
         progress=progress,
     )
@@ -117,6 +122,9 @@ def get_hidden_features(arguments: argparse.Namespace) -> None:
         print(f"{'domain':<14} {'share':>6} {'there':>10} {'asked':>10} {'got':>10}  tokens")
         for row in corpus.mix:
             print(f"{row.domain:<14} {row.weight:>6.1%} {row.available:>10,} {row.asked:>10,} {row.got:>10,}")
+        for row in corpus.mix:
+            if row.skipped_lines:
+                print(f"{row.domain}: {row.skipped_lines:,} bad lines skipped")
         print(f"{checkpoint.name}: {corpus.num_tokens:,} tokens in {len(corpus.blocks):,} blocks")
     if rank == 0 or (writer.finished and not writer.was_finished):
         command_line.report(writer, "llama_select_mlp.py (3_select.sh)")

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from .gate_training import GATE_NETWORKS, require_selects
 from .manifests import Claim, environment
 from .model_card import model_card
 from .progress import Progress, no_progress
+from .sharding import WEIGHTS_INDEX, PlannedTensor, plan_shards, shard_index
 from .splitting import Split
 
 CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
@@ -39,21 +38,6 @@ COPIED_FILES = (
     "USE_POLICY.md",
 )
 MAX_SHARD_BYTES = 2 << 30
-WEIGHTS = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor of the new checkpoint: known by name, shape and dtype before `make` is called for its values."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class Gates:
@@ -124,7 +108,7 @@ def convert(
     config = _moe_config(
         checkpoint, num_experts, num_selects, gates.network, convert_type, new_dtype or checkpoint.dtype, num_labels
     )
-    shards = _shards(_plan(checkpoint, split, gates, config, convert_type, new_dtype))
+    shards = plan_shards(_plan(checkpoint, split, gates, config, convert_type, new_dtype), MAX_SHARD_BYTES)
 
     options = {
         "templates": template,
@@ -148,7 +132,7 @@ def convert(
     for name in progress(checkpoint.tensors if missing else [], "check", "tensor"):
         _require_fit(checkpoint, name, new_dtype)
     for file in progress([file for file in shards if file in missing], "convert", "shard"):
-        tensors = {planned.name: _made(planned) for planned in shards[file]}
+        tensors = {planned.name: planned.made() for planned in shards[file]}
         writer.write_piece(file, {file: writer.write(file, lambda f, t=tensors: f.write(save(t, {"format": "pt"})))})
     if "config" in missing:
         # Last of all, so that nothing loads a folder whose weights are not complete.
@@ -233,30 +217,11 @@ def _plan_layer(
     ]
 
 
-def _made(planned: PlannedTensor) -> torch.Tensor:
-    tensor = planned.make().to(planned.dtype).contiguous()
-    if tuple(tensor.shape) != planned.shape:
-        raise MoEficationError(f"{planned.name} came out as {list(tensor.shape)}, {list(planned.shape)} was planned")
-    return tensor
-
-
 def _require_fit(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> None:
     """Refuse a source tensor that is not finite, or would not be in the new dtype."""
     tensor = checkpoint.finite_tensor(name)
     if dtype is not None and tensor.abs().max() > torch.finfo(dtype).max:
         raise MoEficationError(f"{checkpoint.path}: {name} has values beyond {dtype}; choose another --dtype")
-
-
-def _shards(plan: list[PlannedTensor]) -> dict[str, list[PlannedTensor]]:
-    """File name -> its tensors, in order, each file at most `MAX_SHARD_BYTES` or one tensor."""
-    groups: list[list[PlannedTensor]] = [[]]
-    for planned in plan:
-        if groups[-1] and sum(p.num_bytes for p in groups[-1]) + planned.num_bytes > MAX_SHARD_BYTES:
-            groups.append([])
-        groups[-1].append(planned)
-    if len(groups) == 1:
-        return {WEIGHTS: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
 # ---------------------------------------------------------------------------------------------------- other files
@@ -316,10 +281,7 @@ def _write_text_files(
     """Everything beside the weights; returns the files' manifest entries."""
     contents = {file: (resources.files(llama_moe) / file).read_bytes() for file in CODE_FILES}
     if len(shards) > 1:
-        weight_map = {planned.name: file for file, group in shards.items() for planned in group}
-        total = sum(planned.num_bytes for group in shards.values() for planned in group)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        contents[f"{WEIGHTS}.index.json"] = (json.dumps(index, indent=2) + "\n").encode()
+        contents[WEIGHTS_INDEX] = (json.dumps(shard_index(shards), indent=2) + "\n").encode()
     contents["README.md"] = model_card(checkpoint, claim, config, gates.artifact.manifest["metrics"]).encode()
     contents["config.json"] = config.to_json_string().encode()
 

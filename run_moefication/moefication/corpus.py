@@ -1,25 +1,19 @@
-"""Text to token blocks: documents, tokenised, joined, packed, and mixed as LLaMA's pretraining mixed its domains."""
+"""Token streams to blocks: packed, drawn, and mixed as LLaMA's pretraining mixed its domains."""
 
-import codecs
-import json
-import logging
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .checkpoints import TOKENIZER_FILES, Checkpoint, quiet_transformers
+from .checkpoints import Checkpoint
+from .documents import TextFile, find_text_files
 from .errors import MoEficationError
-from .files import digest, file_sha256, tensor_sha256, write_atomically
+from .files import digest, tensor_sha256
 from .progress import Progress, no_progress
+from .tokens import token_stream
 
 # Sampling proportions of LLaMA's pretraining data (Touvron et al. 2023, table 1), by the word a file's name carries.
 LLAMA_MIX = {
@@ -32,22 +26,18 @@ LLAMA_MIX = {
     "stackexchange": 0.02,
 }
 DEFAULT_BLOCK_SIZE = 2048
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-DOCUMENTS_PER_BATCH = 256
-MAX_LINE_BYTES = 64 << 20
-CACHE_VERSION = 1
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class DomainShare:
-    """One row of the mix that was applied, in tokens."""
+    """One row of the mix that was applied, in tokens. `skipped_lines` of the text held no document."""
 
     domain: str
     weight: float
     available: int
     asked: int
     got: int
+    skipped_lines: int
 
 
 @dataclass(frozen=True)
@@ -71,81 +61,7 @@ class Corpus:
         return digest([tensor_sha256(block) for block in self.blocks])
 
 
-# ---------------------------------------------------------------------------------------------------- documents
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """The non-empty documents of a file: the "text" of each line of a .jsonl, any other file as one document.
-
-    Raises:
-        MoEficationError: names file and line of whatever is not a JSON object with a string "text" in UTF-8.
-    """
-    if path.suffix != ".jsonl":
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise MoEficationError(f"{path} is not UTF-8 text (byte {error.start})") from None
-        if text.strip():
-            yield text
-        return
-    with path.open("rb") as file:
-        for number in range(1, 1 << 62):
-            line = file.readline(MAX_LINE_BYTES + 1)
-            if not line:
-                return
-            if len(line) > MAX_LINE_BYTES:
-                raise MoEficationError(
-                    f"{path}:{number}: line longer than {MAX_LINE_BYTES >> 20} MiB; split the document"
-                )
-            if line.removeprefix(codecs.BOM_UTF8).strip():
-                text = _text_of_line(line, f"{path}:{number}")
-                if text.strip():
-                    yield text
-
-
-def _text_of_line(line: bytes, place: str) -> str:
-    try:
-        text = json.loads(line.decode("utf-8-sig"))["text"]
-        if not isinstance(text, str):
-            raise TypeError
-        text.encode()  # a lone surrogate is valid JSON, but no tokenizer takes it
-    except UnicodeError:
-        raise MoEficationError(f"{place}: not UTF-8 text") from None
-    except KeyError:
-        raise MoEficationError(f'{place}: no "text" field') from None
-    except TypeError:
-        raise MoEficationError(f'{place}: not a JSON object with a string "text"') from None
-    except (ValueError, RecursionError):
-        raise MoEficationError(f"{place}: not valid JSON") from None
-    return text
-
-
-# ---------------------------------------------------------------------------------------------------- tokens
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder; its code, if it brings any, is not run."""
-    try:
-        if not any((path / name).is_file() for name in VOCABULARY_FILES):  # some releases would then make an empty one
-            raise FileNotFoundError(f"none of {', '.join(VOCABULARY_FILES)} is there")
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # missing files, unknown classes, broken JSON: each raises something else
-        reason = str(error).strip().split("\n")[0]
-        raise MoEficationError(f"{path} has no usable tokenizer ({reason})") from None
-
-
-def tokenize(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, progress: Progress = no_progress, what: str = ""
-) -> torch.Tensor:
-    """All documents as one int32 token stream, with EOS between them (tokenizers without EOS: nothing)."""
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    documents, parts = iter(documents), []
-    batches = iter(lambda: list(islice(documents, DOCUMENTS_PER_BATCH)), [])
-    for batch in progress(batches, f"tokenise {what}", "batch"):
-        for ids in tokenizer(batch, verbose=False)["input_ids"]:
-            parts += [separator, ids] if parts else [ids]
-    return torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int32) for part in parts] or [np.empty(0, "i4")]))
+# ---------------------------------------------------------------------------------------------------- blocks
 
 
 def pack(tokens: torch.Tensor, block_size: int) -> list[torch.Tensor]:
@@ -184,25 +100,22 @@ def parse_domain_weights(text: str | None) -> dict[str, float] | None:
     return weights
 
 
-def find_domains(data_path: str | Path, weights: dict[str, float] | None) -> dict[str, list[Path]]:
+def find_domains(data_path: str | Path, weights: dict[str, float] | None) -> dict[str, list[TextFile]]:
     """The files of each domain in a folder (not below it), or a single file; the domain is a word of the file's name.
 
     With weights given, only files of these domains are taken. Without, a folder where no name carries a domain of
     LLaMA's mix is one domain of its own; a folder where only some do is refused rather than read in part.
     """
-    path = Path(data_path)
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix == ".jsonl" and file.is_file())
-    else:
-        raise MoEficationError(f"--train_data_path {data_path} does not exist")
+    files = find_text_files(Path(data_path))
     if not files:
-        raise MoEficationError(f"--train_data_path {data_path} holds no .jsonl file; unpack the zip files first")
-    domains: dict[str, list[Path]] = {}
+        raise MoEficationError(
+            f"--train_data_path {data_path} holds no .jsonl, .txt (nor .gz, .zst of them) or .zip file: "
+            f"llama_data/make_sample_data.py makes some"
+        )
+    domains: dict[str, list[TextFile]] = {}
     unnamed = []
     for file in files:
-        matches = [domain for domain in weights or LLAMA_MIX if domain in _plain(file.name)]
+        matches = [domain for domain in weights or LLAMA_MIX if domain in _plain(file.label)]
         if len(matches) > 1:
             raise MoEficationError(f"{file} names several domains ({', '.join(matches)}); rename it")
         if matches:
@@ -234,15 +147,17 @@ def training_corpus(
     domain_weights: dict[str, float] | None = None,
     data_use_percent: float = 1.0,
     max_tokens: int | None = None,
+    skip_bad_lines: bool = False,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Corpus:
     """Blocks of the domains in a folder, in their proportions: as many tokens as the scarcest domain allows.
 
     Blocks are drawn at random within each domain, the last one cut so that the shares are exact, and shuffled across
-    domains. Memory: 4 bytes per token of the whole text.
+    domains. They are views of the tokens on the disk (4 bytes each); in memory are a few batches of text.
 
     Args:
+        cache_path: folder that keeps the tokens for the next run; None for a temporary file.
         data_use_percent: the share of the possible tokens to take, in (0, 1].
         max_tokens: an upper limit on the tokens taken, all domains together.
     """
@@ -254,24 +169,26 @@ def training_corpus(
         raise MoEficationError(f"--max_tokens {max_tokens} must be at least 1")
     domains = find_domains(data_path, domain_weights)
     streams = {
-        name: _domain_tokens(checkpoint, name, files, cache_path, block_size, progress)
+        name: token_stream(checkpoint, name, files, cache_path, skip_bad_lines=skip_bad_lines, progress=progress)
         for name, files in domains.items()
     }
     mix = domain_weights or LLAMA_MIX
     weights = {name: mix.get(name, 1.0) for name in streams}
     weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-    total = data_use_percent * min(len(stream) / weights[name] for name, stream in streams.items())
+    total = data_use_percent * min(len(stream.tokens) / weights[name] for name, stream in streams.items())
     total = min(total, max_tokens or total)
 
     left = math.inf if max_tokens is None else max_tokens
     generator = np.random.default_rng(seed)
     blocks, shares = [], []
     for name, stream in streams.items():
-        asked = min(len(stream), round(total * weights[name]), left)  # shares rounded up may exceed the limit together
+        available = len(stream.tokens)
+        asked = min(available, round(total * weights[name]), left)  # rounded shares may exceed the limit together
         left -= asked
-        taken = _draw(pack(stream, block_size), asked, generator)
+        taken = _draw(stream.tokens, block_size, asked, generator)
         blocks += taken
-        shares.append(DomainShare(name, weights[name], len(stream), asked, sum(map(len, taken))))
+        got = sum(map(len, taken))
+        shares.append(DomainShare(name, weights[name], available, asked, got, stream.skipped_lines))
     if not blocks:
         raise MoEficationError(f"{data_path}: the options leave no token to read")
     options = {
@@ -279,71 +196,23 @@ def training_corpus(
         "domain_weights": domain_weights,
         "data_use_percent": data_use_percent,
         "max_tokens": max_tokens,
+        "skip_bad_lines": skip_bad_lines,
         "seed": seed,
     }
     return Corpus([blocks[i] for i in generator.permutation(len(blocks))], shares, options)
 
 
-def _draw(blocks: list[torch.Tensor], num_tokens: int, generator: np.random.Generator) -> list[torch.Tensor]:
-    """Random blocks, without replacement, of exactly `num_tokens` tokens together."""
+def _draw(tokens: torch.Tensor, block_size: int, num_tokens: int, generator: np.random.Generator) -> list[torch.Tensor]:
+    """Random blocks of a packed stream, without replacement, of exactly `num_tokens` tokens together."""
     drawn, left = [], num_tokens
-    for index in generator.permutation(len(blocks)):
+    for index in generator.permutation(-(-len(tokens) // block_size)):
         if left == 0:
             break
-        drawn.append(blocks[index][:left])
+        block = tokens[index * block_size : (index + 1) * block_size]
+        drawn.append(block[:left])
         left -= len(drawn[-1])
     return drawn
 
 
 def _plain(name: str) -> str:
     return "".join(character for character in name.lower() if character.isalnum())
-
-
-# ---------------------------------------------------------------------------------------------------- the cache
-
-
-def _domain_tokens(
-    checkpoint: Checkpoint,
-    domain: str,
-    files: list[Path],
-    cache_path: str | Path | None,
-    block_size: int,
-    progress: Progress,
-) -> torch.Tensor:
-    """The token stream of a domain, from the cache if it holds just this text, tokenizer and block size."""
-    tokenizer_files = {n: file_sha256(checkpoint.path / n) for n in TOKENIZER_FILES if (checkpoint.path / n).exists()}
-    # The suffix too: it decides how a file is read.
-    contents = [[file.suffix, file_sha256(file)] for file in files]
-    key = digest([CACHE_VERSION, tokenizer_files, contents, block_size])
-    cached = None if cache_path is None else Path(cache_path) / f"{domain}-{key[:32]}.safetensors"
-    if cached is not None and (tokens := _read_cache(cached)) is not None:
-        return tokens
-    tokenizer = load_tokenizer(checkpoint.path)
-    documents = (document for file in files for document in read_documents(file))
-    tokens = tokenize(documents, tokenizer, progress, domain)
-    if not len(tokens):
-        raise MoEficationError(f"{files[0]} holds no text")
-    if int(tokens.max()) >= checkpoint.config.vocab_size:
-        raise MoEficationError(
-            f"the tokenizer of {checkpoint.name} gives token {int(tokens.max())}, "
-            f"its embedding has {checkpoint.config.vocab_size} rows"
-        )
-    if cached is not None:
-        content = save({"tokens": tokens}, metadata={"sha256": tensor_sha256(tokens)})
-        write_atomically(cached, lambda file: file.write(content))
-    return tokens
-
-
-def _read_cache(path: Path) -> torch.Tensor | None:
-    """The cached tokens, or None if there are none or they are damaged (which is said)."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            tokens, expected = file.get_tensor("tokens"), (file.metadata() or {}).get("sha256")
-        if tensor_sha256(tokens) == expected:
-            return tokens
-    except Exception as error:  # safetensors raises its own class, and OSError
-        logger.debug("%s: %s", path, error)
-    logger.warning("%s is damaged; tokenising again", path)
-    return None

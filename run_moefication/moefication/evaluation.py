@@ -11,9 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from llama_moe import record_routing  # importing it registers LlamaMoE with the Auto classes
 
 from .checkpoints import DTYPES, quiet_transformers, resolve_model_path
-from .corpus import load_tokenizer, pack, read_documents, require_block_size, tokenize
+from .corpus import pack, require_block_size
+from .documents import DocumentReader, find_text_files
 from .errors import MoEficationError
 from .progress import Progress, no_progress
+from .tokens import load_tokenizer, tokenize
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def evaluate(
 
     results = []
     for path, name, model_budgets in zip(paths, model_paths, budgets, strict=True):
-        tokens = tokenize(read_documents(text_path), load_tokenizer(path), progress, text_path.name)[:max_tokens]
+        tokens = _first_tokens(text_path, path, max_tokens)
         blocks = [block for block in pack(tokens, block_size) if len(block) > 1]
         if not blocks:
             raise MoEficationError(f"{text_path} holds fewer than 2 tokens")
@@ -82,6 +84,17 @@ def evaluate(
             results.append(_evaluate(model, Path(name).name, budget, blocks, batch_size, progress))
         del model
     return results
+
+
+def _first_tokens(text_path: Path, model_path: Path, max_tokens: int | None) -> torch.Tensor:
+    """The text as the model's tokenizer cuts it, read no further than needed."""
+    pieces, count = [], 0
+    for piece in tokenize(DocumentReader(find_text_files(text_path)), load_tokenizer(model_path)):
+        pieces.append(torch.from_numpy(piece))
+        count += len(piece)
+        if max_tokens is not None and count >= max_tokens:
+            break
+    return torch.cat(pieces)[:max_tokens] if pieces else torch.empty(0, dtype=torch.int32)
 
 
 def _read_config(path: Path):

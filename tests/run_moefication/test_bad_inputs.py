@@ -144,7 +144,7 @@ WRONG = [
     ("split", {"model_path": "{nan}"}, "layers.1.mlp.gate_proj.weight holds NaN"),
     ("split", {"save_path": "{tmp}/file"}, "tmp}/file"),
     ("features", {"train_data_path": "{tmp}/nowhere"}, "nowhere does not exist"),
-    ("features", {"train_data_path": "{tmp}/empty"}, "holds no .jsonl file"),
+    ("features", {"train_data_path": "{tmp}/empty"}, "holds no .jsonl, .txt"),
     ("features", {"train_data_path": "{tmp}/no_text"}, "no_text/c4.jsonl holds no text"),
     ("features", {"train_data_path": "{tmp}/bad"}, "bad/github.jsonl:3: not valid JSON"),
     ("features", {"block_size": 129}, "--block_size 129 is outside of 2 to 128, the positions of tiny-llama"),

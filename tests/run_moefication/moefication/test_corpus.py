@@ -1,9 +1,9 @@
-"""Documents, tokens, blocks, the domain mix and its cache."""
+"""Blocks of a text, and the mix of its domains."""
 
-import json
-import logging
+import gzip
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,21 +11,19 @@ import torch
 from conftest import SENTENCES, make_tokenizer, write_jsonl
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 
-from run_moefication.moefication import corpus as corpus_module
 from run_moefication.moefication.checkpoints import Checkpoint
 from run_moefication.moefication.corpus import (
     LLAMA_MIX,
     find_domains,
     pack,
     parse_domain_weights,
-    read_documents,
     require_block_size,
-    tokenize,
     training_corpus,
 )
+from run_moefication.moefication.documents import DocumentReader, TextFile, zstd
 from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.tokens import tokenize
 
 
 @pytest.fixture(scope="module")
@@ -33,118 +31,11 @@ def checkpoint(tiny_llama) -> Checkpoint:
     return Checkpoint(str(tiny_llama))
 
 
-# ---------------------------------------------------------------------------------------------------- documents
-
-
-@pytest.mark.parametrize(
-    ("content", "texts"),
-    [
-        (b'{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
-        (b'{"text": "a"}\n{"text": "b"}', ["a", "b"]),  # no final newline
-        (b'{"text": "a"}\r\n{"text": "b"}\r\n', ["a", "b"]),
-        (b'\xef\xbb\xbf{"text": "a"}\n', ["a"]),  # byte order mark
-        (b'\xef\xbb\xbf\r\n{"text": "a"}\n', ["a"]),
-        (b"\xef\xbb\xbf", []),
-        ('{"text": "a\u2028b\x85c"}\n'.encode(), ["a\u2028b\x85c"]),  # line separators of Unicode are text
-        (b'{"text": "a"}\n\n  \n{"text": "b", "more": [1]}\n', ["a", "b"]),
-        (b'{"text": ""}\n{"text": " \\n"}\n{"text": "b"}\n', ["b"]),
-        ('{"text": "雪"}\n'.encode(), ["雪"]),
-        (b'{"text": "a\\u0000b", "text": "c\\ud83d\\ude00"}\n', ["c\U0001f600"]),  # the last of two keys; a pair
-        (b"", []),
-    ],
-)
-def test_documents_of_a_jsonl(content, texts, tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(content)
-    assert list(read_documents(tmp_path / "a.jsonl")) == texts
-
-
-# Text as files hold it: anything but lone surrogates, which UTF-8 cannot hold.
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(TEXTS, max_size=6),
-    st.booleans(),
-    st.sampled_from(["\n", "\r\n", "\n\n", "\n \n"]),
-    st.booleans(),
-    st.booleans(),
-)
-def test_any_text_comes_back(texts, escaped, line_end, bom, final_line_end):
-    lines = [json.dumps({"text": text}, ensure_ascii=escaped) for text in texts]
-    content = line_end.join(lines) + line_end * final_line_end
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "a.jsonl")
-        path.write_bytes(content.encode("utf-8-sig" if bom else "utf-8"))
-        assert list(read_documents(path)) == [text for text in texts if text.strip()]
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        (b'{"text": "cut', "not valid JSON"),
-        (b'{"text": "a"} {"text": "b"}', "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "not valid JSON"),
-        (b'{"text": "a"}\r{"text": "b"}', "not valid JSON"),  # lone CR does not end a line
-        (b'["text"]', 'not a JSON object with a string "text"'),
-        (b"3", 'not a JSON object with a string "text"'),
-        (b'"text"', 'not a JSON object with a string "text"'),
-        (b'{"text": null}', 'not a JSON object with a string "text"'),
-        (b"null", 'not a JSON object with a string "text"'),
-        (b'{"text": ["a"]}', 'not a JSON object with a string "text"'),
-        (b'{"content": "a"}', 'no "text" field'),
-        (b'{"text": "\xff"}', "not UTF-8"),
-        (b'{"text": "\\ud800"}', "not UTF-8"),
-        ('{"text": "a"}'.encode("utf-16"), "not UTF-8"),
-    ],
-)
-def test_a_broken_line_is_named(line, words, tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
-    with pytest.raises(MoEficationError) as error:
-        list(read_documents(tmp_path / "a.jsonl"))
-    assert str(error.value).startswith(f"{tmp_path / 'a.jsonl'}:3: {words}")
-
-
-def test_a_line_beyond_the_limit_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "MAX_LINE_BYTES", 1 << 20)
-    write_jsonl(tmp_path / "a.jsonl", ["short", "x" * (1 << 20)])
-    with pytest.raises(MoEficationError, match=r"a.jsonl:2: line longer than 1 MiB"):
-        list(read_documents(tmp_path / "a.jsonl"))
-
-
-def test_other_files_are_one_document(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    assert list(read_documents(tmp_path / "a.txt")) == ["one\n\ntwo\n"]
-    (tmp_path / "b.txt").write_bytes(b"abc\xff")
-    with pytest.raises(MoEficationError, match=r"b.txt is not UTF-8 text \(byte 3\)"):
-        list(read_documents(tmp_path / "b.txt"))
-
-
-# ---------------------------------------------------------------------------------------------------- tokens
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.text(min_size=1, max_size=30).filter(str.strip), max_size=12), st.integers(2, 9))
-def test_tokens_are_the_documents_joined_with_eos_and_cut(texts, block_size):
-    tokenizer = make_tokenizer()
-    tokens = tokenize(texts, tokenizer)
-    expected = []
-    for text in texts:
-        expected += ([tokenizer.eos_token_id] if expected else []) + tokenizer(text)["input_ids"]
-    assert tokens.dtype == torch.int32
-    assert tokens.tolist() == expected
-    blocks = pack(tokens, block_size)
-    assert [token for block in blocks for token in block.tolist()] == expected
-    assert all(len(block) == block_size for block in blocks[:-1])
-    assert all(0 < len(block) <= block_size for block in blocks)
-
-
-def test_documents_beyond_one_batch_keep_their_order(monkeypatch):
-    texts = [f"{i}. {sentence}" for i, sentence in enumerate(SENTENCES * 4)]
-    whole = tokenize(texts, make_tokenizer())
-    monkeypatch.setattr(corpus_module, "DOCUMENTS_PER_BATCH", 5)
-    assert torch.equal(tokenize(texts, make_tokenizer()), whole)
+def tokens_of(file: Path) -> torch.Tensor:
+    """The token stream of a file."""
+    return torch.cat(
+        [torch.from_numpy(piece) for piece in tokenize(DocumentReader([TextFile(file)]), make_tokenizer())]
+    )
 
 
 @pytest.mark.parametrize(("asked", "positions", "used"), [(None, 128, 128), (None, 4096, 2048), (64, 128, 64)])
@@ -156,18 +47,6 @@ def test_block_size(asked, positions, used):
 def test_block_size_beyond_the_model_is_refused(asked):
     with pytest.raises(MoEficationError, match=f"--block_size {asked} is outside of 2 to 128, the positions of x"):
         require_block_size(asked, 128, "x")
-
-
-def test_tokens_with_bos_where_the_tokenizer_adds_one_and_without_eos_where_it_has_none():
-    tokenizer = make_tokenizer()
-    plain = [tokenizer(text)["input_ids"] for text in SENTENCES[:2]]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    assert tokenize(SENTENCES[:2], tokenizer).tolist() == [1, *plain[0], tokenizer.eos_token_id, 1, *plain[1]]
-    tokenizer.eos_token = None
-    assert tokenize(SENTENCES[:2], tokenizer).tolist() == [1, *plain[0], 1, *plain[1]]
-
-
-# ---------------------------------------------------------------------------------------------------- the mix
 
 
 def make_text(folder, **domains: int) -> None:
@@ -182,7 +61,7 @@ def draw(checkpoint, folder, **options):
 
 def assert_blocks_of(corpus, checkpoint, folder, block_size) -> None:
     """Every block is (the start of) a block of its domain's packed stream, and none is there twice."""
-    streams = [tokenize(read_documents(file), make_tokenizer()) for file in sorted(folder.glob("*.jsonl"))]
+    streams = [tokens_of(file) for file in sorted(folder.glob("*.jsonl"))]
     pool = [tuple(block.tolist()) for stream in streams for block in pack(stream, block_size)]
     # Whole blocks first, so that one cut short cannot take the place of a whole one that begins alike.
     for block in sorted((tuple(block.tolist()) for block in corpus.blocks), key=len, reverse=True):
@@ -234,9 +113,7 @@ def test_shares_are_exact_for_any_sizes_weights_and_limits(
     with tempfile.TemporaryDirectory() as root:
         make_text(Path(root, "text"), **dict(zip(names, counts, strict=True)))
         options = dict(domain_weights=weights, data_use_percent=percent, max_tokens=max_tokens, block_size=block_size)
-        available = {
-            name: len(tokenize(read_documents(Path(root, "text", f"{name}.jsonl")), make_tokenizer())) for name in names
-        }
+        available = {name: len(tokens_of(Path(root, "text", f"{name}.jsonl"))) for name in names}
         total = percent * min(available[name] * sum(weights.values()) / weights[name] for name in names)
         wanted = min(total, max_tokens or total)
         exact = {name: wanted * weights[name] / sum(weights.values()) for name in names}
@@ -264,7 +141,7 @@ def test_the_limit_on_tokens_holds_where_shares_are_rounded_up(max_tokens, check
 def test_a_single_file_is_a_corpus(name, checkpoint, tmp_path):
     write_jsonl(tmp_path / name, SENTENCES)
     corpus = draw(checkpoint, tmp_path / name)
-    stream = tokenize(read_documents(tmp_path / name), make_tokenizer())
+    stream = tokens_of(tmp_path / name)
     assert sorted(block.tolist() for block in corpus.blocks) == sorted(block.tolist() for block in pack(stream, 16))
 
 
@@ -320,7 +197,7 @@ def test_same_seed_same_blocks_other_seed_others(checkpoint, tmp_path):
 def test_domains_are_shuffled_together(checkpoint, tmp_path):
     make_text(tmp_path, c4=60, github=60)
     corpus = draw(checkpoint, tmp_path, domain_weights={"c4": 1.0, "github": 1.0})
-    stream = tokenize(read_documents(tmp_path / "c4.jsonl"), make_tokenizer())
+    stream = tokens_of(tmp_path / "c4.jsonl")
     of_c4 = {tuple(block.tolist()) for block in pack(stream, 16)}
     first, second = corpus.blocks[: len(corpus.blocks) // 2], corpus.blocks[len(corpus.blocks) // 2 :]
     for half in (first, second):
@@ -353,7 +230,9 @@ def test_what_lies_below_the_folder_is_not_read(checkpoint, tmp_path):
 )
 def test_domains_are_words_of_file_names(names, weights, domains, tmp_path):
     make_text(tmp_path, **dict.fromkeys(names, 1))
-    found = {domain: sorted(file.stem for file in files) for domain, files in find_domains(tmp_path, weights).items()}
+    found = {
+        domain: sorted(file.path.stem for file in files) for domain, files in find_domains(tmp_path, weights).items()
+    }
     assert found == domains
 
 
@@ -363,7 +242,7 @@ def test_domains_are_words_of_file_names(names, weights, domains, tmp_path):
         (["c4", "other"], None, "other.jsonl names none of the domains"),
         (["c4_github"], None, "c4_github.jsonl names several domains (c4, github)"),
         (["c4"], {"c4": 1.0, "github": 1.0}, "--domain_weights names github"),
-        ([], None, "holds no .jsonl file"),
+        ([], None, "holds no .jsonl, .txt"),
     ],
 )
 def test_unclear_domains_are_refused(names, weights, words, tmp_path):
@@ -393,80 +272,25 @@ def test_vocabulary_beyond_the_embedding_is_refused(checkpoint, tmp_path, monkey
         draw(checkpoint, tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------- the cache
-
-
-@pytest.fixture
-def tokenised(monkeypatch) -> list[str]:
-    """The domains that were really tokenised, in order."""
-    seen, real = [], corpus_module.tokenize
-
-    def counted(documents, tokenizer, progress, what):
-        seen.append(what)
-        return real(documents, tokenizer, progress, what)
-
-    monkeypatch.setattr(corpus_module, "tokenize", counted)
-    return seen
-
-
-def cached(checkpoint, folder, **options) -> str:
-    cache = folder.parent / "cache"
-    return training_corpus(checkpoint, folder, cache, **({"block_size": 16} | options)).digest
-
-
-def test_text_is_tokenised_once(checkpoint, tmp_path, tokenised):
-    folder = tmp_path / "text"
-    make_text(folder, c4=20, github=20)
-    first = cached(checkpoint, folder)
-    assert tokenised == ["c4", "github"]
-    assert cached(checkpoint, folder) == first
-    assert tokenised == ["c4", "github"]
-
-
-def test_a_changed_input_is_never_served_from_the_cache(checkpoint, tiny_llama, tmp_path, tokenised):
-    folder = tmp_path / "text"
-    make_text(folder, c4=20)
-    cached(checkpoint, folder)
-    cached(checkpoint, folder, block_size=8)
-    assert tokenised == ["c4"] * 2
-    text = (folder / "c4.jsonl").read_text()
-    (folder / "c4.jsonl").write_text(text.replace("cat", "dog"))  # same name, same size
-    changed = cached(checkpoint, folder)
-    assert tokenised == ["c4"] * 3
-    assert changed == draw(checkpoint, folder).digest
-    other = shutil.copytree(tiny_llama, tmp_path / "other")
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    tokenizer["model"]["merges"] = []
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert cached(Checkpoint(str(other)), folder) != changed
-    assert tokenised == ["c4"] * 5  # draw has no cache
-
-
-def test_the_same_bytes_as_lines_and_as_one_text_are_two_texts(checkpoint, tmp_path, tokenised):
-    folder = tmp_path / "text"
-    make_text(folder, c4=5)
-    shutil.copy(folder / "c4.jsonl", tmp_path / "c4.txt")
-    lines, whole = (
-        training_corpus(checkpoint, path, tmp_path / "cache", block_size=16).digest
-        for path in (folder / "c4.jsonl", tmp_path / "c4.txt")
-    )
-    assert tokenised == ["c4"] * 2
-    assert whole == draw(checkpoint, tmp_path / "c4.txt").digest != lines
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
-def test_a_damaged_cache_is_rebuilt_and_said(damage, checkpoint, tmp_path, tokenised, caplog):
-    folder = tmp_path / "text"
-    make_text(folder, c4=20)
-    good = cached(checkpoint, folder)
-    (path,) = (tmp_path / "cache").iterdir()
-    data = bytearray(path.read_bytes())
-    if damage == "flip":
-        data[-10] ^= 1
-    path.write_bytes({"flip": data, "cut": data[:-1], "empty": b""}[damage])
-    with caplog.at_level(logging.WARNING):
-        assert cached(checkpoint, folder) == good
-    assert f"{path} is damaged; tokenising again" in caplog.text
-    caplog.clear()
-    assert cached(checkpoint, folder) == good
-    assert not caplog.text
+@pytest.mark.parametrize("kind", ["folder", "file", "zip", "gz", "zst", "zip of all", "unpacked beside its zip"])
+def test_the_same_documents_give_the_same_blocks_whatever_holds_them(kind, checkpoint, tmp_path):
+    make_text(tmp_path / "plain", c4=50, **({} if kind == "file" else {"github": 40}))
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    for file in (tmp_path / "plain").iterdir():
+        content = file.read_bytes()
+        if kind in ("zip", "zip of all", "unpacked beside its zip"):
+            name = "all.zip" if kind == "zip of all" else f"{file.stem}.zip"
+            with zipfile.ZipFile(folder / name, "a", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr(file.name, content)
+        if kind == "gz":
+            (folder / f"{file.name}.gz").write_bytes(gzip.compress(content))
+        if kind == "zst":
+            (folder / f"{file.name}.zst").write_bytes(zstd.compress(content))
+        if kind in ("folder", "file", "unpacked beside its zip"):
+            (folder / file.name).write_bytes(content)
+    path = folder / "c4.jsonl" if kind == "file" else folder
+    expected = draw(checkpoint, tmp_path / "plain", max_tokens=400)
+    found = draw(checkpoint, path, max_tokens=400)
+    assert found.digest == expected.digest
+    assert found.mix == expected.mix

@@ -1,0 +1,180 @@
+"""Convert LLaMA weights as Meta releases them into a transformers checkpoint.
+
+    python convert_llama_weights_to_hf.py --input_dir llama --model_size 7B --output_dir llama_7B
+
+LLaMA 1 (7B 13B 30B 65B), Llama 2 (7B 13B 70B), Llama 3, 3.1 and 3.2 (1B 3B 8B 70B). Reads params.json, the
+consolidated.NN.pth and tokenizer.model; writes config, safetensors shards with their index, and a fast tokenizer.
+Memory: about one output shard, whatever the model's size.
+"""
+
+import argparse
+import errno
+import json
+import re
+import shutil
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from run_moefication.command_line import new_parser, path, progress_bar, run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from llama_download.meta_checkpoint import MetaCheckpoint
+    from run_moefication.moefication.sharding import PlannedTensor
+
+MODEL_SIZES = ("7B", "13B", "30B", "65B", "70B", "1B", "3B", "8B", "auto")
+DTYPES = ("float32", "float16", "bfloat16")
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of this script."""
+    parser = new_parser(__doc__)
+    parser.add_argument(
+        "--input_dir",
+        type=path,
+        required=True,
+        help="folder of params.json and the shards, or the one above it: then its folder --model_size is read",
+    )
+    parser.add_argument(
+        "--model_size",
+        choices=MODEL_SIZES,
+        required=True,
+        help="the size that params.json must be of; auto takes params.json as it stands",
+    )
+    parser.add_argument("--output_dir", type=path, required=True, help="folder of the new checkpoint; new or empty")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the new weights (default: that of the source)")
+    parser.add_argument(
+        "--max_shard_size", type=num_bytes, default="5GB", help="of a safetensors file, in KB, MB or GB (powers of ten)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that this script made")
+    return parser
+
+
+def num_bytes(text: str) -> int:
+    """The type of `--max_shard_size`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB)", text.upper().replace(" ", ""))
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and convert; returns the exit status."""
+    return run(build_parser(), convert, argv)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Check everything, then write the checkpoint beside its final name and rename it."""
+    output_dir = Path(arguments.output_dir)
+    folder = find_model(Path(arguments.input_dir), arguments.model_size)
+    tokenizer_path = find_tokenizer(folder)
+
+    from llama_download.checkpoint_folder import is_complete, new_folder, refuse_occupied
+    from llama_download.meta_checkpoint import MetaCheckpoint
+    from llama_download.tokenizer_conversion import convert_tokenizer
+    from run_moefication.moefication.errors import MoEficationError
+    from run_moefication.moefication.files import file_sha256
+
+    model = MetaCheckpoint(folder)
+    model.require_size(arguments.model_size)
+    config = model.config
+    source = model.content | {
+        "tokenizer": file_sha256(tokenizer_path),
+        "dtype": arguments.dtype,
+        "max_shard_size": arguments.max_shard_size,
+    }
+    if not arguments.overwrite and is_complete(output_dir, source):
+        print(f"already finished: {output_dir} (--overwrite redoes it)")
+        return
+    refuse_occupied(output_dir, arguments.overwrite)
+    tokenizer = convert_tokenizer(tokenizer_path, model.family, config.max_position_embeddings)
+    if len(tokenizer) > config.vocab_size:
+        raise MoEficationError(
+            f"{tokenizer_path} has {len(tokenizer)} tokens, the embedding of {folder} only {config.vocab_size} rows"
+        )
+    print(
+        f"{folder}: {model.family}, {config.num_hidden_layers} layers of {config.hidden_size} x "
+        f"{config.intermediate_size}, {config.max_position_embeddings} positions; shards: {len(model.files)}"
+    )
+    with new_folder(output_dir, source, arguments.overwrite) as partial:
+        shutil.copyfile(tokenizer_path, partial / tokenizer_path.name)  # other tools look for the original
+        tokenizer.save_pretrained(partial)
+        write_model(model, tokenizer, partial, arguments.dtype, arguments.max_shard_size)
+    print(f"written: {output_dir}")
+    print(f"next: MODEL_PATH='{output_dir}' bash run_moefication/1_split.sh")
+
+
+def find_model(input_dir: Path, model_size: str) -> Path:
+    """The folder of `params.json`."""
+    from run_moefication.moefication.errors import MoEficationError
+
+    for folder in (input_dir, input_dir / model_size):
+        if (folder / "params.json").is_file():
+            return folder
+    raise MoEficationError(f"--input_dir {input_dir} has no params.json, nor has its folder {model_size}")
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """`tokenizer.model`, beside the model (Llama 3) or above its folder (LLaMA 1 and 2)."""
+    from run_moefication.moefication.errors import MoEficationError
+
+    for place in (folder, folder.resolve().parent):
+        if (place / "tokenizer.model").is_file():
+            return place / "tokenizer.model"
+    raise MoEficationError(f"{folder} has no tokenizer.model, nor has the folder above: download it, too")
+
+
+def write_model(
+    model: "MetaCheckpoint",
+    tokenizer: "PreTrainedTokenizerFast",
+    folder: Path,
+    dtype_name: str | None,
+    max_shard_bytes: int,
+) -> None:
+    """Write configs and weights, one shard in memory at a time, and check that the whole is a LLaMA."""
+    import torch
+    from transformers import GenerationConfig
+
+    from run_moefication.moefication.checkpoints import Checkpoint
+    from run_moefication.moefication.sharding import WEIGHTS_INDEX, plan_shards, shard_index
+
+    dtype = model.dtype if dtype_name is None else getattr(torch, dtype_name)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model.config.update(ids | {"dtype": dtype})
+    model.config.save_pretrained(folder)
+    GenerationConfig(**ids).save_pretrained(folder)
+    shards = plan_shards(model.plan(dtype), max_shard_bytes)
+    sizes = [sum(planned.num_bytes for planned in group) for group in shards.values()]
+    ends = [0.0, *(end / sum(sizes) for end in accumulate(sizes))]
+    parts = pairwise([*ends, 1.0])  # the next shard's input is read while this one is written
+    with ThreadPoolExecutor(1) as reader:
+        reader.submit(model.read_ahead, *next(parts))
+        steps = list(zip(shards.items(), parts, strict=True))
+        for (name, group), part in progress_bar(steps, "convert", "shard"):
+            reader.submit(model.read_ahead, *part)
+            save_shard(group, folder / name)
+    if len(shards) > 1:
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(shard_index(shards), indent=2) + "\n", encoding="utf-8")
+    Checkpoint(str(folder))
+
+
+def save_shard(group: "list[PlannedTensor]", file: Path) -> None:
+    """Make the tensors of a shard and write them."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({planned.name: planned.made() for planned in group}, file, {"format": "pt"})
+    except SafetensorError as error:  # its way to say that the disk is full
+        raise OSError(errno.EIO, str(error), str(file)) from None
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished folder is removed
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""Checkpoints as Meta releases them: `params.json`, and one `consolidated.NN.pth` per rank of tensor parallelism.
+
+Everything is checked when a checkpoint is opened. The files stay memory-mapped; a tensor is made only when asked for.
+"""
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from run_moefication.moefication.checkpoints import DTYPES
+from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.files import digest, load_tensors
+from run_moefication.moefication.sharding import PlannedTensor
+
+# (dim, n_layers, n_heads, n_kv_heads) by the name of the size: LLaMA 1, Llama 2 (70B and two shared names), Llama 3.
+SIZES = {
+    "7B": (4096, 32, 32, 32),
+    "13B": (5120, 40, 40, 40),
+    "30B": (6656, 60, 52, 52),
+    "65B": (8192, 80, 64, 64),
+    "70B": (8192, 80, 64, 8),
+    "1B": (2048, 16, 32, 8),
+    "3B": (3072, 28, 24, 8),
+    "8B": (4096, 32, 32, 8),
+}
+# Positions each generation was trained on, which params.json does not tell.
+POSITIONS = {"LLaMA 1": 2048, "Llama 2": 4096, "Code Llama": 16384, "Llama 3": 8192, "Llama 3.1": 131072}
+POSITIONS["Llama 3.2"] = POSITIONS["Llama 3.1"]
+SHARD_NAME = re.compile(r"consolidated\.(\d+)\.pth")
+ROTARY_TABLE = "rope.freqs"  # of LLaMA 1 and 2; computed from the config today
+
+
+@dataclass(frozen=True)
+class MetaTensor:
+    """A tensor of Meta's format and its place in transformers'.
+
+    Attributes:
+        name: in transformers' checkpoint.
+        shape: of the whole tensor.
+        axis: along which the shards hold their parts; None where each holds all of it.
+        head_dim: of query and key projections, whose rows are in another order there; else None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int | None = None
+    head_dim: int | None = None
+
+
+class MetaCheckpoint:
+    """A validated checkpoint in Meta's format.
+
+    Attributes:
+        folder: of `params.json` and the shards.
+        params: `params.json` as it stands.
+        family: "LLaMA 1" to "Llama 3.2", as far as `params.json` and the tensors tell.
+        config: what transformers calls the same model.
+        dtype: of the weights.
+
+    Raises:
+        MoEficationError: names the file that is missing, surplus, damaged or at odds with `params.json`.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.params = _read_params(folder)
+        self.files = _shard_files(folder)
+        self._shards = [_read_shard(file) for file in self.files]
+        last_layer = f"layers.{self.params['n_layers'] - 1}.attention_norm.weight"  # the layout is as long as it says
+        self.dtype = self._require(last_layer, 1).dtype
+        embedding, output = self._require("tok_embeddings.weight", 2), self._shards[0].get("output.weight")
+        # Llama 3.2 ships its tied embedding twice. Where shards cut the two differently, they stay two.
+        tied = output is None or all(
+            torch.equal(shard["tok_embeddings.weight"], shard.get("output.weight", output)) for shard in self._shards
+        )
+        self.family = _family(self.params, tied)
+        # The embedding is cut by columns in LLaMA 1 and 2, by rows in Llama 3.
+        by_rows = embedding.shape[1:] == (self.params["dim"],)
+        rows = len(embedding) * (len(self._shards) if by_rows else 1)
+        self.config = _config(self.params, self.family, self.params.get("vocab_size", -1), rows, tied)
+        self._tensors = dict(_layout(self.config, embedding_axis=0 if by_rows else 1))
+        self._check()
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Stands for the weights without reading them: sizes and checksums that the files keep of their members."""
+        members = []
+        for file in self.files:
+            with zipfile.ZipFile(file) as archive:
+                members.append([[member.filename, member.file_size, member.CRC] for member in archive.infolist()])
+        return {"params": self.params, "weights": digest(members)}
+
+    def require_size(self, model_size: str) -> None:
+        """Refuse a model that is not of the size named (`auto` takes any)."""
+        p = self.params
+        found = (p["dim"], p["n_layers"], p["n_heads"], self.config.num_key_value_heads)
+        if model_size != "auto" and found != SIZES[model_size]:
+            names = [name for name, shape in SIZES.items() if shape == found]
+            raise MoEficationError(
+                f"--model_size {model_size} has {_describe(SIZES[model_size])}, {self.folder / 'params.json'} "
+                f"{_describe(found)}: give --model_size {names[0] if names else 'auto'}, or another folder"
+            )
+
+    def plan(self, dtype: torch.dtype | None = None) -> list[PlannedTensor]:
+        """All tensors of the transformers checkpoint, embedding first, in `dtype` (default: the one they have)."""
+
+        def make(meta_name: str, tensor: MetaTensor) -> torch.Tensor:
+            parts = [shard[meta_name] for shard in self._shards]
+            merged = _merge(parts if tensor.axis is not None else parts[:1], tensor, dtype or self.dtype)
+            if dtype == torch.float16 != self.dtype and merged.isinf().any():
+                raise MoEficationError(f"{self.folder}: {meta_name} has values beyond float16; choose another --dtype")
+            return merged
+
+        return [
+            PlannedTensor(tensor.name, tensor.shape, dtype or self.dtype, partial(make, meta_name, tensor))
+            for meta_name, tensor in self._tensors.items()
+        ]
+
+    def read_ahead(self, start: float, stop: float) -> None:
+        """Have the system read this part of every file, in fractions of it, before it is needed: only time depends on
+        it. The order of tensors in the files is about that of the plan."""
+        for file in self.files:
+            descriptor = os.open(file, os.O_RDONLY)
+            size = file.stat().st_size
+            os.posix_fadvise(descriptor, int(start * size), int((stop - start) * size), os.POSIX_FADV_WILLNEED)
+            os.close(descriptor)
+
+    def _require(self, name: str, ndim: int) -> torch.Tensor:
+        """A tensor of the first shard, needed before the layout of all is known."""
+        tensor = self._shards[0].get(name)
+        if tensor is None or tensor.ndim != ndim:
+            raise MoEficationError(f"{self.files[0]} has no {name}, which the params.json beside it calls for")
+        if tensor.dtype not in DTYPES.values():
+            raise MoEficationError(f"{self.files[0]}: {name} is {tensor.dtype}; float32, float16, bfloat16 are read")
+        return tensor
+
+    def _check(self) -> None:
+        unused = {ROTARY_TABLE, "output.weight"} - self._tensors.keys()
+        for file, shard in zip(self.files, self._shards, strict=True):
+            for name in sorted(self._tensors.keys() ^ (shard.keys() - unused)):
+                problem = "lacks" if name in self._tensors else "holds"
+                raise MoEficationError(f"{file} {problem} {name}, at odds with the params.json beside it")
+            for name in self._tensors:
+                if shard[name].dtype != self.dtype:
+                    raise MoEficationError(f"{file}: {name} is {shard[name].dtype}, the others are {self.dtype}")
+        for name, tensor in self._tensors.items():
+            parts = [shard[name] for shard in self._shards]
+            if tensor.axis is None:
+                fits = all(tuple(part.shape) == tensor.shape and torch.equal(part, parts[0]) for part in parts)
+            else:
+                fits = all(part.ndim == len(tensor.shape) for part in parts) and tensor.shape == tuple(
+                    sum(part.shape[axis] for part in parts) if axis == tensor.axis else _common(parts, axis)
+                    for axis in range(len(tensor.shape))
+                )
+            if not fits:
+                shapes = ", ".join(str(list(part.shape)) for part in parts)
+                raise MoEficationError(
+                    f"{self.folder}: the {len(parts)} shard(s) hold {name} as {shapes}, which do not make up the "
+                    f"{list(tensor.shape)} of params.json: shards are missing, too many, or of another model"
+                )
+
+
+# ---------------------------------------------------------------------------------------------------- params.json
+
+
+def _read_params(folder: Path) -> dict[str, Any]:
+    path = folder / "params.json"
+    if not path.is_file():
+        raise MoEficationError(f"{folder} has no params.json: is it the folder of one model in Meta's format?")
+    try:
+        params = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise MoEficationError(f"{path} is not JSON; download it again") from None
+    if not isinstance(params, dict):
+        raise MoEficationError(f"{path} is not a JSON object; download it again")
+
+    def positive(kind: type | tuple[type, ...]) -> Callable[[Any], bool]:
+        return lambda value: isinstance(value, kind) and not isinstance(value, bool) and 0 < value < 2**31
+
+    needed = {"dim": positive(int), "n_layers": positive(int), "n_heads": positive(int), "norm_eps": positive(float)}
+    optional = {
+        "n_kv_heads": positive(int),
+        "multiple_of": positive(int),
+        "ffn_dim_multiplier": positive((int, float)),
+        "rope_theta": positive((int, float)),
+        "rope_scaling_factor": positive((int, float)),
+        "use_scaled_rope": lambda value: isinstance(value, bool),
+        "vocab_size": lambda value: value == -1 or positive(int)(value),
+    }
+    for name, valid in (needed | optional).items():
+        if (name in needed or params.get(name) is not None) and not valid(params.get(name)):
+            raise MoEficationError(f"{path}: {name} is {params.get(name)!r}, which no LLaMA has")
+    heads, kv_heads = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
+    if params["dim"] % (2 * heads) or heads % kv_heads:
+        raise MoEficationError(
+            f"{path}: dim {params['dim']}, n_heads {heads}, n_kv_heads {kv_heads} do not divide evenly"
+        )
+    return {name: value for name, value in params.items() if value is not None}
+
+
+def _family(params: dict[str, Any], tied: bool) -> str:
+    """The generation; only the number of positions and the scaling of their angles depend on it."""
+    if params.get("use_scaled_rope"):
+        return "Llama 3.2" if tied else "Llama 3.1"
+    if params.get("rope_theta") == 500_000:
+        return "Llama 3"
+    if params.get("rope_theta") == 1_000_000:
+        return "Code Llama"
+    # LLaMA 1 has 1e-6 throughout, but for its 65B.
+    is_first = params["norm_eps"] < 1e-5 or (params["dim"], params["n_layers"]) == SIZES["65B"][:2]
+    return "LLaMA 1" if is_first and "n_kv_heads" not in params else "Llama 2"
+
+
+def _config(params: dict[str, Any], family: str, vocab_size: int, embedding_rows: int, tied: bool) -> LlamaConfig:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(params.get("rope_theta", 10_000))}
+    if params.get("use_scaled_rope"):
+        rope |= {
+            "rope_type": "llama3",
+            "factor": float(params.get("rope_scaling_factor", 32 if family == "Llama 3.2" else 8)),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": POSITIONS["Llama 3"],
+        }
+    # Meta's rule: two thirds of 4 dim, times the multiplier, rounded up.
+    width = int(params.get("ffn_dim_multiplier", 1) * int(8 * params["dim"] / 3))
+    multiple = params.get("multiple_of", 256)
+    return LlamaConfig(
+        vocab_size=embedding_rows if vocab_size == -1 else vocab_size,
+        hidden_size=params["dim"],
+        intermediate_size=-(-width // multiple) * multiple,
+        num_hidden_layers=params["n_layers"],
+        num_attention_heads=params["n_heads"],
+        num_key_value_heads=params.get("n_kv_heads", params["n_heads"]),
+        rms_norm_eps=params["norm_eps"],
+        max_position_embeddings=POSITIONS[family],
+        rope_parameters=rope,
+        tie_word_embeddings=tied,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def _describe(shape: tuple[int, ...]) -> str:
+    return "{1} layers of dim {0} with {2} heads ({3} of keys and values)".format(*shape)
+
+
+# ---------------------------------------------------------------------------------------------------- shards
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    """The shards in the order of their ranks."""
+    found = {int(match[1]): file for file in folder.iterdir() if (match := SHARD_NAME.fullmatch(file.name))}
+    for rank in range(max(found, default=0) + 1):
+        if rank not in found:
+            raise MoEficationError(f"{folder / f'consolidated.{rank:02d}.pth'} is missing; download it again")
+    return [found[rank] for rank in sorted(found)]
+
+
+def _read_shard(file: Path) -> dict[str, torch.Tensor]:
+    tensors = load_tensors(file)
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and type(tensor) is torch.Tensor and tensor.layout is torch.strided
+        for name, tensor in tensors.items()
+    ):
+        raise MoEficationError(f"{file} is not a dict of tensors by name")
+    return tensors
+
+
+def _layout(config: LlamaConfig, embedding_axis: int) -> Iterator[tuple[str, MetaTensor]]:
+    """Meta's name of every tensor, and what becomes of it."""
+    hidden, width, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    head_dim = hidden // config.num_attention_heads
+    keys = config.num_key_value_heads * head_dim
+    yield "tok_embeddings.weight", MetaTensor("model.embed_tokens.weight", (vocab, hidden), embedding_axis)
+    for i in range(config.num_hidden_layers):
+        meta, ours = f"layers.{i}", f"model.layers.{i}"
+        yield f"{meta}.attention_norm.weight", MetaTensor(f"{ours}.input_layernorm.weight", (hidden,))
+        for name, rows in (("q", hidden), ("k", keys)):
+            tensor = MetaTensor(f"{ours}.self_attn.{name}_proj.weight", (rows, hidden), 0, head_dim)
+            yield f"{meta}.attention.w{name}.weight", tensor
+        yield f"{meta}.attention.wv.weight", MetaTensor(f"{ours}.self_attn.v_proj.weight", (keys, hidden), 0)
+        yield f"{meta}.attention.wo.weight", MetaTensor(f"{ours}.self_attn.o_proj.weight", (hidden, hidden), 1)
+        yield f"{meta}.ffn_norm.weight", MetaTensor(f"{ours}.post_attention_layernorm.weight", (hidden,))
+        yield f"{meta}.feed_forward.w1.weight", MetaTensor(f"{ours}.mlp.gate_proj.weight", (width, hidden), 0)
+        yield f"{meta}.feed_forward.w3.weight", MetaTensor(f"{ours}.mlp.up_proj.weight", (width, hidden), 0)
+        yield f"{meta}.feed_forward.w2.weight", MetaTensor(f"{ours}.mlp.down_proj.weight", (hidden, width), 1)
+    yield "norm.weight", MetaTensor("model.norm.weight", (hidden,))
+    if not config.tie_word_embeddings:
+        yield "output.weight", MetaTensor("lm_head.weight", (vocab, hidden), 0)
+
+
+def _common(parts: list[torch.Tensor], axis: int) -> int:
+    """The size that all parts share along an axis, or -1."""
+    sizes = {part.shape[axis] for part in parts}
+    return sizes.pop() if len(sizes) == 1 else -1
+
+
+def _merge(parts: list[torch.Tensor], tensor: MetaTensor, dtype: torch.dtype) -> torch.Tensor:
+    """The whole tensor, each part copied once; the mapped file itself where there is nothing to do."""
+    if tensor.axis is None:
+        return parts[0].to(dtype, copy=True)  # small; in a file they may share their memory, which is not saved
+    if len(parts) == 1 and tensor.head_dim is None and parts[0].dtype == dtype:
+        return parts[0]
+    merged, start = torch.empty(tensor.shape, dtype=dtype), 0
+    for part in parts:
+        target = merged.narrow(tensor.axis, start, part.shape[tensor.axis])
+        start += part.shape[tensor.axis]
+        if tensor.head_dim is not None:
+            # Meta rotates neighbours (2i, 2i + 1) of a head, transformers pairs (i, i + head_dim / 2).
+            part = part.unflatten(0, (-1, tensor.head_dim // 2, 2)).transpose(1, 2)
+            target = target.unflatten(0, (-1, 2, tensor.head_dim // 2))
+        target.copy_(part)
+    return merged

@@ -1,0 +1,239 @@
+"""Files of text to documents: jsonl, plain text, either compressed, and zips of them, which are never unpacked."""
+
+import codecs
+import contextlib
+import gzip
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+try:
+    from compression import zstd  # Python 3.14
+except ImportError:
+    from backports import zstd
+
+from .errors import MoEficationError
+
+LINES = ".jsonl"
+TEXT = ".txt"
+COMPRESSED = (".gz", ".zst")
+MAX_LINE_BYTES = 64 << 20
+PLAIN_TEXT_BYTES = 4 << 20  # plain text beyond it is read as several documents, cut at line ends
+# Real text shrinks to a tenth, hardly ever to a hundredth: what expands further than this is no text.
+MAX_EXPANSION = 200
+FREE_EXPANSION_BYTES = 64 << 20
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile, zstd.ZstdError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file of documents, on the disk or in a zip on the disk."""
+
+    path: Path
+    member: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.member}" if self.member else str(self.path)
+
+    @property
+    def plain_name(self) -> str:
+        """The file's name without folder and compression: what it would be called unpacked."""
+        name = PurePosixPath(self.member or self.path.name)
+        return name.stem if name.suffix in COMPRESSED else name.name
+
+    @property
+    def label(self) -> str:
+        """All of its name that may say which domain it is of."""
+        return f"{self.path.stem}/{self.member}" if self.member else self.path.name
+
+
+def find_text_files(path: Path) -> list[TextFile]:
+    """The files of a folder (not below it), or a single file, in the order of their plain names.
+
+    An unpacked file goes before a compressed one of that name, and before a zip that holds one or is called like it.
+
+    Raises:
+        MoEficationError: nothing there, or a zip that is damaged or reaches out of its place.
+    """
+    if path.is_file():
+        return zip_members(path) if path.suffix == ".zip" else [TextFile(path)]
+    if not path.is_dir():
+        raise MoEficationError(f"{path} does not exist")
+    names: dict[str, TextFile] = {}
+    zips = []
+    for file in sorted(path.iterdir(), key=lambda file: (file.suffix in COMPRESSED, file.name)):
+        if file.suffix == ".zip" and file.is_file():
+            zips.append(file)
+        elif TextFile(file).plain_name.endswith((LINES, TEXT)) and file.is_file():
+            names.setdefault(TextFile(file).plain_name, TextFile(file))
+    found = list(names.values())
+    for file in zips:
+        if file.stem + LINES not in names:
+            found += [member for member in zip_members(file) if member.plain_name not in names]
+    return sorted(found, key=lambda file: (file.plain_name, str(file)))
+
+
+def zip_members(path: Path) -> list[TextFile]:
+    """The text in a zip, but for what lies in a folder `heldout`; refused as a whole if any name in it is unsafe."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [info for info in archive.infolist() if not info.is_dir()]
+    except (*DAMAGE, OSError) as error:
+        raise MoEficationError(f"{path} is not a whole zip file ({error}); download it again") from None
+    seen: set[str] = set()
+    for info in members:
+        name, parts = info.orig_filename, PurePosixPath(info.orig_filename).parts
+        if name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name) or set(name) & {"\\", "\0"}:
+            raise MoEficationError(f"{path} holds {name!r}, which leads out of its place; refused")
+        if info.external_attr >> 28 == 0o12:
+            raise MoEficationError(f"{path} holds {name!r}, a link; refused")
+        if info.flag_bits & 1:
+            raise MoEficationError(f"{path}: {name} is encrypted; unpack it yourself")
+        if name.casefold() in seen:
+            raise MoEficationError(f"{path} holds {name!r} twice; refused")
+        seen.add(name.casefold())
+    names = [PurePosixPath(info.filename) for info in members]
+    texts = [
+        TextFile(path, str(name))
+        for name in names
+        if name.suffix in (LINES, TEXT) and "heldout" not in name.parts and not name.name.startswith(".")
+    ]
+    if not texts:
+        raise MoEficationError(f"{path} holds no {LINES} or {TEXT} file")
+    return texts
+
+
+class DocumentReader:
+    """Iterates over the non-empty documents of files: the "text" of each line of a .jsonl, other files as plain text.
+
+    Args:
+        skip_bad_lines: count the lines that hold no document, and go on, instead of stopping at the first.
+
+    Attributes:
+        total_bytes, position: how much there is to read, and how much of it is read, for progress.
+        skipped: lines skipped so far.
+
+    Raises:
+        MoEficationError: names the file, and the line that is not a JSON object with a string "text" in UTF-8.
+    """
+
+    def __init__(self, files: list[TextFile], skip_bad_lines: bool = False):
+        self._files, self._skip_bad_lines = files, skip_bad_lines
+        self.skipped = self._done = 0
+        self._position: Callable[[], int] = int
+        self._sizes = [_size(file) for file in files]
+        self.total_bytes = sum(self._sizes)
+
+    @property
+    def position(self) -> int:
+        return self._done + self._position()
+
+    def __iter__(self) -> Iterator[str]:
+        for file, size in zip(self._files, self._sizes, strict=True):
+            with _open(file) as (stream, position):
+                self._position = position
+                read = self._documents if file.plain_name.endswith(LINES) else _plain_text
+                try:
+                    yield from read(_lines(file, stream), file)
+                except DAMAGE as error:
+                    raise MoEficationError(f"{file} is damaged or cut short ({error}); get it again") from None
+            self._position, self._done = int, self._done + size
+
+    def _documents(self, lines: Iterator[tuple[int, bytes | None]], file: TextFile) -> Iterator[str]:
+        for number, line in lines:
+            if line is not None and not line.removeprefix(codecs.BOM_UTF8).strip():
+                continue
+            try:
+                text = _text_of_line(line)
+            except ValueError as error:
+                if not self._skip_bad_lines:
+                    raise MoEficationError(f"{file}:{number}: {error}; --skip_bad_lines goes on without it") from None
+                self.skipped += 1
+                continue
+            if text.strip():
+                yield text
+
+
+def _text_of_line(line: bytes | None) -> str:
+    """The document of a line (None: a line that was too long). Raises ValueError saying what is wrong with it."""
+    if line is None:
+        raise ValueError(f"line longer than {MAX_LINE_BYTES >> 20} MiB")
+    try:
+        text = json.loads(line.decode("utf-8-sig"))["text"]
+        if not isinstance(text, str):
+            raise TypeError
+        text.encode()  # a lone surrogate is valid JSON, but no tokenizer takes it
+    except UnicodeError:
+        raise ValueError("not UTF-8 text") from None
+    except KeyError:
+        raise ValueError('no "text" field') from None
+    except TypeError:
+        raise ValueError('not a JSON object with a string "text"') from None
+    except (ValueError, RecursionError):
+        raise ValueError("not valid JSON") from None
+    return text
+
+
+def _plain_text(lines: Iterator[tuple[int, bytes | None]], file: TextFile) -> Iterator[str]:
+    """The whole file; in documents of `PLAIN_TEXT_BYTES` and up to the end of the line, where it is longer."""
+    parts: list[str] = []
+    size = offset = 0
+    for number, line in lines:
+        if line is None:
+            raise MoEficationError(f"{file}:{number}: line longer than {MAX_LINE_BYTES >> 20} MiB; break it")
+        try:
+            parts.append(line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n"))
+        except UnicodeDecodeError as error:
+            raise MoEficationError(f"{file} is not UTF-8 text (byte {offset + error.start})") from None
+        offset += len(line)
+        size += len(line)
+        if size >= PLAIN_TEXT_BYTES:
+            yield "".join(parts)
+            parts, size = [], 0
+    if any(part.strip() for part in parts):
+        yield "".join(parts)
+
+
+def _lines(file: TextFile, stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Numbered lines with their ends; None for one beyond `MAX_LINE_BYTES`, which is never held in memory."""
+    limit = FREE_EXPANSION_BYTES + MAX_EXPANSION * file.path.stat().st_size
+    read, number = 0, 1
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        read += len(line)
+        too_long = len(line) > MAX_LINE_BYTES
+        while too_long and line and not line.endswith(b"\n") and read <= limit:
+            line = stream.readline(MAX_LINE_BYTES)
+            read += len(line)
+        if read > limit:
+            raise MoEficationError(f"{file} expands to over {MAX_EXPANSION} times its size, as no text does; refused")
+        yield number, None if too_long else line
+        number += 1
+
+
+def _size(file: TextFile) -> int:
+    """Bytes to read: of a zip's member those it expands to, of other compressed files those on the disk."""
+    if file.member is None:
+        return file.path.stat().st_size
+    with zipfile.ZipFile(file.path) as archive:
+        return archive.getinfo(file.member).file_size
+
+
+@contextlib.contextmanager
+def _open(file: TextFile) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """The expanded bytes, and a function that says how far they are read, on the scale of `_size`."""
+    with contextlib.ExitStack() as stack:
+        if file.member is not None:
+            stream = stack.enter_context(stack.enter_context(zipfile.ZipFile(file.path)).open(file.member))
+            yield stream, stream.tell
+            return
+        raw = stack.enter_context(file.path.open("rb"))
+        if file.path.suffix not in COMPRESSED:
+            yield raw, raw.tell
+            return
+        opener = gzip.open if file.path.suffix == ".gz" else zstd.open
+        yield stack.enter_context(opener(raw, "rb")), raw.tell

@@ -1,0 +1,450 @@
+"""Meta's checkpoints become transformers checkpoints: the same logits bit for bit, or one line and nothing written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from meta_format import meta_logits, small_llama, write_meta, write_sentencepiece, write_tiktoken
+from pipeline import contents
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from llama_download import checkpoint_folder
+from llama_download import convert_llama_weights_to_hf as script
+
+TOKENS = torch.arange(1, 97).view(2, 48)
+ROPE3 = {"rope_theta": 500_000.0, "rope_type": "default"}
+
+
+def scaled(factor: float) -> dict:
+    return ROPE3 | {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory) -> Path:
+    return write_sentencepiece(tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model")
+
+
+@pytest.fixture
+def meta_folder(tmp_path, tokenizer_file) -> Path:
+    """A whole checkpoint in two shards, its tokenizer in the folder above."""
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    return write_meta(small_llama(), tmp_path / "meta" / "tiny", 2)
+
+
+@pytest.fixture
+def convert(run_script):
+    def run(folder: Path, output: Path, *options, model_size: str = "auto"):
+        arguments = ["--input_dir", folder, "--model_size", model_size, "--output_dir", output, *options]
+        return run_script(script.main, *arguments)
+
+    return run
+
+
+def logits(model: LlamaForCausalLM) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def assert_same_logits(folder: Path, model: LlamaForCausalLM) -> LlamaForCausalLM:
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(logits(loaded), logits(model))
+    return loaded
+
+
+# ---------------------------------------------------------------------------------------------------- the same model
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("kv_heads", [16, 8])
+@pytest.mark.parametrize("embedding_axis", [0, 1])
+def test_logits_are_equal_bit_for_bit(convert, tmp_path, tokenizer_file, num_shards, kv_heads, embedding_axis):
+    model = small_llama(num_key_value_heads=kv_heads)
+    kv = None if kv_heads == 16 else kv_heads  # LLaMA 1 does not mention them
+    folder = write_meta(model, tmp_path / "in", num_shards, embedding_axis=embedding_axis, n_kv_heads=kv)
+    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    assert convert(folder, tmp_path / "out")[0] == 0
+    assert_same_logits(tmp_path / "out", model)
+
+
+def test_logits_are_those_of_metas_own_computation(convert, meta_folder, tmp_path):
+    """Independent of how the test's files were made: the shards, put together, run as the paper has it."""
+    assert convert(meta_folder, tmp_path / "out")[0] == 0
+    shards = [torch.load(meta_folder / f"consolidated.0{i}.pth", weights_only=True) for i in range(2)]
+    params = json.loads((meta_folder / "params.json").read_text())
+    state = {}
+    for name, part in shards[0].items():
+        axis = 1 if name.startswith("tok_") or "wo." in name or "w2." in name else 0
+        state[name] = part if part.ndim == 1 else torch.cat([part, shards[1][name]], axis)
+    expected = torch.stack([meta_logits(state, params, row) for row in TOKENS])
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "params", "positions"),
+    [
+        ("LLaMA 1", {"rms_norm_eps": 1e-6, "num_key_value_heads": 16}, {"n_kv_heads": None}, 2048),
+        ("Llama 2", {"num_key_value_heads": 16}, {"n_kv_heads": None, "vocab_size": 512}, 4096),
+        ("Llama 3", {"rope_parameters": ROPE3}, {"rope_theta": 500000.0}, 8192),
+        ("Llama 3.1", {"rope_parameters": scaled(8.0)}, {"rope_theta": 500000.0, "use_scaled_rope": True}, 131072),
+        (
+            "Llama 3.2",
+            {"rope_parameters": scaled(32.0), "tie_word_embeddings": True},
+            {"rope_theta": 500000.0, "use_scaled_rope": True},
+            131072,
+        ),
+        ("Llama 2", {"intermediate_size": 256, "num_key_value_heads": 16}, {"ffn_dim_multiplier": 1.3}, 4096),
+    ],
+)
+def test_every_generation_is_known_by_its_parameters(convert, tmp_path, family, config, params, positions):
+    model = small_llama(**config)
+    folder = write_meta(model, tmp_path / "in", embedding_axis=0, **params)
+    if family.startswith("Llama 3"):
+        write_tiktoken(folder / "tokenizer.model")
+        model.resize_token_embeddings(600)
+        write_meta(model, folder, embedding_axis=0, **params)
+    else:
+        write_sentencepiece(folder / "tokenizer.model")
+    status, out, _ = convert(folder, tmp_path / "out")
+    assert (status, family in out) == (0, True)
+    loaded = assert_same_logits(tmp_path / "out", model)
+    assert loaded.config.max_position_embeddings == positions
+    assert loaded.config.rope_parameters == model.config.rope_parameters
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (loaded.config.bos_token_id, loaded.config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert tokenizer.model_max_length == positions
+
+
+@pytest.mark.parametrize("ships_output", [True, False])
+def test_tied_embeddings_are_written_once(convert, tmp_path, tokenizer_file, ships_output):
+    model = small_llama(tie_word_embeddings=True)
+    folder = write_meta(model, tmp_path / "in", embedding_axis=0)
+    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    if not ships_output:
+        shard = torch.load(folder / "consolidated.00.pth", weights_only=True)
+        del shard["output.weight"]
+        torch.save(shard, folder / "consolidated.00.pth")
+    assert convert(folder, tmp_path / "out")[0] == 0
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (not a dict)
+    assert assert_same_logits(tmp_path / "out", model).config.tie_word_embeddings
+
+
+def test_output_shards_are_as_small_as_asked_for(convert, meta_folder, tmp_path):
+    assert convert(meta_folder, tmp_path / "out", "--max_shard_size", "100KB")[0] == 0
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = {tmp_path / "out" / name for name in index["weight_map"].values()}
+    assert len(files) > 3
+    largest_tensor = 512 * 64 * 4
+    assert all(file.stat().st_size < largest_tensor + 2_000 for file in files)
+    assert_same_logits(tmp_path / "out", small_llama())
+    assert all(file.stat().st_mode & 0o777 == 0o666 & ~umask() for file in files)
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_dtype_is_that_of_the_source_unless_told_otherwise(convert, tmp_path, tokenizer_file):
+    model = small_llama().to(torch.bfloat16)
+    folder = write_meta(model, tmp_path / "in")
+    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    assert convert(folder, tmp_path / "same")[0] == convert(folder, tmp_path / "wide", "--dtype", "float32")[0] == 0
+    same, wide = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("same", "wide"))
+    assert (same.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(same.state_dict()[name], tensor)
+        assert torch.equal(wide.state_dict()[name], tensor.float())
+
+
+# ---------------------------------------------------------------------------------------------------- finding things
+
+
+@pytest.mark.parametrize(("given", "size"), [("llama", "7B"), ("llama/7B", "7B")])
+def test_the_layout_of_the_download_is_found(tmp_path, tokenizer_file, given, size):
+    """TARGET_FOLDER or the folder of the size below it, the tokenizer beside the sizes; run from another directory."""
+    write_meta(small_llama(), tmp_path / "llama" / "7B")
+    (tmp_path / "llama" / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    command = [sys.executable, script.__file__, "--input_dir", given, "--model_size", size, "--output_dir", "out"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "give --model_size auto" in result.stderr  # found, and seen not to be a 7B
+    result = subprocess.run([*command[:5], "auto", *command[6:]], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode == 0) == (given == "llama/7B")
+
+
+def test_a_finished_checkpoint_is_left_alone_and_others_are_refused(convert, meta_folder, tmp_path):
+    output = tmp_path / "out"
+    assert convert(meta_folder, output)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    status, out, _ = convert(meta_folder, output)
+    assert (status, "already finished" in out) == (0, True)
+    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
+
+    status, _, err = convert(meta_folder, output, "--dtype", "bfloat16")
+    assert (status, "--overwrite" in err) == (2, True)
+    assert convert(meta_folder, output, "--dtype", "bfloat16", "--overwrite")[0] == 0
+    assert AutoModelForCausalLM.from_pretrained(output).dtype == torch.bfloat16
+
+    write_meta(small_llama(seed=1), meta_folder, 2)  # the same shapes and sizes, other weights
+    assert convert(meta_folder, output, "--dtype", "bfloat16")[0] == 2
+
+    (output / "notes.txt").write_text("mine")
+    before = contents(output)
+    status, _, err = convert(meta_folder, output, "--overwrite")
+    assert (status, "notes.txt" in err) == (2, True)
+    assert contents(output) == before
+
+
+def test_an_incomplete_checkpoint_is_not_taken_for_finished(convert, meta_folder, tmp_path):
+    assert convert(meta_folder, tmp_path / "out")[0] == 0
+    (tmp_path / "out" / "model.safetensors").unlink()
+    assert convert(meta_folder, tmp_path / "out")[0] == 2
+    assert convert(meta_folder, tmp_path / "out", "--overwrite")[0] == 0
+    assert_same_logits(tmp_path / "out", small_llama())
+
+
+# ---------------------------------------------------------------------------------------------------- wrong input
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("bomb_went_off",)
+
+
+def edit_params(folder: Path, **changes) -> None:
+    params = json.loads((folder / "params.json").read_text()) | changes
+    (folder / "params.json").write_text(json.dumps(params))
+
+
+def edit_shard(folder: Path, rank: int, change) -> None:
+    path = folder / f"consolidated.{rank:02d}.pth"
+    shard = torch.load(path, weights_only=True)
+    change(shard)
+    torch.save(shard, path)
+
+
+def cut(path: Path, share: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+DAMAGES = {
+    "first shard missing": (lambda f: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth is missing"),
+    "last shard missing": (lambda f: (f / "consolidated.01.pth").unlink(), "shards are missing, too many"),
+    "a shard too many": (
+        lambda f: (f / "consolidated.02.pth").write_bytes((f / "consolidated.01.pth").read_bytes()),
+        "shards are missing, too many",
+    ),
+    "shard cut short": (lambda f: cut(f / "consolidated.01.pth", 0.5), "consolidated.01.pth is not a whole file"),
+    "shard one byte short": (lambda f: cut(f / "consolidated.01.pth", 0.9999), "consolidated.01.pth is not a whole"),
+    "shard is empty": (lambda f: cut(f / "consolidated.00.pth", 0), "consolidated.00.pth is not a whole file"),
+    "shard runs code": (lambda f: torch.save(Bomb(), f / "consolidated.00.pth"), "consolidated.00.pth is not a whole"),
+    "code among tensors": (
+        lambda f: edit_shard(f, 1, lambda shard: shard.update(extra=Bomb())),
+        "consolidated.01.pth is not a whole file",
+    ),
+    "shard is a list": (lambda f: torch.save([torch.ones(2)], f / "consolidated.01.pth"), "not a dict of tensors"),
+    "tensor missing": (
+        lambda f: edit_shard(f, 1, lambda shard: shard.pop("layers.1.ffn_norm.weight")),
+        "lacks layers.1.ffn_norm.weight",
+    ),
+    "tensor too many": (
+        lambda f: edit_shard(f, 0, lambda shard: shard.update({"layers.2.ffn_norm.weight": torch.ones(64)})),
+        "holds layers.2.ffn_norm.weight",
+    ),
+    "norms differ": (
+        lambda f: edit_shard(f, 1, lambda shard: shard["norm.weight"].add_(1)),
+        "hold norm.weight as",
+    ),
+    "integer weights": (
+        lambda f: [edit_shard(f, i, lambda s: s.update({n: t.int() for n, t in s.items()})) for i in (0, 1)],
+        "is torch.int32",
+    ),
+    "no params.json": (lambda f: (f / "params.json").unlink(), "has no params.json"),
+    "params.json is HTML": (lambda f: (f / "params.json").write_text("<html>"), "params.json is not JSON"),
+    "params.json is a list": (lambda f: (f / "params.json").write_text("[]"), "not a JSON object"),
+    "dim is text": (lambda f: edit_params(f, dim="64"), "dim is '64'"),
+    "dim is true": (lambda f: edit_params(f, dim=True), "dim is True"),
+    "no heads": (lambda f: edit_params(f, n_heads=0), "n_heads is 0"),
+    "heads that do not divide": (lambda f: edit_params(f, n_heads=7), "do not divide evenly"),
+    "other dim": (lambda f: edit_params(f, dim=128), "tok_embeddings.weight"),
+    "other width": (lambda f: edit_params(f, multiple_of=256), "feed_forward.w1.weight"),
+    "other number of layers": (lambda f: edit_params(f, n_layers=1), "holds layers.1."),
+    "a billion layers": (lambda f: edit_params(f, n_layers=10**9), "has no layers.999999999."),
+    "other vocabulary": (lambda f: edit_params(f, vocab_size=513), "tok_embeddings.weight"),
+    "norm_eps is NaN": (lambda f: edit_params(f, norm_eps=float("nan")), "norm_eps is nan"),
+    "no tokenizer": (lambda f: (f.parent / "tokenizer.model").unlink(), "has no tokenizer.model"),
+    "tokenizer is HTML": (lambda f: (f.parent / "tokenizer.model").write_text("<html>"), "neither a sentencepiece"),
+    "tokenizer is empty": (lambda f: (f.parent / "tokenizer.model").write_text(""), "is not a BPE model"),
+    "tokenizer is cut": (lambda f: cut(f.parent / "tokenizer.model", 0.5), "neither a sentencepiece"),
+    "tokenizer is too large": (lambda f: write_tiktoken(f / "tokenizer.model"), "the embedding of"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_and_nothing_written(convert, meta_folder, tmp_path, monkeypatch, damage):
+    spoil, message = DAMAGES[damage]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where code in a pickle would leave its trace
+    spoil(meta_folder)
+    before = contents(tmp_path)
+    status, _, err = convert(meta_folder, tmp_path / "out")
+    assert (status, message in err, len(err.strip().splitlines())) == (2, True, 1), err
+    assert contents(tmp_path) == before
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("size", ["7B", "70B", "1B"])
+def test_another_size_than_the_files_is_refused(convert, meta_folder, tmp_path, size):
+    status, _, err = convert(meta_folder, tmp_path / "out", model_size=size)
+    assert (status, f"--model_size {size} has" in err, "--model_size auto" in err) == (2, True, True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [["--max_shard_size", "0GB"], ["--max_shard_size", "5"], ["--dtype", "int8"], ["--model_size", "6B"]]
+)
+def test_wrong_options_are_refused(convert, meta_folder, tmp_path, options):
+    status, _, err = convert(meta_folder, tmp_path / "out", *options)
+    assert (status, len(err.strip().splitlines()), (tmp_path / "out").exists()) == (2, 1, False)
+
+
+def test_values_beyond_the_new_dtype_are_refused(convert, meta_folder, tmp_path):
+    edit_shard(meta_folder, 1, lambda shard: shard["output.weight"].mul_(1e6))
+    before = contents(tmp_path)
+    status, _, err = convert(meta_folder, tmp_path / "out", "--dtype", "float16")
+    assert (status, "output.weight has values beyond float16" in err) == (2, True)
+    assert contents(tmp_path) == before
+
+
+# ---------------------------------------------------------------------------------------------------- interruptions
+
+
+def start(folder: Path, output: Path) -> subprocess.Popen:
+    command = [sys.executable, script.__file__, "--input_dir", folder, "--model_size", "auto", "--output_dir", output]
+    return subprocess.Popen([*command, "--max_shard_size", "1KB"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_none_of_its_remains(
+    convert, tmp_path, tokenizer_file, kind
+):
+    folder = write_meta(small_llama(num_hidden_layers=60), tmp_path / "in")
+    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    results = tmp_path / "results"
+    process = start(folder, results / "out")
+    while process.poll() is None and not list(results.glob(".out.partial/model-*")):
+        time.sleep(0.01)
+    process.send_signal(kind)
+    process.communicate()
+    assert process.returncode == (143 if kind == signal.SIGTERM else -kind)
+    assert [path.name for path in results.iterdir()] == ([".out.partial"] if kind == signal.SIGKILL else [])
+    assert convert(folder, results / "out")[0] == 0
+    assert [path.name for path in results.iterdir()] == ["out"]
+    assert_same_logits(results / "out", small_llama(num_hidden_layers=60))
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    with (
+        checkpoint_folder.new_folder(tmp_path / "out", {"made": "first"}) as partial,
+        pytest.raises(ValueError, match="another run is writing"),
+        checkpoint_folder.new_folder(tmp_path / "out", {"made": "second"}),
+    ):
+        raise AssertionError("entered twice")
+    assert not partial.exists()
+
+
+# ---------------------------------------------------------------------------------------------------- full size
+
+
+ANONYMOUS_PEAK = """
+import sys, threading, time
+peak = 0
+def watch():
+    global peak
+    while True:
+        status = open("/proc/self/status").read()
+        peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) * 1024)
+        time.sleep(0.01)
+threading.Thread(target=watch, daemon=True).start()
+from llama_download.convert_llama_weights_to_hf import main
+status = main(sys.argv[1:])
+print("peak", peak)
+sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_llama_7b_in_the_memory_of_a_shard_and_the_time_of_a_copy(tmp_path, tokenizer_file, num_shards):
+    """13.5 GB of random fp16. The copy is timed on the same disk, right before."""
+    torch.manual_seed(0)
+    folder = tmp_path / "7B"
+    folder.mkdir()
+    params = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6, "vocab_size": -1}
+    (folder / "params.json").write_text(json.dumps(params))
+    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    for rank in range(num_shards):
+        torch.save(random_7b_shard(num_shards), folder / f"consolidated.{rank:02d}.pth")
+
+    (tmp_path / "copy").mkdir()
+    start = time.perf_counter()
+    for file in folder.glob("*.pth"):
+        subprocess.run(["dd", f"if={file}", f"of={tmp_path}/copy/{file.name}", "bs=16M", "conv=fsync"], check=True)
+    copying = time.perf_counter() - start
+    for file in (tmp_path / "copy").iterdir():
+        file.unlink()
+
+    arguments = ["--input_dir", folder, "--model_size", "7B", "--output_dir", tmp_path / "out"]
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", ANONYMOUS_PEAK, *arguments], capture_output=True, text=True, check=True
+    )
+    converting = time.perf_counter() - start
+    peak = int(result.stdout.split("peak")[1])
+    largest = max(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    print(
+        f"\n{num_shards} shard(s): copy {copying:.1f} s, conversion {converting:.1f} s, anonymous {peak / 1e9:.2f} GB"
+    )
+    assert peak < 1.5 * largest
+    with safe_open(tmp_path / "out" / "model-00001-of-00003.safetensors", "pt") as file:
+        got = file.get_tensor("model.layers.0.self_attn.v_proj.weight")
+    expected = [torch.load(f, mmap=True)["layers.0.attention.wv.weight"] for f in sorted(folder.glob("*.pth"))]
+    assert torch.equal(got, torch.cat(expected))
+
+
+def random_7b_shard(num_shards: int) -> dict[str, torch.Tensor]:
+    def random(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randint(-(2**15), 2**15, (rows, columns), dtype=torch.int16) & 0x3FFF).view(torch.float16)
+
+    hidden, width, n = 4096, 11008, num_shards
+    shard = {"tok_embeddings.weight": random(32000, hidden // n), "output.weight": random(32000 // n, hidden)}
+    for i in range(32):
+        for name in ("wq", "wk", "wv"):
+            shard[f"layers.{i}.attention.{name}.weight"] = random(hidden // n, hidden)
+        shard[f"layers.{i}.attention.wo.weight"] = random(hidden, hidden // n)
+        shard[f"layers.{i}.feed_forward.w1.weight"] = random(width // n, hidden)
+        shard[f"layers.{i}.feed_forward.w3.weight"] = random(width // n, hidden)
+        shard[f"layers.{i}.feed_forward.w2.weight"] = random(hidden, width // n)
+        shard[f"layers.{i}.attention_norm.weight"] = shard[f"layers.{i}.ffn_norm.weight"] = torch.ones(
+            hidden, dtype=torch.float16
+        )
+    return shard | {"norm.weight": torch.ones(hidden, dtype=torch.float16)}
