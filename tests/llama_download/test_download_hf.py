@@ -1,0 +1,283 @@
+"""download_hf.sh: the hub's real client against a server that answers as the hub does, and misbehaves on demand."""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from itertools import repeat
+from pathlib import Path
+
+import pytest
+from local_server import LocalServer, Reply
+
+SCRIPT = Path(__file__).parents[2] / "llama_download" / "download_hf.sh"
+MODEL = "some-lab/tiny-llama"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+RECORD = ".download_hf"
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+NEEDED = ["LICENSE.txt", "README.md", "config.json", "tokenizer.json", "tokenizer.model", *SHARDS]
+NEEDED += ["model.safetensors.index.json"]
+NOT_NEEDED = ["consolidated.safetensors", "consolidated.00.pth", "original/params.json", "original/consolidated.00.pth"]
+NOT_NEEDED += [
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "tiny.Q4_0.gguf",
+    "onnx/model.onnx",
+    ".gitattributes",
+]
+NOT_NEEDED += ["model.fp16.safetensors", "flax_model.msgpack"]
+
+
+class Hub(LocalServer):
+    """The part of the hub's interface that a download of one model uses."""
+
+    def publish(self, names: list[str], size: int = 30_000) -> dict[str, bytes]:
+        """Put files of random content into the model's repository; returns them."""
+        source = random.Random(0)
+        self.contents = {name: source.randbytes(size) for name in names}
+        tree = []
+        for name, content in self.contents.items():
+            sha256 = hashlib.sha256(content).hexdigest()
+            git_hash = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            entry = {"type": "file", "path": name, "size": len(content), "oid": git_hash}
+            large = name.endswith(("safetensors", "bin", "model"))
+            tree.append(entry | ({"lfs": {"oid": sha256, "size": len(content), "pointerSize": 130}} if large else {}))
+            self.files[self.place(name)] = content
+            self.headers[self.place(name)] = {
+                "ETag": f'"{sha256 if large else git_hash}"',
+                "X-Repo-Commit": COMMIT,
+            }
+        info = {"id": MODEL, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+        self.files[f"api/models/{MODEL}/revision/main"] = json.dumps(info).encode()
+        self.files[f"api/models/{MODEL}/tree/{COMMIT}"] = json.dumps(tree).encode()
+        return self.contents
+
+    @staticmethod
+    def place(name: str) -> str:
+        return f"{MODEL}/resolve/{COMMIT}/{name}"
+
+    def downloads(self) -> set[str]:
+        """Names of the repository's files that were asked for."""
+        begin = self.place("")
+        found = {r.path for r in self.requests if r.method == "GET" and r.path.startswith(begin)}
+        return {path.removeprefix(begin) for path in found}
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        hub.publish(NEEDED + NOT_NEEDED)
+        yield hub
+
+
+@pytest.fixture
+def target(tmp_path) -> Path:
+    return tmp_path / "the models" / "tiny"
+
+
+@pytest.fixture
+def run(hub, target, tmp_path):
+    """`run(NAME="value")` downloads the model into the target; `run("other", "arguments")`."""
+
+    def run(*arguments: str | Path, **settings: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {
+            "PYTHON": sys.executable,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "TRANSFORMERS_OFFLINE": "0",
+        }
+        return subprocess.run(
+            ["bash", SCRIPT, *(arguments or (MODEL, target))],
+            env=environment | settings,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The checkpoint's files: without this script's record and what the client notes down for itself."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        name: path.read_bytes() for name, path in files.items() if name != RECORD and not name.startswith(".cache/")
+    }
+
+
+def assert_complete(result: subprocess.CompletedProcess, hub: Hub, target: Path, names: list[str] = NEEDED) -> None:
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    assert contents(target) == {name: hub.contents[name] for name in names}
+
+
+def assert_one_line(result: subprocess.CompletedProcess, *words: str, status: int = 2) -> None:
+    assert result.returncode == status, result.stdout + result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("download_hf.sh: error: ")
+    for word in words:
+        assert word in result.stderr
+
+
+def test_what_a_checkpoint_needs_is_fetched_once(run, hub, target):
+    result = run()
+    assert_complete(result, hub, target)
+    assert hub.downloads() == set(NEEDED)
+    *_, verified, after = result.stdout.splitlines()
+    assert verified == f"verified: {len(NEEDED)} files of {MODEL} ({COMMIT[:12]}) in {target}"
+    assert after == f"next: MODEL_PATH='{target}' bash run_moefication/1_split.sh"
+
+    hub.requests.clear()
+    assert_complete(run(), hub, target)
+    assert hub.downloads() == set()
+
+
+@pytest.mark.parametrize(
+    ("published", "taken"),
+    [
+        (["config.json", "model.safetensors", *SHARDS, "model.safetensors.index.json"], [0, 1]),
+        (["config.json", "pytorch_model.bin", "consolidated.safetensors"], [0, 1]),
+        (["config.json", "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json", "a.gguf"], [0, 1, 2]),
+    ],
+    ids=["whole before shards", "bin", "bin in shards"],
+)
+def test_which_weights_are_taken(published, taken, run, hub, target):
+    hub.publish(published)
+    assert_complete(run(), hub, target, [published[index] for index in taken])
+
+
+@pytest.mark.parametrize("published", [["tiny.gguf", "config.json"], ["model.safetensors"]])
+def test_no_checkpoint_in_transformers_format_is_one_line(published, run, hub, target):
+    hub.publish(published)
+    assert_one_line(run(), MODEL, "no checkpoint in transformers format")
+    assert not target.exists()
+
+
+def test_a_cut_connection_is_resumed(run, hub, target):
+    """The client keeps whole chunks of 10 MiB."""
+    names = ["config.json", "model.safetensors"]
+    hub.publish(names, size=11 * 2**20)
+    hub.misbehave(hub.place(names[1]), [Reply(cut=11 * 2**20 - 1)])
+    assert_complete(run(), hub, target, names)
+    assert hub.requested(hub.place(names[1])) == [0, 10 * 2**20]
+
+
+def test_an_interrupted_run_goes_on(run, hub, target):
+    """What had come whole is not fetched again."""
+    hub.misbehave(hub.place(SHARDS[1]), repeat(Reply(status=404)))
+    assert run().returncode == 2
+    assert SHARDS[1] not in contents(target)
+    hub.misbehave(hub.place(SHARDS[1]), [])
+    there = set(contents(target))
+    assert there
+    hub.requests.clear()
+    assert_complete(run(), hub, target)
+    assert hub.downloads() == set(NEEDED) - there
+
+
+def test_files_altered_on_the_way_are_fetched_again(run, hub, target):
+    """Of the right length: the client alone would keep them."""
+    for name in (SHARDS[0], "config.json"):
+        hub.misbehave(hub.place(name), [Reply(body=bytes(30_000))])
+    assert_complete(run(), hub, target)
+    assert hub.requested(hub.place(SHARDS[0])) == hub.requested(hub.place("config.json")) == [0, 0]
+
+
+def test_a_file_that_is_always_altered_is_refused(run, hub):
+    hub.misbehave(hub.place(SHARDS[0]), repeat(Reply(body=bytes(30_000))))
+    result = run()
+    assert_one_line(result, SHARDS[0], "not what its checksum says")
+    assert "next:" not in result.stdout
+
+
+def test_a_file_that_always_comes_short_is_refused(run, hub, target):
+    hub.misbehave(hub.place(SHARDS[0]), repeat(Reply(body=hub.contents[SHARDS[0]][:10_000])))
+    assert_one_line(run(), "check the network", status=3)
+    assert SHARDS[0] not in contents(target)
+
+
+def test_a_damaged_file_is_mended(run, hub, target):
+    run()
+    (target / SHARDS[1]).write_bytes(bytes(30_000))
+    hub.requests.clear()
+    assert_complete(run(), hub, target)
+    assert hub.downloads() == {SHARDS[1]}
+
+
+INFO = f"api/models/{MODEL}/revision/main"
+
+
+@pytest.mark.parametrize(
+    ("path", "reply", "words"),
+    [
+        (INFO, Reply(401, headers={"X-Error-Code": "RepoNotFound"}), "no such model, or it is private"),
+        (INFO, Reply(404, headers={"X-Error-Code": "RevisionNotFound"}), "check REVISION"),
+        (INFO, Reply(403, headers={"X-Error-Code": "GatedRepo"}), "accept the model's licence"),
+        (Hub.place(SHARDS[0]), Reply(403, headers={"X-Error-Code": "GatedRepo"}), "hf auth login"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(path, reply, words, run, hub, target):
+    hub.misbehave(path, repeat(reply))
+    assert_one_line(run(), MODEL, words)
+    assert path.rpartition("/")[2] not in contents(target)
+
+
+def test_no_network_is_one_line(run, target):
+    with LocalServer() as gone:
+        url = gone.url
+    assert_one_line(run(HF_ENDPOINT=url), MODEL, "check the network", status=3)
+    assert not target.exists()
+
+
+def test_a_hub_that_is_down_is_one_line(run, hub):
+    hub.misbehave(f"api/models/{MODEL}/revision/main", repeat(Reply(status=500)))
+    assert_one_line(run(), "HTTP 500", "check the network", status=3)
+
+
+def test_offline_mode_is_named(run, target):
+    assert_one_line(run(HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([""], "give two arguments"),
+        ([MODEL], "give two arguments"),
+        ([MODEL, ""], "give two arguments"),
+        ([MODEL, "x", "y"], "give two arguments"),
+        (["https://huggingface.co/some/model", "x"], "no model's name"),
+        (["../models", "x"], "no model's name"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, words, run, hub, tmp_path):
+    assert_one_line(run(*arguments), words)
+    assert not (tmp_path / "x").exists()
+    assert hub.requests == []
+
+
+def test_a_python_without_the_client_is_one_line(run):
+    assert_one_line(run(PYTHON="/bin/false"), "'/bin/false' has no huggingface_hub", "PYTHON")
+
+
+@pytest.mark.parametrize("there", ["a file", "a folder", "another model"])
+def test_something_else_in_the_target_stays_as_it_is(there, run, hub, target):
+    place = {"a file": target, "a folder": target / "config.json", "another model": target / RECORD}[there]
+    place.parent.mkdir(parents=True)
+    place.write_text("other/model@main\n")
+    assert_one_line(run(), str(target), "choose another folder")
+    assert [path for path in target.parent.rglob("*") if path.is_file()] == [place]
+    assert place.read_text() == "other/model@main\n"
+
+
+def test_a_target_that_cannot_be_made_is_one_line(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert_one_line(run(MODEL, tmp_path / "file" / "x"), "cannot be written")
+
+
+def test_help_needs_no_arguments(run):
+    result = run("--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "MODEL_ID TARGET_FOLDER" in result.stdout
