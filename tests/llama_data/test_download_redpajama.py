@@ -1,0 +1,522 @@
+"""Streaming a dataset into one file per domain: real `datasets`, on small datasets of every shape it can have."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import SENTENCES, make_tokenizer, write_jsonl
+from pipeline import contents
+
+pytest.importorskip("datasets")
+zstandard = pytest.importorskip("zstandard")
+
+from llama_data import download_redpajama  # noqa: E402
+from llama_data.download_redpajama import COMMIT_EVERY, DOMAINS, main  # noqa: E402
+
+SCRIPT = Path(download_redpajama.__file__)
+NAMES = {domain: name for domain, (name, _) in DOMAINS.items()}
+PER_DOMAIN = 45
+EVERYTHING = 10**9
+
+
+def make_texts(per_domain: int = PER_DOMAIN) -> dict[str, list[str]]:
+    """Distinct texts of each domain."""
+    return {
+        domain: [f"{domain} {i}. " + SENTENCES[i % 6] * (1 + i % 3) for i in range(per_domain)] for domain in DOMAINS
+    }
+
+
+def labelled(texts: dict[str, list[str]]) -> list[dict]:
+    """The records of one dataset with all domains, shuffled, and some of a domain that nobody asks for."""
+    records = [(domain, i) for domain in texts for i in range(len(texts[domain]))]
+    random.Random(0).shuffle(records)
+    position = dict.fromkeys(texts, 0)
+    out = []
+    for domain, _ in records:  # shuffled across domains, in order within each
+        out.append({"text": texts[domain][position[domain]], "meta": {"redpajama_set_name": NAMES[domain]}})
+        position[domain] += 1
+    return [*out[:50], {"text": "tiny", "meta": {"redpajama_set_name": "RedPajamaOther"}}, *out[50:]]
+
+
+def write_zst(path: Path, records: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(zstandard.compress("".join(json.dumps(record) + "\n" for record in records).encode()))
+
+
+def make_labelled(folder: Path, texts: dict[str, list[str]], shards: int = 3) -> Path:
+    """A dataset as SlimPajama-627B was: folders of jsonl.zst, the domain in a field."""
+    records = labelled(texts)
+    size = -(-len(records) // shards)
+    for shard in range(shards):
+        path = folder / "train" / f"chunk{shard}" / f"example_train_{shard}.jsonl.zst"
+        write_zst(path, records[shard * size : (shard + 1) * size])
+    write_zst(folder / "validation" / "example_holdout_0.jsonl.zst", records[:5])
+    return folder
+
+
+def make_parquet(folder: Path, texts: dict[str, list[str]]) -> Path:
+    """A dataset as SlimPajama-6B is: parquet files of several row groups, the domain in a field."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    records = [record | {"__index_level_0__": i} for i, record in enumerate(labelled(texts))]
+    (folder / "data").mkdir(parents=True)
+    for shard in range(2):
+        table = pa.Table.from_pylist(records[shard * 150 : (shard + 1) * 150 if shard == 0 else None])
+        pq.write_table(table, folder / "data" / f"train-0000{shard}-of-00002.parquet", row_group_size=40)
+    return folder
+
+
+def make_folders(folder: Path, texts: dict[str, list[str]]) -> Path:
+    """A dataset as SlimPajama-627B-DC is: a folder of jsonl.zst for each domain."""
+    for domain, documents in texts.items():
+        for shard in range(2):
+            path = folder / "train" / NAMES[domain] / f"chunk_{shard}.jsonl.zst"
+            write_zst(path, [{"text": text} for text in documents[shard * 20 : 20 if shard == 0 else None]])
+    return folder
+
+
+def make_configs(folder: Path, texts: dict[str, list[str]]) -> Path:
+    """A dataset with a configuration for each domain, of plain jsonl."""
+    card = "---\nconfigs:\n"
+    for domain, documents in texts.items():
+        write_jsonl(folder / domain / "part.jsonl", documents)
+        card += f"- config_name: {NAMES[domain]}\n  data_files:\n  - split: train\n    path: {domain}/*.jsonl\n"
+    (folder / "README.md").write_text(card + "---\n")
+    return folder
+
+
+SHAPES = {
+    "label_jsonl_zst": (make_labelled, []),
+    "label_parquet": (make_parquet, []),
+    "folders": (make_folders, ["--data_dir", "train/{}"]),
+    "configs": (make_configs, ["--config", "{}"]),
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """The dataset of make_texts() with labels, shared and read-only."""
+    return make_labelled(tmp_path_factory.mktemp("dataset"), make_texts())
+
+
+@pytest.fixture
+def often(monkeypatch) -> None:
+    """Commits every 40 records, so that the small dataset has several."""
+    monkeypatch.setattr(download_redpajama, "COMMIT_EVERY", 40)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().decode().split("\n") if line]
+
+
+def texts_of(path: Path) -> list[str]:
+    return [document["text"] for document in read(path)]
+
+
+def is_held_out(text: str) -> bool:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) % 20 == 0
+
+
+def one_line(result: tuple[int, str, str], status: int = 2) -> str:
+    """The message of a run that ended with this status and one line on stderr."""
+    assert (result[0], result[1], result[2].count("\n")) == (status, "", 1), result
+    return result[2]
+
+
+# ---------------------------------------------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_document_of_every_domain(shape, tmp_path, run_script, often):
+    make, options = SHAPES[shape]
+    texts = make_texts()
+    folder = make(tmp_path / "set", texts)
+    out = tmp_path / "out"
+    status, _, err = run_script(
+        main, "--dataset", folder, "--output_dir", out, "--tokens_per_domain", EVERYTHING, *options
+    )
+    assert (status, err) == (0, "")
+    for domain in DOMAINS:
+        assert texts_of(out / f"{domain}.jsonl") == [text for text in texts[domain] if not is_held_out(text)]
+        held_out = out / "heldout" / f"{domain}.jsonl"
+        assert (texts_of(held_out) if held_out.exists() else []) == [t for t in texts[domain] if is_held_out(t)]
+    assert sum(map(len, map(read, (out / "heldout").iterdir()))) > 3
+    expected = {"domain": "c4", "source": f"{folder} RedPajamaC4", "licence": "see the dataset"}
+    assert all(document == {"text": document["text"]} | expected for document in read(out / "c4.jsonl"))
+    manifest = json.loads((out / "redpajama.json").read_text())
+    assert set(contents(out)) == {"redpajama.json", *manifest["files"]}
+    for name, entry in manifest["files"].items():
+        content = (out / name).read_bytes()
+        assert (entry["sha256"], entry["bytes"]) == (hashlib.sha256(content).hexdigest(), len(content))
+        assert entry["documents"] == len(texts_of(out / name))
+
+
+def test_tokens_are_those_of_the_tokenizer(tmp_path, run_script):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = make_texts()
+    texts["books"] = [f"A book. {' '.join(SENTENCES)} " * 60 + str(i) for i in range(PER_DOMAIN)]
+    folder = make_labelled(tmp_path / "set", texts)
+    asked, out = 500, tmp_path / "out"
+    options = ["--output_dir", out, "--tokens_per_domain", asked, "--model_path", tmp_path / "model"]
+    status, printed, _ = run_script(main, "--dataset", folder, *options)
+    assert status == 0
+    assert "about" not in printed
+    manifest = json.loads((out / "redpajama.json").read_text())
+    for domain in DOMAINS:
+        documents = texts_of(out / f"{domain}.jsonl")
+        got = sum(len(tokenizer(document)["input_ids"]) for document in documents)
+        assert got == manifest["files"][f"{domain}.jsonl"]["tokens"]
+        assert asked <= got <= 1.02 * asked
+        assert all(document in texts[domain] for document in documents[:-1])
+        assert any(text.startswith(documents[-1]) for text in texts[domain])
+    assert len(texts_of(out / "books.jsonl")) == 1
+    assert manifest["records"] < sum(map(len, texts.values()))  # it stopped reading
+
+
+def test_without_a_tokenizer_four_characters_are_a_token(dataset, tmp_path, run_script):
+    status, printed, _ = run_script(main, "--dataset", dataset, "--output_dir", tmp_path, "--tokens_per_domain", 100)
+    assert (status, "about got" in printed) == (0, True)
+    for domain in DOMAINS:
+        assert 100 <= sum(-(-len(text) // 4) for text in texts_of(tmp_path / f"{domain}.jsonl")) <= 101
+
+
+def test_a_domain_that_is_absent_or_ends_early_is_said(tmp_path, run_script):
+    texts = make_texts() | {"arxiv": [], "github": ["only this one is here"]}
+    folder = make_labelled(tmp_path / "set", texts)
+    status, printed, _ = run_script(
+        main, "--dataset", folder, "--output_dir", tmp_path / "out", "--tokens_per_domain", 90
+    )
+    lines = {line.split()[0]: line for line in printed.splitlines()}
+    assert status == 0
+    assert lines["arxiv"].split()[1:3] == ["90", "0"]
+    assert lines["arxiv"].endswith("the dataset has none")
+    assert lines["github"].split()[1:3] == ["90", "6"]
+    assert lines["github"].endswith("the dataset has no more")
+    assert "the dataset" not in lines["c4"]
+    assert not (tmp_path / "out" / "arxiv.jsonl").exists()
+
+
+def test_only_the_domains_asked_for(dataset, tmp_path, run_script):
+    names = "c4=RedPajamaC4,books=RedPajamaBook"
+    options = ["--output_dir", tmp_path, "--domain_names", names, "--tokens_per_domain", 50]
+    assert run_script(main, "--dataset", dataset, *options)[0] == 0
+    assert {path.name for path in tmp_path.glob("*.jsonl")} == {"c4.jsonl", "books.jsonl"}
+
+
+def test_bad_records_are_skipped_and_counted(tmp_path, run_script):
+    label = {"meta": {"redpajama_set_name": "RedPajamaC4"}}
+    bad = [{"text": None}, {}, {"text": 5}, {"text": ""}, {"text": " \n"}, {"text": ["a"]}]
+    records = [{"text": "good"} | label, *(record | label for record in bad), {"text": "bad", "meta": None}]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    status, printed, _ = run_script(main, "--dataset", tmp_path / "set", "--output_dir", tmp_path / "out")
+    assert status == 0
+    assert texts_of(tmp_path / "out" / "c4.jsonl") == ["good"]
+    assert json.loads((tmp_path / "out" / "redpajama.json").read_text())["skipped"]["c4"] == len(bad)
+    assert next(line for line in printed.splitlines() if line.startswith("c4")).split()[5] == str(len(bad))
+
+
+# ---------------------------------------------------------------------------------------------------- interruption
+
+
+class Interruption:
+    """Wraps a function; the call of a given number does not happen, as if the user had pressed Ctrl-C."""
+
+    def __init__(self, function, at: int | None = None):
+        self.function, self.at, self.calls = function, at, 0
+
+    def __call__(self, *arguments, **options):
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return self.function(*arguments, **options)
+
+
+@pytest.mark.parametrize("shape", ["label_parquet", "folders"])
+def test_interrupted_between_commits_it_ends_in_the_same_bytes(shape, tmp_path, run_script, often, monkeypatch):
+    make, options = SHAPES[shape]
+    folder, out = make(tmp_path / "set", make_texts()), tmp_path / "out"
+    options = ["--dataset", folder, *options, "--tokens_per_domain", EVERYTHING, "--output_dir"]
+    assert run_script(main, *options, tmp_path / "whole")[0] == 0
+    for at in (70, 30, 99, 5):  # the same download, interrupted four times
+        with monkeypatch.context() as patch:
+            interruption = Interruption(download_redpajama.Download.take, at)
+            patch.setattr(download_redpajama.Download, "take", lambda *a, call=interruption: call(*a))
+            assert run_script(main, *options, out)[0] == 130
+        assert not list(out.rglob("*.jsonl"))
+    assert run_script(main, *options, out)[0] == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_interrupted_before_any_renaming_it_ends_in_the_same_bytes(tmp_path, run_script, dataset, often, monkeypatch):
+    """The renamings of a run: commits of the state, then the files' final names, then the manifest."""
+    names = ["--domain_names", "c4=RedPajamaC4,books=RedPajamaBook"]
+    options = ["--dataset", dataset, *names, "--tokens_per_domain", 600, "--output_dir"]
+    with monkeypatch.context() as patch:
+        counter = Interruption(os.replace)
+        patch.setattr(os, "replace", counter)
+        assert run_script(main, *options, tmp_path / "whole")[0] == 0
+    assert counter.calls > 10
+    for at in range(1, counter.calls + 1):
+        out = tmp_path / str(at)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", Interruption(os.replace, at))
+            assert run_script(main, *options, out)[0] == 130
+        assert run_script(main, *options, out)[0] == 0
+        assert contents(out) == contents(tmp_path / "whole"), at
+
+
+def test_killed_it_goes_on_and_ends_in_the_same_bytes(tmp_path, run_script):
+    folder = make_labelled(tmp_path / "set", make_texts(1500), shards=4)
+    out = tmp_path / "out"
+    options = ["--dataset", folder, "--tokens_per_domain", EVERYTHING, "--output_dir"]
+    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, options), out], stdout=subprocess.DEVNULL)
+    state = out / download_redpajama.STATE
+    while process.poll() is None and not (state.exists() and json.loads(state.read_text())["records"] >= 4000):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert json.loads(state.read_text())["records"] % COMMIT_EVERY == 0
+    assert not list(out.rglob("*.jsonl"))
+    assert run_script(main, *options, out)[0] == 0
+    assert run_script(main, *options, tmp_path / "whole")[0] == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_unreadable_data_is_one_line_and_repaired_it_goes_on(tmp_path, run_script, often):
+    folder = make_labelled(tmp_path / "set", make_texts())
+    options = ["--dataset", folder, "--tokens_per_domain", EVERYTHING, "--output_dir"]
+    assert run_script(main, *options, tmp_path / "whole")[0] == 0
+    shard = folder / "train" / "chunk1" / "example_train_1.jsonl.zst"
+    good = shard.read_bytes()
+    shard.write_bytes(zstandard.compress(zstandard.decompress(good)[:-40] + b"\nnot json\n"))
+    assert "JSON parse error" in one_line(run_script(main, *options, tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / download_redpajama.STATE).read_text())["records"] == 80
+    shard.write_bytes(good)
+    assert run_script(main, *options, tmp_path / "out")[0] == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """The part of the hub's protocol that reading one dataset takes; answers 403 to paths with `server.refused`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        server, path = self.server, self.path.split("?")[0]
+        place, _, inner = path.partition(f"/{server.commit}")
+        target = server.folder / inner.strip("/")
+        if path.startswith("/refuse/"):
+            server.refused = path.removeprefix("/refuse/")
+            self.answer(b"")
+        elif server.refused in ("everything", path[-len(server.refused) - len(".parquet") : -len(".parquet")]):
+            self.answer(b"", 403)
+        elif place.endswith("/resolve") and target.is_file():
+            self.answer_file(target.read_bytes())
+        elif place.endswith("/tree") and target.is_dir():
+            self.answer_json([self.entry(child) for child in sorted(target.iterdir())])
+        elif path.startswith("/api/datasets/owner/set") and not inner:
+            self.answer_json({"id": "owner/set", "sha": server.commit, "siblings": [], "tags": []})
+        else:
+            self.answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        paths = [path for path in self.server.folder.rglob("*") if str(path.relative_to(self.server.folder)) in asked]
+        self.answer_json([self.entry(path) for path in paths])
+
+    def entry(self, path: Path) -> dict:
+        kind = {"type": "directory"} if path.is_dir() else {"type": "file", "size": path.stat().st_size}
+        return {**kind, "oid": "0" * 40, "path": path.relative_to(self.server.folder).as_posix()}
+
+    def answer_file(self, content: bytes) -> None:
+        headers = {"ETag": '"0"', "X-Repo-Commit": self.server.commit, "Accept-Ranges": "bytes"}
+        if "Range" not in self.headers:
+            return self.answer(content, 200, headers)
+        first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+        last = int(last or len(content) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        return self.answer(content[int(first) : last + 1], 206, headers)
+
+    def answer_json(self, content: object) -> None:
+        self.answer(json.dumps(content).encode(), 200, {"Content-Type": "application/json"})
+
+    def answer(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def hub():
+    """A server on this machine with the one dataset owner/set, from the folder that a test sets."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    server.commit, server.refused = "c0ffee" + "0" * 34, "nothing"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_from_a_hub_that_fails_and_comes_back(hub, tmp_path):
+    """A dataset by its id, from a server that refuses everything at first, then the second of two shards."""
+    hub.folder, url = make_parquet(tmp_path / "set", make_texts()), f"http://127.0.0.1:{hub.server_port}"
+    program = (
+        "import sys, urllib.request\n"
+        "from llama_data import download_redpajama\n"
+        "download_redpajama.COMMIT_EVERY = 40\n"
+        "for refused in ('everything', '00001-of-00002', 'nothing'):\n"
+        "    urllib.request.urlopen(f'{sys.argv[1]}/refuse/{refused}').read()\n"
+        "    print('status', download_redpajama.main(sys.argv[2:]), flush=True)\n"
+    )
+    out = tmp_path / "out"
+    options = ["--dataset", "owner/set", "--tokens_per_domain", str(EVERYTHING), "--output_dir", str(out)]
+    environment = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    command, root = [sys.executable, "-c", program, url, *options], SCRIPT.parents[1]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    statuses = [line for line in result.stdout.splitlines() if line.startswith("status")]
+    assert statuses == ["status 3", "status 3", "status 0"], result
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2, lines
+    assert all("run the same command again to go on" in line for line in lines)
+    documents = [document for path in out.rglob("*.jsonl") for document in read(path)]
+    assert sorted(document["text"] for document in documents) == sorted(
+        text for texts in make_texts().values() for text in texts
+    )
+    assert all(document["source"].startswith(f"owner/set@{hub.commit} RedPajama") for document in documents)
+
+
+# ---------------------------------------------------------------------------------------------------- the folder
+
+
+@pytest.fixture
+def finished(dataset, tmp_path, run_script) -> list:
+    """The options of a finished download in `tmp_path / "out"`."""
+    options = ["--dataset", dataset, "--output_dir", tmp_path / "out", "--tokens_per_domain", 50]
+    assert run_script(main, *options)[0] == 0
+    return options
+
+
+def test_finished_there_is_nothing_to_do(finished, tmp_path, run_script):
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    status, printed, _ = run_script(main, *finished)
+    assert (status, "nothing to do" in printed) == (0, True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_other_options_are_refused_and_overwrite_replaces(finished, tmp_path, run_script):
+    out = tmp_path / "out"
+    (out / "mine.jsonl").write_text("mine")
+    before = contents(out)
+    other = [*finished, "--tokens_per_domain", 80, "--domain_names", "c4=RedPajamaC4"]
+    assert "another --tokens_per_domain, --domain_names: --overwrite" in one_line(run_script(main, *other))
+    assert contents(out) == before
+    assert run_script(main, *other, "--overwrite")[0] == 0
+    assert {path.name for path in out.glob("*.jsonl")} == {"c4.jsonl", "mine.jsonl"}
+    assert len(texts_of(out / "c4.jsonl")) > before["c4.jsonl"].count(b"\n")
+
+
+def test_overwrite_keeps_the_old_files_until_the_new_are_complete(finished, tmp_path, run_script, monkeypatch):
+    before = contents(tmp_path / "out")
+    other = [*finished, "--tokens_per_domain", 80]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", Interruption(os.replace, 2))
+        assert run_script(main, *other, "--overwrite")[0] == 130
+    assert contents(tmp_path / "out").items() >= before.items()
+    assert "another --tokens_per_domain" in one_line(run_script(main, *finished))  # than the unfinished one
+    assert run_script(main, *other)[0] == 0
+    assert contents(tmp_path / "out") != before
+
+
+@pytest.mark.parametrize("name", ["c4.jsonl", "c4.zip", "heldout/books.jsonl", "redpajama.json", "c4.jsonl.gz"])
+def test_foreign_files_are_refused_and_kept(name, dataset, tmp_path, run_script):
+    (tmp_path / "heldout").mkdir()
+    (tmp_path / name).write_text('{"files": {}}')
+    for overwrite in ([], ["--overwrite"]):
+        assert name in one_line(run_script(main, "--dataset", dataset, "--output_dir", tmp_path, *overwrite))
+        assert contents(tmp_path) == {name: b'{"files": {}}'}
+
+
+def test_the_manifest_of_the_sample_data_is_no_hindrance(dataset, tmp_path, run_script):
+    (tmp_path / "manifest.json").write_text("{}")
+    assert run_script(main, "--dataset", dataset, "--output_dir", tmp_path, "--tokens_per_domain", 50)[0] == 0
+    assert (tmp_path / "manifest.json").read_text() == "{}"
+
+
+def test_changed_files_are_refused_and_lost_ones_are_said(finished, tmp_path, run_script):
+    path = tmp_path / "out" / "c4.jsonl"
+    path.write_text("mine")
+    for overwrite in ([], ["--overwrite"]):
+        assert "changed since" in one_line(run_script(main, *finished, *overwrite))
+    path.unlink()
+    assert "c4.jsonl is missing" in one_line(run_script(main, *finished))
+    assert run_script(main, *finished, "--overwrite")[0] == 0
+    assert path.exists()
+
+
+# ---------------------------------------------------------------------------------------------------- wrong input
+
+WRONG = {
+    "unknown domain": (["--domain_names", "news=News"], "'news=News' is not domain=name"),
+    "domain twice": (["--domain_names", "c4=a,c4=b"], "'c4=b'"),
+    "name twice": (["--domain_names", "c4=a,books=a"], "'books=a'"),
+    "no tokens": (["--tokens_per_domain", 0], "--tokens_per_domain 0 must be at least 1"),
+    "no such folder": (["--dataset", "./nowhere"], "./nowhere is not a folder"),
+    "no such split": (["--split", "dev"], "Available splits: ['train', 'validation']"),
+    "no such configuration": (["--config", "en-{}"], "'en-RedPajamaCommonCrawl' not found"),
+    "no such data_dir": (["--data_dir", "{}"], "RedPajamaCommonCrawl"),
+    "no such text": (["--text_field", "content"], "none of 316 records has a text in 'content'"),
+    "no such label": (["--label_field", "meta.source"], "in 'meta.source'; the last one: {'text': "),
+    "no such tokenizer": (["--model_path", "nowhere"], "nowhere has no usable tokenizer"),
+    "hub switched off": (["--dataset", "owner/set"], "offline"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_leaves_nothing(case, dataset, tmp_path, run_script):
+    options, words = WRONG[case]
+    status = 3 if case == "hub switched off" else 2
+    assert words in one_line(run_script(main, "--dataset", dataset, "--output_dir", tmp_path, *options), status)
+    assert contents(tmp_path) == {}
+
+
+def test_a_dataset_without_any_of_the_domains_is_given_up_early(dataset, tmp_path, run_script, monkeypatch):
+    monkeypatch.setattr(download_redpajama, "LOOK_AHEAD", 25)
+    names = ["--domain_names", "c4=C4"]
+    assert "none of 25 records" in one_line(run_script(main, "--dataset", dataset, "--output_dir", tmp_path, *names))
+    assert contents(tmp_path) == {}
+
+
+def test_without_datasets_it_says_what_to_install(tmp_path, run_script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in one_line(run_script(main, "--output_dir", tmp_path))
+
+
+def test_help_imports_nothing_heavy():
+    result = subprocess.run([sys.executable, "-X", "importtime", SCRIPT, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "--tokens_per_domain" in result.stdout
+    assert not {"torch", "datasets", "transformers"} & {
+        line.split("|")[-1].strip() for line in result.stderr.splitlines()
+    }
