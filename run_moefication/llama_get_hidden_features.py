@@ -22,8 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--train_data_path",
         type=command_line.path,
         required=True,
-        help="folder of .jsonl, .txt, .gz or .zst of them, or .zip files, whose names carry their domain (not read below "
-        "it), or one such file",
+        help="folder of .jsonl or .txt files, or .gz, .zst or .zip of them, whose names carry their domain (not read "
+        "below it), or one such file",
     )
     parser.add_argument(
         "--train_data_cache_path",

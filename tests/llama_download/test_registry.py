@@ -1,0 +1,87 @@
+"""Packages of the registries: the pinned file or none, fetched once. Small, real ones; skipped without a network."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llama_download.registry import DebianPackage, NpmPackage, Package, RegistryError, Wheel, fetch, file_sha256
+
+
+def fetch_or_skip(package: Package, folder: Path) -> Path:
+    if shutil.which(package.client) is None:
+        pytest.skip(f"{package.client} is not installed")
+    try:
+        return fetch(package, folder)
+    except RegistryError as error:
+        pytest.skip(str(error))
+
+
+def test_an_undamaged_file_is_not_fetched_again(tmp_path):
+    path = tmp_path / "no_such_package-0-py3-none-any.whl"
+    path.write_bytes(b"content")
+    assert fetch(Wheel("no_such_package", "0", file_sha256(path)), tmp_path) == path
+
+
+def test_names_of_files_and_releases():
+    assert NpmPackage("@a/b-c", "1.0", "").file_name == "a-b-c-1.0.tgz"
+    assert Wheel("a_b", "1.0", "").title == "PyPI a-b==1.0"
+    package = DebianPackage("a", "1:2-3", "", "amd64")
+    assert (package.file_name, package.requirement) == ("a_1%3a2-3_amd64.deb", "a=1:2-3")
+
+
+def test_a_missing_client_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for package, client in (
+        (NpmPackage("ms", "2.1.3", "0" * 64), "npm"),
+        (DebianPackage("a", "1", "0" * 64), "apt-get"),
+    ):
+        with pytest.raises(RegistryError, match=f"needs {client}, which is not installed"):
+            fetch(package, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "package",
+    [
+        NpmPackage("ms", "2.1.3", "f6616e15e530ed552f9daa2d3ce71963947c6bc7c98c9b64fd3e673fd02622c6"),
+        DebianPackage("debian-faq", "11.1", "427426e0cfa6888622fc1d72631071cb4b5a1f86ccde722e7820bcef284de5d0"),
+    ],
+)
+def test_a_package_is_fetched_under_its_name(tmp_path, package):
+    path = fetch_or_skip(package, tmp_path)
+    assert [*tmp_path.iterdir()] == [path]
+    assert file_sha256(path) == package.sha256
+
+
+@pytest.mark.parametrize(
+    "package",
+    [
+        Wheel("tqdm", "4.67.1", "0" * 64),
+        NpmPackage("ms", "2.1.3", "0" * 64),
+        DebianPackage("debian-faq", "11.1", "0" * 64),
+    ],
+)
+def test_a_package_that_is_not_the_pinned_one_is_refused(tmp_path, package):
+    """Real, small packages under a wrong sum."""
+    if shutil.which(package.client) is None:
+        pytest.skip(f"{package.client} is not installed")
+    with pytest.raises(ValueError, match="is not the expected file"):
+        fetch_or_skip(package, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("package", "reason"),
+    [
+        (NpmPackage("ms", "0.0.987", "0" * 64), "npm could not fetch ms@0.0.987"),
+        (DebianPackage("debian-faq", "0.1", "0" * 64), "apt-get could not fetch debian-faq=0.1"),
+    ],
+)
+def test_a_release_that_is_gone_says_so(tmp_path, package, reason):
+    if shutil.which(package.client) is None:
+        pytest.skip(f"{package.client} is not installed")
+    with pytest.raises(RegistryError, match=re.escape(reason)):
+        fetch(package, tmp_path)
+    assert not list(tmp_path.iterdir())
