@@ -2,7 +2,7 @@
 # Checks the style and runs the tests, in the project's own environment (.venv, made on the first run):
 #
 #     bash scripts/test.sh                    # the fast tests
-#     bash scripts/test.sh -m slow            # the long ones
+#     bash scripts/test.sh -m slow -n 0       # the long ones, one after the other (they need 50 GB of disk)
 #     bash scripts/test.sh tests/llama_moe    # some of them; every argument goes to pytest
 #     bash scripts/test.sh compat             # on the oldest transformers this project takes, and on the newest there is
 #
@@ -33,7 +33,7 @@ compat() {
         ensure_environment test
         "$VENV_PYTHON" -m pip install --disable-pip-version-check --quiet --upgrade "$release"
         echo "== $("$VENV_PYTHON" -c 'import transformers; print("transformers", transformers.__version__)')"
-        HF_HUB_OFFLINE=1 "$VENV_PYTHON" -m pytest "$@"
+        HF_HUB_OFFLINE=1 "$VENV_PYTHON" -m pytest -n auto --dist loadfile "$@"
     done
 }
 
@@ -56,4 +56,5 @@ if fetch llama_data/make_sample_data.py --output_dir .cache/llama_data; then
     export SAMPLE_DATA_PATH="$REPOSITORY/.cache/llama_data"
 fi
 
-exec "$VENV_PYTHON" -m pytest "$@"
+# A process per core; the tests of a file share what they set up.
+exec "$VENV_PYTHON" -m pytest -n auto --dist loadfile "$@"
