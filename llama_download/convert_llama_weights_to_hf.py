@@ -117,7 +117,8 @@ def find_model(input_dir: Path, model_size: str) -> Path:
     for folder in (input_dir, input_dir / model_size):
         if (folder / "params.json").is_file():
             return folder
-    raise MoEficationError(f"--input_dir {input_dir} has no params.json, nor has its folder {model_size}")
+    within = "" if model_size == "auto" else f", nor has its folder {model_size}"
+    raise MoEficationError(f"--input_dir {input_dir} has no params.json{within}")
 
 
 def find_tokenizer(folder: Path) -> Path:

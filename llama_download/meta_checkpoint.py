@@ -104,10 +104,10 @@ class MetaCheckpoint:
         p = self.params
         found = (p["dim"], p["n_layers"], p["n_heads"], self.config.num_key_value_heads)
         if model_size != "auto" and found != SIZES[model_size]:
-            names = [name for name, shape in SIZES.items() if shape == found]
+            right = next((name for name, shape in SIZES.items() if shape == found), "auto")
             raise MoEficationError(
                 f"--model_size {model_size} has {_describe(SIZES[model_size])}, {self.folder / 'params.json'} "
-                f"{_describe(found)}: give --model_size {names[0] if names else 'auto'}, or another folder"
+                f"{_describe(found)}: give --input_dir {self.folder} --model_size {right}, or another folder"
             )
 
     def plan(self, dtype: torch.dtype | None = None) -> list[PlannedTensor]:

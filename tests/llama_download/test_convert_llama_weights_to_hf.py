@@ -177,17 +177,23 @@ def test_dtype_is_that_of_the_source_unless_told_otherwise(convert, tmp_path, to
 # ---------------------------------------------------------------------------------------------------- finding things
 
 
-@pytest.mark.parametrize(("given", "size"), [("llama", "7B"), ("llama/7B", "7B")])
-def test_the_layout_of_the_download_is_found(tmp_path, tokenizer_file, given, size):
-    """TARGET_FOLDER or the folder of the size below it, the tokenizer beside the sizes; run from another directory."""
+@pytest.mark.parametrize("given", ["llama", "llama/7B"])
+def test_the_layout_of_the_download_is_found(convert, tmp_path, tokenizer_file, monkeypatch, given):
+    """TARGET_FOLDER or the folder of the size below it, the tokenizer beside the sizes."""
     write_meta(small_llama(), tmp_path / "llama" / "7B")
     (tmp_path / "llama" / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
-    command = [sys.executable, script.__file__, "--input_dir", given, "--model_size", size, "--output_dir", "out"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "give --model_size auto" in result.stderr  # found, and seen not to be a 7B
-    result = subprocess.run([*command[:5], "auto", *command[6:]], cwd=tmp_path, capture_output=True, text=True)
-    assert (result.returncode == 0) == (given == "llama/7B")
+    monkeypatch.chdir(tmp_path)
+    status, _, err = convert(Path(given), Path("out"), model_size="7B")
+    assert (status, "give --input_dir llama/7B --model_size auto" in err) == (2, True)  # found, and seen not to be a 7B
+    assert (convert(Path(given), Path("out"))[0] == 0) == (given == "llama/7B")
+
+
+def test_it_runs_as_a_script_from_anywhere(meta_folder, tmp_path):
+    command = [sys.executable, script.__file__, "--input_dir", meta_folder, "--model_size", "auto", "--output_dir"]
+    result = subprocess.run([*command, "out/of/here"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "next: MODEL_PATH='out/of/here' bash run_moefication/1_split.sh" in result.stdout
+    assert_same_logits(tmp_path / "out/of/here", small_llama())
 
 
 def test_a_finished_checkpoint_is_left_alone_and_others_are_refused(convert, meta_folder, tmp_path):
@@ -315,7 +321,7 @@ def test_damage_is_named_and_nothing_written(convert, meta_folder, tmp_path, mon
 @pytest.mark.parametrize("size", ["7B", "70B", "1B"])
 def test_another_size_than_the_files_is_refused(convert, meta_folder, tmp_path, size):
     status, _, err = convert(meta_folder, tmp_path / "out", model_size=size)
-    assert (status, f"--model_size {size} has" in err, "--model_size auto" in err) == (2, True, True)
+    assert (status, f"--model_size {size} has" in err, f"{meta_folder} --model_size auto" in err) == (2, True, True)
     assert not (tmp_path / "out").exists()
 
 
