@@ -36,6 +36,7 @@ SIZES = {
 POSITIONS = {"LLaMA 1": 2048, "Llama 2": 4096, "Code Llama": 16384, "Llama 3": 8192, "Llama 3.1": 131072}
 POSITIONS["Llama 3.2"] = POSITIONS["Llama 3.1"]
 SHARD_NAME = re.compile(r"consolidated\.(\d+)\.pth")
+READ_AHEAD_BYTES = 16 << 20
 ROTARY_TABLE = "rope.freqs"  # of LLaMA 1 and 2; computed from the config today
 
 
@@ -126,13 +127,17 @@ class MetaCheckpoint:
         ]
 
     def read_ahead(self, start: float, stop: float) -> None:
-        """Have the system read this part of every file, in fractions of it, before it is needed: only time depends on
-        it. The order of tensors in the files is about that of the plan."""
+        """Read this part of every file, in fractions of it, into the system's cache: the mapping then finds it there.
+
+        Only time depends on it. The order of tensors in the files is about that of the plan.
+        """
+        buffer = bytearray(READ_AHEAD_BYTES)
         for file in self.files:
-            descriptor = os.open(file, os.O_RDONLY)
             size = file.stat().st_size
-            os.posix_fadvise(descriptor, int(start * size), int((stop - start) * size), os.POSIX_FADV_WILLNEED)
-            os.close(descriptor)
+            with file.open("rb", buffering=0) as opened:
+                opened.seek(int(start * size))
+                while opened.tell() < int(stop * size) and opened.readinto(buffer):
+                    pass
 
     def _require(self, name: str, ndim: int) -> torch.Tensor:
         """A tensor of the first shard, needed before the layout of all is known."""

@@ -2,7 +2,7 @@
 # Checks the style and runs the tests, in the project's own environment (.venv, made on the first run):
 #
 #     bash scripts/test.sh                    # the fast tests
-#     bash scripts/test.sh -m slow -n 0       # the long ones, one after the other (they need 50 GB of disk)
+#     bash scripts/test.sh -m slow -n 0       # the long ones, one after the other (they need 45 GB of disk)
 #     bash scripts/test.sh tests/llama_moe    # some of them; every argument goes to pytest
 #     bash scripts/test.sh compat             # on the oldest transformers this project takes, and on the newest there is
 #

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -401,7 +402,7 @@ sys.exit(status)
 @pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [1, 2])
 def test_llama_7b_in_the_memory_of_a_shard_and_the_time_of_a_copy(tmp_path, tokenizer_file, num_shards):
-    """13.5 GB of random fp16. The copy is timed on the same disk, right before."""
+    """13.5 GB of random fp16, read from the disk each time. Copy and conversion in turn, the faster one of each."""
     torch.manual_seed(0)
     folder = tmp_path / "7B"
     folder.mkdir()
@@ -411,30 +412,41 @@ def test_llama_7b_in_the_memory_of_a_shard_and_the_time_of_a_copy(tmp_path, toke
     for rank in range(num_shards):
         torch.save(random_7b_shard(num_shards), folder / f"consolidated.{rank:02d}.pth")
 
-    (tmp_path / "copy").mkdir()
-    start = time.perf_counter()
-    for file in folder.glob("*.pth"):
-        subprocess.run(["dd", f"if={file}", f"of={tmp_path}/copy/{file.name}", "bs=16M", "conv=fsync"], check=True)
-    copying = time.perf_counter() - start
-    for file in (tmp_path / "copy").iterdir():
-        file.unlink()
-
     arguments = ["--input_dir", folder, "--model_size", "7B", "--output_dir", tmp_path / "out"]
-    start = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, "-c", ANONYMOUS_PEAK, *arguments], capture_output=True, text=True, check=True
-    )
-    converting = time.perf_counter() - start
-    peak = int(result.stdout.split("peak")[1])
+    copying, converting, peaks = [], [], []
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        forget(folder)
+        start = time.perf_counter()
+        for file in folder.glob("*.pth"):
+            subprocess.run(["dd", f"if={file}", f"of={tmp_path / 'copy'}", "bs=16M", "conv=fsync"], check=True)
+        copying.append(time.perf_counter() - start)
+        (tmp_path / "copy").unlink()
+        forget(folder)
+        start = time.perf_counter()
+        command = [sys.executable, "-c", ANONYMOUS_PEAK, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        converting.append(time.perf_counter() - start)
+        peaks.append(int(result.stdout.split("peak")[1]))
     largest = max(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
-    print(
-        f"\n{num_shards} shard(s): copy {copying:.1f} s, conversion {converting:.1f} s, anonymous {peak / 1e9:.2f} GB"
-    )
-    assert peak < 1.5 * largest
+    print(f"\n{num_shards} shard(s): copy {copying} s, conversion {converting} s, anonymous {peaks} of {largest} bytes")
+    assert max(peaks) < 1.5 * largest
+    assert min(converting) < 1.5 * min(copying)
     with safe_open(tmp_path / "out" / "model-00001-of-00003.safetensors", "pt") as file:
-        got = file.get_tensor("model.layers.0.self_attn.v_proj.weight")
-    expected = [torch.load(f, mmap=True)["layers.0.attention.wv.weight"] for f in sorted(folder.glob("*.pth"))]
-    assert torch.equal(got, torch.cat(expected))
+        found = file.get_tensor("model.layers.0.self_attn.v_proj.weight")
+    shards = [torch.load(file, mmap=True, weights_only=True) for file in sorted(folder.glob("*.pth"))]
+    assert torch.equal(found, torch.cat([shard["layers.0.attention.wv.weight"] for shard in shards]))
+    shutil.rmtree(tmp_path)  # 27 GB
+
+
+def forget(folder: Path) -> None:
+    """Have the system forget what it knows of the files' content."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def random_7b_shard(num_shards: int) -> dict[str, torch.Tensor]:
