@@ -4,6 +4,7 @@ import json
 
 import bench_generate
 import bench_moe_layer
+import bench_tokenize
 import pytest
 import torch
 from timing import median_seconds
@@ -113,3 +114,15 @@ def test_wrong_options_give_one_line(bench, options, words, run_script):
     assert status == 2
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_tokenize_bench_counts_the_same_tokens_every_way(tiny_llama, text_folder, tmp_path, run_script):
+    options = ["--model_path", tiny_llama, "--text_path", text_folder, "--rounds", 1, "--gigabytes", 0.001]
+    status, out, _ = run_script(bench_tokenize.main, *options, "--json", tmp_path / "out.json")
+    assert (status, "times the loop" in out) == (0, True)
+    *ways, memory = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(ways) == 3
+    assert len({row["tokens"] for row in ways}) == 1
+    assert memory["bytes"] >= 1_000_000
+    assert memory["tokens"] > ways[0]["tokens"]
+    assert memory["peak"] >= memory["before"] > 0
