@@ -4,7 +4,6 @@ Everything is checked when a checkpoint is opened. The files stay memory-mapped;
 """
 
 import json
-import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
