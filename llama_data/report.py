@@ -19,8 +19,8 @@ PREFACE = """\
 
 Each text keeps the licence of its source, which every line of the `.jsonl` files names; the licence of this project
 does not cover them. Licences stand here by their SPDX names (https://spdx.org/licenses/NAME.html has the text) where
-they have one. This list says what the packages say; it is no legal advice. Mails are those of real people: addresses
-are masked, names are not.
+they have one. This list says what the packages say; it is no legal advice. Mails are those of real people:
+e-mail addresses are masked, names and telephone numbers are not.
 
 To remove a domain, delete its two files, `DOMAIN.zip` and `heldout/DOMAIN.jsonl`. To remove a source within a domain,
 drop the lines whose `source` begins with its name. Running `make_sample_data.py` again would bring them back.

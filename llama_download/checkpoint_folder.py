@@ -12,6 +12,7 @@ from typing import Any
 from run_moefication.moefication.errors import MoEficationError
 
 RECORD = "source.json"  # what the folder was made from, and its files with their sizes
+UNFINISHED = ".unfinished"  # marks a folder that `new_folder` is filling
 
 
 def is_complete(folder: Path, source: dict[str, Any]) -> bool:
@@ -27,10 +28,15 @@ def refuse_occupied(folder: Path, overwrite: bool = False) -> None:
         return
     if not folder.is_dir():
         raise MoEficationError(f"--output_dir {folder} is no folder: choose another name")
+    if os.path.ismount(folder):
+        raise MoEficationError(f"--output_dir {folder} is a mount point, which cannot be replaced: name a folder in it")
     ours = {RECORD, *_read_record(folder).get("files", {})}
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours)
     if foreign:
         raise MoEficationError(f"--output_dir {folder} holds something else ({foreign[0]}): choose another folder")
+    files = _read_record(folder).get("files")
+    if files and not overwrite and _sizes(folder, files) != files:
+        raise MoEficationError(f"--output_dir {folder} has lost or changed files: --overwrite makes it anew")
     if (folder / RECORD).exists() and not overwrite:
         raise MoEficationError(f"--output_dir {folder} was made from something else: choose another or --overwrite")
 
@@ -42,10 +48,13 @@ def new_folder(folder: Path, source: dict[str, Any], overwrite: bool = False) ->
     Raises:
         MoEficationError: see `refuse_occupied`; or another process is making the same folder.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = folder.resolve()
     refuse_occupied(folder, overwrite)
     partial = folder.with_name(f".{folder.name}.partial")
+    if partial.is_symlink() or (partial.exists() and any(partial.iterdir()) and not (partial / UNFINISHED).exists()):
+        raise MoEficationError(f"{partial} is in the way, and not of this script: move it away")
     partial.mkdir(parents=True, exist_ok=True)
+    (partial / UNFINISHED).touch()
     lock = os.open(partial, os.O_RDONLY)
     try:
         try:
@@ -71,6 +80,7 @@ def new_folder(folder: Path, source: dict[str, Any], overwrite: bool = False) ->
 
 def _complete(partial: Path, source: dict[str, Any]) -> None:
     """Write the record, give every file the rights that a new file has here, and have all of it on the disk."""
+    (partial / UNFINISHED).unlink()
     names = sorted(path.name for path in partial.iterdir())
     record = source | {"files": _sizes(partial, names)}
     (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -99,6 +109,8 @@ def _sizes(folder: Path, names: Any) -> dict[str, int] | None:
 
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
+        if path.name == UNFINISHED:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -11,6 +11,7 @@ import argparse
 import errno
 import json
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 MODEL_SIZES = ("7B", "13B", "30B", "65B", "70B", "1B", "3B", "8B", "auto")
 DTYPES = ("float32", "float16", "bfloat16")
+MOST_UNUSED_ROWS = 1024  # an embedding may be padded; a tokenizer smaller by more is another model's
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -94,9 +96,10 @@ def convert(arguments: argparse.Namespace) -> None:
         return
     refuse_occupied(output_dir, arguments.overwrite)
     tokenizer = convert_tokenizer(tokenizer_path, model.family, config.max_position_embeddings)
-    if len(tokenizer) > config.vocab_size:
+    if not 0 <= config.vocab_size - len(tokenizer) <= MOST_UNUSED_ROWS:
         raise MoEficationError(
-            f"{tokenizer_path} has {len(tokenizer)} tokens, the embedding of {folder} only {config.vocab_size} rows"
+            f"{tokenizer_path} has {len(tokenizer)} tokens, the embedding of {folder} {config.vocab_size} rows: "
+            f"put the model's own tokenizer.model into its folder"
         )
     print(
         f"{folder}: {model.family}, {config.num_hidden_layers} layers of {config.hidden_size} x "
@@ -107,7 +110,7 @@ def convert(arguments: argparse.Namespace) -> None:
         tokenizer.save_pretrained(partial)
         write_model(model, tokenizer, partial, arguments.dtype, arguments.max_shard_size)
     print(f"written: {output_dir}")
-    print(f"next: MODEL_PATH='{output_dir}' bash run_moefication/1_split.sh")
+    print(f"next: MODEL_PATH={shlex.quote(str(output_dir))} bash run_moefication/1_split.sh")
 
 
 def find_model(input_dir: Path, model_size: str) -> Path:
@@ -118,7 +121,7 @@ def find_model(input_dir: Path, model_size: str) -> Path:
         if (folder / "params.json").is_file():
             return folder
     within = "" if model_size == "auto" else f", nor has its folder {model_size}"
-    raise MoEficationError(f"--input_dir {input_dir} has no params.json{within}")
+    raise MoEficationError(f"--input_dir {input_dir} has no params.json{within}: name the folder that has")
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -170,8 +173,14 @@ def save_shard(group: "list[PlannedTensor]", file: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    tensors = {planned.name: planned.made() for planned in group}
+    storages = set()
+    for name, tensor in tensors.items():
+        if tensor.untyped_storage().data_ptr() in storages:  # of a file that holds one tensor under two names
+            tensors[name] = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
     try:
-        save_file({planned.name: planned.made() for planned in group}, file, {"format": "pt"})
+        save_file(tensors, file, {"format": "pt"})
     except SafetensorError as error:  # its way to say that the disk is full
         raise OSError(errno.EIO, str(error), str(file)) from None
 

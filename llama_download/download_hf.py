@@ -84,6 +84,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return "the hub has no such model, or it is private: check the name; for private ones: hf auth login", 2
     if status in (401, 403):
         return "the hub refuses: accept the model's licence on its page on the hub, then log in: hf auth login", 2
+    if type(error).__name__ == "UnsupportedProtocol":
+        return "HF_ENDPOINT is no address such as https://huggingface.co", 2
     if error.__cause__ is not None and (explained := explain(error.__cause__)):
         return explained
     half = isinstance(error, OSError) and error.errno is None  # the client's word for a file that came incomplete
@@ -92,6 +94,11 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return f"the network or the hub fails ({reason}): check the network, then run this again: it goes on", 3
     if isinstance(error, OSError):
         return f"cannot be written: {error}", 2
+    if isinstance(error, ValueError):  # of the client's JSON parser
+        return (
+            "the address does not answer as a hub does: check HF_ENDPOINT, or the page your network wants you to see",
+            2,
+        )
     return None
 
 

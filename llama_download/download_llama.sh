@@ -129,7 +129,7 @@ fetch() {
         echo "$file: broken off after $size bytes ($how), again in $delay s"
         run_child sleep "$delay"
     done
-    { sync "$part" && mv -f -- "$part" "$TARGET_FOLDER/$file"; } || die "$TARGET_FOLDER/$file cannot be written"
+    { sync -- "$part" && mv -f -- "$part" "$TARGET_FOLDER/$file"; } || die "$TARGET_FOLDER/$file cannot be written"
     echo "$file: verified"
 }
 
@@ -167,7 +167,7 @@ verify() {
 # fetch_folder FOLDER CHECKLIST NAME...: the list of checksums, and of the files those that are not there and right.
 fetch_folder() {
     local folder="$TARGET_FOLDER/$1" list="$TARGET_FOLDER/$1$2" name
-    mkdir -p -- "$folder" 2>/dev/null || die "$folder cannot be made: choose another TARGET_FOLDER"
+    make_folder "$folder" || die "$folder cannot be made: choose another TARGET_FOLDER"
     if verify "$@"; then
         echo "${1:-"$TARGET_FOLDER/"}: verified already: ${*:3}"
         return
@@ -189,6 +189,7 @@ case "${1:-}" in
     *) die "'$1': settings are given in the environment, or in the first three lines (--help lists them)" ;;
 esac
 [ -n "$TARGET_FOLDER" ] || die 'TARGET_FOLDER is empty: name the folder where all files should end up'
+[ "${TARGET_FOLDER#-}" = "$TARGET_FOLDER" ] || TARGET_FOLDER="./$TARGET_FOLDER" # or it would be taken for an option
 # Mail programs break long links, and some copy them as HTML.
 PRESIGNED_URL="$(printf '%s' "$PRESIGNED_URL" | tr -d '[:space:]' | sed 's/&amp;/\&/g')"
 case "$PRESIGNED_URL" in
@@ -227,11 +228,24 @@ command -v "${MD5[0]}" >/dev/null || die "neither md5sum nor md5 is there: insta
 
 CHILD=""
 HEADERS="$(mktemp)"
-trap 'rm -f -- "$HEADERS"' EXIT
+CREATED=() # folders that this run made, to go again if nothing came into them
+make_folder() { # FOLDER
+    [ -d "$1" ] || CREATED=("$1" "${CREATED[@]}")
+    mkdir -p "$1" 2>/dev/null
+}
+clean_up() {
+    rm -f -- "$HEADERS"
+    local folder
+    for folder in "${CREATED[@]}"; do
+        find "$folder" -maxdepth 1 -name '.*.part' -size 0 -delete 2>/dev/null || true
+        rmdir "$folder" 2>/dev/null || true
+    done
+}
+trap clean_up EXIT
 trap 'stop 129' HUP
 trap 'stop 130' INT
 trap 'stop 143' TERM
-mkdir -p -- "$TARGET_FOLDER" 2>/dev/null || die "TARGET_FOLDER $TARGET_FOLDER cannot be made: choose another folder"
+make_folder "$TARGET_FOLDER" || die "TARGET_FOLDER $TARGET_FOLDER cannot be made: choose another folder"
 if command -v flock >/dev/null; then # macOS has none: there, two runs at once only spoil each other's unfinished files
     exec 9<"$TARGET_FOLDER"
     flock --nonblock --conflict-exit-code 9 9 2>/dev/null || [ $? -ne 9 ] ||

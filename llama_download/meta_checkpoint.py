@@ -67,7 +67,7 @@ class MetaCheckpoint:
         dtype: of the weights.
 
     Raises:
-        MoEficationError: names the file that is missing, surplus, damaged or at odds with `params.json`.
+        MoEficationError: names the file that is missing, surplus, cut short or at odds with `params.json`.
     """
 
     def __init__(self, folder: Path):
@@ -165,6 +165,8 @@ class MetaCheckpoint:
                     sum(part.shape[axis] for part in parts) if axis == tensor.axis else _common(parts, axis)
                     for axis in range(len(tensor.shape))
                 )
+            if fits and tensor.head_dim is not None:
+                fits = all(part.shape[0] % tensor.head_dim == 0 for part in parts)  # no head is cut
             if not fits:
                 shapes = ", ".join(str(list(part.shape)) for part in parts)
                 raise MoEficationError(
@@ -261,7 +263,12 @@ def _describe(shape: tuple[int, ...]) -> str:
 
 def _shard_files(folder: Path) -> list[Path]:
     """The shards in the order of their ranks."""
-    found = {int(match[1]): file for file in folder.iterdir() if (match := SHARD_NAME.fullmatch(file.name))}
+    found: dict[int, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if match := SHARD_NAME.fullmatch(file.name):
+            if int(match[1]) in found:
+                raise MoEficationError(f"{found[int(match[1])]} and {file.name} are one rank twice: move one away")
+            found[int(match[1])] = file
     for rank in range(max(found, default=0) + 1):
         if rank not in found:
             raise MoEficationError(f"{folder / f'consolidated.{rank:02d}.pth'} is missing; download it again")
@@ -269,9 +276,12 @@ def _shard_files(folder: Path) -> list[Path]:
 
 
 def _read_shard(file: Path) -> dict[str, torch.Tensor]:
-    tensors = load_tensors(file)
+    try:
+        tensors = load_tensors(file)
+    except MoEficationError as error:
+        raise MoEficationError(f"{error}; download it again") from None
     if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and type(tensor) is torch.Tensor and tensor.layout is torch.strided
+        isinstance(name, str) and type(tensor) is torch.Tensor and tensor.layout is torch.strided and tensor.is_cpu
         for name, tensor in tensors.items()
     ):
         raise MoEficationError(f"{file} is not a dict of tensors by name")

@@ -19,8 +19,9 @@ except ImportError:
 
 from .errors import MoEficationError
 
-LINES = ".jsonl"
+LINES = (".jsonl", ".json")  # the second is what C4 calls such files
 TEXT = ".txt"
+OF_DATASETS = ("manifest.json", "redpajama.json", "dataset_info.json", "dataset_infos.json")  # no text
 COMPRESSED = (".gz", ".zst")
 MAX_LINE_BYTES = 64 << 20
 PLAIN_TEXT_BYTES = 4 << 20  # plain text beyond it is read as several documents, cut at line ends
@@ -44,7 +45,18 @@ class TextFile:
     def plain_name(self) -> str:
         """The file's name without folder and compression: what it would be called unpacked."""
         name = PurePosixPath(self.member or self.path.name)
-        return name.stem if name.suffix in COMPRESSED else name.name
+        return name.stem if name.suffix.lower() in COMPRESSED else name.name
+
+    @property
+    def holds_lines(self) -> bool:
+        """Whether each line is a document; else the whole file is one."""
+        return self.plain_name.lower().endswith(LINES)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether a folder or zip that holds the file is meant to be read with it."""
+        is_named_so = self.holds_lines or self.plain_name.lower().endswith(TEXT)
+        return is_named_so and self.plain_name not in OF_DATASETS and not self.plain_name.startswith(".")
 
     @property
     def label(self) -> str:
@@ -61,19 +73,19 @@ def find_text_files(path: Path) -> list[TextFile]:
         MoEficationError: nothing there, or a zip that is damaged or reaches out of its place.
     """
     if path.is_file():
-        return zip_members(path) if path.suffix == ".zip" else [TextFile(path)]
+        return zip_members(path) if path.suffix.lower() == ".zip" else [TextFile(path)]
     if not path.is_dir():
         raise MoEficationError(f"{path} does not exist")
     names: dict[str, TextFile] = {}
     zips = []
-    for file in sorted(path.iterdir(), key=lambda file: (file.suffix in COMPRESSED, file.name)):
-        if file.suffix == ".zip" and file.is_file():
+    for file in sorted(path.iterdir(), key=lambda file: (file.suffix.lower() in COMPRESSED, file.name)):
+        if file.suffix.lower() == ".zip" and file.is_file():
             zips.append(file)
-        elif TextFile(file).plain_name.endswith((LINES, TEXT)) and file.is_file():
+        elif TextFile(file).is_text and file.is_file():
             names.setdefault(TextFile(file).plain_name, TextFile(file))
     found = list(names.values())
     for file in zips:
-        if file.stem + LINES not in names:
+        if not any(file.stem + suffix in names for suffix in LINES):
             found += [member for member in zip_members(file) if member.plain_name not in names]
     return sorted(found, key=lambda file: (file.plain_name, str(file)))
 
@@ -97,14 +109,10 @@ def zip_members(path: Path) -> list[TextFile]:
         if name.casefold() in seen:
             raise MoEficationError(f"{path} holds {name!r} twice; refused")
         seen.add(name.casefold())
-    names = [PurePosixPath(info.filename) for info in members]
-    texts = [
-        TextFile(path, str(name))
-        for name in names
-        if name.suffix in (LINES, TEXT) and "heldout" not in name.parts and not name.name.startswith(".")
-    ]
+    texts = [TextFile(path, info.filename) for info in members]
+    texts = [file for file in texts if file.is_text and "heldout" not in PurePosixPath(file.member).parts]
     if not texts:
-        raise MoEficationError(f"{path} holds no {LINES} or {TEXT} file")
+        raise MoEficationError(f"{path} holds no .jsonl or .txt file")
     return texts
 
 
@@ -137,7 +145,7 @@ class DocumentReader:
         for file, size in zip(self._files, self._sizes, strict=True):
             with _open(file) as (stream, position):
                 self._position = position
-                read = self._documents if file.plain_name.endswith(LINES) else _plain_text
+                read = self._documents if file.holds_lines else _plain_text
                 try:
                     yield from read(_lines(file, stream), file)
                 except DAMAGE as error:
@@ -227,13 +235,10 @@ def _size(file: TextFile) -> int:
 def _open(file: TextFile) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     """The expanded bytes, and a function that says how far they are read, on the scale of `_size`."""
     with contextlib.ExitStack() as stack:
-        if file.member is not None:
-            stream = stack.enter_context(stack.enter_context(zipfile.ZipFile(file.path)).open(file.member))
-            yield stream, stream.tell
-            return
-        raw = stack.enter_context(file.path.open("rb"))
-        if file.path.suffix not in COMPRESSED:
-            yield raw, raw.tell
-            return
-        opener = gzip.open if file.path.suffix == ".gz" else zstd.open
-        yield stack.enter_context(opener(raw, "rb")), raw.tell
+        if file.member is None:
+            raw = stack.enter_context(file.path.open("rb"))
+        else:
+            raw = stack.enter_context(stack.enter_context(zipfile.ZipFile(file.path)).open(file.member))
+        openers = {".gz": gzip.open, ".zst": zstd.open}
+        opener = openers.get(PurePosixPath(file.member or file.path.name).suffix.lower())
+        yield (stack.enter_context(opener(raw, "rb")) if opener else raw), raw.tell

@@ -193,7 +193,7 @@ def test_it_runs_as_a_script_from_anywhere(meta_folder, tmp_path):
     command = [sys.executable, script.__file__, "--input_dir", meta_folder, "--model_size", "auto", "--output_dir"]
     result = subprocess.run([*command, "out/of/here"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0
-    assert "next: MODEL_PATH='out/of/here' bash run_moefication/1_split.sh" in result.stdout
+    assert "next: MODEL_PATH=out/of/here bash run_moefication/1_split.sh" in result.stdout
     assert_same_logits(tmp_path / "out/of/here", small_llama())
 
 
@@ -223,7 +223,8 @@ def test_a_finished_checkpoint_is_left_alone_and_others_are_refused(convert, met
 def test_an_incomplete_checkpoint_is_not_taken_for_finished(convert, meta_folder, tmp_path):
     assert convert(meta_folder, tmp_path / "out")[0] == 0
     (tmp_path / "out" / "model.safetensors").unlink()
-    assert convert(meta_folder, tmp_path / "out")[0] == 2
+    status, _, err = convert(meta_folder, tmp_path / "out")
+    assert (status, "has lost or changed files: --overwrite" in err) == (2, True)
     assert convert(meta_folder, tmp_path / "out", "--overwrite")[0] == 0
     assert_same_logits(tmp_path / "out", small_llama())
 
@@ -259,6 +260,15 @@ DAMAGES = {
     "a shard too many": (
         lambda f: (f / "consolidated.02.pth").write_bytes((f / "consolidated.01.pth").read_bytes()),
         "shards are missing, too many",
+    ),
+    "a rank twice": (
+        lambda f: (f / "consolidated.1.pth").write_bytes((f / "consolidated.01.pth").read_bytes()),
+        "are one rank twice",
+    ),
+    "heads cut in two": (lambda f: edit_params(f, n_heads=1, n_kv_heads=1), "attention.w"),
+    "a tensor without values": (
+        lambda f: edit_shard(f, 0, lambda shard: shard.update(extra=torch.empty(2, device="meta"))),
+        "not a dict of tensors",
     ),
     "shard cut short": (lambda f: cut(f / "consolidated.01.pth", 0.5), "consolidated.01.pth is not a whole file"),
     "shard one byte short": (lambda f: cut(f / "consolidated.01.pth", 0.9999), "consolidated.01.pth is not a whole"),
@@ -302,6 +312,10 @@ DAMAGES = {
     "tokenizer is HTML": (lambda f: (f.parent / "tokenizer.model").write_text("<html>"), "neither a sentencepiece"),
     "tokenizer is empty": (lambda f: (f.parent / "tokenizer.model").write_text(""), "is not a BPE model"),
     "tokenizer is cut": (lambda f: cut(f.parent / "tokenizer.model", 0.5), "neither a sentencepiece"),
+    "tokenizer of a smaller model": (
+        lambda f: (write_meta(small_llama(vocab_size=2048), f, 2), edit_params(f, vocab_size=2048)),
+        "put the model's own tokenizer.model into its folder",
+    ),
     "tokenizer is too large": (lambda f: write_tiktoken(f / "tokenizer.model"), "the embedding of"),
 }
 
@@ -367,6 +381,39 @@ def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_none_of_its_remains(
     assert convert(folder, results / "out")[0] == 0
     assert [path.name for path in results.iterdir()] == ["out"]
     assert_same_logits(results / "out", small_llama(num_hidden_layers=60))
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+def test_a_foreign_folder_of_the_temporary_name_is_left_alone(convert, meta_folder, tmp_path, is_link):
+    foreign = tmp_path / ("elsewhere" if is_link else ".out.partial")
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    if is_link:
+        (tmp_path / ".out.partial").symlink_to(foreign)
+    before = contents(tmp_path)
+    status, _, err = convert(meta_folder, tmp_path / "out")
+    assert (status, "is in the way" in err) == (2, True)
+    assert contents(tmp_path) == before
+
+
+def test_the_output_may_be_a_link_to_an_empty_folder(convert, meta_folder, tmp_path):
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    assert convert(meta_folder, tmp_path / "out")[0] == 0
+    assert (tmp_path / "out").is_symlink()
+    assert_same_logits(tmp_path / "disk" / "real", small_llama())
+
+
+def test_one_tensor_under_two_names_in_a_file_is_written_twice(convert, tmp_path, tokenizer_file):
+    model = small_llama()
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight = mlp.gate_proj.weight
+    folder = write_meta(model, tmp_path / "in")
+    first, second = (f"layers.0.feed_forward.{name}.weight" for name in ("w1", "w3"))
+    edit_shard(folder, 0, lambda shard: shard.update({second: shard[first]}))
+    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    assert convert(folder, tmp_path / "out")[0] == 0
+    assert_same_logits(tmp_path / "out", model)
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path):

@@ -172,6 +172,19 @@ def test_the_same_documents_come_out_of_every_kind_of_file(texts):
             assert reader.position == reader.total_bytes > 0 or not content
 
 
+@pytest.mark.parametrize("name", ["A.JSONL", "a.json", "c4-train.00000-of-01024.json.gz", "a.JSONL.ZST"])
+def test_json_lines_are_known_by_any_of_their_names(name, tmp_path):
+    """Alone, in a folder, and in a zip."""
+    content = b'{"text": "a"}\n{"text": "b"}\n'
+    pack = {"gz": gzip.compress, "st": zstd.compress}.get(name.lower()[-2:], bytes)
+    (tmp_path / name).write_bytes(pack(content))
+    (tmp_path / "manifest.json").write_text("{}")
+    assert read(tmp_path / name) == read(tmp_path) == ["a", "b"]
+    write_zip(tmp_path / "other.ZIP", {name: pack(content), "dataset_info.json": "{}"})
+    assert read(tmp_path / "other.ZIP") == ["a", "b"]
+    assert read(tmp_path) == ["a", "b"]
+
+
 def test_plain_text_may_be_compressed(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\ntwo"))
     write_zip(tmp_path / "b.zip", {"b.txt": "three"})
