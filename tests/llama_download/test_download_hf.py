@@ -224,6 +224,13 @@ def test_what_the_hub_refuses_is_one_line(path, reply, words, run, hub, target):
     assert path.rpartition("/")[2] not in contents(target)
 
 
+def test_an_address_that_is_no_hub_is_one_line(run, hub, target):
+    hub.misbehave(INFO, repeat(Reply(200, body=b"<html>Please log in</html>")))
+    assert_one_line(run(), MODEL, "check HF_ENDPOINT")
+    assert_one_line(run(HF_ENDPOINT="notaurl"), MODEL, "HF_ENDPOINT is no address")
+    assert not target.exists()
+
+
 def test_no_network_is_one_line(run, target):
     with LocalServer() as gone:
         url = gone.url

@@ -19,7 +19,7 @@ from local_server import LocalServer, Reply
 
 SCRIPT = Path(__file__).parents[2] / "llama_download" / "download_llama.sh"
 BASH = shutil.which("bash")
-TOOLS = ["awk", "flock", "md5sum", "mkdir", "mktemp", "mv", "rm", "sed", "sleep", "sort", "sync", "tr", "wc"]
+TOOLS = ["awk", "find", "flock", "md5sum", "mkdir", "mktemp", "mv", "rm", "rmdir", "sed", "sleep", "sort", "sync", "tr", "wc"]
 SHARD = "7B/consolidated.00.pth"
 PART = ".consolidated.00.pth.part"
 PAGE = b"<!doctype html><html><title>Log in</title></html>\n"
@@ -333,6 +333,18 @@ def test_a_refusal_is_final(client, status, words, server, settings, target):
     assert_one_line(result, "7B/params.json", str(status), words)
     assert len(server.requested("7B/params.json")) == 1
     assert "7B/params.json" not in contents(target)
+
+
+@pytest.mark.parametrize("reply", [Reply(status=403), Reply(status=404)])
+def test_a_refusal_at_the_start_leaves_no_folder(client, reply, server, settings, target):
+    server.misbehave("tokenizer_checklist.chk", [reply])
+    assert_one_line(run(client, settings), "tokenizer_checklist.chk")
+    assert not target.exists()
+
+
+def test_a_folder_that_looks_like_an_option(client, server, settings, tmp_path):
+    result = run(client, settings | {"TARGET_FOLDER": "-rel"}, cwd=tmp_path)
+    assert_complete(result, server, tmp_path / "-rel")
 
 
 def test_a_link_that_expires_half_way_keeps_what_came(client, server, settings, target):
