@@ -19,7 +19,8 @@ from local_server import LocalServer, Reply
 
 SCRIPT = Path(__file__).parents[2] / "llama_download" / "download_llama.sh"
 BASH = shutil.which("bash")
-TOOLS = ["awk", "find", "flock", "md5sum", "mkdir", "mktemp", "mv", "rm", "rmdir", "sed", "sleep", "sort", "sync", "tr", "wc"]
+TOOLS = ["awk", "find", "flock", "md5sum", "mkdir", "mktemp", "mv", "rm", "rmdir", "sed", "sleep", "sort", "sync", "tr"]
+TOOLS += ["wc"]
 SHARD = "7B/consolidated.00.pth"
 PART = ".consolidated.00.pth.part"
 PAGE = b"<!doctype html><html><title>Log in</title></html>\n"
