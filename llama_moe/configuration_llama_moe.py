@@ -32,6 +32,7 @@ class LlamaMoEConfig(LlamaConfig):
         moe_intermediate_size: neurons per expert; default `intermediate_size / (num_experts + num_shared_experts)`.
         gate_network: "mlp" (Linear-Tanh-Linear, MoEfication section 3.2) or "linear".
         gate_rank: width between the two factors of a "linear" gate; None for a single, full matrix.
+        gate_bias: whether a "linear" gate has a bias.
         gate_noise: standard deviation of the noise added to the scores while training.
         routing: "top_k" runs the `num_experts_per_tok` experts of the highest score; "threshold" every expert whose
             score reaches its layer's threshold, so that tokens differ in cost and the average is the budget.
@@ -63,6 +64,7 @@ class LlamaMoEConfig(LlamaConfig):
     moe_intermediate_size: int | None = None
     gate_network: str = "mlp"
     gate_rank: int | None = None
+    gate_bias: bool = False
     gate_noise: float | int = 0.0
     routing: str = "top_k"
     min_experts_per_tok: int = 0
@@ -130,6 +132,9 @@ class LlamaMoEConfig(LlamaConfig):
             limit = min(self.hidden_size, self.num_experts)
             self._require("gate_rank", 1 <= self.gate_rank <= limit, f"1 to {limit}, the smaller side of the gate")
             self._require("gate_rank", self.gate_network == "linear", 'None unless gate_network is "linear"')
+        self._require(
+            "gate_bias", not self.gate_bias or self.gate_network == "linear", 'False unless gate_network is "linear"'
+        )
         self._check_budgets()
 
     def _check_budgets(self) -> None:

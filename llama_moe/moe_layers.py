@@ -153,7 +153,7 @@ class Gate(nn.Module):
 class LinearGate(Gate):
     """One linear map from hidden state to expert scores; with a `rank`, the product of two factors of that width."""
 
-    def __init__(self, hidden_size: int, num_experts: int, rank: int | None = None, **routing):
+    def __init__(self, hidden_size: int, num_experts: int, rank: int | None = None, has_bias: bool = False, **routing):
         super().__init__(num_experts, **routing)
         self.rank = rank
         if rank is None:
@@ -161,11 +161,12 @@ class LinearGate(Gate):
         else:
             self.input_weight = nn.Parameter(torch.empty(rank, hidden_size))
             self.output_weight = nn.Parameter(torch.empty(num_experts, rank))
+        self.register_parameter("bias", nn.Parameter(torch.empty(num_experts)) if has_bias else None)
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.rank is None:
-            return F.linear(hidden_states, self.weight)
-        return F.linear(F.linear(hidden_states, self.input_weight), self.output_weight)
+            return F.linear(hidden_states, self.weight, self.bias)
+        return F.linear(F.linear(hidden_states, self.input_weight), self.output_weight, self.bias)
 
 
 class MLPGate(Gate):
@@ -417,11 +418,12 @@ class MoEBlock(nn.Module):
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__()
-        rank = {"rank": config.gate_rank} if config.gate_network == "linear" else {}
+        is_linear = config.gate_network == "linear"
+        of_linear = {"rank": config.gate_rank, "has_bias": config.gate_bias} if is_linear else {}
         self.gate = GATE_CLASSES[config.gate_network](
             config.hidden_size,
             config.num_experts,
-            **rank,
+            **of_linear,
             num_experts_per_tok=config.experts_per_tok_of(layer_idx),
             routing=config.routing,
             min_experts_per_tok=config.min_experts_per_tok,

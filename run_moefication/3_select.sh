@@ -9,8 +9,10 @@ SAVE_PATH="${SAVE_PATH:-$HERE/../llama_moe_temp_files}" # where the stages keep 
 NUM_EXPERTS="${NUM_EXPERTS:-8}"                         # as in 1_split.sh
 NUM_SELECTS="${NUM_SELECTS:-2}"                         # experts per token
 TEMPLATES="${TEMPLATES:-"layers.{}.mlp.gate_proj.weight"}"
-SELECT_CRITERION="${SELECT_CRITERION:-l2_norm}"         # plain, positive or l2_norm
+SELECT_CRITERION="${SELECT_CRITERION:-l2_norm}"         # plain, positive, l2_norm or output_norm
 GATE_NETWORK="${GATE_NETWORK:-mlp}"                     # mlp, linear or similarity
+GATE_FIT="${GATE_FIT:-}"                                # ridge or adam; empty: ridge for linear gates
+GATE_RANK="${GATE_RANK:-}"                              # of a linear gate as two factors; empty: full
 SPECIFY_LAYER="${SPECIFY_LAYER:-}"                      # such as 0-7; empty: all layers
 SEED="${SEED:-0}"
 PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
@@ -27,6 +29,8 @@ NAME="$(basename "$(cd "$MODEL_PATH" 2>/dev/null && pwd || echo "$MODEL_PATH")")
     --num_selects "$NUM_SELECTS" \
     ${SPECIFY_LAYER:+--specify_layer "$SPECIFY_LAYER"} \
     --gate_network "$GATE_NETWORK" \
+    ${GATE_FIT:+--gate_fit "$GATE_FIT"} \
+    ${GATE_RANK:+--gate_rank "$GATE_RANK"} \
     --use_softmax \
     --seed "$SEED" \
     "$@"

@@ -30,8 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--select_criterion",
         default="l2_norm",
-        choices=("plain", "positive", "l2_norm"),
-        help="score of an expert from its neurons' activations a: |sum a|, sum max(a, 0), or sum a^2",
+        choices=("plain", "positive", "l2_norm", "output_norm"),
+        help="score of an expert: from its neurons' activations a |sum a|, sum max(a, 0), or sum a^2; or the norm of "
+        "what it adds to the MLP's output",
     )
     parser.add_argument(
         "--num_selects",
@@ -56,6 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("mlp", "linear", "similarity"),
         help="mlp: Linear-Tanh-Linear; linear: one Linear; similarity: a linear gate of expert centres, not trained",
     )
+    parser.add_argument(
+        "--gate_fit",
+        choices=("ridge", "adam"),
+        help="ridge: linear gates in closed form, with a bias; adam: training (default: ridge for linear, else adam)",
+    )
+    parser.add_argument(
+        "--gate_rank", type=int, help="of a linear gate as two factors: cheaper with many experts (default: full)"
+    )
     parser.add_argument("--epochs", type=int, default=30, help="passes over the tokens, at most")
     parser.add_argument("--batch_size", type=int, default=1024, help="tokens per step")
     parser.add_argument("--lr", type=float, default=0.01, help="peak of the one-cycle learning rate")
@@ -78,6 +87,8 @@ def select(arguments: argparse.Namespace) -> None:
         num_selects=arguments.num_selects,
         select_criterion=arguments.select_criterion,
         gate_network=arguments.gate_network,
+        gate_fit=arguments.gate_fit,
+        gate_rank=arguments.gate_rank,
         use_softmax=arguments.use_softmax,
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
@@ -107,7 +118,7 @@ def print_quality(metrics: dict, num_selects: int) -> None:
     for name, m in metrics.items():
         print(
             f"{name:<32} {m['recall']:>7.3f} {m['constant_recall']:>9.3f} "
-            f"{m['mass_recall']:>12.3f} {m['constant_mass_recall']:>9.3f} {m['best_epoch']:>6}"
+            f"{m['mass_recall']:>12.3f} {m['constant_mass_recall']:>9.3f} {m.get('best_epoch', '-'):>6}"
         )
     if all(m["constant_recall"] == 1.0 for m in metrics.values()):
         return  # every expert is selected, or always the same: there is nothing to beat

@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 import llama_moe
 from llama_moe import LlamaMoEConfig
-from llama_moe.moe_layers import GATE_CLASSES
+from llama_moe.moe_layers import GATE_CLASSES, LinearGate
 
 from . import artifacts
 from .checkpoints import DTYPES, TEMPLATES, TOKENIZER_FILES, Checkpoint
@@ -50,11 +50,21 @@ class Gates:
         self.artifact.require_option("templates", split.template)
         if self.artifact.manifest["inputs"].get("split_file_path") != split.artifact.digest:
             raise MoEficationError(f"{folder} holds gates of another split than {split.artifact.folder}")
-        self.network = GATE_NETWORKS[self.artifact.options["gate_network"]]
+        options = self.artifact.options
+        self.config_fields = {
+            "gate_network": GATE_NETWORKS[options["gate_network"]],
+            "gate_rank": options["gate_rank"],
+            "gate_bias": options["gate_fit"] == "ridge",
+        }
         self._template = split.template
+        gate_class = GATE_CLASSES[self.config_fields["gate_network"]]
+        of_linear = {"rank": options["gate_rank"], "has_bias": self.config_fields["gate_bias"]}
         with torch.device("meta"):
-            gate = GATE_CLASSES[self.network](
-                checkpoint.config.hidden_size, split.num_experts, num_experts_per_tok=split.num_experts
+            gate = gate_class(
+                checkpoint.config.hidden_size,
+                split.num_experts,
+                **(of_linear if gate_class is LinearGate else {}),
+                num_experts_per_tok=split.num_experts,
             )
         self.shapes = {name: tuple(parameter.shape) for name, parameter in gate.named_parameters()}
         for layer in range(checkpoint.config.num_hidden_layers):
@@ -66,7 +76,8 @@ class Gates:
         state = self.artifact.load(name)
         shapes = {key: tuple(tensor.shape) for key, tensor in state.items()} if isinstance(state, dict) else None
         if shapes != self.shapes:
-            raise MoEficationError(f"{self.artifact.folder / name} is not a {self.network} gate of shape {self.shapes}")
+            network = self.config_fields["gate_network"]
+            raise MoEficationError(f"{self.artifact.folder / name} is not a {network} gate of shape {self.shapes}")
         if not all(tensor.isfinite().all() for tensor in state.values()):
             raise MoEficationError(f"{self.artifact.folder / name} holds NaN or infinite values; train it again")
         return state
@@ -106,7 +117,13 @@ def convert(
     num_labels = _num_labels(checkpoint, convert_type, num_labels)
     new_dtype = None if dtype is None else DTYPES[dtype]
     config = _moe_config(
-        checkpoint, num_experts, num_selects, gates.network, convert_type, new_dtype or checkpoint.dtype, num_labels
+        checkpoint,
+        num_experts,
+        num_selects,
+        gates.config_fields,
+        convert_type,
+        new_dtype or checkpoint.dtype,
+        num_labels,
     )
     shards = plan_shards(_plan(checkpoint, split, gates, config, convert_type, new_dtype), MAX_SHARD_BYTES)
 
@@ -249,7 +266,7 @@ def _moe_config(
     checkpoint: Checkpoint,
     num_experts: int,
     num_selects: int,
-    gate_network: str,
+    gate_fields: dict[str, Any],
     convert_type: str,
     dtype: torch.dtype,
     num_labels: int | None,
@@ -259,7 +276,7 @@ def _moe_config(
         "dtype": str(dtype).removeprefix("torch."),
         "num_experts": num_experts,
         "num_experts_per_tok": num_selects,
-        "gate_network": gate_network,
+        **gate_fields,
     }
     for name in ("model_type", "transformers_version", "_name_or_path"):
         fields.pop(name, None)

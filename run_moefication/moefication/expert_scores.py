@@ -5,11 +5,13 @@ from torch.nn import functional as F
 
 from .checkpoints import Checkpoint
 
-CRITERIA = {
+# Of the activations a of an expert's neurons.
+ACTIVATION_CRITERIA = {
     "plain": lambda activations: activations,  # |sum a|
     "positive": lambda activations: activations.clamp(min=0),  # sum max(a, 0)
     "l2_norm": lambda activations: activations.square(),  # sum a^2
 }
+CRITERIA = (*ACTIVATION_CRITERIA, "output_norm")
 TOKENS_PER_CHUNK = 4096
 
 
@@ -30,7 +32,7 @@ class ExpertScorer:
 
     def __call__(self, activations: torch.Tensor) -> torch.Tensor:
         """`[tokens, neurons]` -> float32 `[tokens, experts]`, none negative."""
-        scores = CRITERIA[self._criterion](activations.float()) @ self._membership
+        scores = ACTIVATION_CRITERIA[self._criterion](activations.float()) @ self._membership
         return scores.abs() if self._criterion == "plain" else scores
 
 
@@ -49,3 +51,23 @@ class LayerActivations:
         """`[tokens, hidden]`, not normalised -> SiLU(gate_proj x), times (up_proj x) for that template, float32."""
         gate, *up = (F.linear(inputs.float(), w, b) for w, b in zip(self._weights, self._biases, strict=True))
         return F.silu(gate) * up[0] if up else F.silu(gate)
+
+
+class OutputNorms:
+    """The criterion `output_norm`: the norm of what an expert adds to the MLP's output, from inputs and weights.
+
+    With h the expert's part of SiLU(gate_proj x) * (up_proj x) and D its part of down_proj, |D h|^2 = h^T (D^T D) h,
+    which needs no output of an expert: width times fewer numbers than hidden size.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layer: int, neurons: torch.Tensor, device: str):
+        """`neurons`: int64 `[experts, width]`, the neurons of each expert."""
+        self._neurons = neurons.to(device)
+        self._activations = LayerActivations(checkpoint, layer, "up_proj", device)
+        down = checkpoint.mlp_tensor(layer, "down_proj.weight", device).T[self._neurons]  # [experts, width, hidden]
+        self._grams = down @ down.transpose(1, 2)  # [experts, width, width]
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`[tokens, hidden]`, not normalised -> float32 `[tokens, experts]`."""
+        parts = self._activations(inputs).T[self._neurons].transpose(1, 2)  # [experts, tokens, width]
+        return ((parts @ self._grams) * parts).sum(-1).clamp(min=0).sqrt().T

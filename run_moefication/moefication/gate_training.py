@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from llama_moe.moe_layers import GATE_CLASSES, Gate
+from llama_moe.moe_layers import GATE_CLASSES, Gate, LinearGate
 
 from . import artifacts
 from .checkpoints import Checkpoint
 from .errors import MoEficationError
-from .expert_scores import CRITERIA, TOKENS_PER_CHUNK, ExpertScorer, LayerActivations
+from .expert_scores import CRITERIA, TOKENS_PER_CHUNK, ExpertScorer, LayerActivations, OutputNorms
 from .hidden_features import Features
 from .manifests import Claim, environment
 from .progress import Progress, no_progress
+from .ridge_gates import fit_ridge_gate
 from .splitting import Split
 
 logger = logging.getLogger(__name__)
 
 # `similarity` is the linear gate as initialised, MoEfication's second mechanism: it is not trained.
 GATE_NETWORKS = {"mlp": "mlp", "linear": "linear", "similarity": "linear"}
+GATE_FITS = ("ridge", "adam")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class GateSettings:
     num_selects: int
     select_criterion: str = "l2_norm"
     gate_network: str = "mlp"
+    gate_fit: str | None = None  # None: ridge for linear gates, adam for others
+    gate_rank: int | None = None
     use_softmax: bool = False
     epochs: int = 30
     batch_size: int = 1024
@@ -51,6 +55,16 @@ class GateSettings:
             raise MoEficationError(f"--select_criterion {self.select_criterion!r} is not one of {', '.join(CRITERIA)}")
         if self.gate_network not in GATE_NETWORKS:
             raise MoEficationError(f"--gate_network {self.gate_network!r} is not one of {', '.join(GATE_NETWORKS)}")
+        if self.gate_fit is None:
+            object.__setattr__(self, "gate_fit", "ridge" if self.gate_network == "linear" else "adam")
+        if self.gate_fit not in GATE_FITS:
+            raise MoEficationError(f"--gate_fit {self.gate_fit!r} is not one of {', '.join(GATE_FITS)}")
+        if self.gate_network != "linear" and (self.gate_fit == "ridge" or self.gate_rank is not None):
+            raise MoEficationError("--gate_fit ridge and --gate_rank are for --gate_network linear")
+        if self.gate_rank is not None and (self.gate_fit != "ridge" or not 1 <= self.gate_rank <= self.num_experts):
+            raise MoEficationError(
+                f"--gate_rank {self.gate_rank} needs --gate_fit ridge, and is at most --num_experts {self.num_experts}"
+            )
         require_selects(self.num_selects, self.num_experts)
         if self.epochs < 0 or self.batch_size < 1:
             raise MoEficationError(
@@ -134,9 +148,11 @@ def train_gates(
     missing = set(writer.missing())
     for layer in progress([layer for layer in layers if names[layer] in missing], "select", "layer"):
         inputs, scores = _layer_data(checkpoint, split, features, layer, settings, device)
-        gate = initial_gate(
-            settings.gate_network, _rows(checkpoint, layer, settings.templates, device), split.neurons(layer)
-        )
+        if settings.gate_fit == "ridge":
+            gate = ridge_gate(inputs.shape[1], settings)
+        else:
+            rows = checkpoint.finite_tensor(settings.templates.format(layer)).to(device, torch.float32)
+            gate = initial_gate(settings.gate_network, rows, split.neurons(layer))
         metrics = fit_gate(gate.to(device), inputs, scores, settings)
         state = {name: tensor.cpu().clone() for name, tensor in gate.state_dict().items()}
         writer.write_piece(names[layer], {names[layer]: writer.write_tensors(names[layer], state)}, metrics)
@@ -144,22 +160,19 @@ def train_gates(
     return writer
 
 
-def _rows(checkpoint: Checkpoint, layer: int, template: str, device: str) -> torch.Tensor:
-    return checkpoint.finite_tensor(template.format(layer)).to(device, torch.float32)
-
-
 def _layer_data(
     checkpoint: Checkpoint, split: Split, features: Features, layer: int, settings: GateSettings, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs `[tokens, hidden]` in their stored dtype and scores `[tokens, experts]` in float32, both on the device."""
-    scorer = ExpertScorer(split.neurons(layer).to(device), settings.select_criterion)
     inputs = torch.cat([shard.to(device) for shard in features.inputs(layer)])
-    if features.has_gate_outputs:
-        chunks: Iterator[torch.Tensor] = (c for s in features.gate_outputs(layer) for c in s.split(TOKENS_PER_CHUNK))
+    neurons = split.neurons(layer).to(device)
+    if settings.select_criterion == "output_norm":
+        norms = OutputNorms(checkpoint, layer, neurons, device)
+        scores = torch.cat([norms(chunk) for chunk in inputs.split(TOKENS_PER_CHUNK)])
     else:
-        activations = LayerActivations(checkpoint, layer, settings.templates, device)
-        chunks = (activations(chunk) for chunk in inputs.split(TOKENS_PER_CHUNK))
-    scores = torch.cat([scorer(chunk.to(device)) for chunk in chunks])
+        scorer = ExpertScorer(neurons, settings.select_criterion)
+        chunks = _activations(checkpoint, features, layer, inputs, settings, device)
+        scores = torch.cat([scorer(chunk.to(device)) for chunk in chunks])
     if not scores.sum(dtype=torch.float64).isfinite():
         raise MoEficationError(
             f"the features of layer {layer} in {features.artifact.folder} hold NaN or infinite values"
@@ -167,7 +180,28 @@ def _layer_data(
     return inputs, scores
 
 
+def _activations(
+    checkpoint: Checkpoint,
+    features: Features,
+    layer: int,
+    inputs: torch.Tensor,
+    settings: GateSettings,
+    device: str,
+) -> Iterator[torch.Tensor]:
+    """The activations of a layer's neurons in chunks of tokens: those that were stored, or recomputed."""
+    if features.has_gate_outputs:
+        return (chunk for shard in features.gate_outputs(layer) for chunk in shard.split(TOKENS_PER_CHUNK))
+    activations = LayerActivations(checkpoint, layer, settings.templates, device)
+    return (activations(chunk) for chunk in inputs.split(TOKENS_PER_CHUNK))
+
+
 # ---------------------------------------------------------------------------------------------------- one gate
+
+
+def ridge_gate(hidden_size: int, settings: GateSettings) -> LinearGate:
+    """A linear gate with a bias (and a rank, if asked), its values to be fitted."""
+    budget = {"num_experts_per_tok": settings.num_experts}
+    return LinearGate(hidden_size, settings.num_experts, rank=settings.gate_rank, has_bias=True, **budget)
 
 
 def initial_gate(gate_network: str, rows: torch.Tensor, neurons: torch.Tensor) -> Gate:
@@ -189,13 +223,14 @@ def initial_gate(gate_network: str, rows: torch.Tensor, neurons: torch.Tensor) -
 
 
 def fit_gate(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> dict[str, Any]:
-    """Train a gate in place and leave it at its best epoch by held-out mass recall, the untrained gate included.
+    """Fit a gate in place: in closed form (`ridge_gates`), or by training (`adam`), which leaves it at its best epoch
+    by held-out mass recall, the untrained gate included.
 
-    The loss is the KL divergence to the normalised scores with `use_softmax`, the binary cross-entropy to the true
-    top-k set without. The last `valid_percent` of the tokens (blocks come shuffled) are never trained on.
+    The loss of training is the KL divergence to the normalised scores with `use_softmax`, the binary cross-entropy to
+    the true top-k set without. The last `valid_percent` of the tokens (blocks come shuffled) are never trained on.
 
     Returns: metrics for the manifest, all on held-out tokens: `routing_quality` of the gate and of the best constant
-    choice, expert load, and the loss of every epoch.
+    choice, expert load, and what the fit says of itself (the loss of every epoch, or the ridge's strength).
     """
     num_valid = min(max(1, round(len(inputs) * settings.valid_percent)), len(inputs) - 1)
     train, valid = slice(0, -num_valid), slice(-num_valid, None)
@@ -203,6 +238,26 @@ def fit_gate(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: G
     best_constant = top_k_mask(scores[train].mean(dim=0, keepdim=True), k)
     constant = routing_quality(best_constant.expand(num_valid, -1), scores[valid], k)
 
+    if settings.gate_fit == "ridge":
+        of_fit = fit_ridge_gate(gate, inputs, scores, num_valid)
+    else:
+        of_fit = _train(gate, inputs, scores, train, valid, settings)
+    selected = top_k_mask(_logits(gate, inputs[valid]), k)
+    return {
+        **routing_quality(selected, scores[valid], k),
+        "constant_recall": constant["recall"],
+        "constant_mass_recall": constant["mass_recall"],
+        "train_tokens": len(inputs) - num_valid,
+        "valid_tokens": num_valid,
+        **of_fit,
+        "expert_load": selected.mean(dim=0, dtype=torch.float64).tolist(),
+    }
+
+
+def _train(
+    gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, train: slice, valid: slice, settings: GateSettings
+) -> dict[str, Any]:
+    """Train, and go back to the best epoch. Returns which it was, and the losses of all."""
     valid_loss, best = _validate(gate, inputs[valid], scores[valid], settings)
     losses: dict[str, list[float]] = {"train": [], "valid": [valid_loss]}
     best_epoch, best_state = 0, {name: tensor.clone() for name, tensor in gate.state_dict().items()}
@@ -216,17 +271,7 @@ def fit_gate(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: G
         elif epoch - best_epoch >= settings.patience:
             break
     gate.load_state_dict(best_state)
-    load = top_k_mask(_logits(gate, inputs[valid]), k).mean(dim=0, dtype=torch.float64)
-    return {
-        **best,
-        "constant_recall": constant["recall"],
-        "constant_mass_recall": constant["mass_recall"],
-        "best_epoch": best_epoch,
-        "train_tokens": len(inputs) - num_valid,
-        "valid_tokens": num_valid,
-        "loss": losses,
-        "expert_load": load.tolist(),
-    }
+    return {"best_epoch": best_epoch, "loss": losses}
 
 
 def _epochs(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> Iterator[float]:

@@ -103,7 +103,7 @@ def test_any_layout_gives_the_same_checkpoint(layout, finished, tmp_path):
 
 
 @pytest.mark.parametrize("gate", ["mlp", "linear", "similarity"])
-@pytest.mark.parametrize("criterion", ["plain", "positive", "l2_norm"])
+@pytest.mark.parametrize("criterion", ["plain", "positive", "l2_norm", "output_norm"])
 def test_any_gate_and_criterion_gives_the_dense_model(gate, criterion, finished, tmp_path):
     pipeline = Pipeline(finished.model, finished.text, tmp_path)
     for folder in (finished.split_folder, finished.features_folder):
@@ -112,6 +112,24 @@ def test_any_gate_and_criterion_gives_the_dense_model(gate, criterion, finished,
     assert pipeline.select() == 0
     assert pipeline.convert() == 0
     assert_dense_when_all_run(pipeline.model, pipeline.moe)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_gates_in_closed_form_score_in_the_model_as_they_were_fitted(rank, finished, tmp_path):
+    pipeline = Pipeline(finished.model, finished.text, tmp_path)
+    for folder in (finished.split_folder, finished.features_folder):
+        (tmp_path / folder.name).symlink_to(folder)
+    pipeline.select_options = ["--gate_network", "linear", "--select_criterion", "output_norm"]
+    pipeline.select_options += [] if rank is None else ["--gate_rank", rank]
+    assert (pipeline.select(), pipeline.convert()) == (0, 0)
+    assert_dense_when_all_run(pipeline.model, pipeline.moe)
+    moe = load_moe(pipeline.moe, 2)
+    assert (moe.config.gate_network, moe.config.gate_rank, moe.config.gate_bias) == ("linear", rank, True)
+    state = torch.load(pipeline.select_folder / "layers.1.mlp.gate_proj.weight", weights_only=True)
+    weight = state["weight"] if rank is None else state["output_weight"] @ state["input_weight"]
+    x = torch.randn(5, 32)
+    expected = x @ weight.T + state["bias"]
+    torch.testing.assert_close(moe.model.layers[1].mlp.gate.score(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_up_proj_template_and_full_features_give_the_dense_model(tiny_llama, text_folder, tmp_path):

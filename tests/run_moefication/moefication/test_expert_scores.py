@@ -6,7 +6,7 @@ from conftest import make_llama
 from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.checkpoints import Checkpoint
-from run_moefication.moefication.expert_scores import ExpertScorer, LayerActivations
+from run_moefication.moefication.expert_scores import ExpertScorer, LayerActivations, OutputNorms
 
 # float32 sums in another order.
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
@@ -62,3 +62,20 @@ def test_activations_are_the_models(projection, mlp_bias, dtype, tmp_path):
     torch.testing.assert_close(recompute(inputs), expected, **TOLERANCE)
     # Doubled inputs do not double SiLU: nothing is normalised on the way.
     assert not torch.allclose(recompute(2 * inputs), 2 * recompute(inputs), rtol=0.01)
+
+
+@pytest.mark.parametrize("mlp_bias", [False, True])
+@pytest.mark.parametrize("experts", [1, 4, 64])
+def test_output_norms_are_those_of_the_models_mlp_cut_to_an_expert(experts, mlp_bias, tmp_path):
+    """The bias of down_proj belongs to no expert."""
+    folder = make_llama(tmp_path / "llama", mlp_bias=mlp_bias)
+    mlp = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).model.layers[1].mlp
+    generator = torch.Generator().manual_seed(0)
+    inputs, neurons = torch.randn(9, 32, generator=generator), torch.randperm(64, generator=generator)
+    neurons = neurons.view(experts, -1)
+    norms = OutputNorms(Checkpoint(str(folder)), 1, neurons, "cpu")(inputs)
+    with torch.no_grad():
+        hidden = mlp.act_fn(mlp.gate_proj(inputs)) * mlp.up_proj(inputs)
+        for expert, members in enumerate(neurons):
+            output = hidden[:, members] @ mlp.down_proj.weight[:, members].T
+            torch.testing.assert_close(norms[:, expert], output.norm(dim=1), rtol=1e-4, atol=1e-5)

@@ -159,7 +159,10 @@ def test_a_loss_that_is_not_finite_is_refused():
     inputs[7, 3] = float("inf")
     with pytest.raises(MoEficationError, match="loss of a gate did not stay finite; use a smaller --lr than"):
         fit_gate(
-            initial_gate("linear", rows, neurons), inputs, scores, dataclasses.replace(SETTINGS, gate_network="linear")
+            initial_gate("linear", rows, neurons),
+            inputs,
+            scores,
+            dataclasses.replace(SETTINGS, gate_network="linear", gate_fit="adam"),
         )
 
 
@@ -179,7 +182,10 @@ def test_a_learnable_rule_is_learned():
     scores = (inputs @ rule.T).softmax(-1)
     gate = initial_gate("linear", torch.randn(EXPERTS * WIDTH, HIDDEN), neurons)
     # A linear gate can be perfect here; twenty epochs bring it close.
-    assert fit_gate(gate, inputs, scores, dataclasses.replace(SETTINGS, gate_network="linear"))["recall"] > 0.95
+    assert (
+        fit_gate(gate, inputs, scores, dataclasses.replace(SETTINGS, gate_network="linear", gate_fit="adam"))["recall"]
+        > 0.95
+    )
 
 
 def test_best_constant_choice_is_the_highest_mean_of_the_training_tokens():
