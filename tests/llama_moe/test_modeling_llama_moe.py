@@ -50,7 +50,7 @@ ROUTINGS = [
     {},
     {"gate_network": "linear", "gate_rank": 2, "multiply_gate_scores": True, "score_scale_factor": 1.5},
     {"num_experts": 6, "num_shared_experts": 2, "output_bias": True},
-    {"routing": "threshold", "gate_network": "linear"},
+    {"routing": "threshold", "gate_network": "linear", "gate_bias": True},
     {"routing": "threshold", "num_experts": 8, "min_experts_per_tok": 1, "max_experts_per_tok": 5},
 ]
 # float32 sums of the same terms in another order or batch shape.
@@ -117,6 +117,7 @@ def base_of(model):
         ({"gate_rank": 2}, 'gate_rank is 2; it must be None unless gate_network is "linear"'),
         ({"gate_rank": 5, "gate_network": "linear"}, "gate_rank is 5; it must be 1 to 4"),
         ({"gate_rank": 0, "gate_network": "linear"}, "gate_rank is 0"),
+        ({"gate_bias": True}, 'gate_bias is True; it must be False unless gate_network is "linear"'),
         ({"gate_noise": -0.5}, "gate_noise is -0.5"),
         ({"routing": "best"}, "routing is 'best'; it must be one of top_k, threshold"),
         ({"routing": "threshold", "max_experts_per_tok": 5}, "max_experts_per_tok is 5"),
