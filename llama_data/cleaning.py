@@ -54,6 +54,7 @@ class _TextOfHtml(HTMLParser):
         self._invisible = self._preformatted = 0
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
+        """Notes what the tag begins, and breaks the line where it does."""
         self._invisible += tag in INVISIBLE
         if tag == "body":  # closes a head that nobody closed
             self._invisible = 0
@@ -65,11 +66,13 @@ class _TextOfHtml(HTMLParser):
             self.pieces.append("\0")
 
     def handle_endtag(self, tag: str) -> None:
+        """Notes what the tag ends."""
         self._invisible = max(0, self._invisible - (tag in INVISIBLE))
         self._preformatted = max(0, self._preformatted - (tag == "pre"))
         self._break(tag)
 
     def handle_data(self, data: str) -> None:
+        """Keeps the text, if a reader sees it."""
         if not self._invisible:
             # Other white space is marked, so that it can be folded without touching that of `pre`.
             self.pieces.append(data if self._preformatted else re.sub(r"\s+", "\0", data))

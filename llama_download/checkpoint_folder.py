@@ -48,6 +48,8 @@ def new_folder(folder: Path, source: dict[str, Any], overwrite: bool = False) ->
     Raises:
         MoEficationError: see `refuse_occupied`; or another process is making the same folder.
     """
+    from run_moefication.moefication.files import sync  # brings torch in, which takes its time
+
     folder = folder.resolve()
     refuse_occupied(folder, overwrite)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -73,13 +75,15 @@ def new_folder(folder: Path, source: dict[str, Any], overwrite: bool = False) ->
         except BaseException:
             shutil.rmtree(partial)
             raise
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         os.close(lock)
 
 
 def _complete(partial: Path, source: dict[str, Any]) -> None:
     """Write the record, give every file the rights that a new file has here, and have all of it on the disk."""
+    from run_moefication.moefication.files import sync
+
     (partial / UNFINISHED).unlink()
     names = sorted(path.name for path in partial.iterdir())
     record = source | {"files": _sizes(partial, names)}
@@ -87,8 +91,8 @@ def _complete(partial: Path, source: dict[str, Any]) -> None:
     mode = partial.stat().st_mode & 0o666  # safetensors makes its files private
     for path in partial.iterdir():
         path.chmod(mode)
-        _sync(path)
-    _sync(partial)
+        sync(path)
+    sync(partial)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -115,11 +119,3 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from run_moefication.command_line import new_parser, path, progress_bar, run
+from run_moefication.moefication.errors import MoEficationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -80,7 +81,6 @@ def convert(arguments: argparse.Namespace) -> None:
     from llama_download.checkpoint_folder import is_complete, new_folder, refuse_occupied
     from llama_download.meta_checkpoint import MetaCheckpoint
     from llama_download.tokenizer_conversion import convert_tokenizer
-    from run_moefication.moefication.errors import MoEficationError
     from run_moefication.moefication.files import file_sha256
 
     model = MetaCheckpoint(folder)
@@ -115,8 +115,6 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def find_model(input_dir: Path, model_size: str) -> Path:
     """The folder of `params.json`."""
-    from run_moefication.moefication.errors import MoEficationError
-
     for folder in (input_dir, input_dir / model_size):
         if (folder / "params.json").is_file():
             return folder
@@ -126,8 +124,6 @@ def find_model(input_dir: Path, model_size: str) -> Path:
 
 def find_tokenizer(folder: Path) -> Path:
     """`tokenizer.model`, beside the model (Llama 3) or above its folder (LLaMA 1 and 2)."""
-    from run_moefication.moefication.errors import MoEficationError
-
     for place in (folder, folder.resolve().parent):
         if (place / "tokenizer.model").is_file():
             return place / "tokenizer.model"

@@ -3,7 +3,6 @@
 Everything is checked when a checkpoint is opened. The files stay memory-mapped; a tensor is made only when asked for.
 """
 
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from run_moefication.moefication.checkpoints import DTYPES
+from run_moefication.moefication.checkpoints import DTYPES, read_json_object
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.files import digest, load_tensors
 from run_moefication.moefication.sharding import PlannedTensor
@@ -110,18 +109,18 @@ class MetaCheckpoint:
                 f"{_describe(found)}: give --input_dir {self.folder} --model_size {right}, or another folder"
             )
 
-    def plan(self, dtype: torch.dtype | None = None) -> list[PlannedTensor]:
-        """All tensors of the transformers checkpoint, embedding first, in `dtype` (default: the one they have)."""
+    def plan(self, dtype: torch.dtype) -> list[PlannedTensor]:
+        """All tensors of the transformers checkpoint, embedding first, in `dtype`."""
 
         def make(meta_name: str, tensor: MetaTensor) -> torch.Tensor:
             parts = [shard[meta_name] for shard in self._shards]
-            merged = _merge(parts if tensor.axis is not None else parts[:1], tensor, dtype or self.dtype)
+            merged = _merge(parts if tensor.axis is not None else parts[:1], tensor, dtype)
             if dtype == torch.float16 != self.dtype and merged.isinf().any():
                 raise MoEficationError(f"{self.folder}: {meta_name} has values beyond float16; choose another --dtype")
             return merged
 
         return [
-            PlannedTensor(tensor.name, tensor.shape, dtype or self.dtype, partial(make, meta_name, tensor))
+            PlannedTensor(tensor.name, tensor.shape, dtype, partial(make, meta_name, tensor))
             for meta_name, tensor in self._tensors.items()
         ]
 
@@ -180,14 +179,7 @@ class MetaCheckpoint:
 
 def _read_params(folder: Path) -> dict[str, Any]:
     path = folder / "params.json"
-    if not path.is_file():
-        raise MoEficationError(f"{folder} has no params.json: is it the folder of one model in Meta's format?")
-    try:
-        params = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise MoEficationError(f"{path} is not JSON; download it again") from None
-    if not isinstance(params, dict):
-        raise MoEficationError(f"{path} is not a JSON object; download it again")
+    params = read_json_object(path, "is this the folder of one model in Meta's format? If so, download it again")
 
     def positive(kind: type | tuple[type, ...]) -> Callable[[Any], bool]:
         return lambda value: isinstance(value, kind) and not isinstance(value, bool) and 0 < value < 2**31

@@ -228,7 +228,8 @@ def quiet_transformers() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------- config
 
 
-def _read_json_object(path: Path, what: str) -> dict[str, Any]:
+def read_json_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file; `what` says what to do where there is none."""
     if not path.is_file():  # nor a pipe, which would be waited for
         raise MoEficationError(f"{path.parent} has no {path.name}; {what}")
     try:
@@ -241,7 +242,7 @@ def _read_json_object(path: Path, what: str) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = _read_json_object(path / "config.json", "is this the folder of a transformers checkpoint?")
+    config = read_json_object(path / "config.json", "is this the folder of a transformers checkpoint?")
     kind = config.get("model_type")
     if kind == "mistral" and config.get("sliding_window") is not None:
         raise MoEficationError(f"{path} is a Mistral with sliding_window, which LLaMA attention does not have")
@@ -306,7 +307,7 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
 
 
 def _indexed_headers(path: Path, index: Path) -> dict[str, TensorInfo]:
-    weight_map = _read_json_object(index, "download it again").get("weight_map")
+    weight_map = read_json_object(index, "download it again").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise MoEficationError(f"{index} has no weight_map from tensor to file; download it again")
     infos: dict[str, TensorInfo] = {}

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from .checkpoints import Checkpoint
+from .checkpoints import TEMPLATES, Checkpoint
 
 # Of the activations a of an expert's neurons.
 ACTIVATION_CRITERIA = {
@@ -63,7 +63,7 @@ class OutputNorms:
     def __init__(self, checkpoint: Checkpoint, layer: int, neurons: torch.Tensor, device: str):
         """`neurons`: int64 `[experts, width]`, the neurons of each expert."""
         self._neurons = neurons.to(device)
-        self._activations = LayerActivations(checkpoint, layer, "up_proj", device)
+        self._activations = LayerActivations(checkpoint, layer, TEMPLATES[1], device)  # SiLU(gate) * up
         down = checkpoint.mlp_tensor(layer, "down_proj.weight", device).T[self._neurons]  # [experts, width, hidden]
         self._grams = down @ down.transpose(1, 2)  # [experts, width, width]
 

@@ -34,8 +34,9 @@ class _HashingFile:
         return {"size": self.size, "sha256": self._sha256.hexdigest()}
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have the system write a file or folder to the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -69,7 +70,7 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> dict[str, Any]
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
     return file.entry()
 
 

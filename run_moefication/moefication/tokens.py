@@ -51,7 +51,7 @@ def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> It
     is_first = True
     for batch in _batches(documents):
         parts = []
-        for ids in _encode(batch, tokenizer):
+        for ids in encode(batch, tokenizer):
             parts += [ids] if is_first else [separator, ids]
             is_first = False
         yield np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
@@ -69,7 +69,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode(batch: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def encode(batch: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The same ids as `tokenizer(batch)`, on all cores and without the offsets that nobody asks for."""
     if not tokenizer.is_fast:
         return tokenizer(batch, verbose=False)["input_ids"]

@@ -4,6 +4,7 @@ import io
 import lzma
 import random
 import re
+import signal
 import struct
 import tarfile
 import zipfile
@@ -237,13 +238,21 @@ def test_html_mails_become_pages_of_their_site():
     "pathology", ["-" * 30 + "\n", "> x\n", "a:\n", "\\b{", "<<x>>=\n", "A<", "(was: ", "<!", "x " * 3]
 )
 def test_no_input_takes_long(pathology):
-    """Patterns that try everything would run for hours on these."""
+    """Patterns that try everything would run for hours on these: two minutes end the test."""
+
+    def give_up(*_) -> None:
+        raise TimeoutError(f"{pathology!r} takes too long")
+
     text = pathology * 3000
-    mail.own_words(text)
-    mail.thread_name(text[:3000])
-    paper("\\begin{document}" + text)
-    pod_text(text)
-    html_text(text)
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(120)
+    try:
+        results = [mail.own_words(text), mail.thread_name(text[:3000]), paper("\\begin{document}" + text)]
+        results += [pod_text(text), html_text(text)]
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert all(len(result) <= len(text) for result in results)  # they take away, and add nothing
 
 
 # ------------------------------------------------------------------------------------------------ packages
