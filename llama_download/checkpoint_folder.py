@@ -30,11 +30,10 @@ def refuse_occupied(folder: Path, overwrite: bool = False) -> None:
         raise MoEficationError(f"--output_dir {folder} is no folder: choose another name")
     if os.path.ismount(folder):
         raise MoEficationError(f"--output_dir {folder} is a mount point, which cannot be replaced: name a folder in it")
-    ours = {RECORD, *_read_record(folder).get("files", {})}
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours)
+    files = _read_record(folder).get("files", {})
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in {RECORD, *files})
     if foreign:
         raise MoEficationError(f"--output_dir {folder} holds something else ({foreign[0]}): choose another folder")
-    files = _read_record(folder).get("files")
     if files and not overwrite and _sizes(folder, files) != files:
         raise MoEficationError(f"--output_dir {folder} has lost or changed files: --overwrite makes it anew")
     if (folder / RECORD).exists() and not overwrite:
@@ -53,7 +52,8 @@ def new_folder(folder: Path, source: dict[str, Any], overwrite: bool = False) ->
     folder = folder.resolve()
     refuse_occupied(folder, overwrite)
     partial = folder.with_name(f".{folder.name}.partial")
-    if partial.is_symlink() or (partial.exists() and any(partial.iterdir()) and not (partial / UNFINISHED).exists()):
+    is_ours = (partial / UNFINISHED).exists() or (partial / RECORD).exists()
+    if partial.is_symlink() or (partial.exists() and any(partial.iterdir()) and not is_ours):
         raise MoEficationError(f"{partial} is in the way, and not of this script: move it away")
     partial.mkdir(parents=True, exist_ok=True)
     (partial / UNFINISHED).touch()
@@ -84,14 +84,14 @@ def _complete(partial: Path, source: dict[str, Any]) -> None:
     """Write the record, give every file the rights that a new file has here, and have all of it on the disk."""
     from run_moefication.moefication.files import sync
 
-    (partial / UNFINISHED).unlink()
-    names = sorted(path.name for path in partial.iterdir())
+    names = sorted(path.name for path in partial.iterdir() if path.name != UNFINISHED)
     record = source | {"files": _sizes(partial, names)}
     (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     mode = partial.stat().st_mode & 0o666  # safetensors makes its files private
     for path in partial.iterdir():
         path.chmod(mode)
         sync(path)
+    (partial / UNFINISHED).unlink()  # the record marks it as well: however it is killed, the next run knows it
     sync(partial)
 
 

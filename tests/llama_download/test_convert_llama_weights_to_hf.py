@@ -388,6 +388,17 @@ def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_none_of_its_remains(
     assert_same_logits(results / "out", small_llama(num_hidden_layers=60))
 
 
+@pytest.mark.parametrize("mark", [checkpoint_folder.UNFINISHED, checkpoint_folder.RECORD])
+def test_what_a_run_left_is_known_until_it_has_its_name(convert, meta_folder, tmp_path, mark):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / mark).touch()
+    (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"half")
+    assert convert(meta_folder, tmp_path / "out")[0] == 0
+    assert not (tmp_path / ".out.partial").exists()
+    assert not (tmp_path / "out" / checkpoint_folder.UNFINISHED).exists()
+    assert_same_logits(tmp_path / "out", small_llama())
+
+
 @pytest.mark.parametrize("is_link", [True, False])
 def test_a_foreign_folder_of_the_temporary_name_is_left_alone(convert, meta_folder, tmp_path, is_link):
     foreign = tmp_path / ("elsewhere" if is_link else ".out.partial")
