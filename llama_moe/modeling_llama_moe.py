@@ -25,7 +25,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_llama_moe import LlamaMoEConfig
-from .moe_layers import Experts, Gate, MoEBlock, load_balancing_loss
+from .gates import Gate, load_balancing_loss
+from .moe_layers import Experts, MoEBlock
 
 
 class LlamaMoEDecoderLayer(LlamaDecoderLayer):

@@ -11,12 +11,12 @@ from safetensors.torch import save
 
 import llama_moe
 from llama_moe import LlamaMoEConfig
-from llama_moe.moe_layers import GATE_CLASSES, LinearGate
+from llama_moe.gates import GATE_CLASSES, LinearGate
 
 from . import artifacts
 from .checkpoints import DTYPES, TEMPLATES, TOKENIZER_FILES, Checkpoint
 from .errors import MoEficationError
-from .gate_training import GATE_NETWORKS, require_selects
+from .gate_settings import GATE_NETWORKS, require_selects
 from .manifests import Claim, environment
 from .model_card import model_card
 from .progress import Progress, no_progress
@@ -24,7 +24,7 @@ from .sharding import WEIGHTS_INDEX, PlannedTensor, plan_shards, shard_index
 from .splitting import Split
 
 CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
-CODE_FILES = ("configuration_llama_moe.py", "modeling_llama_moe.py", "moe_layers.py")
+CODE_FILES = ("configuration_llama_moe.py", "modeling_llama_moe.py", "moe_layers.py", "gates.py")
 # Copied as they are: loading and saving them again loses templates, and refuses some generation configs.
 COPIED_FILES = (
     *TOKENIZER_FILES,

@@ -5,81 +5,28 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from llama_moe.moe_layers import GATE_CLASSES, Gate, LinearGate
+from llama_moe.gates import GATE_CLASSES, Gate, LinearGate
 
 from . import artifacts
 from .checkpoints import Checkpoint
 from .errors import MoEficationError
-from .expert_scores import CRITERIA, TOKENS_PER_CHUNK, ExpertScorer, LayerActivations, OutputNorms
+from .expert_scores import TOKENS_PER_CHUNK, ExpertScorer, LayerActivations, OutputNorms
+from .gate_settings import GATE_NETWORKS, GateSettings
 from .hidden_features import Features
 from .manifests import Claim, environment
 from .progress import Progress, no_progress
 from .ridge_gates import fit_ridge_gate
+from .routing_quality import routing_quality, top_k_mask
 from .splitting import Split
 
 logger = logging.getLogger(__name__)
-
-# `similarity` is the linear gate as initialised, MoEfication's second mechanism: it is not trained.
-GATE_NETWORKS = {"mlp": "mlp", "linear": "linear", "similarity": "linear"}
-GATE_FITS = ("ridge", "adam")
-
-
-@dataclass(frozen=True)
-class GateSettings:
-    """Options of the select stage that shape a gate; see `llama_select_mlp.py --help`."""
-
-    templates: str
-    num_experts: int
-    num_selects: int
-    select_criterion: str = "l2_norm"
-    gate_network: str = "mlp"
-    gate_fit: str | None = None  # None: ridge for linear gates, adam for others
-    gate_rank: int | None = None
-    use_softmax: bool = False
-    epochs: int = 30
-    batch_size: int = 1024
-    lr: float = 0.01
-    valid_percent: float = 0.1
-    patience: int = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.select_criterion not in CRITERIA:
-            raise MoEficationError(f"--select_criterion {self.select_criterion!r} is not one of {', '.join(CRITERIA)}")
-        if self.gate_network not in GATE_NETWORKS:
-            raise MoEficationError(f"--gate_network {self.gate_network!r} is not one of {', '.join(GATE_NETWORKS)}")
-        if self.gate_fit is None:
-            object.__setattr__(self, "gate_fit", "ridge" if self.gate_network == "linear" else "adam")
-        if self.gate_fit not in GATE_FITS:
-            raise MoEficationError(f"--gate_fit {self.gate_fit!r} is not one of {', '.join(GATE_FITS)}")
-        if self.gate_network != "linear" and (self.gate_fit == "ridge" or self.gate_rank is not None):
-            raise MoEficationError("--gate_fit ridge and --gate_rank are for --gate_network linear")
-        if self.gate_rank is not None and (self.gate_fit != "ridge" or not 1 <= self.gate_rank <= self.num_experts):
-            raise MoEficationError(
-                f"--gate_rank {self.gate_rank} needs --gate_fit ridge, and is at most --num_experts {self.num_experts}"
-            )
-        require_selects(self.num_selects, self.num_experts)
-        if self.epochs < 0 or self.batch_size < 1:
-            raise MoEficationError(
-                f"--epochs {self.epochs} must not be negative, --batch_size {self.batch_size} at least 1"
-            )
-        if not 0 < self.lr < float("inf"):
-            raise MoEficationError(f"--lr {self.lr} must be a positive number")
-        if not 0 < self.valid_percent < 1:
-            raise MoEficationError(f"--valid_percent {self.valid_percent} is not a fraction between 0 and 1")
-
-
-def require_selects(num_selects: int, num_experts: int) -> None:
-    """Refuse a budget that is not between one and all experts."""
-    if not 1 <= num_selects <= num_experts:
-        raise MoEficationError(f"--num_selects {num_selects} is outside of 1 to --num_experts {num_experts}")
 
 
 def parse_layers(texts: list[str], num_layers: int) -> list[int]:
@@ -327,29 +274,3 @@ def _validate(
     logits = _logits(gate, inputs)
     quality = routing_quality(top_k_mask(logits, settings.num_selects), scores, settings.num_selects)
     return _loss(logits, scores, settings).item(), quality
-
-
-# ---------------------------------------------------------------------------------------------------- quality
-
-
-def top_k_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Ones where an expert is among the k best of its token, `[tokens, experts]`, in the dtype of the scores."""
-    return torch.zeros_like(scores).scatter_(-1, scores.topk(k, dim=-1).indices, 1)
-
-
-def routing_quality(selected: torch.Tensor, scores: torch.Tensor, k: int) -> dict[str, float]:
-    """How good a choice of k experts per token is, against the true scores.
-
-    Args:
-        selected: `[tokens, experts]`, ones for the k experts chosen.
-        scores: `[tokens, experts]`, none negative.
-
-    Returns: means over tokens of `recall`, the share of the true top-k set found, and `mass_recall`, the score captured
-    over the score of the best k. The true top k themselves give exactly 1.
-    """
-    true = top_k_mask(scores, k)
-    recall = (selected * true).sum(dim=-1, dtype=torch.float64) / k
-    captured = (selected * scores).sum(dim=-1, dtype=torch.float64)
-    possible = (true * scores).sum(dim=-1, dtype=torch.float64)
-    mass_recall = torch.where(possible > 0, captured / possible, 1.0)  # no expert scores: any choice is right
-    return {"recall": recall.mean().item(), "mass_recall": mass_recall.mean().item()}

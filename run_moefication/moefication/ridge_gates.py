@@ -2,7 +2,7 @@
 
 import torch
 
-from llama_moe.moe_layers import LinearGate
+from llama_moe.gates import LinearGate
 
 from .expert_scores import TOKENS_PER_CHUNK
 from .ridge import NormalEquations, best_strength

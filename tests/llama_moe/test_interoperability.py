@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, LlamaMoEForSequenceClassification
-from llama_moe.moe_layers import Experts, Gate
+from llama_moe.gates import Gate
+from llama_moe.moe_layers import Experts
 
 MOE = TINY | {"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 0, "pad_token_id": 0}
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
@@ -234,6 +235,7 @@ def test_vllms_and_sglangs_transformers_backends_find_what_they_look_for(config,
 
     assert set(fields["auto_map"]) >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert (tmp_path / "moe_layers.py").is_file()
+    assert (tmp_path / "gates.py").is_file()
     assert fields["num_experts"] == len(block.experts.down_proj) > 0
     assert 0 < fields["num_experts_per_tok"] <= fields["num_experts"]
     assert fields["moe_intermediate_size"] == block.experts.down_proj.shape[2] != fields["intermediate_size"]

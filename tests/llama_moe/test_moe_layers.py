@@ -11,16 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from llama_moe import LlamaMoEConfig, moe_layers
-from llama_moe.moe_layers import (
-    GATE_CLASSES,
-    BiasedExperts,
-    Experts,
-    LinearGate,
-    MLPGate,
-    MoEBlock,
-    load_balancing_loss,
-    record_routing,
-)
+from llama_moe.gates import GATE_CLASSES, LinearGate, MLPGate, load_balancing_loss
+from llama_moe.moe_layers import BiasedExperts, Experts, MoEBlock, record_routing
 
 # float32 sums of the same terms in another order.
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)

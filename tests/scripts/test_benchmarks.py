@@ -9,7 +9,7 @@ import pytest
 import torch
 from timing import median_seconds
 
-from llama_moe.moe_layers import LinearGate
+from llama_moe.gates import LinearGate
 
 CPU = torch.device("cpu")
 

@@ -10,14 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.gate_training import (
-    GateSettings,
-    fit_gate,
-    initial_gate,
-    parse_layers,
-    routing_quality,
-    top_k_mask,
-)
+from run_moefication.moefication.gate_settings import GateSettings
+from run_moefication.moefication.gate_training import fit_gate, initial_gate, parse_layers
+from run_moefication.moefication.routing_quality import routing_quality, top_k_mask
 
 EXPERTS, K, HIDDEN, WIDTH = 8, 2, 24, 5
 SETTINGS = GateSettings(

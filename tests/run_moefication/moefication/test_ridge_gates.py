@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
-from llama_moe.moe_layers import LinearGate
+from llama_moe.gates import LinearGate
 from run_moefication.moefication.ridge import NormalEquations, best_strength
 from run_moefication.moefication.ridge_gates import fit_ridge_gate, token_weights
 
