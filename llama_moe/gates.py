@@ -113,7 +113,6 @@ class Gate(nn.Module):
         levels = torch.linspace(0, len(ordered) - 1, self.NUM_QUANTILES, dtype=torch.float64, device=ordered.device)
         self.score_quantiles.copy_(ordered[levels.round().long()])
 
-    @torch.no_grad()
     def threshold_of_share(self, share: float) -> float:
         """The threshold that this share of all token-expert pairs reaches on the text of the stored quantiles, before
         `min_experts_per_tok` and `max_experts_per_tok` have their say.
@@ -122,12 +121,18 @@ class Gate(nn.Module):
             ValueError: the gate routes by top-k, or no quantiles are stored.
         """
         self._require_threshold_routing()
+        return self.quantile_threshold(self.score_quantiles, share)
+
+    @classmethod
+    @torch.no_grad()
+    def quantile_threshold(cls, score_quantiles: torch.Tensor, share: float) -> float:
+        """As `threshold_of_share`, from the quantiles alone."""
         if not 0 < share < 1:
-            return self.LOWEST_THRESHOLD if share >= 1 else -self.LOWEST_THRESHOLD
-        if self.score_quantiles[0] == self.score_quantiles[-1]:
+            return cls.LOWEST_THRESHOLD if share >= 1 else -cls.LOWEST_THRESHOLD
+        if score_quantiles[0] == score_quantiles[-1]:
             raise ValueError("no score quantiles are stored, or all are equal: this model has not been calibrated")
-        level, part = divmod((1 - share) * (self.NUM_QUANTILES - 1), 1)
-        low, high = self.score_quantiles[int(level) : int(level) + 2]
+        level, part = divmod((1 - share) * (cls.NUM_QUANTILES - 1), 1)
+        low, high = score_quantiles[int(level) : int(level) + 2]
         return torch.lerp(low, high, part).item()
 
     def set_active_share(self, share: float) -> None:

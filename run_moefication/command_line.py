@@ -84,6 +84,69 @@ def add_split(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_experts", type=int, required=True, help="experts per layer, those of the split")
 
 
+def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The options that choose text and cut it into blocks; `read_corpus` follows them."""
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--train_data_path",
+        type=path,
+        required=required,
+        help="folder of .jsonl or .txt files, or .gz, .zst or .zip of them, whose names carry their domain (not read "
+        "below it), or one such file",
+    )
+    group.add_argument(
+        "--train_data_cache_path",
+        type=path,
+        help="folder that keeps tokenised text, so that it is tokenised once; without it nothing is kept",
+    )
+    group.add_argument(
+        "--data_use_percent",
+        type=float,
+        default=1.0,
+        help="fraction, in (0, 1], of the tokens that the domain mix allows; 0.01 is one percent",
+    )
+    group.add_argument("--block_size", type=int, help="tokens per block (default: 2048, or what the model takes)")
+    group.add_argument("--max_tokens", type=int, help="upper limit on tokens, all domains together (default: none)")
+    group.add_argument(
+        "--domain_weights",
+        help="domain=weight,..., a word of the file names each (default: the mix of LLaMA's pretraining)",
+    )
+    group.add_argument(
+        "--skip_bad_lines", action="store_true", help="count lines that hold no document, and go on without them"
+    )
+
+
+def read_corpus(arguments: argparse.Namespace, checkpoint: Any, progress: Callable) -> Any:
+    """The corpus that the options of `add_corpus` and `--seed` choose, as this dense model's tokenizer cuts it."""
+    from run_moefication.moefication.corpus import parse_domain_weights, require_block_size, training_corpus
+
+    domain_weights = parse_domain_weights(arguments.domain_weights)
+    positions = checkpoint.config.max_position_embeddings
+    return training_corpus(
+        checkpoint,
+        arguments.train_data_path,
+        arguments.train_data_cache_path,
+        block_size=require_block_size(arguments.block_size, positions, checkpoint.name),
+        domain_weights=domain_weights,
+        data_use_percent=arguments.data_use_percent,
+        max_tokens=arguments.max_tokens,
+        skip_bad_lines=arguments.skip_bad_lines,
+        seed=arguments.seed,
+        progress=progress,
+    )
+
+
+def print_mix(checkpoint: Any, corpus: Any) -> None:
+    """The domains of a corpus: their shares, and the tokens there, asked for and got."""
+    print(f"{'domain':<14} {'share':>6} {'there':>10} {'asked':>10} {'got':>10}  tokens")
+    for row in corpus.mix:
+        print(f"{row.domain:<14} {row.weight:>6.1%} {row.available:>10,} {row.asked:>10,} {row.got:>10,}")
+    for row in corpus.mix:
+        if row.skipped_lines:
+            print(f"{row.domain}: {row.skipped_lines:,} bad lines skipped")
+    print(f"{checkpoint.name}: {corpus.num_tokens:,} tokens in {len(corpus.blocks):,} blocks")
+
+
 def add_common(parser: argparse.ArgumentParser, device: bool = True, seed: str | None = None) -> None:
     """`--device`, `--seed` (with what it seeds) and `--overwrite`."""
     if device:

@@ -32,8 +32,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--num_selects",
         type=int,
         required=True,
-        help="experts that run per token, need not be what gates were trained for",
+        help="experts that run per token, shared ones included; need not be what gates were trained for",
     )
+    parser.add_argument(
+        "--routing",
+        default="top_k",
+        choices=("top_k", "threshold"),
+        help="top_k: so many for every token; threshold: those whose score reaches the layer's threshold, so many on "
+        "average",
+    )
+    parser.add_argument("--min_selects", type=int, help="with threshold routing, the least for any token (default: 0)")
+    parser.add_argument("--max_selects", type=int, help="with threshold routing, the most for any token (default: all)")
     parser.add_argument(
         "--convert_type",
         default="LlamaMoEForCausalLM",
@@ -53,24 +62,32 @@ def build_parser() -> argparse.ArgumentParser:
 def convert(arguments: argparse.Namespace) -> None:
     """Run the stage and print what kind of checkpoint came out."""
     from run_moefication.moefication.checkpoints import Checkpoint
+    from run_moefication.moefication.conversion import ConversionSettings
     from run_moefication.moefication.conversion import convert as convert_checkpoint
 
+    settings = ConversionSettings(
+        num_experts=arguments.num_experts,
+        num_selects=arguments.num_selects,
+        templates=arguments.templates,
+        routing=arguments.routing,
+        min_selects=arguments.min_selects,
+        max_selects=arguments.max_selects,
+        convert_type=arguments.convert_type,
+        dtype=arguments.dtype,
+        num_labels=arguments.num_labels,
+    )
     checkpoint = Checkpoint(arguments.model_path)
     writer = convert_checkpoint(
         checkpoint,
         arguments.split_file_path,
         arguments.select_file_path,
         arguments.save_path,
-        template=arguments.templates,
-        num_experts=arguments.num_experts,
-        num_selects=arguments.num_selects,
-        convert_type=arguments.convert_type,
-        dtype=arguments.dtype,
-        num_labels=arguments.num_labels,
+        settings,
         overwrite=arguments.overwrite,
         progress=command_line.progress_bar,
     )
-    budget = f"{arguments.num_selects} of {arguments.num_experts} experts a token"
+    average = " on average" if arguments.routing == "threshold" else ""
+    budget = f"{arguments.num_selects} of {arguments.num_experts} experts a token{average}"
     print(f"{checkpoint.name} as {arguments.convert_type}: {budget}")
     if arguments.convert_type == "LlamaMoEForSequenceClassification" and "score.weight" not in checkpoint.tensors:
         labels = writer.claim["options"]["num_labels"]

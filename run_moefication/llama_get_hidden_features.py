@@ -18,26 +18,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this stage."""
     parser = command_line.new_parser(__doc__)
     command_line.add_model_path(parser)
-    parser.add_argument(
-        "--train_data_path",
-        type=command_line.path,
-        required=True,
-        help="folder of .jsonl or .txt files, or .gz, .zst or .zip of them, whose names carry their domain (not read "
-        "below it), or one such file",
-    )
-    parser.add_argument(
-        "--train_data_cache_path",
-        type=command_line.path,
-        help="folder that keeps tokenised text, so that it is tokenised once; without it nothing is kept",
-    )
     command_line.add_save_path(parser, "NAME-Hidden-Features")
     command_line.add_templates(parser)
-    parser.add_argument(
-        "--data_use_percent",
-        type=float,
-        default=1.0,
-        help="fraction, in (0, 1], of the tokens that the domain mix allows; 0.01 is one percent",
-    )
     parser.add_argument("--batch_size", type=int, default=4, help="blocks per forward pass; limits device memory")
     parser.add_argument(
         "--save_interval",
@@ -51,18 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("full", "inputs"),
         help="full: MLP inputs and activations; inputs: the inputs alone, the rest is recomputed from the weights",
     )
-    parser.add_argument("--block_size", type=int, help="tokens per block (default: 2048, or what the model takes)")
-    parser.add_argument("--max_tokens", type=int, help="upper limit on tokens, all domains together (default: none)")
-    parser.add_argument(
-        "--domain_weights",
-        help="domain=weight,..., a word of the file names each (default: the mix of LLaMA's pretraining)",
-    )
-    parser.add_argument(
-        "--skip_bad_lines", action="store_true", help="count lines that hold no document, and go on without them"
-    )
     parser.add_argument(
         "--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"), help="of the stored features"
     )
+    command_line.add_corpus(parser)
     # The old launcher still passes this; torchrun says it by LOCAL_RANK.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     command_line.add_common(parser, seed="the choice and order of blocks")
@@ -80,29 +54,14 @@ def get_hidden_features(arguments: argparse.Namespace) -> None:
         raise MoEficationError("RANK, WORLD_SIZE and LOCAL_RANK must be integers; torchrun sets them") from None
     device = command_line.pick_device(arguments, local_rank)
     from run_moefication.moefication.checkpoints import Checkpoint
-    from run_moefication.moefication.corpus import parse_domain_weights, require_block_size, training_corpus
     from run_moefication.moefication.hidden_features import extract_features
     from run_moefication.moefication.progress import no_progress
     from run_moefication.moefication.splitting import require_template
 
     require_template(arguments.templates)
     progress = command_line.progress_bar if rank == 0 else no_progress
-    domain_weights = parse_domain_weights(arguments.domain_weights)
     checkpoint = Checkpoint(arguments.model_path)
-    positions = checkpoint.config.max_position_embeddings
-    block_size = require_block_size(arguments.block_size, positions, checkpoint.name)
-    corpus = training_corpus(
-        checkpoint,
-        arguments.train_data_path,
-        arguments.train_data_cache_path,
-        block_size=block_size,
-        domain_weights=domain_weights,
-        data_use_percent=arguments.data_use_percent,
-        max_tokens=arguments.max_tokens,
-        skip_bad_lines=arguments.skip_bad_lines,
-        seed=arguments.seed,
-        progress=progress,
-    )
+    corpus = command_line.read_corpus(arguments, checkpoint, progress)
     writer = extract_features(
         checkpoint,
         corpus,
@@ -119,13 +78,7 @@ def get_hidden_features(arguments: argparse.Namespace) -> None:
         progress=progress,
     )
     if rank == 0:
-        print(f"{'domain':<14} {'share':>6} {'there':>10} {'asked':>10} {'got':>10}  tokens")
-        for row in corpus.mix:
-            print(f"{row.domain:<14} {row.weight:>6.1%} {row.available:>10,} {row.asked:>10,} {row.got:>10,}")
-        for row in corpus.mix:
-            if row.skipped_lines:
-                print(f"{row.domain}: {row.skipped_lines:,} bad lines skipped")
-        print(f"{checkpoint.name}: {corpus.num_tokens:,} tokens in {len(corpus.blocks):,} blocks")
+        command_line.print_mix(checkpoint, corpus)
     if rank == 0 or (writer.finished and not writer.was_finished):
         command_line.report(writer, "llama_select_mlp.py (3_select.sh)")
 

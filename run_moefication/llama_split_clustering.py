@@ -1,12 +1,16 @@
-"""Stage 1, split: cut the neurons of every MLP into experts by balanced k-means on a weight's rows.
+r"""Stage 1, split: cut the neurons of every MLP into experts by balanced k-means.
 
   python llama_split_clustering.py --model_path MODEL --save_path ../llama_moe_temp_files --num_experts 8
+  ... --num_experts 128 --cluster_on activations --num_shared_experts 16 --train_data_path ../llama_data
 
-Writes SAVE_PATH/NAME-8Expert-Split-Clustering, one file per layer with the expert of each neuron.
+On weights: neurons whose weight rows point the same way. On activations: neurons that the same tokens need, beside
+shared experts of the neurons that add most. Writes SAVE_PATH/NAME-8Expert-Split-Clustering, one file per layer with
+the expert of each neuron.
 """
 
 import argparse
 import sys
+from typing import Any
 
 from run_moefication import command_line
 
@@ -19,12 +23,38 @@ def build_parser() -> argparse.ArgumentParser:
     command_line.add_templates(parser, several=True)
     parser.add_argument("--num_experts", type=int, required=True, help="experts per layer; must divide the MLP's width")
     parser.add_argument(
+        "--cluster_on",
+        default="weights",
+        choices=("weights", "activations"),
+        help="what is clustered: rows of the template's weight, or which tokens of a text need which neurons",
+    )
+    parser.add_argument(
+        "--num_shared_experts",
+        type=int,
+        default=0,
+        help="experts that always run, of the neurons that add most (with --cluster_on activations); --num_experts "
+        "counts them",
+    )
+    parser.add_argument(
+        "--keep_fraction",
+        type=float,
+        default=0.25,
+        help="share of the neurons that a token is said to need (with --cluster_on activations)",
+    )
+    parser.add_argument(
         "--distance",
         default="l2",
         choices=("l2", "cos"),
         help="between a normalised row and a centre: squared Euclidean, or one minus the cosine",
     )
-    command_line.add_common(parser, seed="k-means++")
+    parser.add_argument(
+        "--hidden_features_path",
+        type=command_line.path,
+        help="activations from what llama_get_hidden_features.py recorded, instead of --train_data_path",
+    )
+    parser.add_argument("--batch_size", type=int, default=4, help="blocks of --train_data_path at a time")
+    command_line.add_corpus(parser, required=False)
+    command_line.add_common(parser, seed="k-means++, and the choice of blocks")
     return parser
 
 
@@ -32,11 +62,33 @@ def split(arguments: argparse.Namespace) -> None:
     """Run the stage and print the balance of what came out."""
     device = command_line.pick_device(arguments)
     from run_moefication.moefication.checkpoints import Checkpoint
-    from run_moefication.moefication.splitting import parse_templates, split_by_clustering
+    from run_moefication.moefication.splitting import parse_templates
 
     templates = parse_templates(arguments.templates)
     checkpoint = Checkpoint(arguments.model_path)
-    writer = split_by_clustering(
+    by = _by_activations if arguments.cluster_on == "activations" else _by_weights
+    writer = by(arguments, checkpoint, templates, device)
+    num_layers, width = checkpoint.config.num_hidden_layers, checkpoint.config.intermediate_size
+    shared = f", {arguments.num_shared_experts} of them shared" if arguments.num_shared_experts else ""
+    experts = f"{arguments.num_experts} experts of {width // arguments.num_experts} neurons{shared}"
+    print(f"{checkpoint.name}: {num_layers} layers, {experts}")
+    metrics = writer.metrics()
+    routed = width - arguments.num_shared_experts * (width // arguments.num_experts)
+    for template in templates:
+        costs = [metrics[template.format(layer)]["cost"] / routed for layer in range(num_layers)]
+        print(f"{template}: mean {arguments.distance} distance to the centre {min(costs):.3f} to {max(costs):.3f}")
+    command_line.report(writer, "llama_get_hidden_features.py (2_get_hidden_features.sh)")
+
+
+def _by_weights(arguments: argparse.Namespace, checkpoint: Any, templates: list[str], device: str) -> Any:
+    from run_moefication.moefication.errors import MoEficationError
+    from run_moefication.moefication.splitting import split_by_weights
+
+    if arguments.num_shared_experts or arguments.train_data_path or arguments.hidden_features_path:
+        raise MoEficationError(
+            "--num_shared_experts, --train_data_path and --hidden_features_path are for --cluster_on activations"
+        )
+    return split_by_weights(
         checkpoint,
         arguments.save_path,
         templates=templates,
@@ -47,14 +99,36 @@ def split(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         progress=command_line.progress_bar,
     )
-    num_layers, width = checkpoint.config.num_hidden_layers, checkpoint.config.intermediate_size
-    experts = f"{arguments.num_experts} experts of {width // arguments.num_experts} neurons"
-    print(f"{checkpoint.name}: {num_layers} layers, {experts}")
-    metrics = writer.metrics()
-    for template in templates:
-        costs = [metrics[template.format(layer)]["cost"] / width for layer in range(num_layers)]
-        print(f"{template}: mean {arguments.distance} distance to the centre {min(costs):.3f} to {max(costs):.3f}")
-    command_line.report(writer, "llama_get_hidden_features.py (2_get_hidden_features.sh)")
+
+
+def _by_activations(arguments: argparse.Namespace, checkpoint: Any, templates: list[str], device: str) -> Any:
+    from run_moefication.moefication.activation_split import split_by_activations
+    from run_moefication.moefication.errors import MoEficationError
+    from run_moefication.moefication.hidden_features import Features
+
+    if bool(arguments.train_data_path) == bool(arguments.hidden_features_path):
+        raise MoEficationError("--cluster_on activations needs either --train_data_path or --hidden_features_path")
+    if len(templates) > 1:
+        raise MoEficationError("--cluster_on activations takes one of --templates: the split is the same for both")
+    if arguments.hidden_features_path:
+        text = Features(arguments.hidden_features_path, checkpoint, templates[0])
+    else:
+        text = command_line.read_corpus(arguments, checkpoint, command_line.progress_bar)
+    return split_by_activations(
+        checkpoint,
+        text,
+        arguments.save_path,
+        template=templates[0],
+        num_experts=arguments.num_experts,
+        num_shared_experts=arguments.num_shared_experts,
+        keep_fraction=arguments.keep_fraction,
+        distance=arguments.distance,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        device=device,
+        overwrite=arguments.overwrite,
+        progress=command_line.progress_bar,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from .manifests import (
     CLAIM,
     MANIFEST,
     PARTS,
+    SCRATCH,
     STAGE_SCRIPTS,
     Claim,
     difference,
@@ -32,9 +33,9 @@ from .manifests import (
 # ---------------------------------------------------------------------------------------------------- names
 
 
-def split_folder(save_path: str | Path, model_name: str, num_experts: int) -> Path:
-    """`SAVE/NAME-8Expert-Split-Clustering`"""
-    return Path(save_path) / f"{model_name}-{num_experts}Expert-Split-Clustering"
+def split_folder(save_path: str | Path, model_name: str, num_experts: int, method: str = "Clustering") -> Path:
+    """`SAVE/NAME-8Expert-Split-Clustering`, or `-Split-Random`"""
+    return Path(save_path) / f"{model_name}-{num_experts}Expert-Split-{method}"
 
 
 def features_folder(save_path: str | Path, model_name: str) -> Path:
@@ -136,6 +137,11 @@ class ArtifactWriter:
         """Write a tensor, or a dict of them, as a torch file. Views are the caller's to clone."""
         return self.write(relative, lambda file: torch.save(tensors, file))
 
+    def scratch(self, name: str) -> Path:
+        """Where a file may lie that is needed until the folder is finished, and is removed then."""
+        self.begin()
+        return self.folder / PARTS / f"{name}{SCRATCH}"
+
     def write_piece(self, piece: str, files: dict[str, dict[str, Any]], metrics: Any = None) -> None:
         """Record a finished unit: the entries of its files and its metrics."""
         content = {"files": files} if metrics is None else {"files": files, "metrics": metrics}
@@ -159,7 +165,8 @@ class ArtifactWriter:
             manifest = self.claim | {"files": files, "metrics": metrics}
             write_json(self.folder / MANIFEST, manifest)
         parts = self.folder / PARTS
-        for path in [*parts.glob("*.json"), *parts.glob(".*.tmp"), *self.folder.glob(f".{MANIFEST}.*.tmp")]:
+        ours = [*parts.glob("*.json"), *parts.glob(".*.tmp"), *parts.glob(f"*{SCRATCH}")]
+        for path in [*ours, *self.folder.glob(f".{MANIFEST}.*.tmp")]:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             parts.rmdir()
@@ -178,10 +185,11 @@ class ArtifactWriter:
 def _clear(folder: Path) -> None:
     """Remove what we wrote here: the files that the manifest or its pieces name, and these records themselves."""
     parts = sorted((folder / PARTS).glob("*.json"))
+    scratch = (folder / PARTS).glob(f"*{SCRATCH}")
     records = [folder / MANIFEST, *parts]
     named = {file for record in records if record.exists() for file in read_json(record).get("files", {})}
     # The manifest first: a folder interrupted halfway is unfinished, never wrongly finished.
-    for path in [folder / MANIFEST, *(inside(folder, file) for file in sorted(named)), *parts]:
+    for path in [folder / MANIFEST, *(inside(folder, file) for file in sorted(named)), *scratch, *parts]:
         path.unlink(missing_ok=True)
 
 
@@ -257,22 +265,23 @@ class Artifact:
         return f"run {STAGE_SCRIPTS[self.manifest['stage']]} again with --overwrite"
 
 
-def open_finished(folder: str | Path, stage: str) -> Artifact:
-    """Open a folder that `stage` has finished.
+def open_finished(folder: str | Path, *stages: str) -> Artifact:
+    """Open a folder that one of the stages has finished.
 
     Raises:
         MoEficationError: absent, unfinished (says what is missing where that is known), or of another stage.
     """
     folder = Path(folder)
-    script = STAGE_SCRIPTS[stage]
+    script = STAGE_SCRIPTS[stages[0]]
     if not folder.is_dir():
         raise MoEficationError(f"{folder} is not a folder; run {script} first")
     manifest, finished = existing_claim(folder)
     if manifest is None:
         raise MoEficationError(f"{folder} has no {MANIFEST}: not a folder written by {script}")
-    if manifest["stage"] != stage:
+    if manifest["stage"] not in stages:
         raise MoEficationError(f"{folder} was written by {STAGE_SCRIPTS[manifest['stage']]}, not by {script}")
     if not finished:
         done = len(list((folder / PARTS).glob("*.json"))) - 1
-        raise MoEficationError(f"{folder} is unfinished ({done} parts done); run {script} again, it goes on from there")
+        again = STAGE_SCRIPTS[manifest["stage"]]
+        raise MoEficationError(f"{folder} is unfinished ({done} parts done); run {again} again, it goes on from there")
     return Artifact(folder, manifest)

@@ -1,86 +1,74 @@
 """Stage 4: dense tensors, a split and gates become a LlamaMoE checkpoint, tensor by tensor."""
 
-import json
-import shutil
-from importlib import resources
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
-import llama_moe
 from llama_moe import LlamaMoEConfig
-from llama_moe.gates import GATE_CLASSES, LinearGate
+from llama_moe.configuration_llama_moe import ROUTINGS
+from llama_moe.gates import Gate
 
 from . import artifacts
-from .checkpoints import DTYPES, TEMPLATES, TOKENIZER_FILES, Checkpoint
+from .checkpoint_files import write_checkpoint_files
+from .checkpoints import DTYPES, TEMPLATES, Checkpoint
 from .errors import MoEficationError
-from .gate_settings import GATE_NETWORKS, require_selects
+from .gate_settings import require_selects
 from .manifests import Claim, environment
-from .model_card import model_card
+from .model_card import conversion_card
 from .progress import Progress, no_progress
-from .sharding import WEIGHTS_INDEX, PlannedTensor, plan_shards, shard_index
+from .sharding import PlannedTensor, plan_shards
 from .splitting import Split
+from .trained_gates import TrainedGates
 
 CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
-CODE_FILES = ("configuration_llama_moe.py", "modeling_llama_moe.py", "moe_layers.py", "gates.py")
-# Copied as they are: loading and saving them again loses templates, and refuses some generation configs.
-COPIED_FILES = (
-    *TOKENIZER_FILES,
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-    "USE_POLICY.md",
-)
 MAX_SHARD_BYTES = 2 << 30
+GATE_BUFFERS = ("gate.threshold", "gate.score_quantiles")  # of threshold routing, in float32 whatever the weights are
 
 
-class Gates:
-    """A finished select folder, checked against the model and the split its gates were trained for."""
+@dataclass(frozen=True)
+class ConversionSettings:
+    """Options of the convert stage; see `llama_convert.py --help`. Counts of experts include shared ones."""
 
-    def __init__(self, folder: str | Path, checkpoint: Checkpoint, split: Split):
-        self.artifact = artifacts.open_finished(folder, "select")
-        self.artifact.require_source(checkpoint.fingerprint, checkpoint.name)
-        self.artifact.require_option("num_experts", split.num_experts)
-        self.artifact.require_option("templates", split.template)
-        if self.artifact.manifest["inputs"].get("split_file_path") != split.artifact.digest:
-            raise MoEficationError(f"{folder} holds gates of another split than {split.artifact.folder}")
-        options = self.artifact.options
-        self.config_fields = {
-            "gate_network": GATE_NETWORKS[options["gate_network"]],
-            "gate_rank": options["gate_rank"],
-            "gate_bias": options["gate_fit"] == "ridge",
-        }
-        self._template = split.template
-        gate_class = GATE_CLASSES[self.config_fields["gate_network"]]
-        of_linear = {"rank": options["gate_rank"], "has_bias": self.config_fields["gate_bias"]}
-        with torch.device("meta"):
-            gate = gate_class(
-                checkpoint.config.hidden_size,
-                split.num_experts,
-                **(of_linear if gate_class is LinearGate else {}),
-                num_experts_per_tok=split.num_experts,
+    num_experts: int
+    num_selects: int
+    templates: str = TEMPLATES[0]
+    routing: str = "top_k"
+    min_selects: int | None = None
+    max_selects: int | None = None
+    convert_type: str = "LlamaMoEForCausalLM"
+    dtype: str | None = None  # of the new weights; None keeps that of the source
+    num_labels: int | None = None  # of a new classification head (zeros, to be trained), where the source has none
+
+    def __post_init__(self) -> None:
+        if self.convert_type not in CONVERT_TYPES:
+            raise MoEficationError(f"--convert_type {self.convert_type!r} is not one of {', '.join(CONVERT_TYPES)}")
+        if self.routing not in ROUTINGS:
+            raise MoEficationError(f"--routing {self.routing!r} is not one of {', '.join(ROUTINGS)}")
+        require_selects(self.num_selects, self.num_experts)
+        if self.routing != "threshold" and (self.min_selects, self.max_selects) != (None, None):
+            raise MoEficationError("--min_selects and --max_selects are for --routing threshold")
+
+    def budget_fields(self, num_shared_experts: int) -> dict[str, Any]:
+        """The config's fields that say which experts run, in routed experts."""
+        require_selects(self.num_selects, self.num_experts, num_shared_experts)
+        least = num_shared_experts if self.min_selects is None else self.min_selects
+        most = self.num_experts if self.max_selects is None else self.max_selects
+        if not num_shared_experts <= least <= self.num_selects <= most <= self.num_experts:
+            raise MoEficationError(
+                f"--min_selects {least}, --num_selects {self.num_selects} and --max_selects {most} must not decrease, "
+                f"from {num_shared_experts} shared experts to {self.num_experts}"
             )
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in gate.named_parameters()}
-        for layer in range(checkpoint.config.num_hidden_layers):
-            self.state(layer)  # small, and better refused before work than in its middle
-
-    def state(self, layer: int) -> dict[str, torch.Tensor]:
-        """The gate's state dict, its names and shapes checked."""
-        name = self._template.format(layer)
-        state = self.artifact.load(name)
-        shapes = {key: tuple(tensor.shape) for key, tensor in state.items()} if isinstance(state, dict) else None
-        if shapes != self.shapes:
-            network = self.config_fields["gate_network"]
-            raise MoEficationError(f"{self.artifact.folder / name} is not a {network} gate of shape {self.shapes}")
-        if not all(tensor.isfinite().all() for tensor in state.values()):
-            raise MoEficationError(f"{self.artifact.folder / name} holds NaN or infinite values; train it again")
-        return state
+        return {
+            "num_experts": self.num_experts - num_shared_experts,
+            "num_experts_per_tok": self.num_selects - num_shared_experts,
+            "num_shared_experts": num_shared_experts,
+            "routing": self.routing,
+            "min_experts_per_tok": least - num_shared_experts,
+            "max_experts_per_tok": None if self.max_selects is None else most - num_shared_experts,
+        }
 
 
 def convert(
@@ -88,13 +76,8 @@ def convert(
     split_path: str | Path,
     select_path: str | Path,
     save_path: str | Path,
+    settings: ConversionSettings,
     *,
-    template: str = TEMPLATES[0],
-    num_experts: int,
-    num_selects: int,
-    convert_type: str = "LlamaMoEForCausalLM",
-    dtype: str | None = None,
-    num_labels: int | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> artifacts.ArtifactWriter:
@@ -103,41 +86,15 @@ def convert(
     Every neuron keeps its weights; it only moves to its expert's place. Memory: twice one shard of at most 2 GiB (or
     one tensor, where that is larger), whatever the model's size.
 
-    Args:
-        dtype: of the new weights; None keeps that of the source.
-        num_labels: of a new classification head (zeros, to be trained), where the source has none.
-
     Returns: the folder's writer, finished.
     """
-    require_selects(num_selects, num_experts)
-    split = Split(split_path, checkpoint, template, num_experts)
-    gates = Gates(select_path, checkpoint, split)
-    if convert_type not in CONVERT_TYPES:
-        raise MoEficationError(f"--convert_type {convert_type!r} is not one of {', '.join(CONVERT_TYPES)}")
-    num_labels = _num_labels(checkpoint, convert_type, num_labels)
-    new_dtype = None if dtype is None else DTYPES[dtype]
-    config = _moe_config(
-        checkpoint,
-        num_experts,
-        num_selects,
-        gates.config_fields,
-        convert_type,
-        new_dtype or checkpoint.dtype,
-        num_labels,
-    )
-    shards = plan_shards(_plan(checkpoint, split, gates, config, convert_type, new_dtype), MAX_SHARD_BYTES)
-
-    options = {
-        "templates": template,
-        "num_experts": num_experts,
-        "num_selects": num_selects,
-        "convert_type": convert_type,
-        "dtype": dtype,
-        "num_labels": num_labels,
-    }
+    split = Split(split_path, checkpoint, settings.templates, settings.num_experts)
+    gates = TrainedGates(select_path, checkpoint, split)
+    config = _moe_config(checkpoint, gates, settings, split.num_shared_experts)
+    shards = plan_shards(_plan(checkpoint, split, gates, config, settings), MAX_SHARD_BYTES)
     claim = Claim(
         stage="convert",
-        options=options,
+        options=asdict(settings) | {"num_labels": _num_labels(checkpoint, settings)},
         source=checkpoint.source,
         environment=environment("cpu"),
         inputs={"split_file_path": split.artifact.digest, "select_file_path": gates.artifact.digest},
@@ -147,16 +104,21 @@ def convert(
     writer = artifacts.ArtifactWriter(Path(save_path), claim, [*shards, "config"], overwrite=overwrite)
     missing = writer.missing()
     for name in progress(checkpoint.tensors if missing else [], "check", "tensor"):
-        _require_fit(checkpoint, name, new_dtype)
+        _require_fit(checkpoint, name, settings.dtype)
     for file in progress([file for file in shards if file in missing], "convert", "shard"):
-        tensors = {planned.name: planned.made() for planned in shards[file]}
-        writer.write_piece(file, {file: writer.write(file, lambda f, t=tensors: f.write(save(t, {"format": "pt"})))})
+        write_shard(writer, file, shards[file])
     if "config" in missing:
         # Last of all, so that nothing loads a folder whose weights are not complete.
-        files = _write_text_files(writer, checkpoint, shards, config, claim, gates)
-        writer.write_piece("config", files)
+        card = conversion_card(checkpoint.name, config, settings.convert_type, gates.artifact.manifest["metrics"])
+        writer.write_piece("config", write_checkpoint_files(writer, checkpoint.path, shards, config, card))
     writer.finish()
     return writer
+
+
+def write_shard(writer: artifacts.ArtifactWriter, file: str, planned: list[PlannedTensor], metrics: Any = None) -> None:
+    """Make the tensors of one safetensors file, write it, and record it as a finished piece."""
+    tensors = {tensor.name: tensor.made() for tensor in planned}
+    writer.write_piece(file, {file: writer.write(file, lambda f: f.write(save(tensors, {"format": "pt"})))}, metrics)
 
 
 # ---------------------------------------------------------------------------------------------------- tensors
@@ -165,87 +127,113 @@ def convert(
 def _plan(
     checkpoint: Checkpoint,
     split: Split,
-    gates: Gates,
+    gates: TrainedGates,
     config: LlamaMoEConfig,
-    convert_type: str,
-    dtype: torch.dtype | None,
+    settings: ConversionSettings,
 ) -> list[PlannedTensor]:
-    """All tensors of the new checkpoint, in the order they are written; a dtype of None keeps each tensor's own."""
+    """All tensors of the new checkpoint, in the order they are written."""
+    new_dtype = settings.dtype and DTYPES[settings.dtype]  # None keeps each tensor's own
 
     def copied(name: str, new_name: str) -> PlannedTensor:
         info = checkpoint.tensors[name]
-        return PlannedTensor(new_name, info.shape, dtype or info.dtype, lambda: checkpoint.finite_tensor(name))
+        return PlannedTensor(new_name, info.shape, new_dtype or info.dtype, lambda: checkpoint.finite_tensor(name))
 
-    prefix = "" if convert_type == "LlamaMoEModel" else "model."
+    prefix = "" if settings.convert_type == "LlamaMoEModel" else "model."
     plan = [copied(name, prefix + name) for name in checkpoint.body_tensors() if ".mlp." not in name]
     for layer in range(config.num_hidden_layers):
         mlp = f"{prefix}layers.{layer}.mlp."
-        plan += _plan_layer(checkpoint, split, gates, config, mlp, layer, dtype or checkpoint.dtype)
-    if convert_type == "LlamaMoEForCausalLM" and not config.tie_word_embeddings:
+        for name, shape, make in [
+            *_expert_tensors(checkpoint, split, config, layer),
+            *_gate_tensors(gates, config, layer),
+        ]:
+            dtype = torch.float32 if name in GATE_BUFFERS else new_dtype or checkpoint.dtype
+            plan.append(PlannedTensor(mlp + name, shape, dtype, make))
+    if settings.convert_type == "LlamaMoEForCausalLM" and not config.tie_word_embeddings:
         plan.append(copied("lm_head.weight", "lm_head.weight"))
-    if convert_type == "LlamaMoEForSequenceClassification":
+    if settings.convert_type == "LlamaMoEForSequenceClassification":
         if "score.weight" in checkpoint.tensors:
             plan.append(copied("score.weight", "score.weight"))
         else:
             # Zeros favour no label and need no seed; the first training step moves them.
             shape = (config.num_labels, config.hidden_size)
-            plan.append(PlannedTensor("score.weight", shape, dtype or checkpoint.dtype, lambda: torch.zeros(shape)))
+            plan.append(PlannedTensor("score.weight", shape, new_dtype or checkpoint.dtype, lambda: torch.zeros(shape)))
     return plan
 
 
-def _plan_layer(
-    checkpoint: Checkpoint,
-    split: Split,
-    gates: Gates,
-    config: LlamaMoEConfig,
-    prefix: str,
-    layer: int,
-    dtype: torch.dtype,
-) -> list[PlannedTensor]:
-    """One layer's packed experts and its gate: `gate_up_proj [E, 2W, H]` (gate rows first), `down_proj [E, H, W]`."""
+def _expert_tensors(checkpoint: Checkpoint, split: Split, config: LlamaMoEConfig, layer: int) -> list:
+    """Name in the MLP, shape and maker of one layer's experts: packed ones `gate_up_proj [E, 2W, H]` (gate rows first),
+    `down_proj [E, H, W]`, and the shared ones as one MLP."""
     num_experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
+    shared = config.num_shared_experts * width
 
     def source(projection: str) -> torch.Tensor:
         return checkpoint.finite_tensor(f"layers.{layer}.mlp.{projection}")
 
     def gate_up(kind: str) -> torch.Tensor:
-        neurons = split.neurons(layer)
+        neurons = split.routed_neurons(layer)
         return torch.cat([source(f"gate_proj.{kind}")[neurons], source(f"up_proj.{kind}")[neurons]], dim=1)
 
     def down() -> torch.Tensor:
-        return source("down_proj.weight").T[split.neurons(layer)].transpose(1, 2)
+        return source("down_proj.weight").T[split.routed_neurons(layer)].transpose(1, 2)
 
-    plan = [
-        PlannedTensor(
-            f"{prefix}experts.gate_up_proj", (num_experts, 2 * width, hidden), dtype, lambda: gate_up("weight")
-        ),
-        PlannedTensor(f"{prefix}experts.down_proj", (num_experts, hidden, width), dtype, down),
+    def shared_rows(projection: str) -> torch.Tensor:
+        return source(projection)[split.shared_neurons(layer)]
+
+    tensors = [
+        ("experts.gate_up_proj", (num_experts, 2 * width, hidden), lambda: gate_up("weight")),
+        ("experts.down_proj", (num_experts, hidden, width), down),
     ]
     if config.mlp_bias:
-        plan += [
-            PlannedTensor(
-                f"{prefix}experts.gate_up_proj_bias", (num_experts, 2 * width), dtype, lambda: gate_up("bias")
-            ),
-            PlannedTensor(f"{prefix}output_bias", (hidden,), dtype, lambda: source("down_proj.bias")),
+        tensors += [
+            ("experts.gate_up_proj_bias", (num_experts, 2 * width), lambda: gate_up("bias")),
+            ("output_bias", (hidden,), lambda: source("down_proj.bias")),
         ]
-    return plan + [
-        PlannedTensor(f"{prefix}gate.{name}", shape, dtype, lambda n=name: gates.state(layer)[n])
-        for name, shape in gates.shapes.items()
-    ]
+    if shared:
+        kinds = {"weight": (shared, hidden)} | ({"bias": (shared,)} if config.mlp_bias else {})
+        tensors += [
+            (f"shared_experts.{projection}.{kind}", shape, lambda name=f"{projection}.{kind}": shared_rows(name))
+            for projection in ("gate_proj", "up_proj")
+            for kind, shape in kinds.items()
+        ]
+        tensors.append(
+            (
+                "shared_experts.down_proj.weight",
+                (hidden, shared),
+                lambda: source("down_proj.weight")[:, split.shared_neurons(layer)],
+            )
+        )
+    return tensors
 
 
-def _require_fit(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> None:
+def _gate_tensors(gates: TrainedGates, config: LlamaMoEConfig, layer: int) -> list:
+    """Name in the MLP, shape and maker of one layer's gate, with the threshold of its budget if it routes by one."""
+
+    def threshold() -> torch.Tensor:
+        share = config.num_experts_per_tok / config.num_experts
+        try:
+            return torch.tensor([Gate.quantile_threshold(gates.state(layer)["score_quantiles"], share)])
+        except ValueError as error:
+            raise MoEficationError(f"{gates.artifact.folder}: layer {layer}: {error}") from None
+
+    makers = {name: lambda n=name: gates.state(layer)[n] for name in gates.shapes} | {"threshold": threshold}
+    if config.routing == "top_k":
+        makers = {name: make for name, make in makers.items() if f"gate.{name}" not in GATE_BUFFERS}
+    return [(f"gate.{name}", gates.shapes[name], make) for name, make in makers.items()]
+
+
+def _require_fit(checkpoint: Checkpoint, name: str, dtype: str | None) -> None:
     """Refuse a source tensor that is not finite, or would not be in the new dtype."""
     tensor = checkpoint.finite_tensor(name)
-    if dtype is not None and tensor.abs().max() > torch.finfo(dtype).max:
-        raise MoEficationError(f"{checkpoint.path}: {name} has values beyond {dtype}; choose another --dtype")
+    if dtype is not None and tensor.abs().max() > torch.finfo(DTYPES[dtype]).max:
+        raise MoEficationError(f"{checkpoint.path}: {name} has values beyond torch.{dtype}; choose another --dtype")
 
 
-# ---------------------------------------------------------------------------------------------------- other files
+# ---------------------------------------------------------------------------------------------------- config
 
 
-def _num_labels(checkpoint: Checkpoint, convert_type: str, num_labels: int | None) -> int | None:
+def _num_labels(checkpoint: Checkpoint, settings: ConversionSettings) -> int | None:
     """Labels of the classification head; None for the other two classes, whose heads are checked here too."""
+    convert_type, num_labels = settings.convert_type, settings.num_labels
     if convert_type == "LlamaMoEForCausalLM" and not checkpoint.has_lm_head:
         raise MoEficationError(f"{checkpoint.path} has no lm_head.weight; use --convert_type LlamaMoEModel")
     if convert_type != "LlamaMoEForSequenceClassification":
@@ -263,50 +251,20 @@ def _num_labels(checkpoint: Checkpoint, convert_type: str, num_labels: int | Non
 
 
 def _moe_config(
-    checkpoint: Checkpoint,
-    num_experts: int,
-    num_selects: int,
-    gate_fields: dict[str, Any],
-    convert_type: str,
-    dtype: torch.dtype,
-    num_labels: int | None,
+    checkpoint: Checkpoint, gates: TrainedGates, settings: ConversionSettings, num_shared_experts: int
 ) -> LlamaMoEConfig:
+    dtype = settings.dtype or str(checkpoint.dtype).removeprefix("torch.")
     fields = checkpoint.config.to_dict() | {
-        "architectures": [convert_type],
-        "dtype": str(dtype).removeprefix("torch."),
-        "num_experts": num_experts,
-        "num_experts_per_tok": num_selects,
-        **gate_fields,
+        "architectures": [settings.convert_type],
+        "dtype": dtype,
+        **settings.budget_fields(num_shared_experts),
+        **gates.config_fields,
     }
     for name in ("model_type", "transformers_version", "_name_or_path"):
         fields.pop(name, None)
+    num_labels = _num_labels(checkpoint, settings)
     if num_labels is not None and num_labels != checkpoint.config.num_labels:
         fields.pop("id2label", None)
         fields.pop("label2id", None)
         fields["num_labels"] = num_labels
     return LlamaMoEConfig.from_dict(fields)
-
-
-def _write_text_files(
-    writer: artifacts.ArtifactWriter,
-    checkpoint: Checkpoint,
-    shards: dict[str, list[PlannedTensor]],
-    config: LlamaMoEConfig,
-    claim: artifacts.Claim,
-    gates: Gates,
-) -> dict[str, dict[str, Any]]:
-    """Everything beside the weights; returns the files' manifest entries."""
-    contents = {file: (resources.files(llama_moe) / file).read_bytes() for file in CODE_FILES}
-    if len(shards) > 1:
-        contents[WEIGHTS_INDEX] = (json.dumps(shard_index(shards), indent=2) + "\n").encode()
-    contents["README.md"] = model_card(checkpoint, claim, config, gates.artifact.manifest["metrics"]).encode()
-    contents["config.json"] = config.to_json_string().encode()
-
-    files = {}
-    for name in COPIED_FILES:
-        if (checkpoint.path / name).is_file():
-            with (checkpoint.path / name).open("rb") as source:
-                files[name] = writer.write(name, lambda file, s=source: shutil.copyfileobj(s, file))
-    for name, content in contents.items():
-        files[name] = writer.write(name, lambda file, c=content: file.write(c))
-    return files

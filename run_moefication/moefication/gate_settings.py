@@ -40,10 +40,8 @@ class GateSettings:
             raise MoEficationError(f"--gate_fit {self.gate_fit!r} is not one of {', '.join(GATE_FITS)}")
         if self.gate_network != "linear" and (self.gate_fit == "ridge" or self.gate_rank is not None):
             raise MoEficationError("--gate_fit ridge and --gate_rank are for --gate_network linear")
-        if self.gate_rank is not None and (self.gate_fit != "ridge" or not 1 <= self.gate_rank <= self.num_experts):
-            raise MoEficationError(
-                f"--gate_rank {self.gate_rank} needs --gate_fit ridge, and is at most --num_experts {self.num_experts}"
-            )
+        if self.gate_rank is not None and self.gate_fit != "ridge":
+            raise MoEficationError(f"--gate_rank {self.gate_rank} needs --gate_fit ridge")
         require_selects(self.num_selects, self.num_experts)
         if self.epochs < 0 or self.batch_size < 1:
             raise MoEficationError(
@@ -55,7 +53,18 @@ class GateSettings:
             raise MoEficationError(f"--valid_percent {self.valid_percent} is not a fraction between 0 and 1")
 
 
-def require_selects(num_selects: int, num_experts: int) -> None:
-    """Refuse a budget that is not between one and all experts."""
-    if not 1 <= num_selects <= num_experts:
-        raise MoEficationError(f"--num_selects {num_selects} is outside of 1 to --num_experts {num_experts}")
+def require_selects(num_selects: int, num_experts: int, num_shared_experts: int = 0) -> None:
+    """Refuse a budget that is not between one routed expert beside the shared ones, and all experts."""
+    least = num_shared_experts + 1
+    if not least <= num_selects <= num_experts:
+        shared = f" ({num_shared_experts} are shared)" if num_shared_experts else ""
+        raise MoEficationError(
+            f"--num_selects {num_selects} is outside of {least} to --num_experts {num_experts}{shared}"
+        )
+
+
+def require_rank(rank: int | None, hidden_size: int, num_routed_experts: int) -> None:
+    """Refuse a rank that no gate of this shape has."""
+    limit = min(hidden_size, num_routed_experts)
+    if rank is not None and not 1 <= rank <= limit:
+        raise MoEficationError(f"--gate_rank {rank} is outside of 1 to {limit}, the smaller side of the gate")

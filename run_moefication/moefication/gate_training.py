@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from . import artifacts
 from .checkpoints import Checkpoint
 from .errors import MoEficationError
 from .expert_scores import TOKENS_PER_CHUNK, ExpertScorer, LayerActivations, OutputNorms
-from .gate_settings import GATE_NETWORKS, GateSettings
+from .gate_settings import GATE_NETWORKS, GateSettings, require_rank, require_selects
 from .hidden_features import Features
 from .manifests import Claim, environment
 from .progress import Progress, no_progress
@@ -76,6 +76,14 @@ def train_gates(
     Returns: the folder's writer; it is finished once every layer has its gate.
     """
     split = Split(split_path, checkpoint, settings.templates, settings.num_experts)
+    require_selects(settings.num_selects, settings.num_experts, split.num_shared_experts)
+    require_rank(settings.gate_rank, checkpoint.config.hidden_size, split.num_routed_experts)
+    # What concerns a gate: the routed experts, and how many of them run.
+    routed = replace(
+        settings,
+        num_experts=split.num_routed_experts,
+        num_selects=settings.num_selects - split.num_shared_experts,
+    )
     features = Features(features_path, checkpoint, settings.templates)
     if features.num_tokens < 2:
         raise MoEficationError(f"{features_path} holds {features.num_tokens} tokens; at least 2 are needed")
@@ -96,11 +104,12 @@ def train_gates(
     for layer in progress([layer for layer in layers if names[layer] in missing], "select", "layer"):
         inputs, scores = _layer_data(checkpoint, split, features, layer, settings, device)
         if settings.gate_fit == "ridge":
-            gate = ridge_gate(inputs.shape[1], settings)
+            gate = ridge_gate(inputs.shape[1], routed)
         else:
             rows = checkpoint.finite_tensor(settings.templates.format(layer)).to(device, torch.float32)
-            gate = initial_gate(settings.gate_network, rows, split.neurons(layer))
-        metrics = fit_gate(gate.to(device), inputs, scores, settings)
+            gate = initial_gate(settings.gate_network, rows, split.routed_neurons(layer))
+        metrics = fit_gate(gate.to(device), inputs, scores, routed)
+        gate.store_score_quantiles(_logits(gate, inputs))
         state = {name: tensor.cpu().clone() for name, tensor in gate.state_dict().items()}
         writer.write_piece(names[layer], {names[layer]: writer.write_tensors(names[layer], state)}, metrics)
     writer.finish()
@@ -112,7 +121,7 @@ def _layer_data(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs `[tokens, hidden]` in their stored dtype and scores `[tokens, experts]` in float32, both on the device."""
     inputs = torch.cat([shard.to(device) for shard in features.inputs(layer)])
-    neurons = split.neurons(layer).to(device)
+    neurons = split.routed_neurons(layer).to(device)
     if settings.select_criterion == "output_norm":
         norms = OutputNorms(checkpoint, layer, neurons, device)
         scores = torch.cat([norms(chunk) for chunk in inputs.split(TOKENS_PER_CHUNK)])
@@ -147,8 +156,14 @@ def _activations(
 
 def ridge_gate(hidden_size: int, settings: GateSettings) -> LinearGate:
     """A linear gate with a bias (and a rank, if asked), its values to be fitted."""
-    budget = {"num_experts_per_tok": settings.num_experts}
-    return LinearGate(hidden_size, settings.num_experts, rank=settings.gate_rank, has_bias=True, **budget)
+    return LinearGate(
+        hidden_size, settings.num_experts, rank=settings.gate_rank, has_bias=True, **_all_run(settings.num_experts)
+    )
+
+
+def _all_run(num_experts: int) -> dict[str, Any]:
+    """The budget of a gate without one: conversion sets it. Threshold routing makes room for the score quantiles."""
+    return {"num_experts_per_tok": num_experts, "routing": "threshold"}
 
 
 def initial_gate(gate_network: str, rows: torch.Tensor, neurons: torch.Tensor) -> Gate:
@@ -160,7 +175,7 @@ def initial_gate(gate_network: str, rows: torch.Tensor, neurons: torch.Tensor) -
     """
     centres = F.normalize(rows)[neurons.to(rows.device)].mean(dim=1)  # [experts, hidden]
     num_experts, hidden_size = centres.shape
-    gate = GATE_CLASSES[GATE_NETWORKS[gate_network]](hidden_size, num_experts, num_experts_per_tok=num_experts)
+    gate = GATE_CLASSES[GATE_NETWORKS[gate_network]](hidden_size, num_experts, **_all_run(num_experts))
     first, *second = gate.parameters()
     with torch.no_grad():
         first.copy_(centres)

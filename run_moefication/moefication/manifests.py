@@ -14,13 +14,17 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PARTS = "manifest.parts"
 CLAIM = "claim.json"
+SCRATCH = ".scratch"  # how files end that a stage needs only until its folder is finished
 STAGE_SCRIPTS = {
     "split": "llama_split_clustering.py",
     "hidden_features": "llama_get_hidden_features.py",
     "select": "llama_select_mlp.py",
     "convert": "llama_convert.py",
+    "calibrate": "llama_calibrate.py",
+    "distill": "llama_distill.py",
 }
 VERSIONED_PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "safetensors")
+MOE_STAGES = ("convert", "calibrate", "distill")  # whose folders are LlamaMoE checkpoints
 MAX_MANIFEST_BYTES = 1 << 30
 # What else lies in the folder cannot be told without its manifest, so --overwrite cannot clear it.
 CURE_OF_DAMAGE = "remove its folder and run the stage again"

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 
 from . import artifacts
-from .balanced_kmeans import balanced_kmeans
+from .balanced_kmeans import Clustering, balanced_kmeans
 from .checkpoints import TEMPLATES, Checkpoint
 from .errors import MoEficationError
+from .files import digest
 from .manifests import Claim, environment
 from .progress import Progress, no_progress
 
@@ -28,7 +29,7 @@ def require_template(template: str) -> None:
         raise MoEficationError(f"--templates {template!r} is not one of {', '.join(TEMPLATES)}")
 
 
-def split_by_clustering(
+def split_by_weights(
     checkpoint: Checkpoint,
     save_path: str | Path,
     *,
@@ -48,12 +49,15 @@ def split_by_clustering(
     Returns: the writer of the folder, finished.
     """
     checkpoint.require_experts(num_experts)
-    claim = Claim(
-        stage="split",
-        options={"templates": templates, "num_experts": num_experts, "distance": distance, "seed": seed},
-        source=checkpoint.source,
-        environment=environment(device),
-    )
+    options = {
+        "cluster_on": "weights",
+        "templates": templates,
+        "num_experts": num_experts,
+        "num_shared_experts": 0,
+        "distance": distance,
+        "seed": seed,
+    }
+    claim = Claim("split", options, checkpoint.source, environment(device))
     names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
     folder = artifacts.split_folder(save_path, checkpoint.name, num_experts)
     writer = artifacts.ArtifactWriter(folder, claim, names, overwrite=overwrite)
@@ -65,15 +69,67 @@ def split_by_clustering(
         weight = checkpoint.finite_tensor(name).to(device, torch.float32)
         rows = torch.nn.functional.normalize(weight)
         clusters = balanced_kmeans(rows, num_experts, distance=distance, seed=seed, device=device)
-        metrics = {
-            "cost": clusters.cost,
-            "lower_bound_of_last_assignment": clusters.lower_bound,
-            "iterations": clusters.iterations,
-            "converged": clusters.converged,
-        }
-        writer.write_piece(name, {name: writer.write_tensors(name, clusters.labels)}, metrics)
+        write_labels(writer, name, clusters.labels, clusters)
     writer.finish()
     return writer
+
+
+def split_at_random(
+    checkpoint: Checkpoint,
+    save_path: str | Path,
+    *,
+    templates: list[str],
+    num_experts: int,
+    num_shared_experts: int = 0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> artifacts.ArtifactWriter:
+    """Deal the neurons of every layer out at random: the control that any clustering has to beat.
+
+    Returns: the writer of the folder, finished.
+    """
+    checkpoint.require_experts(num_experts)
+    require_shared(num_shared_experts, num_experts)
+    options = {
+        "templates": templates,
+        "num_experts": num_experts,
+        "num_shared_experts": num_shared_experts,
+        "seed": seed,
+    }
+    claim = Claim("split", options, checkpoint.source, environment("cpu"))
+    names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
+    folder = artifacts.split_folder(save_path, checkpoint.name, num_experts, "Random")
+    writer = artifacts.ArtifactWriter(folder, claim, names, overwrite=overwrite)
+    width = checkpoint.config.intermediate_size
+    for name in writer.missing():
+        # Of its own for each weight, so that an interrupted run goes on with the same numbers.
+        generator = torch.Generator().manual_seed(int(digest([seed, name])[:8], 16))
+        labels = torch.arange(num_experts).repeat_interleave(width // num_experts)
+        write_labels(writer, name, labels[torch.randperm(width, generator=generator)])
+    writer.finish()
+    return writer
+
+
+def write_labels(
+    writer: artifacts.ArtifactWriter, name: str, labels: torch.Tensor, clusters: Clustering | None = None
+) -> None:
+    """Write one layer's labels `[intermediate_size]`, with what the clustering says of itself."""
+    metrics = clusters and {
+        "cost": clusters.cost,
+        "lower_bound_of_last_assignment": clusters.lower_bound,
+        "iterations": clusters.iterations,
+        "converged": clusters.converged,
+    }
+    writer.write_piece(name, {name: writer.write_tensors(name, labels)}, metrics)
+
+
+def require_shared(num_shared_experts: int, num_experts: int) -> None:
+    """Refuse shared experts that leave none to route, or none to share."""
+    if not 0 <= num_shared_experts < num_experts:
+        raise MoEficationError(
+            f"--num_shared_experts {num_shared_experts} is outside of 0 to {num_experts - 1}: they are some of the "
+            f"--num_experts {num_experts}, and one at least is routed"
+        )
 
 
 class Split:
@@ -88,12 +144,14 @@ class Split:
         if template not in self.artifact.options["templates"]:
             raise MoEficationError(f"{folder} was not made on {template} but on {self.artifact.options['templates']}")
         self.template, self.num_experts = template, num_experts
+        self.num_shared_experts = self.artifact.options.get("num_shared_experts", 0)
+        self.num_routed_experts = num_experts - self.num_shared_experts
         self._width = checkpoint.config.intermediate_size
         for layer in range(checkpoint.config.num_hidden_layers):
             self.labels(layer)  # small, and better refused before work than in its middle
 
     def labels(self, layer: int) -> torch.Tensor:
-        """int64 `[intermediate_size]`: the expert of each neuron; every expert has equally many."""
+        """int64 `[intermediate_size]`: the expert of each neuron; all have equally many, the last ones are shared."""
         name = self.template.format(layer)
         labels = self.artifact.load(name)
         if not isinstance(labels, torch.Tensor) or labels.shape != (self._width,) or labels.is_floating_point():
@@ -104,6 +162,13 @@ class Split:
             raise MoEficationError(f"{self.artifact.folder / name} does not cut the neurons into equal experts")
         return labels
 
-    def neurons(self, layer: int) -> torch.Tensor:
-        """int64 `[num_experts, width]`: the neurons of each expert, in their original order."""
+    def routed_neurons(self, layer: int) -> torch.Tensor:
+        """int64 `[routed experts, width]`: the neurons of each routed expert, in their original order."""
+        return self._neurons(layer)[: self.num_routed_experts]
+
+    def shared_neurons(self, layer: int) -> torch.Tensor:
+        """int64 `[shared experts * width]`: the neurons of the shared experts, which are the last ones."""
+        return self._neurons(layer)[self.num_routed_experts :].flatten()
+
+    def _neurons(self, layer: int) -> torch.Tensor:
         return self.labels(layer).argsort(stable=True).view(self.num_experts, -1)

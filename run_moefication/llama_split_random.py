@@ -1,0 +1,55 @@
+r"""Stage 1, split, as a control: deal the neurons of every MLP out to experts at random.
+
+  python llama_split_random.py --model_path MODEL --save_path ../llama_moe_temp_files --num_experts 8
+
+Writes SAVE_PATH/NAME-8Expert-Split-Random, which the later stages take as they take a clustering.
+"""
+
+import argparse
+import sys
+
+from run_moefication import command_line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this stage."""
+    parser = command_line.new_parser(__doc__)
+    command_line.add_model_path(parser)
+    command_line.add_save_path(parser, "NAME-nExpert-Split-Random")
+    command_line.add_templates(parser, several=True)
+    parser.add_argument("--num_experts", type=int, required=True, help="experts per layer; must divide the MLP's width")
+    parser.add_argument(
+        "--num_shared_experts", type=int, default=0, help="experts that always run; --num_experts counts them"
+    )
+    command_line.add_common(parser, device=False, seed="the deal")
+    return parser
+
+
+def split(arguments: argparse.Namespace) -> None:
+    """Run the stage and print what came out."""
+    from run_moefication.moefication.checkpoints import Checkpoint
+    from run_moefication.moefication.splitting import parse_templates, split_at_random
+
+    checkpoint = Checkpoint(arguments.model_path)
+    writer = split_at_random(
+        checkpoint,
+        arguments.save_path,
+        templates=parse_templates(arguments.templates),
+        num_experts=arguments.num_experts,
+        num_shared_experts=arguments.num_shared_experts,
+        seed=arguments.seed,
+        overwrite=arguments.overwrite,
+    )
+    width = checkpoint.config.intermediate_size // arguments.num_experts
+    layers = checkpoint.config.num_hidden_layers
+    print(f"{checkpoint.name}: {layers} layers, {arguments.num_experts} experts of {width} neurons")
+    command_line.report(writer, "llama_get_hidden_features.py (2_get_hidden_features.sh)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    return command_line.run(build_parser(), split, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

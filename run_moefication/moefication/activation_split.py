@@ -1,0 +1,209 @@
+"""Stage 1 on activations: the hottest neurons become shared experts, the rest are clustered by which tokens need them.
+
+A token needs a neuron if the neuron is among the `keep_fraction` of the layer's neurons that add most to the MLP's
+output there: a row of bits per neuron. Neurons that are needed together belong into one expert. Only the Gram matrix
+of these rows is kept, `[intermediate_size, intermediate_size]`, and the importance of each neuron.
+
+Axes: T tokens, I neurons of the MLP, H hidden size.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from . import artifacts
+from .balanced_kmeans import Clustering, balanced_kmeans
+from .checkpoints import TEMPLATES, Checkpoint
+from .corpus import Corpus
+from .errors import MoEficationError
+from .expert_scores import TOKENS_PER_CHUNK, LayerActivations
+from .hidden_features import Features
+from .layer_walk import AttentionHalf, Batch, Streams, batches_of, embed, token_weights
+from .manifests import Claim, environment
+from .progress import Progress, no_progress
+from .splitting import require_shared, require_template, write_labels
+
+# Added to the diagonal of the Gram matrix of normalised rows, so that it has a Cholesky factor in float64.
+JITTER = 1e-6
+
+
+class NeuronStatistics:
+    """How much each neuron of a layer adds to the MLP's output, and which neurons are needed together.
+
+    Attributes:
+        importance: float64 `[I]`, sum over tokens of weight * (activation * norm of the neuron's down_proj column)^2.
+        together: float32 `[I, I]`, tokens that need both neurons (exact up to 2^24).
+    """
+
+    def __init__(self, column_norms: torch.Tensor, keep_fraction: float):
+        """`column_norms`: float32 `[I]`, of down_proj."""
+        num_neurons = len(column_norms)
+        self._column_norms = column_norms
+        self._num_kept = max(1, round(keep_fraction * num_neurons))
+        self.importance = torch.zeros(num_neurons, dtype=torch.float64, device=column_norms.device)
+        self.together = torch.zeros(num_neurons, num_neurons, device=column_norms.device)
+
+    def add(self, activations: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Count tokens: activations that enter down_proj, float32 `[T, I]`, and their weights `[T]`.
+
+        Without weights each token weighs 1 over what all its neurons add, which keeps few of them from owning the sum.
+        """
+        added = activations.abs() * self._column_norms
+        if weights is None:
+            weights = token_weights(added)
+        self.importance += (added.square() * weights[:, None]).sum(dim=0, dtype=torch.float64)
+        least = added.topk(self._num_kept, dim=1).values[:, -1:]
+        needed = ((added >= least) & (added > 0)).float()
+        self.together += needed.T @ needed
+
+    def split(self, num_experts: int, num_shared_experts: int, distance: str, seed: int) -> tuple[torch.Tensor, Any]:
+        """Labels int64 `[I]`, shared experts last and hottest of all, and the clustering of the others."""
+        width = len(self.importance) // num_experts
+        hottest = self.importance.argsort(descending=True, stable=True)
+        shared, rest = hottest[: num_shared_experts * width], hottest[num_shared_experts * width :].sort().values
+        clusters = self._cluster(rest, num_experts - num_shared_experts, distance, seed)
+        labels = torch.empty(len(self.importance), dtype=torch.long)
+        labels[rest.cpu()] = clusters.labels
+        shared_labels = torch.arange(num_experts - num_shared_experts, num_experts)
+        labels[shared.cpu()] = shared_labels.repeat_interleave(width)
+        return labels, clusters
+
+    def _cluster(self, neurons: torch.Tensor, num_clusters: int, distance: str, seed: int) -> Clustering:
+        gram = self.together[neurons][:, neurons].double()
+        norms = gram.diagonal().clamp(min=1).sqrt()
+        gram = gram / norms[:, None] / norms
+        gram.diagonal().add_(JITTER)
+        # The rows of the Cholesky factor have the Gram matrix of the rows of bits, which is all that k-means sees.
+        rows = torch.linalg.cholesky(gram).float()
+        return balanced_kmeans(rows, num_clusters, distance=distance, seed=seed, device=str(rows.device))
+
+
+def split_by_activations(
+    checkpoint: Checkpoint,
+    text: Corpus | Features,
+    save_path: str | Path,
+    *,
+    template: str = TEMPLATES[0],
+    num_experts: int,
+    num_shared_experts: int = 0,
+    keep_fraction: float = 0.25,
+    distance: str = "l2",
+    seed: int = 0,
+    batch_size: int = 4,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> artifacts.ArtifactWriter:
+    """Split the neurons of every layer by what they do on text.
+
+    Memory: one layer's weights and two square matrices of its neurons, in float32. Disk, for a corpus and until the
+    split is finished: 8 * hidden_size bytes a token.
+
+    Args:
+        text: a corpus, which the dense model reads layer by layer, or recorded features.
+        template: gives the files their names; the activations are those that enter down_proj.
+        keep_fraction: share of the neurons that a token is said to need.
+        batch_size: blocks of the corpus at a time.
+
+    Returns: the writer of the folder, finished.
+    """
+    checkpoint.require_experts(num_experts)
+    require_shared(num_shared_experts, num_experts)
+    require_template(template)
+    if not 0 < keep_fraction < 1:
+        raise MoEficationError(f"--keep_fraction {keep_fraction} is not a fraction between 0 and 1")
+    if batch_size < 1:
+        raise MoEficationError(f"--batch_size {batch_size} must be at least 1")
+    from_corpus = isinstance(text, Corpus)
+    options = {
+        "cluster_on": "activations",
+        "templates": [template],
+        "num_experts": num_experts,
+        "num_shared_experts": num_shared_experts,
+        "keep_fraction": keep_fraction,
+        "distance": distance,
+        "seed": seed,
+    }
+    inputs = {"train_data_path": text.digest} if from_corpus else {"hidden_features_path": text.artifact.digest}
+    if from_corpus:
+        options |= {"batch_size": batch_size} | text.options
+    claim = Claim("split", options, checkpoint.source, environment(device), inputs)
+    names = [template.format(layer) for layer in range(checkpoint.config.num_hidden_layers)]
+    folder = artifacts.split_folder(save_path, checkpoint.name, num_experts)
+    writer = artifacts.ArtifactWriter(folder, claim, names, overwrite=overwrite)
+    missing = writer.missing()
+    layers = [layer for layer, name in enumerate(names) if name in missing]
+    if from_corpus and layers:
+        filled = _walk(checkpoint, text, writer, layers, keep_fraction, batch_size, device)
+    else:
+        filled = (_from_features(checkpoint, text, layer, keep_fraction, device) for layer in layers)
+    for layer, statistics in zip(progress(layers, "split", "layer"), filled, strict=True):
+        labels, clusters = statistics.split(num_experts, num_shared_experts, distance, seed)
+        write_labels(writer, names[layer], labels, clusters)
+    writer.finish()
+    return writer
+
+
+def _from_features(
+    checkpoint: Checkpoint, features: Features, layer: int, keep_fraction: float, device: str
+) -> NeuronStatistics:
+    """The statistics of one layer, from the recorded inputs of its MLP."""
+    activations = LayerActivations(checkpoint, layer, TEMPLATES[1], device)
+    statistics = NeuronStatistics(_column_norms(checkpoint, layer, device), keep_fraction)
+    for shard in features.inputs(layer):
+        for inputs in shard.split(TOKENS_PER_CHUNK):
+            statistics.add(activations(inputs.to(device)))
+    return statistics
+
+
+def _walk(
+    checkpoint: Checkpoint,
+    corpus: Corpus,
+    writer: artifacts.ArtifactWriter,
+    layers: list[int],
+    keep_fraction: float,
+    batch_size: int,
+    device: str,
+) -> Iterator[NeuronStatistics]:
+    """The statistics of the layers, which are the last ones, while the dense model reads the corpus."""
+    batches = batches_of(corpus.blocks, batch_size)
+    streams = Streams(writer, (1, corpus.num_tokens, checkpoint.config.hidden_size))
+    if layers[0] == 0 and not streams.has(0):
+        embed(streams.begin(0)[0], corpus.blocks, batches, checkpoint.finite_tensor("embed_tokens.weight"))
+        streams.commit(0)
+    for layer in layers:
+        statistics = NeuronStatistics(_column_norms(checkpoint, layer, device), keep_fraction)
+        _run_layer(checkpoint, layer, batches, streams.before(layer)[0], streams.begin(layer + 1)[0], statistics)
+        streams.commit(layer + 1)
+        yield statistics
+        streams.remove(layer)
+
+
+@torch.inference_mode()
+def _run_layer(
+    checkpoint: Checkpoint,
+    layer: int,
+    batches: list[Batch],
+    before: torch.Tensor,
+    after: torch.Tensor,
+    statistics: NeuronStatistics,
+) -> None:
+    device = statistics.together.device
+    attention_half = AttentionHalf(
+        checkpoint.config, lambda name: checkpoint.finite_tensor(f"layers.{layer}.{name}"), device
+    )
+    activations = LayerActivations(checkpoint, layer, TEMPLATES[1], device)
+    down = checkpoint.mlp_tensor(layer, "down_proj.weight", device)
+    bias = checkpoint.mlp_tensor(layer, "down_proj.bias", device) if checkpoint.config.mlp_bias else None
+    for batch in batches:
+        stream, inputs = attention_half(before[batch.rows].to(device), batch)
+        hidden = activations(inputs)
+        statistics.add(hidden, token_weights(stream))
+        after[batch.rows] = (stream + F.linear(hidden, down, bias)).cpu()
+
+
+def _column_norms(checkpoint: Checkpoint, layer: int, device: str) -> torch.Tensor:
+    return checkpoint.mlp_tensor(layer, "down_proj.weight", device).norm(dim=0)

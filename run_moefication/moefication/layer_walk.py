@@ -1,0 +1,142 @@
+"""Running a model layer by layer over a corpus, with the weights of one layer in memory.
+
+Between layers the residual stream of every token lies on the disk, in a memory-mapped file: 4 * hidden_size bytes a
+token, whatever the number of layers. The streams before a layer stay there until the layer's results are written, so
+an interrupted walk goes on with the layer it was at.
+
+Axes: B blocks of a batch, N positions, T tokens of the batch, H hidden size.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from .artifacts import ArtifactWriter
+from .errors import MoEficationError
+from .files import sync
+
+LARGEST_WEIGHT = 4.0  # in means
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some blocks of the corpus: their rows in the streams, and their lengths."""
+
+    rows: slice
+    lengths: list[int]
+
+    def padded(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[T, H]` -> `[B, N, H]`. Padding follows the text, where causal attention keeps it from changing anything."""
+        return pad_sequence(rows.split(self.lengths), batch_first=True)
+
+    def flat(self, padded: torch.Tensor) -> torch.Tensor:
+        """`[B, N, H]` -> `[T, H]`, without the padding."""
+        lengths = torch.tensor(self.lengths, device=padded.device)
+        return padded[torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]]
+
+
+def batches_of(blocks: list[torch.Tensor], batch_size: int) -> list[Batch]:
+    """The blocks, `batch_size` at a time, in their order."""
+    batches, start = [], 0
+    for index in range(0, len(blocks), batch_size):
+        lengths = [len(block) for block in blocks[index : index + batch_size]]
+        batches.append(Batch(slice(start, start := start + sum(lengths)), lengths))
+    return batches
+
+
+class AttentionHalf:
+    """The first half of a decoder layer: attention, the residual sum, and the norm before the MLP; float32."""
+
+    def __init__(self, config: LlamaConfig, tensor: Callable[[str], torch.Tensor], device: str):
+        """`tensor(name)`: the layer's tensors by their names within it, such as `self_attn.q_proj.weight`."""
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            self._attention = LlamaAttention(config, layer_idx=0)
+            self._norms = [LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(2)]
+        names = ("self_attn", "input_layernorm", "post_attention_layernorm")
+        for name, module in zip(names, [self._attention, *self._norms], strict=True):
+            state = {key: tensor(f"{name}.{key}").to(device, torch.float32) for key in module.state_dict()}
+            module.load_state_dict(state, assign=True)
+            module.eval()
+        self._rotary = LlamaRotaryEmbedding(config=config, device=device)
+
+    def __call__(self, stream: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stream before the layer `[T, H]` -> the stream before the MLP, and what the MLP sees, `[T, H]` each."""
+        padded = batch.padded(stream)
+        positions = torch.arange(padded.shape[1], device=padded.device)[None]
+        rotary = self._rotary(padded, positions)
+        attended = self._attention(self._norms[0](padded), position_embeddings=rotary, attention_mask=None)[0]
+        stream = batch.flat(padded + attended)
+        return stream, self._norms[1](stream)
+
+
+class Streams:
+    """Residual streams of one or several models, float32 `[models, tokens, H]`, in mapped files of a stage's folder.
+
+    For each layer in turn: read `before(layer)`, fill `begin(layer + 1)`, `commit(layer + 1)`, write the layer's
+    results, `remove(layer)`.
+    """
+
+    def __init__(self, writer: ArtifactWriter, shape: tuple[int, int, int]):
+        self._writer, self._shape = writer, shape
+
+    def before(self, layer: int) -> torch.Tensor:
+        """The streams before a layer, not to be written to."""
+        path = self._path(layer)
+        if not path.exists() or path.stat().st_size != 4 * torch.Size(self._shape).numel():
+            raise MoEficationError(f"{path} is missing or cut; run again with --overwrite")
+        return self._map(path)
+
+    def has(self, layer: int) -> bool:
+        """Whether the streams before this layer have been committed."""
+        return self._path(layer).exists()
+
+    def begin(self, layer: int) -> torch.Tensor:
+        """Room for the streams before a layer, to be filled, then committed."""
+        path = self._temporary(layer)
+        path.unlink(missing_ok=True)
+        return self._map(path)
+
+    def commit(self, layer: int) -> None:
+        """The streams before this layer are whole."""
+        sync(self._temporary(layer))
+        os.replace(self._temporary(layer), self._path(layer))
+
+    def remove(self, layer: int) -> None:
+        """The streams before this layer are needed no more."""
+        self._path(layer).unlink(missing_ok=True)
+
+    def _map(self, path: Path) -> torch.Tensor:
+        size = torch.Size(self._shape).numel()
+        return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(self._shape)
+
+    def _path(self, layer: int) -> Path:
+        return self._writer.scratch(f"streams.{layer}")
+
+    def _temporary(self, layer: int) -> Path:
+        path = self._path(layer)
+        return path.with_name(f".{path.name}.tmp")
+
+
+def embed(stream: torch.Tensor, blocks: list[torch.Tensor], batches: list[Batch], weight: torch.Tensor) -> None:
+    """Fill a stream `[tokens, H]` with the embeddings of the blocks' tokens."""
+    start = 0
+    for batch in batches:
+        tokens = torch.cat(blocks[start : (start := start + len(batch.lengths))]).long()
+        stream[batch.rows] = weight[tokens].float()
+
+
+def token_weights(stream: torch.Tensor) -> torch.Tensor:
+    """Weights `[T]` of the rows of a residual stream `[T, H]`: 1 over the squared norm, at most 4 times the mean.
+
+    A few tokens carry massive activations (Sun et al. 2024, "Massive activations in large language models"); with equal
+    weights they own every fit.
+    """
+    weights = 1 / stream.square().sum(dim=-1).clamp(min=torch.finfo(stream.dtype).tiny)
+    return weights.clamp(max=LARGEST_WEIGHT * weights.mean())
