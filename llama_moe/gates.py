@@ -179,6 +179,24 @@ class MLPGate(Gate):
 GATE_CLASSES = {"mlp": MLPGate, "linear": LinearGate}
 
 
+def make_gate(config, layer_idx: int = 0) -> Gate:
+    """The gate that a `LlamaMoEConfig` describes, its parameters not yet filled."""
+    is_linear = config.gate_network == "linear"
+    of_linear = {"rank": config.gate_rank, "has_bias": config.gate_bias} if is_linear else {}
+    return GATE_CLASSES[config.gate_network](
+        config.hidden_size,
+        config.num_experts,
+        **of_linear,
+        num_experts_per_tok=config.experts_per_tok_of(layer_idx),
+        routing=config.routing,
+        min_experts_per_tok=config.min_experts_per_tok,
+        max_experts_per_tok=config.max_experts_per_tok,
+        multiply_gate_scores=config.multiply_gate_scores,
+        score_scale_factor=config.score_scale_factor,
+        noise=config.gate_noise,
+    )
+
+
 def load_balancing_loss(
     scores: list[torch.Tensor], selected: list[torch.Tensor], attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:

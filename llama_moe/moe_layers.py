@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .gates import GATE_CLASSES, Gate
+from .gates import Gate, make_gate
 
 # ---------------------------------------------------------------------------------------------------- experts
 
@@ -231,20 +231,7 @@ class MoEBlock(nn.Module):
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__()
-        is_linear = config.gate_network == "linear"
-        of_linear = {"rank": config.gate_rank, "has_bias": config.gate_bias} if is_linear else {}
-        self.gate = GATE_CLASSES[config.gate_network](
-            config.hidden_size,
-            config.num_experts,
-            **of_linear,
-            num_experts_per_tok=config.experts_per_tok_of(layer_idx),
-            routing=config.routing,
-            min_experts_per_tok=config.min_experts_per_tok,
-            max_experts_per_tok=config.max_experts_per_tok,
-            multiply_gate_scores=config.multiply_gate_scores,
-            score_scale_factor=config.score_scale_factor,
-            noise=config.gate_noise,
-        )
+        self.gate = make_gate(config, layer_idx)
         # This child's name, and its holding 3-D parameters only, is what engines look for.
         self.experts = BiasedExperts(config) if config.mlp_bias else Experts(config)
         self.shared_experts = SharedExperts(config) if config.num_shared_experts else None

@@ -21,9 +21,10 @@ from .corpus import Corpus
 from .errors import MoEficationError
 from .expert_scores import TOKENS_PER_CHUNK, LayerActivations
 from .hidden_features import Features
-from .layer_walk import AttentionHalf, Batch, Streams, batches_of, embed, token_weights
+from .layer_walk import AttentionHalf, Batch, Streams, batches_of, embed
 from .manifests import Claim, environment
 from .progress import Progress, no_progress
+from .ridge import token_weights
 from .splitting import require_shared, require_template, write_labels
 
 # Added to the diagonal of the Gram matrix of normalised rows, so that it has a Cholesky factor in float64.
@@ -53,7 +54,7 @@ class NeuronStatistics:
         """
         added = activations.abs() * self._column_norms
         if weights is None:
-            weights = token_weights(added)
+            weights = token_weights(added.square().sum(dim=1))
         self.importance += (added.square() * weights[:, None]).sum(dim=0, dtype=torch.float64)
         least = added.topk(self._num_kept, dim=1).values[:, -1:]
         needed = ((added >= least) & (added > 0)).float()
@@ -201,7 +202,7 @@ def _run_layer(
     for batch in batches:
         stream, inputs = attention_half(before[batch.rows].to(device), batch)
         hidden = activations(inputs)
-        statistics.add(hidden, token_weights(stream))
+        statistics.add(hidden, token_weights(stream.square().sum(dim=1)))
         after[batch.rows] = (stream + F.linear(hidden, down, bias)).cpu()
 
 

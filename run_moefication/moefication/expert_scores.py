@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from .checkpoints import TEMPLATES, Checkpoint
+from .checkpoints import Checkpoint
 
 # Of the activations a of an expert's neurons.
 ACTIVATION_CRITERIA = {
@@ -54,20 +54,19 @@ class LayerActivations:
 
 
 class OutputNorms:
-    """The criterion `output_norm`: the norm of what an expert adds to the MLP's output, from inputs and weights.
+    """The criterion `output_norm`: the norm of what an expert adds to the MLP's output, from its activations.
 
-    With h the expert's part of SiLU(gate_proj x) * (up_proj x) and D its part of down_proj, |D h|^2 = h^T (D^T D) h,
-    which needs no output of an expert: width times fewer numbers than hidden size.
+    With h the expert's part of what enters down_proj and D its part of down_proj, |D h|^2 = h^T (D^T D) h, which needs
+    no output of an expert: width times fewer numbers than hidden size.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layer: int, neurons: torch.Tensor, device: str):
-        """`neurons`: int64 `[experts, width]`, the neurons of each expert."""
-        self._neurons = neurons.to(device)
-        self._activations = LayerActivations(checkpoint, layer, TEMPLATES[1], device)  # SiLU(gate) * up
-        down = checkpoint.mlp_tensor(layer, "down_proj.weight", device).T[self._neurons]  # [experts, width, hidden]
-        self._grams = down @ down.transpose(1, 2)  # [experts, width, width]
+    def __init__(self, down: torch.Tensor, neurons: torch.Tensor):
+        """`down`: float32 `[I, hidden]`, a row per neuron; `neurons`: int64 `[experts, width]`, of each expert."""
+        self._neurons = neurons.to(down.device)
+        rows = down[self._neurons]  # [experts, width, hidden]
+        self._grams = rows @ rows.transpose(1, 2)  # [experts, width, width]
 
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[tokens, hidden]`, not normalised -> float32 `[tokens, experts]`."""
-        parts = self._activations(inputs).T[self._neurons].transpose(1, 2)  # [experts, tokens, width]
+    def __call__(self, activations: torch.Tensor) -> torch.Tensor:
+        """Float32 `[tokens, I]` -> float32 `[tokens, experts]`."""
+        parts = activations.T[self._neurons].transpose(1, 2)  # [experts, tokens, width]
         return ((parts @ self._grams) * parts).sum(-1).clamp(min=0).sqrt().T

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from llama_moe.gates import GATE_CLASSES, Gate, LinearGate
 
 from . import artifacts
-from .checkpoints import Checkpoint
+from .checkpoints import TEMPLATES, Checkpoint
 from .errors import MoEficationError
 from .expert_scores import TOKENS_PER_CHUNK, ExpertScorer, LayerActivations, OutputNorms
 from .gate_settings import GATE_NETWORKS, GateSettings, require_rank, require_selects
@@ -123,8 +123,9 @@ def _layer_data(
     inputs = torch.cat([shard.to(device) for shard in features.inputs(layer)])
     neurons = split.routed_neurons(layer).to(device)
     if settings.select_criterion == "output_norm":
-        norms = OutputNorms(checkpoint, layer, neurons, device)
-        scores = torch.cat([norms(chunk) for chunk in inputs.split(TOKENS_PER_CHUNK)])
+        activations = LayerActivations(checkpoint, layer, TEMPLATES[1], device)  # what enters down_proj
+        norms = OutputNorms(checkpoint.mlp_tensor(layer, "down_proj.weight", device).T, neurons)
+        scores = torch.cat([norms(activations(chunk)) for chunk in inputs.split(TOKENS_PER_CHUNK)])
     else:
         scorer = ExpertScorer(neurons, settings.select_criterion)
         chunks = _activations(checkpoint, features, layer, inputs, settings, device)

@@ -21,15 +21,14 @@ from .artifacts import ArtifactWriter
 from .errors import MoEficationError
 from .files import sync
 
-LARGEST_WEIGHT = 4.0  # in means
-
 
 @dataclass(frozen=True)
 class Batch:
-    """Some blocks of the corpus: their rows in the streams, and their lengths."""
+    """Some blocks of the corpus: their rows in the streams, their lengths, and whether fits leave them out."""
 
     rows: slice
     lengths: list[int]
+    held_out: bool = False
 
     def padded(self, rows: torch.Tensor) -> torch.Tensor:
         """`[T, H]` -> `[B, N, H]`. Padding follows the text, where causal attention keeps it from changing anything."""
@@ -41,12 +40,14 @@ class Batch:
         return padded[torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]]
 
 
-def batches_of(blocks: list[torch.Tensor], batch_size: int) -> list[Batch]:
-    """The blocks, `batch_size` at a time, in their order."""
+def batches_of(blocks: list[torch.Tensor], batch_size: int, num_held_out: int = 0) -> list[Batch]:
+    """The blocks, `batch_size` at a time, in their order; the last `num_held_out` blocks in batches of their own."""
     batches, start = [], 0
-    for index in range(0, len(blocks), batch_size):
-        lengths = [len(block) for block in blocks[index : index + batch_size]]
-        batches.append(Batch(slice(start, start := start + sum(lengths)), lengths))
+    num_fitted = len(blocks) - num_held_out
+    for part, held_out in ((blocks[:num_fitted], False), (blocks[num_fitted:], True)):
+        for index in range(0, len(part), batch_size):
+            lengths = [len(block) for block in part[index : index + batch_size]]
+            batches.append(Batch(slice(start, start := start + sum(lengths)), lengths, held_out))
     return batches
 
 
@@ -58,22 +59,23 @@ class AttentionHalf:
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
             self._attention = LlamaAttention(config, layer_idx=0)
-            self._norms = [LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(2)]
+            self._norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.mlp_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         names = ("self_attn", "input_layernorm", "post_attention_layernorm")
-        for name, module in zip(names, [self._attention, *self._norms], strict=True):
+        for name, module in zip(names, (self._attention, self._norm, self.mlp_norm), strict=True):
             state = {key: tensor(f"{name}.{key}").to(device, torch.float32) for key in module.state_dict()}
             module.load_state_dict(state, assign=True)
             module.eval()
-        self._rotary = LlamaRotaryEmbedding(config=config, device=device)
+        self._rotary = LlamaRotaryEmbedding(config).to(device)
 
     def __call__(self, stream: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream before the layer `[T, H]` -> the stream before the MLP, and what the MLP sees, `[T, H]` each."""
         padded = batch.padded(stream)
         positions = torch.arange(padded.shape[1], device=padded.device)[None]
         rotary = self._rotary(padded, positions)
-        attended = self._attention(self._norms[0](padded), position_embeddings=rotary, attention_mask=None)[0]
+        attended = self._attention(self._norm(padded), position_embeddings=rotary, attention_mask=None)[0]
         stream = batch.flat(padded + attended)
-        return stream, self._norms[1](stream)
+        return stream, self.mlp_norm(stream)
 
 
 class Streams:
@@ -130,13 +132,3 @@ def embed(stream: torch.Tensor, blocks: list[torch.Tensor], batches: list[Batch]
     for batch in batches:
         tokens = torch.cat(blocks[start : (start := start + len(batch.lengths))]).long()
         stream[batch.rows] = weight[tokens].float()
-
-
-def token_weights(stream: torch.Tensor) -> torch.Tensor:
-    """Weights `[T]` of the rows of a residual stream `[T, H]`: 1 over the squared norm, at most 4 times the mean.
-
-    A few tokens carry massive activations (Sun et al. 2024, "Massive activations in large language models"); with equal
-    weights they own every fit.
-    """
-    weights = 1 / stream.square().sum(dim=-1).clamp(min=torch.finfo(stream.dtype).tiny)
-    return weights.clamp(max=LARGEST_WEIGHT * weights.mean())

@@ -24,6 +24,31 @@ before use: without calibration or training, few experts per token cost much qua
     )
 
 
+def calibration_card(
+    name: str, config: LlamaMoEConfig, model_class: str, num_tokens: int, metrics: dict[str, Any]
+) -> str:
+    """The card of a checkpoint that calibrate wrote, with what each layer's fit gained."""
+    rows = [
+        f"| {layer} | {m['active_share']:.3f} | {m['error_before']:.4f} | {m['error_after']:.4f} | {m['strength']:g} |"
+        for layer, m in enumerate(metrics.values())
+    ]
+    table = "\n".join(rows)
+    return model_card(
+        name,
+        config,
+        model_class,
+        f"Gates and `down_proj` were fitted in closed form, layer by layer, on {num_tokens:,} tokens.",
+        f"""\
+What each layer's output lacks of the dense model's, as a share of its square, on calibration text held out from the
+fit: with the original `down_proj` and with the fitted one.
+
+| layer | routed experts that run | before | after | ridge strength |
+|---|---|---|---|---|
+{table}
+""",
+    )
+
+
 def model_card(name: str, config: LlamaMoEConfig, model_class: str, made: str, quality: str) -> str:
     """What a stranger needs to know of the checkpoint: origin, how it was made, how to load it, what to expect."""
     auto_class = next(auto for auto, path in config.auto_map.items() if path.endswith(f".{model_class}"))

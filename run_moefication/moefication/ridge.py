@@ -5,26 +5,37 @@ Minimises over the map B of D features to K targets, with token weights w and a 
     sum_t w_t |x_t B - y_t|^2 + strength * mean(diag A) * |B - P|^2,   A = sum_t w_t x_t^T x_t
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
+LARGEST_WEIGHT = 4.0  # in medians
+
 
 class NormalEquations:
-    """A `[D, D]`, and C = sum_t w_t x_t^T y_t `[D, K]`: float32 products of chunks, summed in float64.
+    """A `[D, D]`, C = sum_t w_t x_t^T y_t `[D, K]`, and the sum of w_t |y_t|^2: float32 products of chunks, summed in
+    float64.
 
-    Memory: 8 bytes for each of D * (D + K) sums, whatever the number of tokens.
+    Memory: 8 bytes for each of D * (D + K) sums, whatever the number of tokens, and once more while a chunk is added.
     """
 
     def __init__(self, num_features: int, num_targets: int, device: str | torch.device = "cpu"):
         self.gram = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
         self.cross = torch.zeros(num_features, num_targets, dtype=torch.float64, device=device)
+        self.target_squares = 0.0
 
     def add(self, features: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
         """Add tokens: float32 `[T, D]`, `[T, K]` and weights `[T]`."""
         weighted = (features * weights[:, None]).T
-        self.gram += (weighted @ features).double()
-        self.cross += (weighted @ targets).double()
+        self.gram += weighted @ features
+        self.cross += weighted @ targets
+        self.target_squares += (targets.square().sum(dim=1) * weights).sum(dtype=torch.float64).item()
+
+    def __iadd__(self, other: "NormalEquations") -> "NormalEquations":
+        self.gram += other.gram
+        self.cross += other.cross
+        self.target_squares += other.target_squares
+        return self
 
     def solve(self, strength: float, prior: torch.Tensor | None = None) -> torch.Tensor:
         """The map B, float64 `[D, K]`. A `strength` above 0 makes the system positive definite."""
@@ -34,15 +45,28 @@ class NormalEquations:
         right = self.cross if prior is None else self.cross + penalty * prior.double()
         return torch.cholesky_solve(right, torch.linalg.cholesky(system))
 
+    def error(self, solution: torch.Tensor) -> float:
+        """sum_t w_t |x_t B - y_t|^2 of a map B `[D, K]` over the squares of the targets: 0 is perfect, 1 is B = 0."""
+        solution = solution.double()
+        explained = 2 * (solution * self.cross).sum() - (solution * (self.gram @ solution)).sum()
+        return 1 - explained.item() / self.target_squares if self.target_squares else 0.0
+
 
 def best_strength(
-    equations: NormalEquations,
-    strengths: Sequence[float],
-    error: Callable[[torch.Tensor], float],
-    prior: torch.Tensor | None = None,
-) -> tuple[float, torch.Tensor]:
-    """The strength whose solution has the least `error` (on tokens that are not in the equations), and the solution."""
-    solutions = [equations.solve(strength, prior) for strength in strengths]
-    errors = [error(solution) for solution in solutions]
+    train: NormalEquations, held_out: NormalEquations, strengths: Sequence[float], prior: torch.Tensor | None = None
+) -> tuple[float, float, torch.Tensor]:
+    """The strength whose map, fitted to `train`, has the least error on held-out tokens; that error; and that map."""
+    solutions = [train.solve(strength, prior) for strength in strengths]
+    errors = [held_out.error(solution) for solution in solutions]
     best = min(range(len(strengths)), key=errors.__getitem__)
-    return strengths[best], solutions[best]
+    return strengths[best], errors[best], solutions[best]
+
+
+def token_weights(squares: torch.Tensor) -> torch.Tensor:
+    """Weights `[T]`: 1 over a token's squared magnitude `[T]`, at most 4 times the median.
+
+    A few tokens carry massive activations (Sun et al. 2024, "Massive activations in large language models"); with equal
+    weights they own every fit.
+    """
+    weights = 1 / squares.clamp(min=torch.finfo(squares.dtype).tiny)
+    return weights.clamp(max=LARGEST_WEIGHT * weights.median())

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from llama_moe.gates import GATE_CLASSES, LinearGate
+from llama_moe import LlamaMoEConfig
+from llama_moe.gates import make_gate
 
 from . import artifacts
 from .checkpoints import Checkpoint
@@ -35,16 +36,17 @@ class TrainedGates:
             "gate_bias": options["gate_fit"] == "ridge",
         }
         self._template = split.template
-        gate_class = GATE_CLASSES[self.config_fields["gate_network"]]
-        of_linear = {"rank": options["gate_rank"], "has_bias": self.config_fields["gate_bias"]}
+        config = LlamaMoEConfig(
+            hidden_size=checkpoint.config.hidden_size,
+            intermediate_size=checkpoint.config.intermediate_size,
+            num_experts=split.num_routed_experts,
+            num_experts_per_tok=split.num_routed_experts,
+            num_shared_experts=split.num_shared_experts,
+            routing="threshold",
+            **self.config_fields,
+        )
         with torch.device("meta"):
-            gate = gate_class(
-                checkpoint.config.hidden_size,
-                split.num_routed_experts,
-                **(of_linear if gate_class is LinearGate else {}),
-                num_experts_per_tok=split.num_routed_experts,
-                routing="threshold",
-            )
+            gate = make_gate(config)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in gate.state_dict().items()}
         for layer in range(checkpoint.config.num_hidden_layers):
             self.state(layer)  # small, and better refused before work than in its middle

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
 from llama_moe.gates import LinearGate
-from run_moefication.moefication.ridge import NormalEquations, best_strength
-from run_moefication.moefication.ridge_gates import fit_ridge_gate, token_weights
+from run_moefication.moefication.ridge import NormalEquations, best_strength, token_weights
+from run_moefication.moefication.ridge_gates import fit_ridge_gate
 
 HIDDEN, EXPERTS = 12, 6
 
@@ -46,16 +46,27 @@ def test_the_solution_is_scikit_learns(features, targets, tokens, strength, seed
         np.testing.assert_allclose(equations.solve(strength, given_prior).numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_strength_with_the_least_error_is_taken():
+def test_the_error_is_the_straight_computation():
     x, y = problem()
+    w = torch.rand(len(x), generator=torch.Generator().manual_seed(2)) + 0.1
     equations = NormalEquations(HIDDEN, EXPERTS)
-    equations.add(x, y, torch.ones(len(x)))
-    strengths = (1e-3, 1e-1, 10.0)
-    for wanted in strengths:
-        target = equations.solve(wanted)
-        found, solution = best_strength(equations, strengths, lambda b, t=target: (b - t).norm().item())
-        assert found == wanted
-        assert torch.equal(solution, target)
+    for chunk in zip(x.split(100), y.split(100), w.split(100), strict=True):
+        equations.add(*chunk)
+    solution = torch.randn(HIDDEN, EXPERTS, generator=torch.Generator().manual_seed(3))
+    straight = ((x @ solution - y).square().sum(1) * w).sum() / (y.square().sum(1) * w).sum()
+    assert equations.error(solution) == pytest.approx(straight.item(), rel=1e-4)
+
+
+def test_the_strength_that_does_best_on_held_out_tokens_is_taken():
+    x, y = problem(tokens=40, noise=20.0)
+    train, held_out = NormalEquations(HIDDEN, EXPERTS), NormalEquations(HIDDEN, EXPERTS)
+    train.add(x[:20], y[:20], torch.ones(20))
+    held_out.add(x[20:], y[20:], torch.ones(20))
+    strengths = (1e-6, 1e-3, 1e-1, 1.0, 10.0)
+    found, error, solution = best_strength(train, held_out, strengths)
+    errors = {strength: held_out.error(train.solve(strength)) for strength in strengths}
+    assert error == errors[found] == min(errors.values()) < errors[1e-6]
+    assert torch.equal(solution, train.solve(found))
 
 
 def test_a_gate_learns_scores_that_are_linear_in_its_input():

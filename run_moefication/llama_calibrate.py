@@ -1,0 +1,92 @@
+r"""Stage 5, calibrate: refit gates, thresholds and down_proj of a converted model, layer by layer in closed form.
+
+  python llama_calibrate.py --model_path MODEL --moe_path NAME-MoE --save_path NAME-MoE-Calibrated \
+    --train_data_path ../llama_data --max_tokens 131072 --refit_gates
+
+Writes a LlamaMoE checkpoint like the one it read. Memory: a layer of each model and twice its Gram matrix (LLaMA-7B: 4
+GB); disk, until it is done: 16 bytes a token for each of hidden_size (LLaMA-7B: 66 kB a token).
+"""
+
+import argparse
+import sys
+
+from run_moefication import command_line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this stage."""
+    parser = command_line.new_parser(__doc__)
+    command_line.add_model_path(parser)
+    parser.add_argument(
+        "--moe_path",
+        type=command_line.path,
+        required=True,
+        help="the converted checkpoint, as llama_convert.py (or this script, or llama_distill.py) wrote it",
+    )
+    parser.add_argument(
+        "--save_path",
+        type=command_line.path,
+        required=True,
+        help="folder of the new checkpoint itself, absent or empty",
+    )
+    parser.add_argument(
+        "--num_selects",
+        type=int,
+        help="experts that run per token, shared ones included, while fitting and afterwards (default: as converted)",
+    )
+    parser.add_argument(
+        "--refit_gates", action="store_true", help="fit linear gates anew, on what the calibrated layers before produce"
+    )
+    parser.add_argument(
+        "--output_bias",
+        action="store_true",
+        help="fit a bias on each MLP's output as well; engines for other MoE architectures have no place for it",
+    )
+    parser.add_argument("--batch_size", type=int, default=4, help="blocks at a time")
+    command_line.add_corpus(parser)
+    command_line.add_common(parser, seed="the choice and order of blocks")
+    return parser
+
+
+def calibrate(arguments: argparse.Namespace) -> None:
+    """Run the stage and print what each layer's fit gained."""
+    device = command_line.pick_device(arguments)
+    from run_moefication.moefication.calibration import CalibrationSettings
+    from run_moefication.moefication.calibration import calibrate as calibrate_checkpoint
+    from run_moefication.moefication.checkpoints import Checkpoint
+
+    settings = CalibrationSettings(
+        num_selects=arguments.num_selects,
+        refit_gates=arguments.refit_gates,
+        output_bias=arguments.output_bias,
+        batch_size=arguments.batch_size,
+    )
+    checkpoint = Checkpoint(arguments.model_path)
+    corpus = command_line.read_corpus(arguments, checkpoint, command_line.progress_bar)
+    writer = calibrate_checkpoint(
+        checkpoint,
+        arguments.moe_path,
+        corpus,
+        arguments.save_path,
+        settings,
+        device=device,
+        overwrite=arguments.overwrite,
+        progress=command_line.progress_bar,
+    )
+    command_line.print_mix(checkpoint, corpus)
+    print(f"{'layer':>5} {'experts that run':>17} {'error before':>13} {'after':>8} {'strength':>9}")
+    for layer, m in enumerate(writer.metrics().values()):
+        print(
+            f"{layer:>5} {m['active_share']:>17.1%} {m['error_before']:>13.4f} {m['error_after']:>8.4f} "
+            f"{m['strength']:>9g}"
+        )
+    command_line.report(writer, "llama_distill.py (6_distill.sh), or llama_evaluate.py (evaluate.sh)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    return command_line.run(build_parser(), calibrate, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

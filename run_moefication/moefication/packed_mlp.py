@@ -1,0 +1,71 @@
+"""An MoE block seen as one MLP: its neurons side by side, the gate's choice a mask over them."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from llama_moe import LlamaMoEConfig
+from llama_moe.gates import Gate, make_gate
+
+
+class PackedMLP:
+    """The experts of one layer as a single SwiGLU MLP in float32, routed experts' neurons first, shared ones last.
+
+    Axes: T tokens, I neurons of all experts, E routed experts, W width of an expert, H hidden size.
+
+    Attributes:
+        gate: the block's gate, in float32.
+        down: `[I, H]`, what each neuron adds to the output.
+        bias: `[H]`, the bias on the output, or None.
+    """
+
+    def __init__(self, config: LlamaMoEConfig, layer: int, tensor: Callable[[str], torch.Tensor], device: str):
+        """`tensor(name)`: the block's tensors by their names within it, such as `experts.down_proj`."""
+
+        def loaded(name: str) -> torch.Tensor:
+            return tensor(name).to(device, torch.float32)
+
+        self._width, self._num_routed = config.moe_intermediate_size, config.num_experts * config.moe_intermediate_size
+        gate_up = loaded("experts.gate_up_proj").unflatten(1, (2, -1))  # [E, 2, W, H]
+        rows = [gate_up[:, part].flatten(0, 1) for part in range(2)]
+        downs = [loaded("experts.down_proj").transpose(1, 2).flatten(0, 1)]
+        biases = [None, None]
+        if config.mlp_bias:
+            both = loaded("experts.gate_up_proj_bias").unflatten(1, (2, -1))
+            biases = [both[:, part].flatten() for part in range(2)]
+        if config.num_shared_experts:
+            names = [f"shared_experts.{projection}_proj" for projection in ("gate", "up")]
+            rows = [torch.cat([row, loaded(f"{name}.weight")]) for row, name in zip(rows, names, strict=True)]
+            downs.append(loaded("shared_experts.down_proj.weight").T)
+            if config.mlp_bias:
+                biases = [torch.cat([b, loaded(f"{name}.bias")]) for b, name in zip(biases, names, strict=True)]
+        self._rows, self._biases = rows, biases
+        self.down = torch.cat(downs)
+        self.bias = loaded("output_bias") if config.mlp_bias or config.output_bias else None
+        with torch.device("meta"):
+            self.gate: Gate = make_gate(config, layer)
+        self.gate.load_state_dict({name: loaded(f"gate.{name}") for name in self.gate.state_dict()}, assign=True)
+
+    @property
+    def routed_neurons(self) -> torch.Tensor:
+        """int64 `[E, W]`: places of each routed expert's neurons."""
+        return torch.arange(self._num_routed).view(-1, self._width)
+
+    def activations(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`[T, H]` -> what enters down_proj if every expert runs, `[T, I]`."""
+        gate, up = (F.linear(inputs, row, bias) for row, bias in zip(self._rows, self._biases, strict=True))
+        return F.silu(gate) * up
+
+    def mask_(self, activations: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+        """Zero, in place, the activations `[T, I]` of experts that do not run, given bool `[T, E]`."""
+        activations[:, : self._num_routed].unflatten(1, (-1, self._width)).mul_(selected[..., None])
+        return activations
+
+    def down_tensors(self) -> dict[str, torch.Tensor]:
+        """`down` as the tensors of the block."""
+        routed = self.down[: self._num_routed].unflatten(0, (-1, self._width)).transpose(1, 2)
+        tensors = {"experts.down_proj": routed}
+        if self._num_routed < len(self.down):
+            tensors["shared_experts.down_proj.weight"] = self.down[self._num_routed :].T
+        return tensors
