@@ -3,7 +3,8 @@ r"""Perplexity of checkpoints, dense or MoE, on one text.
   python llama_evaluate.py --model_path MODEL NAME-MoE --num_selects 8 6 4 2 \
     --text_path ../llama_data/heldout/wikipedia.jsonl
 
-Prints one table with ratios to the first row, and how evenly each layer of an MoE uses its experts.
+Prints one table with ratios to the first row, and how evenly each layer of an MoE uses its experts. Active: the share
+of the MLPs' parameters that ran, gates included.
 """
 
 import argparse
@@ -76,10 +77,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         Path(arguments.json).write_text(content + "\n")
     print_load([row for row in results if row.expert_load])
     width = max(len(row.model) for row in results)
-    print(f"\n{'model':<{width}} {'perplexity':>12} {'ratio':>9} {'tokens':>9}")
+    print(f"\n{'model':<{width}} {'active':>7} {'perplexity':>12} {'ratio':>9} {'tokens':>9}")
     for row in results:
         ratio = row.perplexity / results[0].perplexity
-        print(f"{row.model:<{width}} {row.perplexity:>12.3f} {ratio:>9.4f} {row.predicted_tokens:>9,}")
+        print(
+            f"{row.model:<{width}} {row.active:>7.1%} {row.perplexity:>12.3f} {ratio:>9.4f} {row.predicted_tokens:>9,}"
+        )
 
 
 def print_load(rows: list) -> None:

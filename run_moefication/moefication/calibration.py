@@ -23,7 +23,6 @@ from .conversion import write_shard
 from .corpus import Corpus
 from .errors import MoEficationError
 from .expert_scores import LayerActivations, OutputNorms
-from .gate_settings import require_selects
 from .layer_walk import AttentionHalf, Batch, Streams, batches_of, embed
 from .manifests import Claim, environment
 from .model_card import calibration_card
@@ -43,7 +42,7 @@ MOST_QUANTILE_SCORES = 1 << 24  # more than so many are thinned out, token by to
 class CalibrationSettings:
     """Options of the calibrate stage; see `llama_calibrate.py --help`."""
 
-    num_selects: int | None = None  # counts shared experts; None: as converted
+    num_selects: int | None = None  # counts shared experts, and may be them alone; None: as converted
     refit_gates: bool = False
     output_bias: bool = False
     batch_size: int = 4
@@ -108,15 +107,23 @@ def _new_config(moe: MoECheckpoint, settings: CalibrationSettings) -> LlamaMoECo
         raise MoEficationError(f"{moe.artifact.folder} weighs its experts by gate scores; that is not calibrated")
     if settings.refit_gates and config.gate_network != "linear":
         raise MoEficationError(f"--refit_gates is for linear gates, not for the {config.gate_network!r} ones given")
-    num_selects = config.num_selects if settings.num_selects is None else settings.num_selects
-    require_selects(num_selects, config.num_experts + config.num_shared_experts, config.num_shared_experts)
+    least = config.num_shared_experts + (config.routing == "top_k")
+    num_selects, num_experts = _num_selects(moe, settings), config.num_experts + config.num_shared_experts
+    if not least <= num_selects <= num_experts:
+        raise MoEficationError(
+            f"--num_selects {num_selects} is outside of {least} to {num_experts}, the model's experts"
+        )
     fields = config.to_dict() | {
-        "num_experts_per_tok": num_selects - config.num_shared_experts,
+        "num_experts_per_tok": max(1, num_selects - config.num_shared_experts),
         "gate_bias": config.gate_bias or settings.refit_gates,
         "output_bias": config.output_bias or (settings.output_bias and not config.mlp_bias),
     }
     fields.pop("transformers_version", None)
     return LlamaMoEConfig.from_dict(fields)
+
+
+def _num_selects(moe: MoECheckpoint, settings: CalibrationSettings) -> int:
+    return moe.config.num_selects if settings.num_selects is None else settings.num_selects
 
 
 def _plan(
@@ -220,7 +227,7 @@ class LayerCalibration:
             return moe.tensor(name) if name in moe.tensors else new[name]
 
         self._mlp = PackedMLP(config, layer, tensor, device)
-        self._share = config.num_experts_per_tok / config.num_experts
+        self._share = (_num_selects(moe, settings) - config.num_shared_experts) / config.num_experts
 
     @property
     def gate(self) -> Gate:

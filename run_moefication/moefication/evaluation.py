@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from llama_moe import record_routing  # importing it registers LlamaMoE with the Auto classes
+from llama_moe import RoutingStatistics, record_routing  # importing it registers LlamaMoE with the Auto classes
+from llama_moe.moe_layers import MoEBlock
 
 from .checkpoints import DTYPES, quiet_transformers, resolve_model_path
 from .corpus import pack, require_block_size
@@ -20,14 +21,16 @@ from .tokens import load_tokenizer, tokenize
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One row of the table. `num_experts` and `num_selects` count shared experts, too. `expert_load`: per layer, the
-    share of tokens that each routed expert ran for (MoE only)."""
+    """One row of the table. `num_experts` and `num_selects` count shared experts, too. `active`: parameters of the MLP
+    blocks that ran, over the dense model's; `expert_load`: per layer, the share of tokens that each routed expert ran
+    for (MoE only)."""
 
     model: str
     num_experts: int | None
     num_selects: int | None
     perplexity: float
     predicted_tokens: int
+    active: float
     expert_load: list[list[float]] | None
 
 
@@ -70,7 +73,7 @@ def evaluate(
 
     results = []
     for path, name, model_budgets in zip(paths, model_paths, budgets, strict=True):
-        tokens = _first_tokens(text_path, path, max_tokens)
+        tokens = first_tokens(text_path, path, max_tokens)
         blocks = [block for block in pack(tokens, block_size) if len(block) > 1]
         if not blocks:
             raise MoEficationError(f"{text_path} holds fewer than 2 tokens")
@@ -86,7 +89,7 @@ def evaluate(
     return results
 
 
-def _first_tokens(text_path: Path, model_path: Path, max_tokens: int | None) -> torch.Tensor:
+def first_tokens(text_path: Path, model_path: Path, max_tokens: int | None) -> torch.Tensor:
     """The text as the model's tokenizer cuts it, read no further than needed."""
     pieces, count = [], 0
     for piece in tokenize(DocumentReader(find_text_files(text_path)), load_tokenizer(model_path)):
@@ -167,8 +170,24 @@ def _evaluate(
         num_selects=budget,
         perplexity=float(torch.tensor(loss_sum / predicted, dtype=torch.float64).exp()),
         predicted_tokens=predicted,
+        active=active_share(model, routing) if routing else 1.0,
         expert_load=[layer.expert_load.tolist() for layer in routing] or None,
     )
+
+
+def active_share(model: PreTrainedModel, routing: list[RoutingStatistics]) -> float:
+    """Parameters of the MoE blocks that ran per token on average, gates and biases and shared experts included, over
+    those of the dense model's MLPs; `routing` is what `record_routing` gave."""
+    config = model.config
+    hidden, neurons = config.hidden_size, config.intermediate_size
+    dense = 3 * hidden * neurons + (hidden + 2 * neurons if config.mlp_bias else 0)
+    blocks = [module for module in model.modules() if isinstance(module, MoEBlock)]
+    ran = 0.0
+    for block, statistics in zip(blocks, routing, strict=True):
+        routed = sum(parameter.numel() for parameter in block.experts.parameters())
+        always = sum(parameter.numel() for parameter in block.parameters()) - routed
+        ran += always + routed * statistics.experts_per_tok / config.num_experts
+    return ran / (dense * len(blocks))
 
 
 def _batches(blocks: list[torch.Tensor], batch_size: int) -> Iterator[list[torch.Tensor]]:

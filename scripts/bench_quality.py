@@ -1,0 +1,450 @@
+"""How much each method costs in perplexity at 75, 50 and 25 % active: one table, the same tokens for every method.
+
+python scripts/bench_quality.py --model_path .cache/SmolLM2-135M-Instruct --train_data_path .cache/llama_data \\
+  --heldout_path .cache/llama_data/heldout --work .quality --wikitext_path wiki.test.raw
+
+Active is what ran per token on the evaluation text, over the dense MLPs' parameters: shared experts, gates and biases
+count. A row over its budget is marked with *. Everything is kept in --work: run again, it goes on where it stopped.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from run_moefication import command_line
+
+BLOCK = 512
+DRAWS = 2000  # of the bootstrap
+FEATURE_TOKENS = 32768  # for the splits, and for the gates of stage 3, which calibration fits anew
+METHODS = ("plain", "cmoe", "oracle", "static", "top_k", "threshold")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = command_line.new_parser(__doc__)
+    command_line.add_model_path(parser)
+    parser.add_argument("--train_data_path", type=command_line.path, required=True, help="calibration text, a folder")
+    parser.add_argument(
+        "--heldout_path", type=command_line.path, required=True, help="folder of .jsonl files never calibrated on"
+    )
+    parser.add_argument("--wikitext_path", type=command_line.path, help="WikiText-2 test, raw; never calibrated on")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and results")
+    parser.add_argument("--calibration_tokens", type=int, default=131072, help="the same for every method")
+    parser.add_argument("--heldout_tokens", type=int, default=4096, help="of each held-out file")
+    parser.add_argument("--wikitext_tokens", type=int, default=16384, help="of --wikitext_path")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="active fractions")
+    parser.add_argument("--experts", type=int, nargs="+", default=[16, 64, 128, 256, 512], help="for our rows")
+    parser.add_argument("--gate_rank", type=int, default=32, help="of gates with more experts than this; 0: full gates")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="rows to measure")
+    parser.add_argument("--distill", action="store_true", help="also distil our best rows and the static mask")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    parser.add_argument("--plot", type=Path, help="draw perplexity against active fraction into this file")
+    parser.add_argument("--seed", type=command_line.seed_number, default=0, help="of blocks, clustering and bootstrap")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    return command_line.run(build_parser(), bench, argv)
+
+
+# ---------------------------------------------------------------------------------------------------- texts
+
+
+@dataclass
+class Setup:
+    """The model, the text, and where things are kept."""
+
+    checkpoint: Any
+    corpus: Any
+    features: Path
+    texts: dict[str, list[Any]]  # blocks of each held-out file, and of "WikiText-2"
+    arguments: argparse.Namespace
+
+    @property
+    def work(self) -> Path:
+        return self.arguments.work
+
+
+def prepare(arguments: argparse.Namespace) -> Setup:
+    """Open the model, cut the texts, and record a few features for stage 3."""
+    from run_moefication.moefication.checkpoints import Checkpoint
+    from run_moefication.moefication.corpus import find_domains, training_corpus
+    from run_moefication.moefication.errors import MoEficationError
+    from run_moefication.moefication.evaluation import first_tokens
+    from run_moefication.moefication.hidden_features import extract_features
+
+    checkpoint = Checkpoint(arguments.model_path)
+    files = {
+        path.stem: (path, arguments.heldout_tokens) for path in sorted(Path(arguments.heldout_path).glob("*.jsonl"))
+    }
+    if not files:
+        raise MoEficationError(f"--heldout_path {arguments.heldout_path} holds no .jsonl file")
+    if arguments.wikitext_path:
+        files["WikiText-2"] = (Path(arguments.wikitext_path), arguments.wikitext_tokens)
+    texts = {
+        name: [block for block in first_tokens(path, checkpoint.path, count).split(BLOCK) if len(block) == BLOCK]
+        for name, (path, count) in files.items()
+    }
+    # Every domain alike: the bench weighs them alike.
+    weights = dict.fromkeys(find_domains(arguments.train_data_path, None), 1.0)
+    corpora = [
+        training_corpus(
+            checkpoint,
+            arguments.train_data_path,
+            arguments.work / "cache",
+            block_size=BLOCK,
+            domain_weights=None if list(weights) == ["text"] else weights,
+            max_tokens=tokens,
+            seed=arguments.seed,
+            progress=command_line.progress_bar,
+        )
+        for tokens in (arguments.calibration_tokens, FEATURE_TOKENS)
+    ]
+    features = extract_features(
+        checkpoint,
+        corpora[1],
+        arguments.work,
+        template="layers.{}.mlp.gate_proj.weight",
+        feature_format="inputs",
+        progress=command_line.progress_bar,
+    )
+    return Setup(checkpoint, corpora[0], features.folder, texts, arguments)
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: its name, its budget, and how to measure it."""
+
+    method: str
+    budget: float
+    measure: Callable[[], dict[str, Any]]
+
+    @property
+    def key(self) -> str:
+        return f"{self.method} at {self.budget:g}"
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Measure all that was asked for, printing as it goes."""
+    import timing
+    import torch
+
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    setup = prepare(arguments)
+    machine = timing.machine(torch.device("cpu"))
+    calibration = f"{setup.corpus.num_tokens:,} calibration tokens, seed {arguments.seed}"
+    print(f"{setup.checkpoint.name}; {machine}; {calibration}")
+    results = {}
+    for row in rows(setup):
+        results[row.key] = _kept(setup, row)
+        if len(results) > 1:
+            print(_line(row, results, setup), flush=True)
+    table = _table(results, setup, f"{calibration}; {machine}")
+    print(f"\n{table}")
+    for path, content in ((arguments.markdown, table), (arguments.json, json.dumps(results, indent=1))):
+        if path:
+            path.write_text(content + "\n")
+    if arguments.plot:
+        plot(results, setup, arguments.plot)
+
+
+def _kept(setup: Setup, row: Row) -> dict[str, Any]:
+    """The row's numbers, from an earlier run with the same settings where there is one."""
+    settings = {
+        "model": setup.checkpoint.fingerprint,
+        "corpus": setup.corpus.digest,
+        "texts": {name: len(blocks) for name, blocks in setup.texts.items()},
+        "gate_rank": setup.arguments.gate_rank,
+    }
+    path = setup.work / "rows" / f"{row.key.replace('/', '-')}.json"
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        if kept["settings"] == settings:
+            return kept["numbers"]
+    start = time.time()
+    numbers = row.measure()
+    numbers |= {"method": row.method, "budget": row.budget, "minutes": (time.time() - start) / 60}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"settings": settings, "numbers": numbers}, indent=1) + "\n")
+    return numbers
+
+
+def rows(setup: Setup) -> Iterator[Row]:
+    """All rows, the dense model first."""
+    from quality_baselines import cmoe, oracle
+
+    arguments = setup.arguments
+    yield Row("dense", 1.0, partial(measure_dense, setup))
+    for budget in arguments.budgets:
+        if "plain" in arguments.methods:
+            yield Row("plain recipe", budget, partial(measure_plain, setup, budget))
+        if "cmoe" in arguments.methods:
+            yield Row(
+                "CMoE's recipe", budget, lambda b=budget: measure_masked(setup, partial(cmoe, setup.corpus.blocks, b))
+            )
+        if "static" in arguments.methods:
+            yield Row("static mask", budget, partial(measure_static, setup, budget, refit=False))
+            yield Row("static mask, refitted", budget, partial(measure_static, setup, budget, refit=True))
+        for routing in ("top_k", "threshold"):
+            for experts in arguments.experts if routing in arguments.methods else ():
+                name = f"ours, {experts} experts, {routing}"
+                yield Row(name, budget, partial(measure_ours, setup, experts, routing, budget))
+        if "oracle" in arguments.methods:
+            yield Row("neuron oracle", budget, partial(measure_masked, setup, partial(oracle, budget)))
+
+
+# ---------------------------------------------------------------------------------------------------- measuring
+
+
+def measure_dense(setup: Setup) -> dict[str, Any]:
+    """The dense model."""
+    from quality_baselines import block_losses
+
+    model = _load(setup.checkpoint.path)
+    return {name: {"losses": block_losses(model, blocks), "active": 1.0} for name, blocks in setup.texts.items()}
+
+
+def measure_masked(setup: Setup, make: Callable[[Any], list[Any]]) -> dict[str, Any]:
+    """The dense model with masks on its MLPs; what the choice itself costs is not counted."""
+    from quality_baselines import block_losses, masked
+
+    model = _load(setup.checkpoint.path)
+    choices = make(model)
+    numbers = {}
+    for name, blocks in setup.texts.items():
+        with masked(model, choices) as shares:
+            losses = block_losses(model, blocks)
+        active = sum(shares) / len(shares)
+        numbers[name] = {"losses": losses, "active": active, "neurons": active}
+    return numbers
+
+
+def measure_moe(setup: Setup, folder: Path, is_static: bool = False) -> dict[str, Any]:
+    """A LlamaMoE checkpoint, or its shared experts alone: a static mask, which has no use for the gate's parameters."""
+    from quality_baselines import block_losses
+
+    from llama_moe import record_routing
+    from run_moefication.moefication.evaluation import active_share
+
+    model = _load(folder)
+    if is_static:
+        for layer in model.model.layers:
+            layer.mlp.gate.set_active_share(0)
+    config = model.config
+    experts = config.num_experts + config.num_shared_experts
+    gate = sum(p.numel() for p in model.model.layers[0].mlp.gate.parameters())
+    gate /= 3 * config.hidden_size * config.intermediate_size
+    numbers = {}
+    for name, blocks in setup.texts.items():
+        with record_routing(model) as routing:
+            losses = block_losses(model, blocks)
+        routed = sum(layer.experts_per_tok for layer in routing) / len(routing)
+        numbers[name] = {
+            "losses": losses,
+            "active": active_share(model, routing) - (gate if is_static else 0),
+            "neurons": (config.num_shared_experts + routed) / experts,
+        }
+    return numbers
+
+
+def _load(path: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import llama_moe  # noqa: F401 (registers LlamaMoE)
+    from run_moefication.moefication.checkpoints import quiet_transformers
+
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def measure_plain(setup: Setup, budget: float) -> dict[str, Any]:
+    """The description's recipe: 8 experts clustered on weights, MLP gates on l2_norm, top-k."""
+    from run_moefication.moefication.conversion import ConversionSettings, convert
+    from run_moefication.moefication.gate_settings import GateSettings
+    from run_moefication.moefication.gate_training import train_gates
+    from run_moefication.moefication.splitting import split_by_weights
+
+    template, progress = "layers.{}.mlp.gate_proj.weight", command_line.progress_bar
+    work, checkpoint = setup.work / "plain", setup.checkpoint
+    split = split_by_weights(
+        checkpoint, work, templates=[template], num_experts=8, seed=setup.arguments.seed, progress=progress
+    )
+    settings = GateSettings(template, num_experts=8, num_selects=2, use_softmax=True, seed=setup.arguments.seed)
+    layers = list(range(checkpoint.config.num_hidden_layers))
+    gates = train_gates(checkpoint, split.folder, setup.features, work, settings, layers=layers, progress=progress)
+    conversion = ConversionSettings(num_experts=8, num_selects=round(8 * budget))
+    moe = convert(checkpoint, split.folder, gates.folder, work / f"{budget:g}", conversion, progress=progress)
+    return measure_moe(setup, moe.folder)
+
+
+def measure_static(setup: Setup, budget: float, refit: bool) -> dict[str, Any]:
+    """The neurons that add most, for every token alike: the shared ones of 64 experts, of which no other runs."""
+    shared = round(64 * budget)
+    folder = _converted(setup, 64, shared, "threshold", None, shared + 1)
+    if refit:
+        folder = _calibrated(setup, folder, num_selects=shared)
+    return measure_moe(setup, folder, is_static=True)
+
+
+def measure_ours(setup: Setup, experts: int, routing: str, budget: float) -> dict[str, Any]:
+    """Split on activations, ridge gates, calibrated: as many experts as the budget has room for beside the gate."""
+    config = setup.checkpoint.config
+    rank = setup.arguments.gate_rank if 0 < setup.arguments.gate_rank < experts // 2 else None
+    shared = shared_experts(experts, budget)
+    routed, hidden = experts - shared, config.hidden_size
+    gate = routed + (rank * (hidden + routed) if rank else hidden * routed)
+    room = budget - MARGIN[routing] - gate / (3 * hidden * config.intermediate_size)
+    num_selects = math.floor(room * experts)
+    folder = _calibrated(setup, _converted(setup, experts, shared, routing, rank, num_selects), num_selects)
+    return measure_moe(setup, folder) | {"num_selects": num_selects, "num_shared": shared, "gate_rank": rank}
+
+
+# How much text the thresholds were not set on may run beyond the budget.
+MARGIN = {"top_k": 0.0, "threshold": 0.005}
+
+
+def shared_experts(experts: int, budget: float) -> int:
+    """An eighth of the experts is shared, at small budgets a sixteenth."""
+    return experts // 8 if budget > 0.4 else experts // 16
+
+
+def _converted(setup: Setup, experts: int, shared: int, routing: str, rank: int | None, num_selects: int) -> Path:
+    """The folder of a checkpoint split on activations, with ridge gates."""
+    from run_moefication.moefication.activation_split import split_by_activations
+    from run_moefication.moefication.conversion import ConversionSettings, convert
+    from run_moefication.moefication.gate_settings import GateSettings
+    from run_moefication.moefication.gate_training import train_gates
+    from run_moefication.moefication.hidden_features import Features
+
+    checkpoint, seed, progress = setup.checkpoint, setup.arguments.seed, command_line.progress_bar
+    work = setup.work / f"{experts}-{shared}-{rank or 'full'}"
+    template = "layers.{}.mlp.gate_proj.weight"
+    features = Features(setup.features, checkpoint, template)
+    split = split_by_activations(
+        checkpoint, features, work, num_experts=experts, num_shared_experts=shared, seed=seed, progress=progress
+    )
+    settings = GateSettings(
+        template,
+        num_experts=experts,
+        num_selects=shared + 1,
+        select_criterion="output_norm",
+        gate_network="linear",
+        gate_rank=rank,
+    )
+    layers = list(range(checkpoint.config.num_hidden_layers))
+    gates = train_gates(checkpoint, split.folder, setup.features, work, settings, layers=layers, progress=progress)
+    conversion = ConversionSettings(num_experts=experts, num_selects=num_selects, routing=routing)
+    folder = work / f"{routing}-{num_selects}"
+    return convert(checkpoint, split.folder, gates.folder, folder, conversion, progress=progress).folder
+
+
+def _calibrated(setup: Setup, moe: Path, num_selects: int) -> Path:
+    """The folder of the checkpoint calibrated at a budget."""
+    from run_moefication.moefication.calibration import CalibrationSettings, calibrate
+
+    settings = CalibrationSettings(num_selects=num_selects, refit_gates=True)
+    folder = moe.with_name(f"{moe.name}-calibrated")
+    progress = command_line.progress_bar
+    return calibrate(setup.checkpoint, moe, setup.corpus, folder, settings, progress=progress).folder
+
+
+# ---------------------------------------------------------------------------------------------------- the table
+
+
+def ratios(numbers: dict[str, Any], dense: dict[str, Any], names: list[str], seed: int) -> tuple[float, float, float]:
+    """Perplexity over the dense model's, the geometric mean over the texts, with the ends of its 95 % interval: paired
+    bootstrap over the blocks of each text."""
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    means, draws = [], []
+    for name in names:
+        differences = np.array(numbers[name]["losses"]) - np.array(dense[name]["losses"])
+        chosen = generator.integers(len(differences), size=(DRAWS, len(differences)))
+        means.append(differences.mean())
+        draws.append(differences[chosen].mean(axis=1))
+    low, high = np.quantile(np.mean(draws, axis=0), [0.025, 0.975])
+    return tuple(float(np.exp(value)) for value in (np.mean(means), low, high))
+
+
+def summary(
+    numbers: dict[str, Any], results: dict[str, Any], setup: Setup
+) -> list[tuple[str, list[str], tuple, float]]:
+    """For held-out text and WikiText-2: name, texts, ratio with its interval, and active share (mean over texts)."""
+    heldout = [name for name in setup.texts if name != "WikiText-2"]
+    groups = [("held-out", heldout)] + ([("WikiText-2", ["WikiText-2"])] if "WikiText-2" in setup.texts else [])
+    dense = next(iter(results.values()))
+    return [
+        (
+            group,
+            names,
+            ratios(numbers, dense, names, setup.arguments.seed),
+            sum(numbers[name]["active"] for name in names) / len(names),
+        )
+        for group, names in groups
+    ]
+
+
+def _line(row: Row, results: dict[str, Any], setup: Setup) -> str:
+    parts = summary(results[row.key], results, setup)
+    cells = "  ".join(f"{group} {ratio[0]:.3f} (active {active:.3f})" for group, _, ratio, active in parts)
+    return f"{row.key:<42} {cells}  {results[row.key]['minutes']:.1f} min"
+
+
+def _table(results: dict[str, Any], setup: Setup, caption: str) -> str:
+    heads = [group for group, *_ in summary(next(iter(results.values())), results, setup)]
+    lines = [f"Perplexity over dense, in brackets the 95 % interval; {caption}", ""]
+    columns = "".join(f" active | neurons | {head} |" for head in heads)
+    lines += [f"| budget | method |{columns} minutes |", "|---|---|" + "---|" * (3 * len(heads) + 1)]
+    for numbers in list(results.values())[1:]:
+        cells = ""
+        for _, names, (ratio, low, high), active in summary(numbers, results, setup):
+            neurons = sum(numbers[name]["neurons"] for name in names) / len(names)
+            over = "*" if active > numbers["budget"] + 1e-9 else ""
+            cells += f" {active:.3f}{over} | {neurons:.3f} | {ratio:.3f} ({low:.3f} to {high:.3f}) |"
+        lines.append(f"| {numbers['budget']:.0%} | {numbers['method']} |{cells} {numbers['minutes']:.0f} |")
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], setup: Setup, path: Path) -> None:
+    """Perplexity over dense against active fraction, a line per method, held-out text and WikiText-2 side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = summary(next(iter(results.values())), results, setup)
+    figure, axes = pyplot.subplots(1, len(groups), figsize=(6 * len(groups), 5), squeeze=False)
+    methods = list(dict.fromkeys(numbers["method"] for numbers in list(results.values())[1:]))
+    for place, axis in enumerate(axes[0]):
+        for method in methods:
+            points = sorted(
+                (part[3], part[2][0])
+                for numbers in results.values()
+                if numbers["method"] == method
+                for part in [summary(numbers, results, setup)[place]]
+            )
+            axis.plot(*zip(*points, strict=True), marker="o", label=method)
+        axis.set(xlabel="active parameters of the MLPs", ylabel="perplexity over dense", title=groups[place][0])
+        axis.set_yscale("log")
+        axis.grid(True, which="both", alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
