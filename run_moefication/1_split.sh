@@ -1,20 +1,34 @@
 #!/usr/bin/env bash
 # Stage 1, split: cut the neurons of every MLP into experts. Works from any directory; each setting can be given in the
-# environment instead:  MODEL_PATH=/models/llama_7B NUM_EXPERTS=16 bash 1_split.sh
+# environment instead:  MODEL_PATH=/models/llama_7B NUM_EXPERTS=128 bash 1_split.sh
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=run_moefication/recipe.sh
+. "$HERE/recipe.sh" # NUM_EXPERTS, NUM_SHARED_EXPERTS and CLUSTER_ON
 
 MODEL_PATH="${MODEL_PATH:-}"                            # dense LLaMA in transformers format, or a hub id
 SAVE_PATH="${SAVE_PATH:-$HERE/../llama_moe_temp_files}" # where the stages keep their files
-NUM_EXPERTS="${NUM_EXPERTS:-8}"                         # must divide the MLP's width
 TEMPLATES="${TEMPLATES:-"layers.{}.mlp.gate_proj.weight"}"
 SEED="${SEED:-0}"
+# On activations:
+TRAIN_DATA_PATH="${TRAIN_DATA_PATH:-$HERE/../llama_data}" # folder of jsonl files
+TRAIN_DATA_CACHE_PATH="${TRAIN_DATA_CACHE_PATH:-$HERE/../llama_data_cache}"
+DOMAIN_WEIGHTS="${DOMAIN_WEIGHTS:-equal}"               # or domain=weight,...
+SPLIT_TOKENS="${SPLIT_TOKENS:-32768}"                   # tokens to look at
+BLOCK_SIZE="${BLOCK_SIZE:-}"                            # empty: 2048, or what the model takes
 PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
 
+ON=(--cluster_on "$CLUSTER_ON")
+if [ "$CLUSTER_ON" = activations ]; then
+    ON+=(--num_shared_experts "$NUM_SHARED_EXPERTS" --train_data_path "$TRAIN_DATA_PATH")
+    ON+=(--train_data_cache_path "$TRAIN_DATA_CACHE_PATH" --domain_weights "$DOMAIN_WEIGHTS")
+    ON+=(--max_tokens "$SPLIT_TOKENS" ${BLOCK_SIZE:+--block_size "$BLOCK_SIZE"})
+fi
 "$PYTHON" "$HERE/llama_split_clustering.py" \
     --model_path "$MODEL_PATH" \
     --save_path "$SAVE_PATH" \
     --templates "$TEMPLATES" \
     --num_experts "$NUM_EXPERTS" \
     --seed "$SEED" \
+    "${ON[@]}" \
     "$@"

@@ -3,16 +3,13 @@
 # environment instead. Several GPUs:  SPECIFY_LAYER=0-15 bash 3_select.sh --device cuda:0 & SPECIFY_LAYER=16-31 ...
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=run_moefication/recipe.sh
+. "$HERE/recipe.sh" # NUM_EXPERTS and NUM_SELECTS, SELECT_CRITERION, GATE_NETWORK and GATE_RANK
 
 MODEL_PATH="${MODEL_PATH:-}"                            # dense LLaMA in transformers format, or a hub id
 SAVE_PATH="${SAVE_PATH:-$HERE/../llama_moe_temp_files}" # where the stages keep their files
-NUM_EXPERTS="${NUM_EXPERTS:-8}"                         # as in 1_split.sh
-NUM_SELECTS="${NUM_SELECTS:-2}"                         # experts per token
 TEMPLATES="${TEMPLATES:-"layers.{}.mlp.gate_proj.weight"}"
-SELECT_CRITERION="${SELECT_CRITERION:-l2_norm}"         # plain, positive, l2_norm or output_norm
-GATE_NETWORK="${GATE_NETWORK:-mlp}"                     # mlp, linear or similarity
 GATE_FIT="${GATE_FIT:-}"                                # ridge or adam; empty: ridge for linear gates
-GATE_RANK="${GATE_RANK:-}"                              # of a linear gate as two factors; empty: full
 SPECIFY_LAYER="${SPECIFY_LAYER:-}"                      # such as 0-7; empty: all layers
 SEED="${SEED:-0}"
 PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"

@@ -3,12 +3,12 @@
 # instead:  MODEL_PATH=/models/llama_7B MOE_PATH=/models/llama_7B-MoE bash 4_convert.sh
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=run_moefication/recipe.sh
+. "$HERE/recipe.sh" # NUM_EXPERTS, NUM_SELECTS (need not be that of 3_select.sh) and ROUTING
 
 MODEL_PATH="${MODEL_PATH:-}"                            # dense LLaMA in transformers format, or a hub id
 MOE_PATH="${MOE_PATH:-${MODEL_PATH%/}-MoE}"             # the new checkpoint
 SAVE_PATH="${SAVE_PATH:-$HERE/../llama_moe_temp_files}" # where the stages keep their files
-NUM_EXPERTS="${NUM_EXPERTS:-8}"                         # as in 1_split.sh
-NUM_SELECTS="${NUM_SELECTS:-2}"                         # experts per token; need not be that of 3_select.sh
 TEMPLATES="${TEMPLATES:-"layers.{}.mlp.gate_proj.weight"}"
 CONVERT_TYPE="${CONVERT_TYPE:-LlamaMoEForCausalLM}"     # or LlamaMoEModel, LlamaMoEForSequenceClassification
 PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
@@ -22,5 +22,6 @@ NAME="$(basename "$(cd "$MODEL_PATH" 2>/dev/null && pwd || echo "$MODEL_PATH")")
     --templates "$TEMPLATES" \
     --num_experts "$NUM_EXPERTS" \
     --num_selects "$NUM_SELECTS" \
+    --routing "$ROUTING" \
     --convert_type "$CONVERT_TYPE" \
     "$@"

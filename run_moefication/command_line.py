@@ -109,7 +109,8 @@ def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group.add_argument("--max_tokens", type=int, help="upper limit on tokens, all domains together (default: none)")
     group.add_argument(
         "--domain_weights",
-        help="domain=weight,..., a word of the file names each (default: the mix of LLaMA's pretraining)",
+        help="domain=weight,..., a word of the file names each; or equal, every domain alike (default: the mix of "
+        "LLaMA's pretraining)",
     )
     group.add_argument(
         "--skip_bad_lines", action="store_true", help="count lines that hold no document, and go on without them"

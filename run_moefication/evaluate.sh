@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Perplexity of the dense model and of the MoE at several budgets. Works from any directory; each setting can be given in
+# Perplexity of the dense model and of the MoEs made of it, at several budgets. Works from any directory; each setting can be given in
 # the environment instead:  MODEL_PATH=/models/llama_7B TEXT_PATH=wiki.test.raw NUM_SELECTS="8 6 4 2" bash evaluate.sh
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 MODEL_PATH="${MODEL_PATH:-}"                            # dense LLaMA in transformers format, or a hub id
 MOE_PATH="${MOE_PATH:-${MODEL_PATH%/}-MoE}"             # the checkpoint that 4_convert.sh wrote
+CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}" # that of 5_calibrate.sh, where there is one
+DISTILLED_PATH="${DISTILLED_PATH:-$MOE_PATH-Distilled}" # that of 6_distill.sh, where there is one
 TEXT_PATH="${TEXT_PATH:-$HERE/../llama_data/heldout/wikipedia.jsonl}"
 NUM_SELECTS="${NUM_SELECTS:-}"                          # such as "8 6 4 2"; empty: the checkpoint's own
 BLOCK_SIZE="${BLOCK_SIZE:-}"                            # empty: 2048, or what the models take
@@ -13,9 +15,13 @@ MAX_TOKENS="${MAX_TOKENS:-}"                            # empty: all
 BATCH_SIZE="${BATCH_SIZE:-4}"
 PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
 
+CHECKPOINTS=("$MOE_PATH")
+for path in "$CALIBRATED_PATH" "$DISTILLED_PATH"; do
+    [ ! -e "$path/manifest.json" ] || CHECKPOINTS+=("$path")
+done
 # shellcheck disable=SC2086 # NUM_SELECTS is a list
 "$PYTHON" "$HERE/llama_evaluate.py" \
-    --model_path "$MODEL_PATH" "$MOE_PATH" \
+    --model_path "$MODEL_PATH" "${CHECKPOINTS[@]}" \
     --text_path "$TEXT_PATH" \
     ${NUM_SELECTS:+--num_selects $NUM_SELECTS} \
     ${BLOCK_SIZE:+--block_size "$BLOCK_SIZE"} \

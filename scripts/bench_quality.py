@@ -77,7 +77,7 @@ class Setup:
 def prepare(arguments: argparse.Namespace) -> Setup:
     """Open the model, cut the texts, and record a few features for stage 3."""
     from run_moefication.moefication.checkpoints import Checkpoint
-    from run_moefication.moefication.corpus import find_domains, training_corpus
+    from run_moefication.moefication.corpus import training_corpus
     from run_moefication.moefication.errors import MoEficationError
     from run_moefication.moefication.evaluation import first_tokens
     from run_moefication.moefication.hidden_features import extract_features
@@ -94,15 +94,13 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         name: [block for block in first_tokens(path, checkpoint.path, count).split(BLOCK) if len(block) == BLOCK]
         for name, (path, count) in files.items()
     }
-    # Every domain alike: the bench weighs them alike.
-    weights = dict.fromkeys(find_domains(arguments.train_data_path, None), 1.0)
     corpora = [
         training_corpus(
             checkpoint,
             arguments.train_data_path,
             arguments.work / "cache",
             block_size=BLOCK,
-            domain_weights=None if list(weights) == ["text"] else weights,
+            domain_weights="equal",  # as the table weighs them
             max_tokens=tokens,
             seed=arguments.seed,
             progress=command_line.progress_bar,

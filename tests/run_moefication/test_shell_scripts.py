@@ -1,5 +1,6 @@
 """The numbered shell scripts, from a directory that is not theirs, with settings from the environment."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ def run(tiny_llama, text_folder, tmp_path):
         "MOE_PATH": "out/tiny-llama-MoE",
         "TRAIN_DATA_PATH": str(text_folder),
         "TRAIN_DATA_CACHE_PATH": "out/cache",
+        "RECIPE": "plain",
         "NUM_EXPERTS": "4",
         "BLOCK_SIZE": "32",
         "MAX_TOKENS": "512",
@@ -42,13 +44,44 @@ def test_scripts_in_order_do_what_the_stages_do(run, tiny_llama, text_folder, tm
         assert result.stdout.splitlines()[-1].startswith("next: ")
     result = run("evaluate.sh", TEXT_PATH=str(text_folder / "c4.jsonl"), NUM_SELECTS="4 2")
     assert result.returncode == 0, result.stderr
-    dense, full, half = (line.split()[-3] for line in result.stdout.splitlines()[-3:])
+    dense, full, half = (line.split()[-3] for line in result.stdout.splitlines()[-3:])  # perplexities
     assert dense == full != half
 
     pipeline = Pipeline(tiny_llama, text_folder, tmp_path / "python", select_options=["--use_softmax"])
     pipeline.feature_options += ["--feature_format", "inputs"]
     pipeline.run()
     assert contents(run.folder) == contents(pipeline.save)
+
+
+def test_the_default_recipe_ends_with_a_calibrated_model(run, text_folder):
+    recipe = {"RECIPE": "", "NUM_EXPERTS": "8", "GATE_RANK": "2", "NUM_GPUS": "1"}
+    for script in ("1_split.sh", "2_get_hidden_features.sh", "3_select.sh", "4_convert.sh", "5_calibrate.sh"):
+        result = run(script, **recipe)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[-1].startswith("next: ")
+    config = json.loads((run.folder / "tiny-llama-MoE-Calibrated" / "config.json").read_text())
+    expected = {
+        "routing": "threshold",
+        "num_experts": 7,
+        "num_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "gate_network": "linear",
+        "gate_rank": 2,
+        "gate_bias": True,
+    }
+    assert {name: config[name] for name in expected} == expected
+    result = run("evaluate.sh", TEXT_PATH=str(text_folder / "c4.jsonl"))
+    assert [line.split()[0] for line in result.stdout.splitlines()[-3:]] == [
+        "tiny-llama",
+        "tiny-llama-MoE,",
+        "tiny-llama-MoE-Calibrated,",
+    ]
+
+
+def test_an_unknown_recipe_is_one_line(run):
+    result = run("1_split.sh", RECIPE="best")
+    assert (result.returncode, result.stderr) == (2, "error: RECIPE=best: calibrated or plain\n")
+    assert not run.folder.exists()
 
 
 def test_features_on_two_processes(run):
@@ -58,7 +91,7 @@ def test_features_on_two_processes(run):
 
 
 @pytest.mark.parametrize(
-    "script", ["1_split.sh", "2_get_hidden_features.sh", "3_select.sh", "4_convert.sh", "evaluate.sh"]
+    "script", ["1_split.sh", "2_get_hidden_features.sh", "3_select.sh", "4_convert.sh", "5_calibrate.sh", "evaluate.sh"]
 )
 def test_a_model_not_given_is_one_line(script, run):
     result = run(script, MODEL_PATH="", NUM_GPUS="1")
@@ -67,7 +100,7 @@ def test_a_model_not_given_is_one_line(script, run):
     assert not run.folder.exists()
 
 
-@pytest.mark.parametrize("script", [*sorted(STAGES.glob("*.sh")), STAGES.parent / "scripts" / "quickstart.sh"])
+@pytest.mark.parametrize("script", [*sorted(STAGES.glob("[0-9e]*.sh")), STAGES.parent / "scripts" / "quickstart.sh"])
 def test_help_needs_no_settings(script):
     result = subprocess.run(
         ["bash", script, "--help"], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Stage 5, calibrate: refit gates, thresholds and down_proj of the converted checkpoint, layer by layer in closed form.
+# Works from any directory; each setting can be given in the environment instead:
+#     MODEL_PATH=/models/llama_7B MAX_TOKENS=262144 bash 5_calibrate.sh
+set -euo pipefail
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=run_moefication/recipe.sh
+. "$HERE/recipe.sh" # GATE_NETWORK: linear gates are fitted anew
+
+MODEL_PATH="${MODEL_PATH:-}"                              # dense LLaMA in transformers format, or a hub id
+MOE_PATH="${MOE_PATH:-${MODEL_PATH%/}-MoE}"               # the checkpoint that 4_convert.sh wrote
+CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}" # the new checkpoint
+TRAIN_DATA_PATH="${TRAIN_DATA_PATH:-$HERE/../llama_data}" # folder of jsonl files
+TRAIN_DATA_CACHE_PATH="${TRAIN_DATA_CACHE_PATH:-$HERE/../llama_data_cache}"
+DOMAIN_WEIGHTS="${DOMAIN_WEIGHTS:-equal}"                 # or domain=weight,...
+MAX_TOKENS="${MAX_TOKENS:-131072}"                        # more is better, and longer
+BLOCK_SIZE="${BLOCK_SIZE:-}"                              # empty: 2048, or what the model takes
+BATCH_SIZE="${BATCH_SIZE:-4}"                             # blocks at a time
+SEED="${SEED:-0}"
+[ "$GATE_NETWORK" != linear ] || REFIT_GATES=1
+PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
+
+"$PYTHON" "$HERE/llama_calibrate.py" \
+    --model_path "$MODEL_PATH" \
+    --moe_path "$MOE_PATH" \
+    --save_path "$CALIBRATED_PATH" \
+    --train_data_path "$TRAIN_DATA_PATH" \
+    --train_data_cache_path "$TRAIN_DATA_CACHE_PATH" \
+    --domain_weights "$DOMAIN_WEIGHTS" \
+    --max_tokens "$MAX_TOKENS" \
+    ${BLOCK_SIZE:+--block_size "$BLOCK_SIZE"} \
+    --batch_size "$BATCH_SIZE" \
+    --seed "$SEED" \
+    ${REFIT_GATES:+--refit_gates} \
+    "$@"

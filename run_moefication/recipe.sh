@@ -1,0 +1,34 @@
+# shellcheck shell=bash
+# Sourced by the numbered scripts: the settings that belong together. Each can be given in the environment instead.
+#
+#     RECIPE=calibrated    many small experts split on activations, some of them shared; ridge gates; a threshold instead
+#                          of a fixed number; stage 5 refits what remains (the default, and the better model)
+#     RECIPE=plain         the original description's: 8 experts clustered on weights, MLP gates, 2 of 8 for every token
+
+RECIPE="${RECIPE:-calibrated}"
+case "$RECIPE" in
+    calibrated)
+        NUM_EXPERTS="${NUM_EXPERTS:-256}"                          # must divide the MLP's width
+        NUM_SHARED_EXPERTS="${NUM_SHARED_EXPERTS:-$((NUM_EXPERTS / 8))}" # of these, always on
+        NUM_SELECTS="${NUM_SELECTS:-$((NUM_EXPERTS / 2))}"         # experts per token, shared ones included
+        CLUSTER_ON="${CLUSTER_ON:-activations}"
+        SELECT_CRITERION="${SELECT_CRITERION:-output_norm}"
+        GATE_NETWORK="${GATE_NETWORK:-linear}"
+        GATE_RANK="${GATE_RANK-32}"                                # of a linear gate as two factors; empty: full
+        ROUTING="${ROUTING:-threshold}"
+        ;;
+    plain)
+        NUM_EXPERTS="${NUM_EXPERTS:-8}"
+        NUM_SHARED_EXPERTS="${NUM_SHARED_EXPERTS:-0}"
+        NUM_SELECTS="${NUM_SELECTS:-2}"
+        CLUSTER_ON="${CLUSTER_ON:-weights}"
+        SELECT_CRITERION="${SELECT_CRITERION:-l2_norm}"            # plain, positive, l2_norm or output_norm
+        GATE_NETWORK="${GATE_NETWORK:-mlp}"                        # mlp, linear or similarity
+        GATE_RANK="${GATE_RANK:-}"
+        ROUTING="${ROUTING:-top_k}"
+        ;;
+    *)
+        echo "error: RECIPE=$RECIPE: calibrated or plain" >&2
+        exit 2
+        ;;
+esac
