@@ -36,6 +36,7 @@ from .sharding import PlannedTensor
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the pull to the original down_proj, in units of the Gram's mean diagonal
 HELD_OUT = 6  # one block of so many is held out to choose strengths on
 MOST_QUANTILE_SCORES = 1 << 24  # more than so many are thinned out, token by token, before they are sorted
+MOST_KEPT_BYTES = 2 << 30  # of a layer's activations on all tokens; where they are more, each pass computes them anew
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ class LayerCalibration:
 
         self._mlp = PackedMLP(config, layer, tensor, device)
         self._share = (_num_selects(moe, settings) - config.num_shared_experts) / config.num_experts
+        self._keeps, self._kept = False, {}  # activations by the first row of their batch
 
     @property
     def gate(self) -> Gate:
@@ -238,6 +240,7 @@ class LayerCalibration:
     def run(self, batches: list[Batch], before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
         """Fit the layer, given the streams of the dense and the other model before it `[2, tokens, H]`, and fill
         `after` with those after it. Returns the metrics."""
+        self._keeps = before.shape[1] * 4 * len(self._mlp.down) <= MOST_KEPT_BYTES
         weights, gate_equations = self._attend(batches, before, after)
         metrics = {}
         if gate_equations is not None:
@@ -283,7 +286,7 @@ class LayerCalibration:
             squares = torch.maximum(dense.square().sum(dim=1), stream.square().sum(dim=1))
             weights.append(token_weights(squares))
             if equations is not None:
-                scores = norms(self._mlp.activations(inputs))
+                scores = norms(self._activations(inputs, batch))
                 equations.add(inputs, scores, weights[-1], held_out=batch.held_out)
         return torch.cat(weights), equations
 
@@ -301,7 +304,7 @@ class LayerCalibration:
             target = (after[0, batch.rows] - after[1, batch.rows]).to(self._device)
             (held_out if batch.held_out else train).add(features, target, weights[batch.rows])
         before = held_out.error(prior)
-        strength, error, _ = best_strength(train, held_out, STRENGTHS, prior)
+        strength, error = best_strength(train, held_out, STRENGTHS, prior)
         train += held_out
         # As it will be stored, so that the next layers see what the checkpoint will give.
         solution = train.solve(strength, prior).to(self._dtype).float()
@@ -319,7 +322,16 @@ class LayerCalibration:
 
     def _hidden(self, after: torch.Tensor, batch: Batch, selected: torch.Tensor) -> torch.Tensor:
         """What enters down_proj with the true routing, `[T, I]`."""
-        return self._mlp.mask_(self._mlp.activations(self._inputs(after, batch)), selected[batch.rows])
+        return self._mlp.mask_(self._activations(self._inputs(after, batch), batch), selected[batch.rows])
+
+    def _activations(self, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """What would enter down_proj if every expert ran, `[T, I]`; perhaps masked already, which does no harm."""
+        kept = self._kept.get(batch.rows.start)
+        if kept is None:
+            kept = self._mlp.activations(inputs)
+            if self._keeps:
+                self._kept[batch.rows.start] = kept
+        return kept
 
     def _output(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self._mlp.down.T, self._mlp.bias)

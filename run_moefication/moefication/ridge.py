@@ -54,12 +54,11 @@ class NormalEquations:
 
 def best_strength(
     train: NormalEquations, held_out: NormalEquations, strengths: Sequence[float], prior: torch.Tensor | None = None
-) -> tuple[float, float, torch.Tensor]:
-    """The strength whose map, fitted to `train`, has the least error on held-out tokens; that error; and that map."""
-    solutions = [train.solve(strength, prior) for strength in strengths]
-    errors = [held_out.error(solution) for solution in solutions]
+) -> tuple[float, float]:
+    """The strength whose map, fitted to `train`, has the least error on held-out tokens; and that error."""
+    errors = [held_out.error(train.solve(strength, prior)) for strength in strengths]
     best = min(range(len(strengths)), key=errors.__getitem__)
-    return strengths[best], errors[best], solutions[best]
+    return strengths[best], errors[best]
 
 
 def token_weights(squares: torch.Tensor) -> torch.Tensor:

@@ -34,10 +34,10 @@ class GateEquations:
         constant = torch.zeros_like(self._train.cross)
         constant[-1] = self._train.cross[-1] / self._train.gram[-1, -1]  # the weighted mean of each score
         unexplained = self._held_out.error(constant)
-        strength, error, solution = best_strength(self._train, self._held_out, STRENGTHS)
+        strength, error = best_strength(self._train, self._held_out, STRENGTHS)
         if to_all:
             self._train += self._held_out
-            solution = self._train.solve(strength)
+        solution = self._train.solve(strength)
         weight, bias = solution[:-1].T, solution[-1]
         with torch.no_grad():
             if gate.rank is None:

@@ -1,0 +1,110 @@
+"""The quality bench: its baselines are what they claim, and its table follows from its numbers."""
+
+import json
+import math
+
+import bench_quality
+import pytest
+import torch
+from conftest import SENTENCES, make_llama, write_jsonl
+from quality_baselines import block_losses, cmoe, masked, oracle
+from transformers import LlamaForCausalLM
+
+BLOCKS = 3
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = make_llama(tmp_path_factory.mktemp("model") / "llama", intermediate_size=128)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    return list(torch.randint(3, 300, (BLOCKS, 40), generator=torch.Generator().manual_seed(0)))
+
+
+def test_losses_are_those_of_transformers(dense, blocks):
+    with torch.no_grad():
+        expected = [dense(block[None], labels=block[None]).loss.item() for block in blocks]
+    assert block_losses(dense, blocks) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda m, b, f: oracle(f, m), lambda m, b, f: cmoe(b, f, m)])
+def test_masks_run_their_budget_and_all_neurons_are_the_dense_model(make, dense, blocks):
+    whole = block_losses(dense, blocks)
+    with masked(dense, make(dense, blocks, 1.0)) as shares:
+        assert block_losses(dense, blocks) == pytest.approx(whole, rel=1e-6)
+    assert shares == [1.0] * BLOCKS * dense.config.num_hidden_layers
+    with masked(dense, make(dense, blocks, 0.5)) as shares:
+        assert block_losses(dense, blocks) != pytest.approx(whole, rel=1e-3)
+    assert shares == pytest.approx([0.5] * len(shares))
+    assert block_losses(dense, blocks) == whole  # the hooks are gone
+
+
+def test_the_oracle_loses_less_of_each_output_than_any_other_choice(dense):
+    mlp = dense.model.layers[0].mlp
+    inputs = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        hidden = mlp.act_fn(mlp.gate_proj(inputs)) * mlp.up_proj(inputs)
+        chosen = oracle(0.25, dense)[0](inputs, hidden)
+        added = hidden.abs() * mlp.down_proj.weight.norm(dim=0)
+    assert (chosen.sum(dim=1) == 32).all()
+    assert (added.masked_fill(~chosen, math.inf).amin(1) >= added.masked_fill(chosen, 0).amax(1)).all()
+
+
+def test_ratios_are_geometric_means_with_an_interval_around_them():
+    dense = {"a": {"losses": [1.0, 2.0, 3.0]}, "b": {"losses": [2.0, 2.0]}}
+    other = {"a": {"losses": [1.3, 2.1, 3.2]}, "b": {"losses": [2.4, 2.4]}}
+    ratio, low, high = bench_quality.ratios(other, dense, ["a", "b"], seed=0)
+    assert ratio == pytest.approx(math.exp((0.2 + 0.4) / 2))
+    assert math.exp((0.1 + 0.4) / 2) <= low < ratio < high <= math.exp((0.3 + 0.4) / 2)
+    assert bench_quality.ratios(dense, dense, ["a", "b"], seed=0) == (1.0, 1.0, 1.0)
+
+
+def test_the_bench_measures_every_method_once_and_keeps_what_it_measured(tmp_path, run_script, monkeypatch):
+    monkeypatch.setattr(bench_quality, "BLOCK", 32)
+    model = make_llama(tmp_path / "llama", intermediate_size=128)
+    for folder in ("text", "text/heldout"):
+        write_jsonl(tmp_path / folder / "c4.jsonl", [f"{folder} {i} {SENTENCES[i % 6]}" for i in range(60)])
+    (tmp_path / "wiki.txt").write_text(" ".join(SENTENCES) * 3)
+    options = {
+        "--model_path": model,
+        "--train_data_path": tmp_path / "text",
+        "--heldout_path": tmp_path / "text/heldout",
+        "--wikitext_path": tmp_path / "wiki.txt",
+        "--work": tmp_path / "work",
+        "--calibration_tokens": 512,
+        "--heldout_tokens": 128,
+        "--wikitext_tokens": 128,
+        "--budgets": 0.5,
+        "--experts": 16,
+        "--json": tmp_path / "quality.json",
+        "--markdown": tmp_path / "quality.md",
+        "--plot": tmp_path / "quality.png",
+    }
+    arguments = [item for pair in options.items() for item in pair]
+    status, _, err = run_script(bench_quality.main, *arguments)
+    assert status == 0, err
+    results = json.loads((tmp_path / "quality.json").read_text())
+    assert [numbers["method"] for numbers in results.values()] == [
+        "dense",
+        "plain recipe",
+        "CMoE's recipe",
+        "static mask",
+        "static mask, refitted",
+        "ours, 16 experts, top_k",
+        "ours, 16 experts, threshold",
+        "neuron oracle",
+    ]
+    for name in ("static mask", "static mask, refitted"):  # a static mask has no gate to count
+        assert results[f"{name} at 0.5"]["c4"]["active"] == pytest.approx(0.5)
+    ours = results["ours, 16 experts, top_k at 0.5"]["c4"]
+    assert ours["neurons"] < ours["active"] <= 0.5
+    assert len((tmp_path / "quality.md").read_text().splitlines()) == 4 + 7
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "rows").iterdir()}
+    assert run_script(bench_quality.main, *arguments)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "rows").iterdir()} == files
+    assert json.loads((tmp_path / "quality.json").read_text()) == results
