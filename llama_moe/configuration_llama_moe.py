@@ -27,7 +27,8 @@ class LlamaMoEConfig(LlamaConfig):
         num_experts: routed experts per layer.
         num_experts_per_tok: routed experts that run per token. With threshold routing the rounded average; there the
             thresholds, which are in the checkpoint, decide.
-        layer_num_experts_per_tok: the same for each layer, where layers differ; `num_experts_per_tok` is the largest.
+        layer_num_experts_per_tok: the same for each layer, where layers differ: with top-k routing whole numbers, of
+            which `num_experts_per_tok` is the largest, with threshold routing averages of which it is the mean.
         num_shared_experts: experts that always run, as one MLP `shared_experts`.
         moe_intermediate_size: neurons per expert; default `intermediate_size / (num_experts + num_shared_experts)`.
         gate_network: "mlp" (Linear-Tanh-Linear, MoEfication section 3.2) or "linear".
@@ -59,7 +60,7 @@ class LlamaMoEConfig(LlamaConfig):
 
     num_experts: int = 8
     num_experts_per_tok: int = 2
-    layer_num_experts_per_tok: list[int] | None = None
+    layer_num_experts_per_tok: list[int | float] | None = None
     num_shared_experts: int = 0
     moe_intermediate_size: int | None = None
     gate_network: str = "mlp"
@@ -101,7 +102,7 @@ class LlamaMoEConfig(LlamaConfig):
         self.num_experts_per_tok = value - self.num_shared_experts
 
     def experts_per_tok_of(self, layer: int) -> int:
-        """Routed experts that run per token in this layer (top-k routing)."""
+        """Routed experts that run per token in this layer; with threshold routing, on average."""
         budgets = self.layer_num_experts_per_tok
         return self.num_experts_per_tok if budgets is None else budgets[layer]
 
@@ -142,10 +143,15 @@ class LlamaMoEConfig(LlamaConfig):
         self._require("num_experts_per_tok", 1 <= self.num_experts_per_tok <= self.num_experts, whole)
         budgets = self.layer_num_experts_per_tok
         if budgets is not None:
-            self._require("layer_num_experts_per_tok", self.routing == "top_k", "None with threshold routing")
-            counts = f"{self.num_hidden_layers} numbers of {whole}, the largest num_experts_per_tok"
-            fits = len(budgets) == self.num_hidden_layers and all(1 <= k <= self.num_experts for k in budgets)
-            self._require("layer_num_experts_per_tok", fits and max(budgets) == self.num_experts_per_tok, counts)
+            fits = len(budgets) == self.num_hidden_layers
+            if self.routing == "top_k":
+                counts = f"{self.num_hidden_layers} numbers of {whole}, the largest num_experts_per_tok"
+                fits = fits and all(isinstance(k, int) and 1 <= k <= self.num_experts for k in budgets)
+                fits = fits and max(budgets) == self.num_experts_per_tok
+            else:
+                counts = f"{self.num_hidden_layers} numbers of 0 to num_experts ({self.num_experts})"
+                fits = fits and all(0 <= k <= self.num_experts for k in budgets)
+            self._require("layer_num_experts_per_tok", fits, counts)
         least, most = self.min_experts_per_tok, self.most_experts_per_tok
         self._require("max_experts_per_tok", 1 <= most <= self.num_experts, whole)
         self._require("min_experts_per_tok", 0 <= least <= most, f"0 to {most}")

@@ -25,7 +25,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_llama_moe import LlamaMoEConfig
-from .gates import Gate, load_balancing_loss
+from .gates import Gate, load_balancing_loss, shift_to_mean
 from .moe_layers import Experts, MoEBlock
 
 
@@ -83,7 +83,8 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         """Change how many routed experts run per token, in place; with threshold routing, on average.
 
         Args:
-            num_experts_per_tok: one number for every layer, or one per layer.
+            num_experts_per_tok: one number for every layer, or one per layer. With threshold routing one number is the
+                mean over the layers; where these differ (`layer_num_experts_per_tok`), they keep their differences.
 
         Raises:
             ValueError: not between 1 and the number of experts, or not one per layer; or threshold routing has no
@@ -100,10 +101,11 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
             whole = isinstance(budget, Integral) and not isinstance(budget, bool)
             if not (whole and least <= budget <= most):
                 raise ValueError(f"num_experts_per_tok is {budget!r}; it must be {limits}")
-        self._set_routed_budgets([int(budget) for budget in budgets])
+        self._set_routed_budgets([int(budget) for budget in budgets] if by_layer else int(num_experts_per_tok))
 
     def set_active_fraction(self, fraction: float) -> None:
-        """Change the share of all experts, shared ones included, that runs per token, on average, in every layer.
+        """Change the share of all experts, shared ones included, that runs per token, on average over the layers (which
+        keep their differences, where they have any).
 
         Raises:
             ValueError: outside of what the model can do. Top-k routing takes whole numbers of experts only.
@@ -124,11 +126,18 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
             if abs(routed - round(routed)) > tolerance:
                 raise ValueError(f"active fraction {fraction} is not a whole number of {total} experts")
             routed = round(routed)
-        self._set_routed_budgets([routed] * config.num_hidden_layers)
+        self._set_routed_budgets(routed)
 
-    def _set_routed_budgets(self, budgets: list[int | float]) -> None:
+    def _set_routed_budgets(self, budget: list[int | float] | float) -> None:
         config = self.config
         gates = [module for module in self.modules() if isinstance(module, Gate)]
+        if isinstance(budget, list):
+            budgets = budget
+        elif config.routing == "threshold" and config.layer_num_experts_per_tok:
+            least, most = config.min_experts_per_tok, config.most_experts_per_tok
+            budgets = shift_to_mean(config.layer_num_experts_per_tok, budget, least, most)
+        else:
+            budgets = [budget] * config.num_hidden_layers
         if config.routing == "threshold":
             thresholds = [
                 gate.threshold_of_share(budget / config.num_experts)
@@ -137,6 +146,7 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
             for gate, threshold in zip(gates, thresholds, strict=True):
                 gate.threshold.fill_(threshold)
             config.num_experts_per_tok = max(1, round(sum(budgets) / len(budgets)))
+            config.layer_num_experts_per_tok = budgets if len(set(budgets)) > 1 else None
         else:
             for gate, budget in zip(gates, budgets, strict=True):
                 gate.num_experts_per_tok = budget

@@ -42,6 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="fit a bias on each MLP's output as well; engines for other MoE architectures have no place for it",
     )
+    parser.add_argument(
+        "--layer_budgets",
+        default="equal",
+        choices=("equal", "sensitivity"),
+        help="equal: every layer runs as many experts; sensitivity: more where the loss rises most without them",
+    )
     parser.add_argument("--batch_size", type=int, default=4, help="blocks at a time")
     command_line.add_corpus(parser)
     command_line.add_common(parser, seed="the choice and order of blocks")
@@ -51,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 def calibrate(arguments: argparse.Namespace) -> None:
     """Run the stage and print what each layer's fit gained."""
     device = command_line.pick_device(arguments)
-    from run_moefication.moefication.calibration import CalibrationSettings
+    from run_moefication.moefication.calibration import CalibrationSettings, layer_metrics
     from run_moefication.moefication.calibration import calibrate as calibrate_checkpoint
     from run_moefication.moefication.checkpoints import Checkpoint
 
@@ -59,6 +65,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
         num_selects=arguments.num_selects,
         refit_gates=arguments.refit_gates,
         output_bias=arguments.output_bias,
+        layer_budgets=arguments.layer_budgets,
         batch_size=arguments.batch_size,
     )
     checkpoint = Checkpoint(arguments.model_path)
@@ -75,7 +82,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     )
     command_line.print_mix(checkpoint, corpus)
     print(f"{'layer':>5} {'experts that run':>17} {'error before':>13} {'after':>8} {'strength':>9}")
-    for layer, m in enumerate(writer.metrics().values()):
+    for layer, m in enumerate(layer_metrics(writer)):
         print(
             f"{layer:>5} {m['active_share']:>17.1%} {m['error_before']:>13.4f} {m['error_after']:>8.4f} "
             f"{m['strength']:>9g}"

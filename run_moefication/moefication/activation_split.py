@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from . import artifacts
 from .balanced_kmeans import Clustering, balanced_kmeans
@@ -21,7 +20,7 @@ from .corpus import Corpus
 from .errors import MoEficationError
 from .expert_scores import TOKENS_PER_CHUNK, LayerActivations
 from .hidden_features import Features
-from .layer_walk import AttentionHalf, Batch, Streams, batches_of, embed
+from .layer_walk import Batch, DenseLayer, Streams, batches_of, embed
 from .manifests import Claim, environment
 from .progress import Progress, no_progress
 from .ridge import token_weights
@@ -193,17 +192,12 @@ def _run_layer(
     statistics: NeuronStatistics,
 ) -> None:
     device = statistics.together.device
-    attention_half = AttentionHalf(
-        checkpoint.config, lambda name: checkpoint.finite_tensor(f"layers.{layer}.{name}"), device
-    )
-    activations = LayerActivations(checkpoint, layer, TEMPLATES[1], device)
-    down = checkpoint.mlp_tensor(layer, "down_proj.weight", device)
-    bias = checkpoint.mlp_tensor(layer, "down_proj.bias", device) if checkpoint.config.mlp_bias else None
+    dense = DenseLayer(checkpoint, layer, device)
     for batch in batches:
-        stream, inputs = attention_half(before[batch.rows].to(device), batch)
-        hidden = activations(inputs)
+        stream, inputs = dense.attention_half(before[batch.rows].to(device), batch)
+        hidden = dense.activations(inputs)
         statistics.add(hidden, token_weights(stream.square().sum(dim=1)))
-        after[batch.rows] = (stream + F.linear(hidden, down, bias)).cpu()
+        after[batch.rows] = (stream + dense.output(hidden)).cpu()
 
 
 def _column_norms(checkpoint: Checkpoint, layer: int, device: str) -> torch.Tensor:

@@ -11,32 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from llama_moe import LlamaMoEConfig
-from llama_moe.gates import Gate
 
 from . import artifacts
 from .checkpoint_files import write_checkpoint_files
-from .checkpoints import TEMPLATES, Checkpoint
+from .checkpoints import Checkpoint
 from .conversion import write_shard
 from .corpus import Corpus
 from .errors import MoEficationError
-from .expert_scores import LayerActivations, OutputNorms
-from .layer_walk import AttentionHalf, Batch, Streams, batches_of, embed
+from .layer_budgets import allocate, measure_sensitivity
+from .layer_calibration import LayerCalibration
+from .layer_walk import Streams, batches_of, embed
 from .manifests import Claim, environment
 from .model_card import calibration_card
 from .moe_checkpoints import MoECheckpoint
-from .packed_mlp import PackedMLP
 from .progress import Progress, no_progress
-from .ridge import NormalEquations, best_strength, token_weights
-from .ridge_gates import GateEquations
 from .sharding import PlannedTensor
 
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the pull to the original down_proj, in units of the Gram's mean diagonal
+LAYER_BUDGETS = ("equal", "sensitivity")
+BUDGETS = "budgets"  # the piece that says how many experts each layer runs
 HELD_OUT = 6  # one block of so many is held out to choose strengths on
-MOST_QUANTILE_SCORES = 1 << 24  # more than so many are thinned out, token by token, before they are sorted
-MOST_KEPT_BYTES = 2 << 30  # of a layer's activations on all tokens; where they are more, each pass computes them anew
 
 
 @dataclass(frozen=True)
@@ -46,11 +41,14 @@ class CalibrationSettings:
     num_selects: int | None = None  # counts shared experts, and may be them alone; None: as converted
     refit_gates: bool = False
     output_bias: bool = False
+    layer_budgets: str = "equal"
     batch_size: int = 4
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise MoEficationError(f"--batch_size {self.batch_size} must be at least 1")
+        if self.layer_budgets not in LAYER_BUDGETS:
+            raise MoEficationError(f"--layer_budgets {self.layer_budgets!r} is not one of {', '.join(LAYER_BUDGETS)}")
 
 
 def calibrate(
@@ -87,18 +85,28 @@ def calibrate(
     )
     fitted: dict[str, torch.Tensor] = {}  # of the layer at work
     rest, *by_layer = shards = _plan(moe, config, fitted)
-    writer = artifacts.ArtifactWriter(Path(save_path), claim, [*shards, "config"], overwrite=overwrite)
+    writer = artifacts.ArtifactWriter(Path(save_path), claim, [BUDGETS, *shards, "config"], overwrite=overwrite)
     missing = writer.missing()
+    if BUDGETS in missing:
+        budgets = _budgets(checkpoint, moe, config, corpus, settings, device, progress)
+        writer.write_piece(BUDGETS, {}, budgets)
     if rest in missing:
         write_shard(writer, rest, shards[rest])
+    config = _with_budgets(config, writer.metrics()[BUDGETS]["experts_per_tok"])
     layers = [layer for layer, file in enumerate(by_layer) if file in missing]
     for layer, metrics in _walk(checkpoint, moe, config, corpus, writer, layers, settings, fitted, device, progress):
         write_shard(writer, by_layer[layer], shards[by_layer[layer]], metrics)
     if "config" in missing:
-        card = calibration_card(checkpoint.name, config, moe.model_class, corpus.num_tokens, writer.metrics())
+        card = calibration_card(checkpoint.name, config, moe.model_class, corpus.num_tokens, layer_metrics(writer))
         writer.write_piece("config", write_checkpoint_files(writer, moe.artifact.folder, shards, config, card))
     writer.finish()
     return writer
+
+
+def layer_metrics(writer: artifacts.ArtifactWriter) -> list[dict[str, Any]]:
+    """What each layer's fit gained, in the order of layers."""
+    metrics = writer.metrics()
+    return [metrics[piece] for piece in writer.pieces if piece != BUDGETS and piece in metrics]
 
 
 def _new_config(moe: MoECheckpoint, settings: CalibrationSettings) -> LlamaMoEConfig:
@@ -109,13 +117,14 @@ def _new_config(moe: MoECheckpoint, settings: CalibrationSettings) -> LlamaMoECo
     if settings.refit_gates and config.gate_network != "linear":
         raise MoEficationError(f"--refit_gates is for linear gates, not for the {config.gate_network!r} ones given")
     least = config.num_shared_experts + (config.routing == "top_k")
-    num_selects, num_experts = _num_selects(moe, settings), config.num_experts + config.num_shared_experts
+    num_selects, num_experts = _num_selects(config, settings), config.num_experts + config.num_shared_experts
     if not least <= num_selects <= num_experts:
         raise MoEficationError(
             f"--num_selects {num_selects} is outside of {least} to {num_experts}, the model's experts"
         )
     fields = config.to_dict() | {
         "num_experts_per_tok": max(1, num_selects - config.num_shared_experts),
+        "layer_num_experts_per_tok": None,
         "gate_bias": config.gate_bias or settings.refit_gates,
         "output_bias": config.output_bias or (settings.output_bias and not config.mlp_bias),
     }
@@ -123,8 +132,43 @@ def _new_config(moe: MoECheckpoint, settings: CalibrationSettings) -> LlamaMoECo
     return LlamaMoEConfig.from_dict(fields)
 
 
-def _num_selects(moe: MoECheckpoint, settings: CalibrationSettings) -> int:
-    return moe.config.num_selects if settings.num_selects is None else settings.num_selects
+def _num_selects(config: LlamaMoEConfig, settings: CalibrationSettings) -> int:
+    return config.num_selects if settings.num_selects is None else settings.num_selects
+
+
+def _budgets(
+    checkpoint: Checkpoint,
+    moe: MoECheckpoint,
+    config: LlamaMoEConfig,
+    corpus: Corpus,
+    settings: CalibrationSettings,
+    device: str,
+    progress: Progress,
+) -> dict[str, list[float]]:
+    """Routed experts per token of each layer, and what they follow from."""
+    num_shared, num_layers = config.num_shared_experts, config.num_hidden_layers
+    num_experts, routed = config.num_experts + num_shared, _num_selects(moe.config, settings) - num_shared
+    if settings.layer_budgets == "equal" or routed == 0:
+        return {"experts_per_tok": [routed] * num_layers}
+    share = routed / config.num_experts
+    sensitivity = measure_sensitivity(checkpoint, moe, config, corpus.blocks, share, device, progress)
+    least = (num_shared + (config.routing == "top_k")) / num_experts
+    fractions = allocate(sensitivity, (num_shared + routed) / num_experts, least)
+    experts = [round(fraction * num_experts - num_shared, 4) for fraction in fractions]
+    if config.routing == "top_k":
+        experts = [max(1, int(count + 1e-6)) for count in experts]
+    return {"sensitivity": sensitivity, "experts_per_tok": experts}
+
+
+def _with_budgets(config: LlamaMoEConfig, experts_per_tok: list[float]) -> LlamaMoEConfig:
+    """The config with the layers' budgets, if they differ."""
+    if len(set(experts_per_tok)) == 1:
+        return config
+    fields = config.to_dict() | {"layer_num_experts_per_tok": experts_per_tok}
+    if config.routing == "top_k":
+        fields["num_experts_per_tok"] = max(experts_per_tok)
+    fields.pop("transformers_version", None)
+    return LlamaMoEConfig.from_dict(fields)
 
 
 def _plan(
@@ -173,6 +217,7 @@ def _walk(
     progress: Progress,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Calibrate the layers, the last ones, leaving the tensors of each in `fitted`; yields layer and metrics."""
+    experts_per_tok = writer.metrics()[BUDGETS]["experts_per_tok"]
     num_held_out = -(-len(corpus.blocks) // HELD_OUT)
     batches = batches_of(corpus.blocks, settings.batch_size, num_held_out)
     streams = Streams(writer, (2, corpus.num_tokens, config.hidden_size))
@@ -184,154 +229,13 @@ def _walk(
             embed(stream, corpus.blocks, batches, weight)
         streams.commit(0)
     for layer in progress(layers, "calibrate", "layer"):
-        calibration = LayerCalibration(checkpoint, moe, config, layer, settings, device)
+        share = experts_per_tok[layer] / config.num_experts
+        calibration = LayerCalibration(
+            checkpoint, moe, config, layer, share=share, refit_gate=settings.refit_gates, device=device
+        )
         metrics = calibration.run(batches, streams.before(layer), streams.begin(layer + 1))
         streams.commit(layer + 1)
         fitted.clear()
         fitted.update(calibration.tensors())
         yield layer, metrics
         streams.remove(layer)
-
-
-class LayerCalibration:
-    """One layer of both models, and the passes over the text that fit the second one.
-
-    Axes: T tokens of a batch, I neurons, E routed experts, H hidden size.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        moe: MoECheckpoint,
-        config: LlamaMoEConfig,
-        layer: int,
-        settings: CalibrationSettings,
-        device: str,
-    ):
-        prefix = f"layers.{layer}."
-        self._device, self._settings, self._mlp_prefix = device, settings, f"{prefix}mlp."
-        self._dtype = moe.tensors[f"{prefix}mlp.experts.down_proj"][1]
-        self._dense_half = AttentionHalf(
-            checkpoint.config, lambda name: checkpoint.finite_tensor(prefix + name), device
-        )
-        self._dense_activations = LayerActivations(checkpoint, layer, TEMPLATES[1], device)
-        self._dense_down = checkpoint.mlp_tensor(layer, "down_proj.weight", device)
-        self._dense_bias = checkpoint.mlp_tensor(layer, "down_proj.bias", device) if config.mlp_bias else None
-        self._half = AttentionHalf(config, lambda name: moe.tensor(prefix + name), device)
-        new = {
-            f"{prefix}mlp.gate.bias": torch.zeros(config.num_experts),
-            f"{prefix}mlp.output_bias": torch.zeros(config.hidden_size),
-        }
-
-        def tensor(name: str) -> torch.Tensor:
-            name = f"{prefix}mlp.{name}"
-            return moe.tensor(name) if name in moe.tensors else new[name]
-
-        self._mlp = PackedMLP(config, layer, tensor, device)
-        self._share = (_num_selects(moe, settings) - config.num_shared_experts) / config.num_experts
-        self._keeps, self._kept = False, {}  # activations by the first row of their batch
-
-    @property
-    def gate(self) -> Gate:
-        """The gate of the layer."""
-        return self._mlp.gate
-
-    @torch.no_grad()
-    def run(self, batches: list[Batch], before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
-        """Fit the layer, given the streams of the dense and the other model before it `[2, tokens, H]`, and fill
-        `after` with those after it. Returns the metrics."""
-        self._keeps = before.shape[1] * 4 * len(self._mlp.down) <= MOST_KEPT_BYTES
-        weights, gate_equations = self._attend(batches, before, after)
-        metrics = {}
-        if gate_equations is not None:
-            metrics["gate"] = gate_equations.fit(self.gate, to_all=True)
-            self._round_gate()
-        scores = torch.cat([self.gate.score(self._inputs(after, batch)) for batch in batches])  # [tokens, E]
-        if self.gate.routing == "threshold":
-            thinning = -(-scores.numel() // MOST_QUANTILE_SCORES)
-            self.gate.store_score_quantiles(scores[::thinning])
-            self.gate.set_active_share(self._share)
-            metrics["threshold"] = self.gate.threshold.item()
-        selected = torch.cat([self.gate.selected(chunk) for chunk in scores.split(4096)])  # bool [tokens, E]
-        metrics["active_share"] = selected.mean(dtype=torch.float64).item()
-        metrics |= self._refit(batches, after, weights, selected)
-        for batch in batches:
-            hidden = self._hidden(after, batch, selected)
-            after[1, batch.rows] += self._output(hidden).cpu()
-        return metrics
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The fitted tensors by their names in the checkpoint."""
-        tensors = self._mlp.down_tensors() | {f"gate.{name}": t for name, t in self.gate.state_dict().items()}
-        if self._mlp.bias is not None:
-            tensors["output_bias"] = self._mlp.bias
-        return {self._mlp_prefix + name: tensor.cpu() for name, tensor in tensors.items()}
-
-    def _attend(
-        self, batches: list[Batch], before: torch.Tensor, after: torch.Tensor
-    ) -> tuple[torch.Tensor, GateEquations | None]:
-        """Fill `after` with the dense stream after the layer, and the other model's before its MLP. Returns the tokens'
-        weights, and the normal equations of the gate if it is to be fitted."""
-        weights, equations, norms = [], None, None
-        if self._settings.refit_gates:
-            equations = GateEquations(before.shape[2], self.gate.num_experts, self._device)
-            norms = OutputNorms(self._mlp.down, self._mlp.routed_neurons)
-        for batch in batches:
-            dense, inputs = self._dense_half(before[0, batch.rows].to(self._device), batch)
-            output = F.linear(self._dense_activations(inputs), self._dense_down, self._dense_bias)
-            after[0, batch.rows] = (dense + output).cpu()
-            stream, inputs = self._half(before[1, batch.rows].to(self._device), batch)
-            after[1, batch.rows] = stream.cpu()
-            # Of the larger of the two: a massive activation that one of them lacks is beyond what this layer can mend.
-            squares = torch.maximum(dense.square().sum(dim=1), stream.square().sum(dim=1))
-            weights.append(token_weights(squares))
-            if equations is not None:
-                scores = norms(self._activations(inputs, batch))
-                equations.add(inputs, scores, weights[-1], held_out=batch.held_out)
-        return torch.cat(weights), equations
-
-    def _refit(
-        self, batches: list[Batch], after: torch.Tensor, weights: torch.Tensor, selected: torch.Tensor
-    ) -> dict[str, float]:
-        """Fit down_proj, and the output bias if there is one, in place."""
-        has_bias = self._mlp.bias is not None
-        prior = self._mlp.down if not has_bias else torch.cat([self._mlp.down, self._mlp.bias[None]])
-        train, held_out = (NormalEquations(*prior.shape, self._device) for _ in range(2))
-        for batch in batches:
-            features = self._hidden(after, batch, selected)
-            if has_bias:
-                features = F.pad(features, (0, 1), value=1.0)
-            target = (after[0, batch.rows] - after[1, batch.rows]).to(self._device)
-            (held_out if batch.held_out else train).add(features, target, weights[batch.rows])
-        before = held_out.error(prior)
-        strength, error = best_strength(train, held_out, STRENGTHS, prior)
-        train += held_out
-        # As it will be stored, so that the next layers see what the checkpoint will give.
-        solution = train.solve(strength, prior).to(self._dtype).float()
-        self._mlp.down = solution[: len(self._mlp.down)]
-        if has_bias:
-            self._mlp.bias = solution[-1]
-        return {"error_before": before, "error_after": error, "strength": strength}
-
-    def _round_gate(self) -> None:
-        for parameter in self.gate.parameters():
-            parameter.copy_(parameter.to(self._dtype).float())
-
-    def _inputs(self, after: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return self._half.mlp_norm(after[1, batch.rows].to(self._device))
-
-    def _hidden(self, after: torch.Tensor, batch: Batch, selected: torch.Tensor) -> torch.Tensor:
-        """What enters down_proj with the true routing, `[T, I]`."""
-        return self._mlp.mask_(self._activations(self._inputs(after, batch), batch), selected[batch.rows])
-
-    def _activations(self, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """What would enter down_proj if every expert ran, `[T, I]`; perhaps masked already, which does no harm."""
-        kept = self._kept.get(batch.rows.start)
-        if kept is None:
-            kept = self._mlp.activations(inputs)
-            if self._keeps:
-                self._kept[batch.rows.start] = kept
-        return kept
-
-    def _output(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self._mlp.down.T, self._mlp.bias)

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from .artifacts import ArtifactWriter
+from .checkpoints import TEMPLATES, Checkpoint
 from .errors import MoEficationError
+from .expert_scores import LayerActivations
 from .files import sync
 
 
@@ -76,6 +79,22 @@ class AttentionHalf:
         attended = self._attention(self._norm(padded), position_embeddings=rotary, attention_mask=None)[0]
         stream = batch.flat(padded + attended)
         return stream, self.mlp_norm(stream)
+
+
+class DenseLayer:
+    """A decoder layer of the dense model, in float32: its attention half, and its MLP in two steps."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: int, device: str):
+        self.attention_half = AttentionHalf(
+            checkpoint.config, lambda name: checkpoint.finite_tensor(f"layers.{layer}.{name}"), device
+        )
+        self.activations = LayerActivations(checkpoint, layer, TEMPLATES[1], device)  # what enters down_proj
+        self._down = checkpoint.mlp_tensor(layer, "down_proj.weight", device)
+        self._bias = checkpoint.mlp_tensor(layer, "down_proj.bias", device) if checkpoint.config.mlp_bias else None
+
+    def output(self, activations: torch.Tensor) -> torch.Tensor:
+        """The MLP's output `[T, H]` from its activations `[T, I]`."""
+        return F.linear(activations, self._down, self._bias)
 
 
 class Streams:

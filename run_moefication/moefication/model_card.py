@@ -25,12 +25,12 @@ before use: without calibration or training, few experts per token cost much qua
 
 
 def calibration_card(
-    name: str, config: LlamaMoEConfig, model_class: str, num_tokens: int, metrics: dict[str, Any]
+    name: str, config: LlamaMoEConfig, model_class: str, num_tokens: int, metrics: list[dict[str, Any]]
 ) -> str:
     """The card of a checkpoint that calibrate wrote, with what each layer's fit gained."""
     rows = [
         f"| {layer} | {m['active_share']:.3f} | {m['error_before']:.4f} | {m['error_after']:.4f} | {m['strength']:g} |"
-        for layer, m in enumerate(metrics.values())
+        for layer, m in enumerate(metrics)
     ]
     table = "\n".join(rows)
     return model_card(

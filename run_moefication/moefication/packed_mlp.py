@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from llama_moe import LlamaMoEConfig
 from llama_moe.gates import Gate, make_gate
 
+from .moe_checkpoints import MoECheckpoint
+
 
 class PackedMLP:
     """The experts of one layer as a single SwiGLU MLP in float32, routed experts' neurons first, shared ones last.
@@ -47,6 +49,17 @@ class PackedMLP:
             self.gate: Gate = make_gate(config, layer)
         self.gate.load_state_dict({name: loaded(f"gate.{name}") for name in self.gate.state_dict()}, assign=True)
 
+    @classmethod
+    def of(cls, moe: MoECheckpoint, config: LlamaMoEConfig, layer: int, device: str) -> "PackedMLP":
+        """A layer of a checkpoint, with zeros for what `config` has beyond the checkpoint's own: biases."""
+        new = {"gate.bias": config.num_experts, "output_bias": config.hidden_size}
+
+        def tensor(name: str) -> torch.Tensor:
+            stored = f"layers.{layer}.mlp.{name}"
+            return moe.tensor(stored) if stored in moe.tensors else torch.zeros(new[name])
+
+        return cls(config, layer, tensor, device)
+
     @property
     def routed_neurons(self) -> torch.Tensor:
         """int64 `[E, W]`: places of each routed expert's neurons."""
@@ -56,6 +69,10 @@ class PackedMLP:
         """`[T, H]` -> what enters down_proj if every expert runs, `[T, I]`."""
         gate, up = (F.linear(inputs, row, bias) for row, bias in zip(self._rows, self._biases, strict=True))
         return F.silu(gate) * up
+
+    def output(self, activations: torch.Tensor) -> torch.Tensor:
+        """The block's output `[T, H]` from its (masked) activations `[T, I]`."""
+        return F.linear(activations, self.down.T, self.bias)
 
     def mask_(self, activations: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
         """Zero, in place, the activations `[T, I]` of experts that do not run, given bool `[T, E]`."""
