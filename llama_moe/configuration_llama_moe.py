@@ -28,7 +28,8 @@ class LlamaMoEConfig(LlamaConfig):
         num_experts_per_tok: routed experts that run per token. With threshold routing the rounded average; there the
             thresholds, which are in the checkpoint, decide.
         layer_num_experts_per_tok: the same for each layer, where layers differ: with top-k routing whole numbers, of
-            which `num_experts_per_tok` is the largest, with threshold routing averages of which it is the mean.
+            which `num_experts_per_tok` is the largest; with threshold routing averages, whose differences the layers
+            keep when the model's budget is changed.
         num_shared_experts: experts that always run, as one MLP `shared_experts`.
         moe_intermediate_size: neurons per expert; default `intermediate_size / (num_experts + num_shared_experts)`.
         gate_network: "mlp" (Linear-Tanh-Linear, MoEfication section 3.2) or "linear".

@@ -202,6 +202,8 @@ def make_gate(config, layer_idx: int = 0) -> Gate:
 def shift_to_mean(values: Sequence[float], mean: float, least: float, most: float) -> list[float]:
     """The values, all raised or lowered by the same amount and kept between `least` and `most`, so that their mean is
     `mean`: how layers of different budgets share another one."""
+    if not least < mean < most:
+        return [least if mean <= least else most] * len(values)
     low, high = least - max(values), most - min(values)
     for _ in range(64):  # halvings of the interval in which the amount lies
         middle = (low + high) / 2

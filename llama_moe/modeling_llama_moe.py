@@ -146,7 +146,8 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
             for gate, threshold in zip(gates, thresholds, strict=True):
                 gate.threshold.fill_(threshold)
             config.num_experts_per_tok = max(1, round(sum(budgets) / len(budgets)))
-            config.layer_num_experts_per_tok = budgets if len(set(budgets)) > 1 else None
+            if isinstance(budget, list):
+                config.layer_num_experts_per_tok = budgets if len(set(budgets)) > 1 else None
         else:
             for gate, budget in zip(gates, budgets, strict=True):
                 gate.num_experts_per_tok = budget
