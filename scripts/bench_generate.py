@@ -5,6 +5,7 @@ python scripts/bench_generate.py --json generate.json                     # 16 l
 python scripts/bench_generate.py --device cuda --dtype bf16
 
 `possible` is what the MLPs' share of the dense model's time allows: that share times the active fraction, and the rest.
+Threshold routing: with linear gates, and thresholds that give the active fraction on average over the prompt.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 import time
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import timing
@@ -48,19 +50,22 @@ def bench(arguments: argparse.Namespace) -> None:
             raise MoEficationError(f"--{option} {getattr(arguments, option)} must be at least 1")
     dtype = getattr(torch, timing.DTYPES[arguments.dtype])
     print(f"{timing.machine(device)}; {arguments.dtype}, {arguments.layers} layers")
-    dense, moe = make_models(arguments, dtype, device)
+    dense, *moes = make_models(arguments, dtype, device)
     rows = []
-    print(f"{'':8}{'active':>8}{'dense tokens/s':>16}{'MoE tokens/s':>14}{'time ratio':>12}{'possible':>10}")
+    print(
+        f"{'':8}{'routing':>10}{'active':>8}{'dense tokens/s':>16}{'MoE tokens/s':>14}{'time ratio':>12}{'possible':>10}"
+    )
     with torch.inference_mode():
         for phase, tokens in (("prefill", arguments.prompt_tokens), ("decode", arguments.new_tokens)):
             run = Phase(phase, arguments, device)
             mlp_share = run.mlp_share(dense)
-            for active in arguments.active:
+            for moe, active in product(moes, arguments.active):
                 moe.set_active_fraction(active)
                 alternatives = {"dense": partial(run, dense), "moe": partial(run, moe)}
                 seconds = timing.median_seconds(alternatives, rounds=arguments.rounds, device=device)
                 row = {
                     "phase": phase,
+                    "routing": moe.config.routing,
                     "active": active,
                     "dense_tokens_per_second": tokens / seconds["dense"],
                     "moe_tokens_per_second": tokens / seconds["moe"],
@@ -70,15 +75,16 @@ def bench(arguments: argparse.Namespace) -> None:
                 }
                 rows.append(row)
                 print(
-                    f"{phase:8}{active:8.2f}{row['dense_tokens_per_second']:16.2f}{row['moe_tokens_per_second']:14.2f}"
+                    f"{phase:8}{row['routing']:>10}{active:8.2f}{row['dense_tokens_per_second']:16.2f}{row['moe_tokens_per_second']:14.2f}"
                     f"{row['time_ratio']:12.3f}{row['possible']:10.3f}",
                     flush=True,
                 )
     timing.write_json(arguments.json, device, rows)
 
 
-def make_models(arguments: argparse.Namespace, dtype: Any, device: Any) -> tuple[Any, Any]:
-    """A random LLaMA of LLaMA-3.2-1B's shape, and a LlamaMoE that shares all its tensors but the MLPs'."""
+def make_models(arguments: argparse.Namespace, dtype: Any, device: Any) -> list[Any]:
+    """A random LLaMA of LLaMA-3.2-1B's shape, and a LlamaMoE for either kind of routing, which share all its tensors
+    but the MLPs', and one another's experts."""
     import torch
     from bench_moe_layer import fill
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -95,19 +101,29 @@ def make_models(arguments: argparse.Namespace, dtype: Any, device: Any) -> tuple
         vocab_size=32000,
         max_position_embeddings=8192,
     )
-    moe_config = LlamaMoEConfig(**fields, num_experts=arguments.num_experts, num_experts_per_tok=1)
+    fields_of_moe = fields | dict(num_experts=arguments.num_experts, num_experts_per_tok=1)
+    threshold = LlamaMoEConfig(**fields_of_moe, gate_network="linear", routing="threshold")
     generator = torch.Generator().manual_seed(0)
     models = []
-    for model_class, config in ((LlamaForCausalLM, LlamaConfig(**fields)), (LlamaMoEForCausalLM, moe_config)):
+    for model_class, config in (
+        (LlamaForCausalLM, LlamaConfig(**fields)),
+        (LlamaMoEForCausalLM, LlamaMoEConfig(**fields_of_moe)),
+        (LlamaMoEForCausalLM, threshold),
+    ):
         with torch.device("meta"):
             model = model_class(config)
         model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
         if models:
-            shared = {name: tensor for name, tensor in models[0].state_dict().items() if ".mlp." not in name}
+            shared = {name: tensor for name, tensor in models[-1].state_dict().items() if ".mlp.gate." not in name}
             model.load_state_dict(shared, strict=False, assign=True)
         fill(model, dtype, device, generator)
         models.append(model.eval())
-    return models[0], models[1]
+    prompt = Phase("prefill", arguments, device).prompt
+    with torch.inference_mode():
+        scores = models[2](prompt, output_router_logits=True).router_logits
+    for layer, layer_scores in zip(models[2].model.layers, scores, strict=True):
+        layer.mlp.gate.store_score_quantiles(layer_scores)
+    return models
 
 
 class Phase:

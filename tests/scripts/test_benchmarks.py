@@ -9,6 +9,7 @@ import pytest
 import torch
 from timing import median_seconds
 
+from llama_moe import record_routing
 from llama_moe.gates import LinearGate
 
 CPU = torch.device("cpu")
@@ -71,12 +72,20 @@ def test_layer_bench_writes_its_numbers(tmp_path, capsys):
 
 def test_models_of_the_whole_bench_share_all_but_their_mlps():
     arguments = bench_generate.build_parser().parse_args(["--layers", "1", "--prompt_tokens", "6", "--new_tokens", "3"])
-    dense, moe = bench_generate.make_models(arguments, torch.float32, CPU)
+    dense, moe, threshold = bench_generate.make_models(arguments, torch.float32, CPU)
+    assert (
+        threshold.model.layers[0].mlp.experts.down_proj.data_ptr()
+        == moe.model.layers[0].mlp.experts.down_proj.data_ptr()
+    )
+    threshold.set_active_fraction(0.25)
     assert dense.model.embed_tokens.weight.data_ptr() == moe.model.embed_tokens.weight.data_ptr()
     mlp = sum(parameter.numel() for parameter in moe.model.layers[0].mlp.experts.parameters())
     assert mlp == sum(parameter.numel() for parameter in dense.model.layers[0].mlp.parameters())
     decode = bench_generate.Phase("decode", arguments, CPU)
     with torch.inference_mode():
+        with record_routing(threshold) as routing:
+            threshold(decode.prompt)
+        assert routing[0].experts_per_tok == pytest.approx(0.25 * 16, abs=0.3)
         assert 0.2 < decode.mlp_share(dense) < 1
         for _ in range(2):  # each run begins at the end of the prompt
             decode(moe)
