@@ -52,9 +52,8 @@ def bench(arguments: argparse.Namespace) -> None:
     print(f"{timing.machine(device)}; {arguments.dtype}, {arguments.layers} layers")
     dense, *moes = make_models(arguments, dtype, device)
     rows = []
-    print(
-        f"{'':8}{'routing':>10}{'active':>8}{'dense tokens/s':>16}{'MoE tokens/s':>14}{'time ratio':>12}{'possible':>10}"
-    )
+    columns = "".join(f"{name:>14}" for name in ("dense tokens/s", "MoE tokens/s", "time ratio", "possible"))
+    print(f"{'':8}{'routing':>10}{'active':>8}{columns}")
     with torch.inference_mode():
         for phase, tokens in (("prefill", arguments.prompt_tokens), ("decode", arguments.new_tokens)):
             run = Phase(phase, arguments, device)
@@ -74,10 +73,9 @@ def bench(arguments: argparse.Namespace) -> None:
                     "possible": 1 - mlp_share * (1 - active),
                 }
                 rows.append(row)
+                numbers = [row[name] for name in list(row)[3:5]] + [row["time_ratio"], row["possible"]]
                 print(
-                    f"{phase:8}{row['routing']:>10}{active:8.2f}{row['dense_tokens_per_second']:16.2f}{row['moe_tokens_per_second']:14.2f}"
-                    f"{row['time_ratio']:12.3f}{row['possible']:10.3f}",
-                    flush=True,
+                    f"{phase:8}{row['routing']:>10}{active:8.2f}" + "".join(f"{n:14.3f}" for n in numbers), flush=True
                 )
     timing.write_json(arguments.json, device, rows)
 
