@@ -21,6 +21,7 @@ from typing import Any
 from run_moefication import command_line
 
 BLOCK = 512
+BATCH = 8  # blocks at a time
 DRAWS = 2000  # of the bootstrap
 FEATURE_TOKENS = 32768  # for the splits, and for the gates of stage 3, which calibration fits anew
 METHODS = ("plain", "cmoe", "oracle", "static", "top_k", "threshold")
@@ -113,6 +114,7 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         arguments.work,
         template="layers.{}.mlp.gate_proj.weight",
         feature_format="inputs",
+        batch_size=BATCH,
         progress=command_line.progress_bar,
     )
     return Setup(checkpoint, corpora[0], features.folder, texts, arguments)
@@ -353,7 +355,7 @@ def _calibrated(setup: Setup, moe: Path, num_selects: int) -> Path:
     """The folder of the checkpoint calibrated at a budget."""
     from run_moefication.moefication.calibration import CalibrationSettings, calibrate
 
-    settings = CalibrationSettings(num_selects=num_selects, refit_gates=True)
+    settings = CalibrationSettings(num_selects=num_selects, refit_gates=True, batch_size=BATCH)
     folder = moe.with_name(f"{moe.name}-calibrated")
     progress = command_line.progress_bar
     return calibrate(setup.checkpoint, moe, setup.corpus, folder, settings, progress=progress).folder
