@@ -1,6 +1,7 @@
 """Configuration of LlamaMoE: a LLaMA whose MLPs are split into experts."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -102,10 +103,15 @@ class LlamaMoEConfig(LlamaConfig):
     def num_selects(self, value: int) -> None:
         self.num_experts_per_tok = value - self.num_shared_experts
 
-    def experts_per_tok_of(self, layer: int) -> int:
+    def experts_per_tok_of(self, layer: int) -> int | float:
         """Routed experts that run per token in this layer; with threshold routing, on average."""
         budgets = self.layer_num_experts_per_tok
-        return self.num_experts_per_tok if budgets is None else budgets[layer]
+        if budgets is None:
+            return self.num_experts_per_tok
+        if self.routing == "threshold":
+            least, most = self.min_experts_per_tok, self.most_experts_per_tok
+            budgets = shift_to_mean(budgets, self.num_experts_per_tok, least, most)
+        return budgets[layer]
 
     @property
     def most_experts_per_tok(self) -> int:
@@ -166,6 +172,19 @@ class LlamaMoEConfig(LlamaConfig):
     def _require(self, field: str, holds: bool, wanted: str) -> None:
         if not holds:
             raise ValueError(f"{field} is {getattr(self, field)!r}; it must be {wanted}")
+
+
+def shift_to_mean(values: Sequence[float], mean: float, least: float, most: float) -> list[float]:
+    """The values, all raised or lowered by the same amount and kept between `least` and `most`, so that their mean is
+    `mean`: how layers of different budgets share another one."""
+    if not least < mean < most:
+        return [least if mean <= least else most] * len(values)
+    low, high = least - max(values), most - min(values)
+    for _ in range(64):  # halvings of the interval in which the amount lies
+        middle = (low + high) / 2
+        shifted = [min(max(value + middle, least), most) for value in values]
+        low, high = (middle, high) if sum(shifted) < mean * len(shifted) else (low, middle)
+    return shifted
 
 
 def auto_map() -> dict[str, str]:

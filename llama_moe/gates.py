@@ -3,8 +3,6 @@
 Axes: T tokens, E routed experts, K slots per token (the experts it may run), H hidden size.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -197,19 +195,6 @@ def make_gate(config, layer_idx: int = 0) -> Gate:
         score_scale_factor=config.score_scale_factor,
         noise=config.gate_noise,
     )
-
-
-def shift_to_mean(values: Sequence[float], mean: float, least: float, most: float) -> list[float]:
-    """The values, all raised or lowered by the same amount and kept between `least` and `most`, so that their mean is
-    `mean`: how layers of different budgets share another one."""
-    if not least < mean < most:
-        return [least if mean <= least else most] * len(values)
-    low, high = least - max(values), most - min(values)
-    for _ in range(64):  # halvings of the interval in which the amount lies
-        middle = (low + high) / 2
-        shifted = [min(max(value + middle, least), most) for value in values]
-        low, high = (middle, high) if sum(shifted) < mean * len(shifted) else (low, middle)
-    return shifted
 
 
 def load_balancing_loss(

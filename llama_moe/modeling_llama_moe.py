@@ -24,8 +24,8 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from .configuration_llama_moe import LlamaMoEConfig
-from .gates import Gate, load_balancing_loss, shift_to_mean
+from .configuration_llama_moe import LlamaMoEConfig, shift_to_mean
+from .gates import Gate, load_balancing_loss
 from .moe_layers import Experts, MoEBlock
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llama_moe import LlamaMoEConfig
-from llama_moe.gates import shift_to_mean
+from llama_moe.configuration_llama_moe import shift_to_mean
 
 from .checkpoints import Checkpoint
 from .layer_walk import DenseLayer, batches_of, embed

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import Pipeline, load_dense, load_moe
 
-from llama_moe.gates import shift_to_mean
+from llama_moe.configuration_llama_moe import shift_to_mean
 from run_moefication import llama_calibrate
 from run_moefication.moefication.checkpoints import Checkpoint
 from run_moefication.moefication.layer_budgets import DECAY, allocate, measure_sensitivity
@@ -123,3 +123,6 @@ def test_layers_keep_their_differences_at_another_budget(converted):
     model.set_num_experts_per_tok(7)  # as far apart as before they were all alike
     assert [gate.threshold.item() for gate in gates] == pytest.approx(thresholds)
     assert model.config.num_experts_per_tok == 7
+    assert [model.config.experts_per_tok_of(layer) for layer in range(3)] == pytest.approx([3, 7, 11])
+    model.config.num_experts_per_tok = 8
+    assert [model.config.experts_per_tok_of(layer) for layer in range(3)] == pytest.approx([4, 8, 12])
