@@ -7,6 +7,7 @@ removed. Several processes may fill one folder: each writes its own units, whoev
 """
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ class ArtifactWriter:
         return self.write(relative, lambda file: torch.save(tensors, file))
 
     def scratch(self, name: str) -> Path:
-        """Where a file may lie that is needed until the folder is finished, and is removed then."""
+        """Where a file or folder may lie that is needed until this folder is finished, and is removed then."""
         self.begin()
         return self.folder / PARTS / f"{name}{SCRATCH}"
 
@@ -167,7 +168,7 @@ class ArtifactWriter:
         parts = self.folder / PARTS
         ours = [*parts.glob("*.json"), *parts.glob(".*.tmp"), *parts.glob(f"*{SCRATCH}")]
         for path in [*ours, *self.folder.glob(f".{MANIFEST}.*.tmp")]:
-            path.unlink(missing_ok=True)
+            _remove(path)
         with contextlib.suppress(OSError):
             parts.rmdir()
         return True
@@ -190,7 +191,13 @@ def _clear(folder: Path) -> None:
     named = {file for record in records if record.exists() for file in read_json(record).get("files", {})}
     # The manifest first: a folder interrupted halfway is unfinished, never wrongly finished.
     for path in [folder / MANIFEST, *(inside(folder, file) for file in sorted(named)), *scratch, *parts]:
-        path.unlink(missing_ok=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():  # scratch of a stage that needs more than a file
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------- reading

@@ -49,6 +49,25 @@ fit: with the original `down_proj` and with the fitted one.
     )
 
 
+def distillation_card(
+    name: str, config: LlamaMoEConfig, model_class: str, trained: str, num_tokens: int, metrics: dict[str, Any]
+) -> str:
+    """The card of a checkpoint that distill wrote."""
+    parts = {"gates": "Gates", "experts": "Experts", "all": "Gates and experts"}
+    shares = metrics["active_share"]
+    return model_card(
+        name,
+        config,
+        model_class,
+        f"{parts[trained]} were distilled from the dense model, on {num_tokens:,} tokens.",
+        f"""\
+How far its predictions are from the dense model's, on held-out text of the same kind: KL divergence of
+{metrics["loss_before"]:.4f} nats a token before the distillation, {metrics["loss_after"]:.4f} after it. Of the routed
+experts {sum(shares) / len(shares):.3f} ran per token (mean over layers; {min(shares):.3f} to {max(shares):.3f}).
+""",
+    )
+
+
 def model_card(name: str, config: LlamaMoEConfig, model_class: str, made: str, quality: str) -> str:
     """What a stranger needs to know of the checkpoint: origin, how it was made, how to load it, what to expect."""
     auto_class = next(auto for auto, path in config.auto_map.items() if path.endswith(f".{model_class}"))

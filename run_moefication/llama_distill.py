@@ -1,0 +1,122 @@
+r"""Stage 6, distill: train gates and experts of a LlamaMoE checkpoint to predict as the dense model does.
+
+  python llama_distill.py --model_path MODEL --moe_path NAME-MoE-Calibrated --save_path NAME-MoE-Distilled \
+    --train_data_path ../llama_data --max_tokens 131072 --block_size 512
+  torchrun --nproc_per_node=8 llama_distill.py (the same options) --bf16
+
+Writes a LlamaMoE checkpoint like the one it read. Memory: the dense model, and 16 bytes for each parameter that is
+trained; disk, until it is done: 12, and twice that while a step is saved.
+"""
+
+import argparse
+import os
+import sys
+
+from run_moefication import command_line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this stage."""
+    parser = command_line.new_parser(__doc__)
+    command_line.add_model_path(parser)
+    parser.add_argument(
+        "--moe_path",
+        type=command_line.path,
+        required=True,
+        help="the checkpoint to train, as llama_convert.py or llama_calibrate.py (or this script) wrote it",
+    )
+    parser.add_argument(
+        "--save_path",
+        type=command_line.path,
+        required=True,
+        help="folder of the new checkpoint itself, absent or empty",
+    )
+    parser.add_argument(
+        "--num_selects",
+        type=int,
+        help="experts that run per token, shared ones included, in training and afterwards (default: as given)",
+    )
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--train",
+        default="all",
+        choices=("gates", "experts", "all"),
+        help="what is trained: the gates; the experts, shared ones and output biases included; or both",
+    )
+    group.add_argument("--lr", type=float, default=3e-4, help="learning rate of Adam, at the top of its cosine")
+    group.add_argument("--gate_lr_scale", type=float, default=3.0, help="learning rate of the gates, in times --lr")
+    group.add_argument("--epochs", type=int, default=1, help="passes over the text")
+    group.add_argument("--batch_size", type=int, default=2, help="blocks at a time in each process")
+    group.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="batches of each process in a training step"
+    )
+    group.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights stay in float32 meanwhile")
+    group.add_argument(
+        "--save_steps", type=int, default=100, help="training steps after which an interrupted run can go on"
+    )
+    command_line.add_corpus(parser)
+    # The old launcher still passes this; torchrun says it by LOCAL_RANK.
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    command_line.add_common(parser, seed="the choice and order of blocks")
+    return parser
+
+
+def distill(arguments: argparse.Namespace) -> None:
+    """Run the stage in this process of one or several, and print what the training gained."""
+    from run_moefication.moefication.errors import MoEficationError
+
+    try:
+        rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    except ValueError:
+        raise MoEficationError("RANK and LOCAL_RANK must be integers; torchrun sets them") from None
+    device = command_line.pick_device(arguments, local_rank)
+    from run_moefication.moefication.checkpoints import Checkpoint
+    from run_moefication.moefication.distillation import RESULT, DistillationSettings
+    from run_moefication.moefication.distillation import distill as distill_checkpoint
+    from run_moefication.moefication.progress import no_progress
+
+    settings = DistillationSettings(
+        num_selects=arguments.num_selects,
+        train=arguments.train,
+        lr=arguments.lr,
+        gate_lr_scale=arguments.gate_lr_scale,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        bf16=arguments.bf16,
+    )
+    progress = command_line.progress_bar if rank == 0 else no_progress
+    checkpoint = Checkpoint(arguments.model_path)
+    corpus = command_line.read_corpus(arguments, checkpoint, progress)
+    writer = distill_checkpoint(
+        checkpoint,
+        arguments.moe_path,
+        corpus,
+        arguments.save_path,
+        settings,
+        save_steps=arguments.save_steps,
+        device=device,
+        overwrite=arguments.overwrite,
+        progress=progress,
+    )
+    if rank == 0:
+        command_line.print_mix(checkpoint, corpus)
+        metrics = writer.metrics()[RESULT]
+        shares = metrics["active_share"]
+        print(
+            f"KL to the dense model, held out: {metrics['loss_before']:.4f} before, {metrics['loss_after']:.4f} after"
+        )
+        print(
+            f"routed experts that run: {sum(shares) / len(shares):.1%} "
+            f"({min(shares):.1%} to {max(shares):.1%} in {len(shares)} layers)"
+        )
+        command_line.report(writer, "llama_evaluate.py (evaluate.sh)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    return command_line.run(build_parser(), distill, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The training of a distillation: the transformers `Trainer`, with the dense model's logits as the target."""
+
+import math
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from llama_moe import LlamaMoEForCausalLM
+
+from .checkpoints import Checkpoint
+from .errors import MoEficationError
+from .files import sync, write_json
+from .progress import Progress
+from .soft_routing import SoftBlock, nudge_thresholds
+
+WARMUP = 0.05  # of the steps, in which the learning rate rises to --lr; it falls as a cosine afterwards
+WHOLE = "whole.json"  # in a saved step's folder: everything else of it is there
+TRAINED = {
+    "gates": lambda name: ".mlp.gate." in name,
+    "experts": lambda name: ".mlp." in name and ".mlp.gate." not in name,
+    "all": lambda name: ".mlp." in name,
+}
+
+
+class DenseTeacher:
+    """The dense model, for its logits: float32 on CPUs, bfloat16 elsewhere."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str):
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        self._body = checkpoint.load_model(device, dtype)
+        if checkpoint.config.tie_word_embeddings:
+            self._head = self._body.embed_tokens.weight
+        else:
+            self._head = checkpoint.finite_tensor("lm_head.weight").to(device, dtype)
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[B, N]` -> `[B, N, vocabulary]`"""
+        return F.linear(self._body(input_ids=tokens, use_cache=False).last_hidden_state, self._head)
+
+
+def padded(blocks: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch: `input_ids [B, N]`, and `kept`, which of them are text. Padding follows it, where causal attention keeps
+    it from changing anything."""
+    blocks = [block.long() for block in blocks]
+    lengths = torch.tensor([len(block) for block in blocks])
+    tokens = pad_sequence(blocks, batch_first=True)
+    return {"input_ids": tokens, "kept": torch.arange(tokens.shape[1]) < lengths[:, None]}
+
+
+def kl_sum(student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Sum over the kept positions of KL(teacher || student), in nats; logits `[B, N, vocabulary]`, bool `[B, N]`."""
+    total = student.new_zeros((), dtype=torch.float32)
+    for of_student, of_teacher, of_text in zip(student, teacher, kept, strict=True):  # a row at a time: they are large
+        of_student, of_teacher = (logits[of_text].float().log_softmax(-1) for logits in (of_student, of_teacher))
+        total = total + F.kl_div(of_student, of_teacher, reduction="sum", log_target=True)
+    return total
+
+
+@torch.no_grad()
+def mean_kl(
+    model: LlamaMoEForCausalLM, teacher: DenseTeacher, blocks: list[torch.Tensor], batch_size: int, device: torch.device
+) -> float:
+    """KL(dense || MoE) in nats, on average over the tokens of the blocks, the model as it runs, in its own dtype."""
+    model.eval()
+    total = 0.0
+    for index in range(0, len(blocks), batch_size):
+        batch = {name: tensor.to(device) for name, tensor in padded(blocks[index : index + batch_size]).items()}
+        tokens = batch["input_ids"]
+        # Not through `model` itself: after a training in bfloat16 that would go on in it.
+        logits = model.lm_head(model.model(input_ids=tokens, use_cache=False).last_hidden_state)
+        total += kl_sum(logits, teacher(tokens), batch["kept"]).item()
+    return total / sum(map(len, blocks))
+
+
+def training_arguments(seed: int, device: str, **settings) -> TrainingArguments:
+    """What the Trainer needs to know, but for its `output_dir`; `settings` are its own names for the rest. Joins the
+    processes that torchrun started."""
+    on_cpu = torch.device(device).type == "cpu"
+    try:
+        arguments = TrainingArguments(
+            seed=seed,
+            use_cpu=on_cpu,
+            lr_scheduler_type="cosine",
+            warmup_steps=WARMUP,
+            save_strategy="steps",
+            logging_strategy="no",
+            disable_tqdm=True,
+            report_to="none",
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            dataloader_pin_memory=not on_cpu,
+            **settings,
+        )
+    except ValueError as error:  # such as a GPU without bfloat16
+        raise MoEficationError(f"--device {device} cannot train like this: {str(error).splitlines()[0]}") from None
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for torchrun, not for one process's threads
+    return arguments
+
+
+class DistillationTrainer(Trainer):
+    """The difference: the loss, the optimizer's two learning rates, and thresholds that keep to their budget."""
+
+    def __init__(
+        self,
+        model: LlamaMoEForCausalLM,
+        soft_blocks: list[SoftBlock],
+        teacher: DenseTeacher,
+        blocks: list[torch.Tensor],
+        arguments: TrainingArguments,
+        gate_lr_scale: float,
+        progress: Progress,
+    ):
+        callbacks = [StepEnd(soft_blocks), Bar(progress), SavedSteps()]
+        super().__init__(model=model, args=arguments, train_dataset=blocks, data_collator=padded, callbacks=callbacks)
+        for printing in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printing)
+        self.model_accepts_loss_kwargs = False  # compute_loss gives each batch's mean, which the Trainer then averages
+        self._soft_blocks, self._teacher, self._gate_lr_scale = soft_blocks, teacher, gate_lr_scale
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Adam, without weight decay."""
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        rates = {True: self.args.learning_rate * self._gate_lr_scale, False: self.args.learning_rate}
+        groups = [
+            {"params": [p for name, p in named if TRAINED["gates"](name) == of_gates], "lr": rate}
+            for of_gates, rate in rates.items()
+        ]
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """KL(dense || MoE), on average over the batch's tokens."""
+        tokens, kept = inputs["input_ids"], inputs["kept"]
+        for block in self._soft_blocks:
+            block.kept = kept
+        outputs = model(input_ids=tokens, use_cache=False)
+        loss = kl_sum(outputs.logits, self._teacher(tokens), kept) / kept.sum()
+        return (loss, outputs) if return_outputs else loss
+
+
+class StepEnd(TrainerCallback):
+    """Keeps thresholds on budget."""
+
+    def __init__(self, soft_blocks: list[SoftBlock]):
+        self._soft_blocks = soft_blocks
+
+    def on_step_end(self, args, state, control, **kwargs):
+        nudge_thresholds(self._soft_blocks)
+
+
+class Bar(TrainerCallback):
+    """Shows how far the training is."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._steps = iter(self._progress(range(state.global_step, state.max_steps), "distill", "step"))
+        next(self._steps, None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        next(self._steps, None)
+
+
+class SavedSteps(TrainerCallback):
+    """Marks a saved step as whole, once it is, and only then removes those before it."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # each process writes a file of its own
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        newest = folder / f"checkpoint-{state.global_step}"
+        for path in newest.iterdir():
+            sync(path)
+        write_json(newest / WHOLE, {"step": state.global_step})
+        for step, older in saved_steps(folder).items():
+            if step != state.global_step:
+                shutil.rmtree(older)
+
+
+def saved_steps(folder: Path) -> dict[int, Path]:
+    """Step -> its folder, whole or not."""
+    matches = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
+    return {int(match[1]): path for path, match in matches.items() if match}
+
+
+def last_whole_step(folder: Path) -> Path | None:
+    """The folder of the last step that was saved whole."""
+    whole = {step: path for step, path in saved_steps(folder).items() if (path / WHOLE).is_file()}
+    return whole[max(whole)] if whole else None
+
+
+def check_finite(model: LlamaMoEForCausalLM) -> None:
+    """Refuse what a training that diverged has left."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not math.isfinite(parameter.detach().sum(dtype=torch.float64).item()):
+            raise MoEficationError(
+                f"the training diverged: {name} is not finite; use a smaller --lr, and --overwrite to begin anew"
+            )
