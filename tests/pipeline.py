@@ -1,4 +1,4 @@
-"""The four stages as a user types them, for tests: through each script's `main`, with the description's names."""
+"""The stages as a user types them, for tests: through each script's `main`, with the description's names."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llama_moe  # noqa: F401 (registers LlamaMoE)
 from run_moefication import (
+    llama_calibrate,
     llama_convert,
     llama_get_hidden_features,
     llama_select_mlp,
     llama_split_clustering,
+    llama_split_random,
 )
 
 
@@ -29,14 +31,18 @@ class Pipeline:
     feature_options: list[Any] = field(default_factory=lambda: ["--block_size", 32, "--max_tokens", 512])
     select_options: list[Any] = field(default_factory=lambda: ["--epochs", 3, "--use_softmax"])
     convert_options: list[Any] = field(default_factory=list)
+    calibrate_options: list[Any] = field(default_factory=lambda: ["--block_size", 32, "--max_tokens", 512])
+    split_method: str = "Clustering"
     moe: Path | None = None
+    calibrated: Path | None = None
 
     def __post_init__(self) -> None:
         self.moe = self.moe or self.save / f"{self.model.name}-MoE"
+        self.calibrated = self.calibrated or self.save / f"{self.model.name}-MoE-Calibrated"
 
     @property
     def split_folder(self) -> Path:
-        return self.save / f"{self.model.name}-{self.num_experts}Expert-Split-Clustering"
+        return self.save / f"{self.model.name}-{self.num_experts}Expert-Split-{self.split_method}"
 
     @property
     def features_folder(self) -> Path:
@@ -64,8 +70,13 @@ class Pipeline:
         counts = ["--num_experts", self.num_experts, "--num_selects", self.num_selects]
         return ["--model_path", self.model, *paths, "--save_path", self.moe, *counts, *self.convert_options]
 
+    def calibrate_arguments(self) -> list[Any]:
+        paths = ["--model_path", self.model, "--moe_path", self.moe, "--save_path", self.calibrated]
+        return [*paths, "--train_data_path", self.text, *self.calibrate_options]
+
     def split(self) -> int:
-        return llama_split_clustering.main([*map(str, self.split_arguments())])
+        script = {"Clustering": llama_split_clustering, "Random": llama_split_random}[self.split_method]
+        return script.main([*map(str, self.split_arguments())])
 
     def features(self) -> int:
         return llama_get_hidden_features.main([*map(str, self.feature_arguments())])
@@ -76,8 +87,11 @@ class Pipeline:
     def convert(self) -> int:
         return llama_convert.main([*map(str, self.convert_arguments())])
 
+    def calibrate(self) -> int:
+        return llama_calibrate.main([*map(str, self.calibrate_arguments())])
+
     def run(self) -> "Pipeline":
-        """All four stages; each must succeed."""
+        """All stages up to the converted model; each must succeed."""
         for stage in (self.split, self.features, self.select, self.convert):
             assert stage() == 0, stage
         return self
@@ -93,6 +107,11 @@ def load_moe(folder: Path, num_selects: int, auto_class: type = AutoModelForCaus
     model = auto_class.from_pretrained(folder, dtype=torch.float32).eval()
     model.set_num_experts_per_tok(num_selects)
     return model
+
+
+def corpus_options(text: Path, max_tokens: int = 512) -> list[Any]:
+    """A small corpus, for stages that may read one."""
+    return ["--train_data_path", text, "--block_size", 32, "--max_tokens", max_tokens]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
