@@ -116,12 +116,11 @@ def _new_config(moe: MoECheckpoint, settings: CalibrationSettings) -> LlamaMoECo
         raise MoEficationError(f"{moe.artifact.folder} weighs its experts by gate scores; that is not calibrated")
     if settings.refit_gates and config.gate_network != "linear":
         raise MoEficationError(f"--refit_gates is for linear gates, not for the {config.gate_network!r} ones given")
-    least = config.num_shared_experts + (config.routing == "top_k")
-    num_selects, num_experts = _num_selects(config, settings), config.num_experts + config.num_shared_experts
-    if not least <= num_selects <= num_experts:
-        raise MoEficationError(
-            f"--num_selects {num_selects} is outside of {least} to {num_experts}, the model's experts"
-        )
+    some = config.routing == "top_k" or not config.num_shared_experts  # with shared experts, these may be all that run
+    least = config.num_shared_experts + max(config.min_experts_per_tok, some)
+    num_selects, most = _num_selects(config, settings), config.num_shared_experts + config.most_experts_per_tok
+    if not least <= num_selects <= most:
+        raise MoEficationError(f"--num_selects {num_selects} is outside of {least} to {most}, the model's experts")
     fields = config.to_dict() | {
         "num_experts_per_tok": max(1, num_selects - config.num_shared_experts),
         "layer_num_experts_per_tok": None,
