@@ -215,8 +215,11 @@ def _gate_tensors(gates: TrainedGates, config: LlamaMoEConfig, layer: int) -> li
         except ValueError as error:
             raise MoEficationError(f"{gates.artifact.folder}: layer {layer}: {error}") from None
 
-    makers = {name: lambda n=name: gates.state(layer)[n] for name in gates.shapes} | {"threshold": threshold}
-    if config.routing == "top_k":
+    makers = {name: lambda n=name: gates.state(layer)[n] for name in gates.shapes}
+    if config.routing == "threshold":
+        made = threshold()  # now, so that gates without one are refused before anything is written
+        makers["threshold"] = lambda: made
+    else:
         makers = {name: make for name, make in makers.items() if f"gate.{name}" not in GATE_BUFFERS}
     return [(f"gate.{name}", gates.shapes[name], make) for name, make in makers.items()]
 
