@@ -136,6 +136,8 @@ def split_by_activations(
     writer = artifacts.ArtifactWriter(folder, claim, names, overwrite=overwrite)
     missing = writer.missing()
     layers = [layer for layer, name in enumerate(names) if name in missing]
+    for name in progress(checkpoint.body_tensors() if layers else [], "check", "tensor"):
+        checkpoint.finite_tensor(name)  # refused before anything is written
     if from_corpus and layers:
         filled = _walk(checkpoint, text, writer, layers, keep_fraction, batch_size, device)
     else:
