@@ -17,6 +17,8 @@ from run_moefication import (
     llama_split_random,
 )
 
+LINEAR = ["--gate_network", "linear", "--select_criterion", "output_norm"]  # select options
+
 
 @dataclass
 class Pipeline:
@@ -97,6 +99,25 @@ class Pipeline:
         return self
 
 
+def corpus_options(text: Path, max_tokens: int = 512) -> list[Any]:
+    """A small corpus, for stages that may read one."""
+    return ["--train_data_path", text, "--block_size", 32, "--max_tokens", max_tokens]
+
+
+def shared_pipeline(model: Path, text: Path, save: Path, num_shared: int = 2, **options) -> Pipeline:
+    """8 experts, some shared, of a split on activations; linear gates in closed form; threshold routing at 4 of 8."""
+    split = ["--cluster_on", "activations", "--num_shared_experts", num_shared, *corpus_options(text)]
+    features = ["--block_size", 32, "--max_tokens", 512, "--feature_format", "inputs", "--dtype", "float32"]
+    stages = {"split_options": split, "feature_options": features, "select_options": LINEAR}
+    stages["convert_options"] = ["--routing", "threshold"]
+    return Pipeline(model, text, save, **({"num_experts": 8, "num_selects": 4} | stages | options))
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """A checkpoint in float32, as it lies there."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def load_dense(folder: Path) -> PreTrainedModel:
     """The dense model in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -107,11 +128,6 @@ def load_moe(folder: Path, num_selects: int, auto_class: type = AutoModelForCaus
     model = auto_class.from_pretrained(folder, dtype=torch.float32).eval()
     model.set_num_experts_per_tok(num_selects)
     return model
-
-
-def corpus_options(text: Path, max_tokens: int = 512) -> list[Any]:
-    """A small corpus, for stages that may read one."""
-    return ["--train_data_path", text, "--block_size", 32, "--max_tokens", max_tokens]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -13,18 +13,22 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from run_moefication import (
+    llama_calibrate,
     llama_convert,
     llama_evaluate,
     llama_get_hidden_features,
     llama_select_mlp,
     llama_split_clustering,
+    llama_split_random,
 )
 
 MAINS = {
     "split": llama_split_clustering.main,
+    "split_random": llama_split_random.main,
     "features": llama_get_hidden_features.main,
     "select": llama_select_mlp.main,
     "convert": llama_convert.main,
+    "calibrate": llama_calibrate.main,
     "evaluate": llama_evaluate.main,
 }
 LABELS = "layers.0.mlp.gate_proj.weight"
@@ -64,6 +68,16 @@ def places(finished, tmp_path) -> dict[str, object]:
     write_jsonl(tmp_path / "bad" / "c4.jsonl", ["fine", "fine"])
     (tmp_path / "bad" / "github.jsonl").write_text('{"text": "fine"}\n{"text": "fine"}\n{"text": "cut')
     (tmp_path / "file").write_text("a file")
+    for name in ("unfinished_moe", "damaged_moe", "cut_moe", "old_moe"):
+        shutil.copytree(finished.moe, tmp_path / name)
+    (tmp_path / "unfinished_moe" / "manifest.parts").mkdir()
+    (tmp_path / "unfinished_moe" / "manifest.json").rename(
+        tmp_path / "unfinished_moe" / "manifest.parts" / "claim.json"
+    )
+    flip(tmp_path / "damaged_moe" / "model.safetensors")
+    cut_short(tmp_path / "cut_moe" / "model.safetensors")
+    config = tmp_path / "old_moe" / "config.json"
+    config.write_text(config.read_text().replace('"num_experts"', '"num_selects"'))  # as LLaMA-MoE v1 had
     return {
         "model": finished.model,
         "text": finished.text,
@@ -72,6 +86,7 @@ def places(finished, tmp_path) -> dict[str, object]:
         "features": finished.features_folder,
         "select": finished.select_folder,
         "moe": finished.moe,
+        "other_moe": root / "other" / "other-llama-MoE",
         "gpt2": gpt2,
         "mistral": mistral,
         "cut": cut,
@@ -86,6 +101,7 @@ def places(finished, tmp_path) -> dict[str, object]:
     }
 
 
+ON_ACTIVATIONS = {"cluster_on": "activations", "train_data_path": "{text}", "block_size": 32, "max_tokens": 128}
 GOOD = {
     "split": {"model_path": "{model}", "save_path": "{save}", "num_experts": 4},
     "features": {"model_path": "{model}", "train_data_path": "{text}", "save_path": "{save}", "block_size": 32},
@@ -105,6 +121,15 @@ GOOD = {
         "num_experts": 4,
         "num_selects": 2,
     },
+    "split_random": {"model_path": "{model}", "save_path": "{save}", "num_experts": 4},
+    "calibrate": {
+        "model_path": "{model}",
+        "moe_path": "{moe}",
+        "train_data_path": "{text}",
+        "save_path": "{save}",
+        "block_size": 32,
+        "max_tokens": 128,
+    },
     "evaluate": {"model_path": "{moe}", "text_path": "{text}/c4.jsonl", "max_tokens": 64, "block_size": 32},
 }
 
@@ -112,7 +137,7 @@ GOOD = {
 WRONG = [
     *[
         (stage, {"model_path": path}, words)
-        for stage in ("split", "features", "select", "convert")
+        for stage in ("split", "split_random", "features", "select", "convert", "calibrate")
         for path, words in [
             ("{tmp}/nowhere", "no folder here, and no hub id"),
             ("", "path is empty"),
@@ -143,6 +168,39 @@ WRONG = [
     ("split", {"device": "warp"}, "--device 'warp' cannot be used here"),
     ("split", {"model_path": "{nan}"}, "layers.1.mlp.gate_proj.weight holds NaN"),
     ("split", {"save_path": "{tmp}/file"}, "tmp}/file"),
+    ("split", {"cluster_on": "neurons"}, "--cluster_on: invalid choice"),
+    ("split", {"num_shared_experts": 1}, "are for --cluster_on activations"),
+    ("split", {"train_data_path": "{text}"}, "are for --cluster_on activations"),
+    ("split", {"hidden_features_path": "{features}"}, "are for --cluster_on activations"),
+    (
+        "split",
+        {"cluster_on": "activations"},
+        "--cluster_on activations needs either --train_data_path or --hidden_features_path",
+    ),
+    ("split", ON_ACTIVATIONS | {"hidden_features_path": "{features}"}, "either --train_data_path or --hidden_features"),
+    (
+        "split",
+        ON_ACTIVATIONS | {"templates": "layers.{}.mlp.gate_proj.weight,layers.{}.mlp.up_proj.weight"},
+        "takes one of --templates",
+    ),
+    ("split", ON_ACTIVATIONS | {"num_shared_experts": 4}, "--num_shared_experts 4 is outside of 0 to 3"),
+    ("split", ON_ACTIVATIONS | {"num_shared_experts": -1}, "--num_shared_experts -1 is outside of 0 to 3"),
+    ("split", ON_ACTIVATIONS | {"keep_fraction": 0}, "--keep_fraction 0.0 is not a fraction between 0 and 1"),
+    ("split", ON_ACTIVATIONS | {"keep_fraction": 1}, "--keep_fraction 1.0 is not a fraction between 0 and 1"),
+    ("split", ON_ACTIVATIONS | {"batch_size": 0}, "--batch_size 0 must be at least 1"),
+    ("split", ON_ACTIVATIONS | {"num_experts": 5}, "--num_experts 5 does not divide"),
+    ("split", ON_ACTIVATIONS | {"model_path": "{nan}"}, "layers.1.mlp.gate_proj.weight holds NaN"),
+    ("split", ON_ACTIVATIONS | {"train_data_path": "{tmp}/nowhere"}, "nowhere does not exist"),
+    ("split", ON_ACTIVATIONS | {"block_size": 129}, "--block_size 129 is outside of 2 to 128"),
+    (
+        "split",
+        {"cluster_on": "activations", "hidden_features_path": "{other_features}"},
+        "was made from another model (other-llama) than tiny-llama",
+    ),
+    ("split_random", {"num_experts": 5}, "--num_experts 5 does not divide"),
+    ("split_random", {"num_shared_experts": 4}, "--num_shared_experts 4 is outside of 0 to 3"),
+    ("split_random", {"templates": "layers.{}.mlp.down_proj.weight"}, "is not one of"),
+    ("split_random", {"seed": -1}, "--seed: '-1' is not an integer"),
     ("features", {"train_data_path": "{tmp}/nowhere"}, "nowhere does not exist"),
     ("features", {"train_data_path": "{tmp}/empty"}, "holds no .jsonl, .txt"),
     ("features", {"train_data_path": "{tmp}/no_text"}, "no_text/c4.jsonl holds no text"),
@@ -184,11 +242,41 @@ WRONG = [
     ("convert", {"split_file_path": "{split8}", "num_experts": 8}, "was made for --num_experts 4"),
     ("convert", {"model_path": "{nan}"}, "was made from another model"),
     ("convert", {"num_selects": 9}, "--num_selects 9 is outside of 1 to --num_experts 4"),
+    ("convert", {"routing": "random"}, "--routing: invalid choice"),
+    ("convert", {"min_selects": 1}, "--min_selects and --max_selects are for --routing threshold"),
+    ("convert", {"routing": "threshold", "min_selects": 3}, "must not decrease"),
+    ("convert", {"routing": "threshold", "max_selects": 1}, "must not decrease"),
+    ("convert", {"routing": "threshold", "max_selects": 5}, "must not decrease"),
+    ("convert", {"routing": "threshold", "min_selects": -1}, "must not decrease"),
     ("convert", {"convert_type": "LlamaMoE"}, "--convert_type: invalid choice"),
     ("convert", {"num_labels": 3}, "--num_labels is for LlamaMoEForSequenceClassification"),
     ("convert", {"save_path": "{model}"}, "is the source checkpoint itself"),
     ("convert", {"save_path": "{text}"}, "holds files but no manifest.json: not ours to fill"),
     ("convert", {"save_path": "{split}"}, "was written by llama_split_clustering.py"),
+    ("calibrate", {"model_path": "{other}"}, "was made from another model (tiny-llama) than other-llama"),
+    ("calibrate", {"moe_path": "{other_moe}"}, "was made from another model (other-llama) than tiny-llama"),
+    ("calibrate", {"moe_path": "{tmp}/nowhere"}, "nowhere is not a folder; run llama_convert.py first"),
+    ("calibrate", {"moe_path": "{model}"}, "has no manifest.json: not a folder written by llama_convert.py"),
+    ("calibrate", {"moe_path": "{split}"}, "was written by llama_split_clustering.py, not by llama_convert.py"),
+    ("calibrate", {"moe_path": "{tmp}/unfinished_moe"}, "is unfinished (0 parts done); run llama_convert.py again"),
+    ("calibrate", {"moe_path": "{tmp}/damaged_moe"}, "is damaged: its checksum is not the manifest's"),
+    ("calibrate", {"moe_path": "{tmp}/cut_moe"}, "bytes, the manifest says"),
+    ("calibrate", {"moe_path": "{tmp}/old_moe"}, "has no usable config.json"),
+    ("calibrate", {"moe_path": None}, "required: --moe_path"),
+    ("calibrate", {"save_path": "{moe}"}, "is one of the source checkpoints; choose another folder"),
+    ("calibrate", {"save_path": "{model}"}, "is one of the source checkpoints; choose another folder"),
+    ("calibrate", {"save_path": "{text}"}, "holds files but no manifest.json: not ours to fill"),
+    ("calibrate", {"save_path": "{split}"}, "was written by llama_split_clustering.py"),
+    (
+        "calibrate",
+        {"max_tokens": 16, "domain_weights": "c4=1"},
+        "the corpus is a single block, and one is held out; use a smaller --block_size",
+    ),
+    ("calibrate", {"refit_gates": True}, "--refit_gates is for linear gates, not for the 'mlp' ones given"),
+    ("calibrate", {"num_selects": 0}, "--num_selects 0 is outside of 1 to 4"),
+    ("calibrate", {"num_selects": 5}, "--num_selects 5 is outside of 1 to 4"),
+    ("calibrate", {"batch_size": 0}, "--batch_size 0 must be at least 1"),
+    ("calibrate", {"train_data_path": "{tmp}/no_text"}, "no_text/c4.jsonl holds no text"),
     ("evaluate", {"model_path": "{tmp}/nowhere"}, "no folder here, and no hub id"),
     ("evaluate", {"model_path": "{tmp}/empty"}, "has no usable config.json"),
     ("evaluate", {"model_path": "{cut}"}, "does not load as a causal LM"),
@@ -206,7 +294,8 @@ WRONG = [
 def arguments_of(stage: str, changes: dict[str, object], places: dict[str, object]) -> list[str]:
     options = {name: value for name, value in (GOOD[stage] | changes).items() if value is not None}
     fill = lambda value: str(value).replace("{}", "{{}}").format(**places)  # noqa: E731
-    return [text for name, value in options.items() for text in (f"--{name}", fill(value))]
+    pairs = [(f"--{name}",) if value is True else (f"--{name}", fill(value)) for name, value in options.items()]
+    return [text for pair in pairs for text in pair]
 
 
 def assert_refused(result: tuple[int, str, str], words: str) -> None:
@@ -279,13 +368,13 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def cut(path: Path) -> None:
+def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
 DAMAGE = {
     "flipped": (flip, "damaged"),
-    "cut": (cut, "bytes, the manifest says"),
+    "cut": (cut_short, "bytes, the manifest says"),
     "removed": (Path.unlink, "is missing although the manifest lists it"),
 }
 

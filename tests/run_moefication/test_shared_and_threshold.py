@@ -3,30 +3,22 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, VARIANTS, make_llama
-from pipeline import Pipeline, contents, corpus_options, load_dense, load_moe
+from pipeline import LINEAR, Pipeline, contents, load, load_dense, shared_pipeline
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from llama_moe import record_routing
+from run_moefication import llama_evaluate
+from run_moefication.moefication import conversion
 
 GATE = "layers.{}.mlp.gate_proj.weight"
-LINEAR = ["--gate_network", "linear", "--select_criterion", "output_norm"]
 # float32 sums of the same terms in another order: the design's bound for "the dense model" (invariant 1).
 DENSE_TOLERANCE = 1e-4
-
-
-def shared_pipeline(model: Path, text: Path, save: Path, num_shared: int = 2, **options) -> Pipeline:
-    """8 experts, some shared, of a split on activations; linear gates in closed form; threshold routing at 4 of 8."""
-    split = ["--cluster_on", "activations", "--num_shared_experts", num_shared, *corpus_options(text)]
-    features = ["--block_size", 32, "--max_tokens", 512, "--feature_format", "inputs", "--dtype", "float32"]
-    stages = {"split_options": split, "feature_options": features, "select_options": LINEAR}
-    stages["convert_options"] = ["--routing", "threshold"]
-    return Pipeline(model, text, save, num_experts=8, num_selects=4, **(stages | options))
 
 
 def after_select(finished: Pipeline, **options) -> Pipeline:
@@ -47,10 +39,6 @@ def tokens(batch: int = 2, length: int = 24) -> torch.Tensor:
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     return model(tokens()).logits
-
-
-def load(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def inputs_of(pipeline: Pipeline, layer: int) -> torch.Tensor:
@@ -183,7 +171,7 @@ def test_any_budget_can_be_set_after_loading(fraction, finished):
         with record_routing(model) as statistics:
             logits(model)
         assert sum(layer.runs.sum() for layer in statistics) == 0
-    with pytest.raises(ValueError, match="outside of 0.25 to 1, what this model can run"):
+    with pytest.raises(ValueError, match=r"outside of 0\.25 to 1, what this model can run"):
         model.set_active_fraction(0.2)
 
 
@@ -269,19 +257,23 @@ def test_select_and_convert_want_a_routed_expert_beside_the_shared_ones(num_sele
     assert not (tmp_path / "moe").exists()
 
 
-@pytest.mark.parametrize("routing", ["top_k", "threshold"])
-def test_gates_of_an_older_version_are_refused(routing, finished, tmp_path, capfd):
-    pipeline = Pipeline(finished.model, finished.text, tmp_path, num_experts=8, num_selects=4)
-    pipeline.convert_options = ["--routing", routing]
-    (tmp_path / finished.split_folder.name).symlink_to(finished.split_folder)
+def with_gate(finished: Pipeline, save: Path, change: Callable[[dict], dict]) -> tuple[Pipeline, Path]:
+    """A pipeline with the gate of layer 1 changed, as its manifest says, too; and that gate's file."""
+    pipeline = Pipeline(finished.model, finished.text, save, num_experts=8, num_selects=4)
+    (save / finished.split_folder.name).symlink_to(finished.split_folder)
     shutil.copytree(finished.select_folder, pipeline.select_folder)
     manifest_path, file = pipeline.select_folder / "manifest.json", pipeline.select_folder / GATE.format(1)
-    state = torch.load(file, weights_only=True)
-    torch.save({name: state[name] for name in ("weight", "bias")}, file)
-    manifest = json.loads(manifest_path.read_text())
-    data = file.read_bytes()
+    torch.save(change(torch.load(file, weights_only=True)), file)
+    manifest, data = json.loads(manifest_path.read_text()), file.read_bytes()
     manifest["files"][file.name] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest_path.write_text(json.dumps(manifest))
+    return pipeline, file
+
+
+@pytest.mark.parametrize("routing", ["top_k", "threshold"])
+def test_gates_of_an_older_version_are_refused(routing, finished, tmp_path, capfd):
+    pipeline, file = with_gate(finished, tmp_path, lambda state: {name: state[name] for name in ("weight", "bias")})
+    pipeline.convert_options = ["--routing", routing]
     assert pipeline.convert() == 2
     message = capfd.readouterr().err
     assert f"{file} is of an older version; run it again with --overwrite" in message
@@ -289,27 +281,19 @@ def test_gates_of_an_older_version_are_refused(routing, finished, tmp_path, capf
     assert not pipeline.moe.exists()
 
 
-def test_gates_that_score_everything_alike_have_no_threshold(finished, tmp_path, capfd):
-    pipeline = Pipeline(finished.model, finished.text, tmp_path, num_experts=8, num_selects=4)
+def test_gates_that_score_everything_alike_have_no_threshold(finished, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(conversion, "MAX_SHARD_BYTES", 20_000)  # layer 0 is in a shard before that of layer 1
+    zeros = lambda state: {name: torch.zeros_like(tensor) for name, tensor in state.items()}  # noqa: E731
+    pipeline, _ = with_gate(finished, tmp_path, zeros)
     pipeline.convert_options = ["--routing", "threshold"]
-    (tmp_path / finished.split_folder.name).symlink_to(finished.split_folder)
-    shutil.copytree(finished.select_folder, pipeline.select_folder)
-    manifest_path, file = pipeline.select_folder / "manifest.json", pipeline.select_folder / GATE.format(1)
-    state = torch.load(file, weights_only=True)
-    torch.save({name: torch.zeros_like(tensor) for name, tensor in state.items()}, file)
-    manifest = json.loads(manifest_path.read_text())
-    data = file.read_bytes()
-    manifest["files"][file.name] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest_path.write_text(json.dumps(manifest))
     assert pipeline.convert() == 2
     assert "layer 1: no score quantiles are stored, or all are equal" in capfd.readouterr().err
-    # It is found before anything is written.
     assert not pipeline.moe.exists()
+    pipeline.convert_options = []  # top-k needs none
+    assert pipeline.convert() == 0
 
 
-def test_a_model_at_any_num_selects_of_evaluate(finished, run_script):
-    from run_moefication import llama_evaluate
-
+def test_evaluate_counts_shared_experts(finished, run_script):
     text = finished.text / "c4.jsonl"
     options = ["--text_path", text, "--block_size", 32, "--max_tokens", 256, "--json"]
     status, out, _ = run_script(
@@ -320,7 +304,3 @@ def test_a_model_at_any_num_selects_of_evaluate(finished, run_script):
     assert full["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-4)
     assert half["perplexity"] != pytest.approx(dense["perplexity"], rel=1e-2)
     assert [row["num_selects"] for row in (full, half)] == [8, 4]
-
-
-def test_load_moe_of_other_tests_counts_routed_experts(finished):
-    assert load_moe(finished.moe, 6).config.num_selects == 8

@@ -60,16 +60,16 @@ def run(packed: PackedMLP, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("num_shared", [0, 2])
-@pytest.mark.parametrize("bias", [{}, {"mlp_bias": True}, {"output_bias": True}, {"mlp_bias": True, "output_bias": True}])
+@pytest.mark.parametrize("biases", [[], ["mlp_bias"], ["output_bias"], ["mlp_bias", "output_bias"]])
 @pytest.mark.parametrize("gate", GATES)
-def test_it_does_what_the_block_does(routing, num_shared, bias, gate):
-    config, block = make_block(num_shared, **ROUTINGS[routing], **bias, **GATES[gate])
+def test_it_does_what_the_block_does(routing, num_shared, biases, gate):
+    config, block = make_block(num_shared, **ROUTINGS[routing], **dict.fromkeys(biases, True), **GATES[gate])
     packed = pack(config, block)
     with torch.no_grad():
         expected = block(inputs()[None])[0]
         share = packed.gate.selected(packed.gate.score(inputs())).float().mean()
     assert 0 < share < 1
-    assert (packed.bias is not None) == bool(bias)
+    assert (packed.bias is not None) == bool(biases)
     torch.testing.assert_close(run(packed, inputs()), expected, **TOLERANCE)
     # And the routing matters: with every expert on, the output is another.
     everything = packed.activations(inputs()) @ packed.down + (0 if packed.bias is None else packed.bias)
