@@ -223,6 +223,17 @@ def set_shares_on(model, blocks: list[torch.Tensor], share: float) -> None:
         layer.mlp.gate.set_active_share(share)
 
 
+@torch.no_grad()
+def scores_on(model, blocks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Scores of every gate, `[tokens, experts]` by layer."""
+    found = [model(block[None].long(), output_router_logits=True).router_logits for block in blocks]
+    return [torch.cat(of_layer) for of_layer in zip(*found, strict=True)]
+
+
+def quantiles_of(model) -> list[torch.Tensor]:
+    return [layer.mlp.gate.score_quantiles for layer in model.model.layers]
+
+
 def shares(model, blocks: list[torch.Tensor]) -> list[float]:
     """Share of the routed experts that run, by layer."""
     with record_routing(model) as statistics:
@@ -374,6 +385,9 @@ def test_bf16_checkpoints_keep_their_dtype(text_folder, tmp_path):
     dense, plain, calibrated = load_dense(model), load(pipeline.moe), load(pipeline.calibrated)
     set_shares_on(plain, blocks, 1 / 3)
     # Of the weights as they are stored, rounded: what was measured while fitting is what the model does.
+    for stored, scores in zip(quantiles_of(calibrated), scores_on(calibrated, blocks), strict=True):
+        places = torch.linspace(0, scores.numel() - 1, 1025, dtype=torch.float64).round().long()
+        torch.testing.assert_close(stored, scores.flatten().sort().values[places], rtol=1e-4, atol=1e-4)
     assert shares(calibrated, blocks) == pytest.approx([1 / 3] * 3, rel=0.01)
     assert divergence(calibrated, dense, blocks) < divergence(plain, dense, blocks)
 
