@@ -145,6 +145,7 @@ class ArtifactWriter:
 
     def write_piece(self, piece: str, files: dict[str, dict[str, Any]], metrics: Any = None) -> None:
         """Record a finished unit: the entries of its files and its metrics."""
+        self.begin()  # of a unit without files, this may be the first write
         content = {"files": files} if metrics is None else {"files": files, "metrics": metrics}
         write_json(self._piece_path(piece), content)
 

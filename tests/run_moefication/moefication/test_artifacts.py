@@ -175,6 +175,19 @@ def test_manifest_appears_with_the_last_piece(tmp_path):
         assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
+@pytest.mark.parametrize("redone", [False, True])
+def test_a_piece_without_files_may_be_the_first_write(redone, finished, tmp_path):
+    folder = finished if redone else tmp_path / "other"
+    writer = ArtifactWriter(folder, CLAIM, PIECES, overwrite=redone)
+    writer.write_piece(PIECES[0], {}, {"cost": 7})
+    assert writer.missing() == PIECES[1:]
+    assert writer.metrics() == {"layer.0": {"cost": 7}}
+    assert ArtifactWriter(folder, CLAIM, PIECES).missing() == PIECES[1:]  # claimed, and so resumed
+    fill(writer, PIECES[1:])
+    assert writer.finish()
+    assert writer.metrics()["layer.0"] == {"cost": 7}
+
+
 def test_finished_folder_is_left_alone(finished):
     before = contents(finished)
     writer = ArtifactWriter(finished, CLAIM, PIECES)
