@@ -20,7 +20,7 @@ from transformers import AutoModel, LlamaModel
 
 from llama_moe import record_routing
 from run_moefication import llama_evaluate
-from run_moefication.moefication import calibration
+from run_moefication.moefication import calibration, layer_calibration
 from run_moefication.moefication.calibration import CalibrationSettings, calibrate
 from run_moefication.moefication.checkpoints import Checkpoint
 from run_moefication.moefication.corpus import Corpus, training_corpus
@@ -172,7 +172,7 @@ def test_down_proj_is_scikit_learns_ridge_on_what_the_calibrated_prefix_produces
     train, held_out = ((x[part], y[part], w[part]) for part in (slice(0, fitted), slice(fitted, None)))
 
     metrics = metrics_of(folder)[layer]
-    errors = {strength: error(*held_out, ridge(*train, strength, prior)) for strength in calibration.STRENGTHS}
+    errors = {strength: error(*held_out, ridge(*train, strength, prior)) for strength in layer_calibration.STRENGTHS}
     assert metrics["strength"] == min(errors, key=errors.get)
     assert metrics["error_after"] == pytest.approx(min(errors.values()), rel=1e-3)
     assert metrics["error_before"] == pytest.approx(error(*held_out, prior), rel=1e-3)
@@ -309,6 +309,22 @@ def test_bounds_of_a_token_are_kept_while_fitting(finished, corpus, tmp_path):
     for layer, metrics in zip(statistics, metrics_of(folder), strict=True):
         assert layer.tokens_by_cost.nonzero().flatten().tolist() == [1, 2, 3]
         assert layer.experts_per_tok / 6 == pytest.approx(metrics["active_share"], rel=0.01)
+
+
+@pytest.mark.parametrize("bounds", [(4, 8), (2, 6), (5, 5)])
+def test_layer_budgets_stay_within_the_bounds_of_a_token(bounds, finished, tmp_path, monkeypatch):
+    least, most = bounds
+    pipeline = Pipeline(finished.model, finished.text, finished.save, num_experts=8, num_selects=5, moe=tmp_path / "a")
+    pipeline.convert_options = ["--routing", "threshold", "--min_selects", least, "--max_selects", most]
+    assert pipeline.convert() == 0
+    # The loss of a random model depends on no layer.
+    monkeypatch.setattr(calibration, "measure_sensitivity", lambda *_: [0.5, 0.05, 0.005])
+    folder = recalibrated(finished, tmp_path / "b", "--layer_budgets", "sensitivity", moe=pipeline.moe).calibrated
+    config = load(folder).config
+    budgets = config.layer_num_experts_per_tok or [config.num_experts_per_tok] * 3
+    assert sum(budgets) / 3 == pytest.approx(3, abs=1e-3)
+    assert all(least - 2 <= budget <= most - 2 for budget in budgets)
+    assert (len(set(budgets)) == 1) == (least == most)
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of models
@@ -499,7 +515,7 @@ def test_same_inputs_and_seed_give_the_same_bytes(finished, tmp_path):
 
 
 def test_activations_that_are_not_kept_are_the_same(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "MOST_KEPT_BYTES", 0)
+    monkeypatch.setattr(layer_calibration, "MOST_KEPT_BYTES", 0)
     folder = recalibrated(finished, tmp_path / "again", "--refit_gates").calibrated
     assert contents(folder) == contents(finished.calibrated)
 
@@ -550,7 +566,7 @@ def test_a_run_interrupted_twice_goes_on_where_it_was(finished, tmp_path, monkey
     """Killed while a layer is being fitted; no layer that is written is fitted again."""
     pipeline = Pipeline(finished.model, finished.text, finished.save, moe=finished.moe, calibrated=tmp_path / "moe")
     pipeline.calibrate_options = REFIT
-    fitted, refit = [], calibration.LayerCalibration._refit
+    fitted, refit = [], layer_calibration.LayerCalibration._refit
     for fatal in (1, 2):
 
         def die(self, *args, layer=fatal):
@@ -559,10 +575,10 @@ def test_a_run_interrupted_twice_goes_on_where_it_was(finished, tmp_path, monkey
                 raise Killed
             return refit(self, *args)
 
-        monkeypatch.setattr(calibration.LayerCalibration, "_refit", die)
+        monkeypatch.setattr(layer_calibration.LayerCalibration, "_refit", die)
         with pytest.raises(Killed):
             pipeline.calibrate()
-    monkeypatch.setattr(calibration.LayerCalibration, "_refit", refit)
+    monkeypatch.setattr(layer_calibration.LayerCalibration, "_refit", refit)
     assert fitted == [f"layers.{i}.mlp." for i in (0, 1, 1, 2)]
     assert pipeline.calibrate() == 0
     assert contents(pipeline.calibrated) == contents(finished.calibrated)
