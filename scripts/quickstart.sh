@@ -4,12 +4,12 @@
 #
 #     bash scripts/quickstart.sh
 #     RECIPE=plain bash scripts/quickstart.sh          # the original description's recipe
-#     DISTILL=1 bash scripts/quickstart.sh             # stage 6 as well, half an hour more
+#     DISTILL=1 bash scripts/quickstart.sh             # stage 6 as well, some ten minutes more
 #     MODEL=/models/llama_7B bash scripts/quickstart.sh    # a checkpoint of your own
 #
 # Settings: MODEL (folder or hub id), DATA (folder of jsonl), TEXT (held-out text to measure on), RECIPE (calibrated or
-# plain), NUM_EXPERTS, NUM_SELECTS, FEATURE_TOKENS (to fit gates on), CALIBRATION_TOKENS, BLOCK_SIZE, EVAL_TOKENS, and
-# WORK, the folder everything is written to.
+# plain), NUM_EXPERTS, NUM_SELECTS, FEATURE_TOKENS (to fit gates on), CALIBRATION_TOKENS, DISTILLATION_TOKENS,
+# BLOCK_SIZE, EVAL_TOKENS, and WORK, the folder everything is written to.
 set -euo pipefail
 case "${1:-}" in
     "") ;;
@@ -61,7 +61,7 @@ if [ "$RECIPE" = calibrated ]; then
 fi
 if [ -n "${DISTILL:-}" ]; then
     say "6. Distil"
-    MOE_PATH="$BEST" bash "$STAGES/6_distill.sh"
+    CALIBRATED_PATH="$BEST" MAX_TOKENS="${DISTILLATION_TOKENS:-32768}" bash "$STAGES/6_distill.sh"
     BEST="$DISTILLED_PATH"
 fi
 
