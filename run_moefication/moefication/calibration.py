@@ -151,8 +151,9 @@ def _budgets(
         return {"experts_per_tok": [routed] * num_layers}
     share = routed / config.num_experts
     sensitivity = measure_sensitivity(checkpoint, moe, config, corpus.blocks, share, device, progress)
-    least = (num_shared + (config.routing == "top_k")) / num_experts
-    fractions = allocate(sensitivity, (num_shared + routed) / num_experts, least)
+    bounds = max(config.min_experts_per_tok, config.routing == "top_k"), config.most_experts_per_tok  # of each token
+    least, most = ((num_shared + bound) / num_experts for bound in bounds)
+    fractions = allocate(sensitivity, (num_shared + routed) / num_experts, least, most)
     experts = [round(fraction * num_experts - num_shared, 4) for fraction in fractions]
     if config.routing == "top_k":
         experts = [max(1, int(count + 1e-6)) for count in experts]

@@ -59,10 +59,10 @@ def measure_sensitivity(
     return [loss - losses[0] for loss in losses[1:]]
 
 
-def allocate(sensitivities: list[float], fraction: float, least: float) -> list[float]:
-    """Active fractions of the layers, from `least` to 1, whose mean is `fraction`."""
+def allocate(sensitivities: list[float], fraction: float, least: float, most: float = 1.0) -> list[float]:
+    """Active fractions of the layers, from `least` to `most`, whose mean is `fraction`."""
     logarithms = torch.tensor(sensitivities, dtype=torch.float64).clamp(min=LEAST_RISE).log() / DECAY
-    return shift_to_mean(logarithms.tolist(), fraction, least, 1.0)
+    return shift_to_mean(logarithms.tolist(), fraction, least, most)
 
 
 def _ends(blocks: list[torch.Tensor]) -> list[int]:
