@@ -112,7 +112,7 @@ def base_of(model):
         ({"layer_num_experts_per_tok": [2, 2]}, "layer_num_experts_per_tok is [2, 2]; it must be 3 numbers"),
         ({"layer_num_experts_per_tok": [2, 5, 2]}, "layer_num_experts_per_tok is [2, 5, 2]"),
         ({"layer_num_experts_per_tok": [1, 1, 1]}, "the largest num_experts_per_tok"),
-        ({"layer_num_experts_per_tok": [2, 1, 1], "routing": "threshold"}, "None with threshold routing"),
+        ({"layer_num_experts_per_tok": [2, 1, 5], "routing": "threshold"}, "numbers of 0 to num_experts (4)"),
         ({"gate_network": "conv"}, "gate_network is 'conv'; it must be one of mlp, linear"),
         ({"gate_rank": 2}, 'gate_rank is 2; it must be None unless gate_network is "linear"'),
         ({"gate_rank": 5, "gate_network": "linear"}, "gate_rank is 5; it must be 1 to 4"),
