@@ -44,7 +44,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 64, 128, 256, 512], help="for our rows")
     parser.add_argument("--gate_rank", type=int, default=32, help="of gates with more experts than this; 0: full gates")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="rows to measure")
-    parser.add_argument("--distill", action="store_true", help="also distil our best rows and the static mask")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--plot", type=Path, help="draw perplexity against active fraction into this file")
