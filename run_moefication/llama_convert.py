@@ -94,7 +94,7 @@ def convert(arguments: argparse.Namespace) -> None:
         print(f"the source has no score.weight: the classification head of {labels} labels is new and must be trained")
     if not (checkpoint.path / "tokenizer_config.json").exists():
         print(f"{checkpoint.path} has no tokenizer files: none were copied")
-    command_line.report(writer, "llama_evaluate.py (evaluate.sh)")
+    command_line.report(writer, "llama_calibrate.py (5_calibrate.sh), or llama_evaluate.py (evaluate.sh)")
 
 
 def main(argv: list[str] | None = None) -> int:
