@@ -42,8 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--wikitext_tokens", type=int, default=16384, help="of --wikitext_path")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="active fractions")
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 64, 128, 256, 512], help="for our rows")
-    parser.add_argument("--gate_rank", type=int, default=32, help="of gates with more experts than this; 0: full gates")
+    parser.add_argument("--gate_rank", type=int, default=96, help="of gates, where it makes them smaller")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="rows to measure")
+    parser.add_argument(
+        "--chosen", type=int, default=256, help="experts of the model that runs at other budgets, too, and is distilled"
+    )
+    parser.add_argument("--distill", action="store_true", help="distil the chosen model, and the static mask alike")
+    parser.add_argument("--distillation_tokens", type=int, default=262144, help="one pass over so many")
+    parser.add_argument("--bf16", action="store_true", help="distil in bfloat16")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--plot", type=Path, help="draw perplexity against active fraction into this file")
@@ -77,7 +83,6 @@ class Setup:
 def prepare(arguments: argparse.Namespace) -> Setup:
     """Open the model, cut the texts, and record a few features for stage 3."""
     from run_moefication.moefication.checkpoints import Checkpoint
-    from run_moefication.moefication.corpus import training_corpus
     from run_moefication.moefication.errors import MoEficationError
     from run_moefication.moefication.evaluation import first_tokens
     from run_moefication.moefication.hidden_features import extract_features
@@ -94,29 +99,32 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         name: [block for block in first_tokens(path, checkpoint.path, count).split(BLOCK) if len(block) == BLOCK]
         for name, (path, count) in files.items()
     }
-    corpora = [
-        training_corpus(
-            checkpoint,
-            arguments.train_data_path,
-            arguments.work / "cache",
-            block_size=BLOCK,
-            domain_weights="equal",  # as the table weighs them
-            max_tokens=tokens,
-            seed=arguments.seed,
-            progress=command_line.progress_bar,
-        )
-        for tokens in (arguments.calibration_tokens, FEATURE_TOKENS)
-    ]
     features = extract_features(
         checkpoint,
-        corpora[1],
+        _corpus(checkpoint, arguments, FEATURE_TOKENS),
         arguments.work,
         template="layers.{}.mlp.gate_proj.weight",
         feature_format="inputs",
         batch_size=BATCH,
         progress=command_line.progress_bar,
     )
-    return Setup(checkpoint, corpora[0], features.folder, texts, arguments)
+    corpus = _corpus(checkpoint, arguments, arguments.calibration_tokens)
+    return Setup(checkpoint, corpus, features.folder, texts, arguments)
+
+
+def _corpus(checkpoint: Any, arguments: argparse.Namespace, tokens: int) -> Any:
+    from run_moefication.moefication.corpus import training_corpus
+
+    return training_corpus(
+        checkpoint,
+        arguments.train_data_path,
+        arguments.work / "cache",
+        block_size=BLOCK,
+        domain_weights="equal",  # as the table weighs them
+        max_tokens=tokens,
+        seed=arguments.seed,
+        progress=command_line.progress_bar,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -198,8 +206,17 @@ def rows(setup: Setup) -> Iterator[Row]:
             yield Row("static mask, refitted", budget, partial(measure_static, setup, budget, refit=True))
         for routing in ("top_k", "threshold"):
             for experts in arguments.experts if routing in arguments.methods else ():
-                name = f"ours, {experts} experts, {routing}"
-                yield Row(name, budget, partial(measure_ours, setup, experts, routing, budget))
+                yield Row(_ours(experts, routing), budget, partial(measure_ours, setup, experts, routing, budget))
+        if "threshold" in arguments.methods:
+            name = _ours(arguments.chosen, "threshold")
+            for other in (other for other in arguments.budgets if other != budget):
+                yield Row(f"{name}, calibrated at {other:.0%}", budget, partial(measure_dialled, setup, other, budget))
+        if arguments.distill:
+            if "static" in arguments.methods:
+                static = partial(measure_static, setup, budget, refit=True, is_distilled=True)
+                yield Row("static mask, refitted and distilled", budget, static)
+            if "threshold" in arguments.methods:
+                yield Row(f"{name}, distilled", budget, partial(measure_distilled, setup, budget))
         if "oracle" in arguments.methods:
             yield Row("neuron oracle", budget, partial(measure_masked, setup, partial(oracle, budget)))
 
@@ -230,8 +247,9 @@ def measure_masked(setup: Setup, make: Callable[[Any], list[Any]]) -> dict[str, 
     return numbers
 
 
-def measure_moe(setup: Setup, folder: Path, is_static: bool = False) -> dict[str, Any]:
-    """A LlamaMoE checkpoint, or its shared experts alone: a static mask, which has no use for the gate's parameters."""
+def measure_moe(setup: Setup, folder: Path, *, budget: float | None = None, is_static: bool = False) -> dict[str, Any]:
+    """A LlamaMoE checkpoint, at a `budget` other than its own if one is given; or its shared experts alone: a static
+    mask, which has no use for the gate's parameters."""
     from quality_baselines import block_losses
 
     from llama_moe import record_routing
@@ -243,8 +261,10 @@ def measure_moe(setup: Setup, folder: Path, is_static: bool = False) -> dict[str
             layer.mlp.gate.set_active_share(0)
     config = model.config
     experts = config.num_experts + config.num_shared_experts
-    gate = sum(p.numel() for p in model.model.layers[0].mlp.gate.parameters())
-    gate /= 3 * config.hidden_size * config.intermediate_size
+    mlp, dense = model.model.layers[0].mlp, 3 * config.hidden_size * config.intermediate_size
+    gate = sum(p.numel() for p in mlp.gate.parameters()) / dense
+    if budget is not None:
+        model.set_active_fraction(budget - MARGIN["threshold"] - gate - mlp.output_bias.numel() / dense)
     numbers = {}
     for name, blocks in setup.texts.items():
         with record_routing(model) as routing:
@@ -289,30 +309,60 @@ def measure_plain(setup: Setup, budget: float) -> dict[str, Any]:
     return measure_moe(setup, moe.folder)
 
 
-def measure_static(setup: Setup, budget: float, refit: bool) -> dict[str, Any]:
-    """The neurons that add most, for every token alike: the shared ones of 64 experts, of which no other runs."""
-    shared = round(64 * budget)
-    folder = _converted(setup, 64, shared, "threshold", None, shared + 1)
+def measure_static(setup: Setup, budget: float, refit: bool, is_distilled: bool = False) -> dict[str, Any]:
+    """The neurons that add most, for every token alike: the shared ones of many experts, of which no other runs."""
+    experts = math.gcd(512, setup.checkpoint.config.intermediate_size)
+    shared = math.floor((budget - _bias_share(setup)) * experts)
+    folder = _converted(setup, experts, shared, "threshold", 1, shared + 1)
     if refit:
         folder = _calibrated(setup, folder, num_selects=shared)
+    if is_distilled:
+        folder = _distilled(setup, folder)
     return measure_moe(setup, folder, is_static=True)
 
 
 def measure_ours(setup: Setup, experts: int, routing: str, budget: float) -> dict[str, Any]:
     """Split on activations, ridge gates, calibrated: as many experts as the budget has room for beside the gate."""
+    return measure_moe(setup, _ours_at(setup, experts, routing, budget))
+
+
+def measure_dialled(setup: Setup, calibrated_at: float, budget: float) -> dict[str, Any]:
+    """The chosen model, calibrated at one budget and run at another, as `set_active_fraction` does it."""
+    return measure_moe(setup, _ours_at(setup, setup.arguments.chosen, "threshold", calibrated_at), budget=budget)
+
+
+def measure_distilled(setup: Setup, budget: float) -> dict[str, Any]:
+    """The chosen model, distilled."""
+    return measure_moe(setup, _distilled(setup, _ours_at(setup, setup.arguments.chosen, "threshold", budget)))
+
+
+def _ours(experts: int, routing: str) -> str:
+    return f"ours, {experts} experts, {routing}"
+
+
+def _ours_at(setup: Setup, experts: int, routing: str, budget: float) -> Path:
+    """The folder of our checkpoint, calibrated at a budget."""
     config = setup.checkpoint.config
-    rank = setup.arguments.gate_rank if 0 < setup.arguments.gate_rank < experts // 2 else None
-    shared = shared_experts(experts, budget)
+    shared, rank = shared_experts(experts, budget), setup.arguments.gate_rank
     routed, hidden = experts - shared, config.hidden_size
-    gate = routed + (rank * (hidden + routed) if rank else hidden * routed)
-    room = budget - MARGIN[routing] - gate / (3 * hidden * config.intermediate_size)
+    gate = hidden * routed
+    if rank * (hidden + routed) < gate:
+        gate = rank * (hidden + routed)
+    else:
+        rank = None
+    gate_share = (gate + routed) / (3 * hidden * config.intermediate_size)
+    room = budget - MARGIN[routing] - _bias_share(setup) - gate_share
     num_selects = math.floor(room * experts)
-    folder = _calibrated(setup, _converted(setup, experts, shared, routing, rank, num_selects), num_selects)
-    return measure_moe(setup, folder) | {"num_selects": num_selects, "num_shared": shared, "gate_rank": rank}
+    return _calibrated(setup, _converted(setup, experts, shared, routing, rank, num_selects), num_selects)
+
+
+def _bias_share(setup: Setup) -> float:
+    """The output bias, in the dense MLP's parameters."""
+    return 1 / (3 * setup.checkpoint.config.intermediate_size)
 
 
 # How much text the thresholds were not set on may run beyond the budget.
-MARGIN = {"top_k": 0.0, "threshold": 0.005}
+MARGIN = {"top_k": 0.0, "threshold": 0.008}
 
 
 def shared_experts(experts: int, budget: float) -> int:
@@ -354,10 +404,21 @@ def _calibrated(setup: Setup, moe: Path, num_selects: int) -> Path:
     """The folder of the checkpoint calibrated at a budget."""
     from run_moefication.moefication.calibration import CalibrationSettings, calibrate
 
-    settings = CalibrationSettings(num_selects=num_selects, refit_gates=True, batch_size=BATCH)
+    settings = CalibrationSettings(num_selects=num_selects, refit_gates=True, output_bias=True, batch_size=BATCH)
     folder = moe.with_name(f"{moe.name}-calibrated")
     progress = command_line.progress_bar
     return calibrate(setup.checkpoint, moe, setup.corpus, folder, settings, progress=progress).folder
+
+
+def _distilled(setup: Setup, moe: Path) -> Path:
+    """The folder of the checkpoint distilled at its budget."""
+    from run_moefication.moefication.distillation import DistillationSettings, distill
+
+    settings = DistillationSettings(bf16=setup.arguments.bf16)
+    corpus = _corpus(setup.checkpoint, setup.arguments, setup.arguments.distillation_tokens)
+    folder = moe.with_name(f"{moe.name}-distilled")
+    progress = command_line.progress_bar
+    return distill(setup.checkpoint, moe, corpus, folder, settings, progress=progress).folder
 
 
 # ---------------------------------------------------------------------------------------------------- the table

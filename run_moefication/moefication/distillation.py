@@ -151,8 +151,6 @@ def _check(
             raise MoEficationError(
                 f"--num_selects {settings.num_selects} is outside of {least} to {most}, the model's experts"
             )
-    elif config.routing == "threshold" and _runs_shared_experts_only(moe):
-        raise MoEficationError(f"{folder} runs its shared experts only; give a --num_selects to distil it for")
     if save_steps < 1:
         raise MoEficationError(f"--save_steps {save_steps} must be at least 1")
     if len(corpus.blocks) < 2:
@@ -176,12 +174,6 @@ def _training_arguments(settings: DistillationSettings, seed: int, save_steps: i
     if torch.device(device).index not in (None, arguments.device.index):
         raise MoEficationError(f"--device {device}: one process trains on the first GPU; set CUDA_VISIBLE_DEVICES")
     return arguments
-
-
-def _runs_shared_experts_only(moe: MoECheckpoint) -> bool:
-    """Whether thresholds are where no score reaches them: a budget for which the config has no number."""
-    thresholds = [moe.tensor(f"layers.{i}.mlp.gate.threshold") for i in range(moe.config.num_hidden_layers)]
-    return all(threshold.item() >= -Gate.LOWEST_THRESHOLD for threshold in thresholds)
 
 
 def _plan(moe: MoECheckpoint, trained: dict[str, torch.Tensor]) -> list[PlannedTensor]:
@@ -245,8 +237,7 @@ def _train(
 ) -> dict[str, Any]:
     """Train the model in place, as it will be stored. Returns the metrics (in the first process)."""
     device, is_first, batch_size = arguments.device, arguments.process_index == 0, settings.batch_size
-    config = model.config
-    shares = [config.experts_per_tok_of(layer) / config.num_experts for layer in range(config.num_hidden_layers)]
+    config, shares = model.config, _shares(model)
     num_held_out = -(-len(corpus.blocks) // HELD_OUT)
     blocks, held_out = corpus.blocks[:-num_held_out], corpus.blocks[-num_held_out:]
     model.to(device)
@@ -272,6 +263,15 @@ def _train(
     if config.routing == "threshold":
         metrics["threshold"] = [layer.mlp.gate.threshold.item() for layer in model.model.layers]
     return metrics
+
+
+def _shares(model: LlamaMoEForCausalLM) -> list[float]:
+    """By layer, the share of the routed experts that runs: none, where the threshold is out of every score's reach, a
+    budget for which the config has no number."""
+    config, gates = model.config, [layer.mlp.gate for layer in model.model.layers]
+    runs_none = [config.routing == "threshold" and gate.threshold.item() >= -Gate.LOWEST_THRESHOLD for gate in gates]
+    shares = [config.experts_per_tok_of(layer) / config.num_experts for layer in range(len(gates))]
+    return [0.0 if none else share for none, share in zip(runs_none, shares, strict=True)]
 
 
 @torch.no_grad()

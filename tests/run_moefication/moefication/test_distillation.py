@@ -292,6 +292,18 @@ def test_a_calibrated_model_keeps_the_budgets_of_its_layers(finished, tmp_path):
     assert metrics_of(folder)["active_share"] == pytest.approx([budget / 7 for budget in budgets], rel=0.01)
 
 
+def test_a_model_that_runs_its_shared_experts_only_goes_on_doing_so(finished, tmp_path):
+    calibrated, folder = tmp_path / "calibrated", tmp_path / "moe"
+    calibrate(finished, calibrated, num_selects=1)
+    assert llama_distill.main(arguments_of(finished, folder, moe_path=calibrated)) == 0
+    metrics = metrics_of(folder)
+    assert metrics["active_share"] == [0.0] * 3
+    assert metrics["loss_after"] < 0.9 * metrics["loss_before"]
+    before, after = (load(moe).model.layers[1].mlp for moe in (calibrated, folder))
+    assert after.gate.threshold == before.gate.threshold == -after.gate.LOWEST_THRESHOLD
+    assert torch.equal(after.experts.down_proj, before.experts.down_proj)  # they have no part in what is predicted
+
+
 @pytest.mark.parametrize("train", ["gates", "experts", "all"])
 def test_only_what_was_asked_for_changes(train, finished, short, tmp_path):
     folder = tmp_path / "moe"
@@ -489,7 +501,6 @@ WRONG = [
     ({"save_steps": 0}, "--save_steps 0 must be at least 1"),
     ({"num_selects": 1}, "--num_selects 1 is outside of 2 to 8, the model's experts"),
     ({"num_selects": 9}, "--num_selects 9 is outside of 2 to 8"),
-    ({"moe_path": "{shared_only}"}, "runs its shared experts only; give a --num_selects to distil it for"),
     ({"max_tokens": 1}, "the corpus is a single block, and one is held out"),
     ({"save_path": "{model}"}, "is one of the source checkpoints; choose another folder"),
     ({"save_path": "{moe}"}, "is one of the source checkpoints"),
@@ -507,9 +518,8 @@ def places(finished, short, tmp_path_factory) -> dict[str, Path]:
     base.convert_options = ["--convert_type", "LlamaMoEModel"]
     assert base.convert() == 0
     other = make_llama(root / "other-llama", seed=1)
-    calibrate(finished, root / "shared_only", num_selects=1)
     named = {"model": finished.model, "moe": finished.moe, "text": finished.text, "short": short}
-    return named | {"base": base.moe, "shared_only": root / "shared_only", "other": other, "save": root / "save"}
+    return named | {"base": base.moe, "other": other, "save": root / "save"}
 
 
 @pytest.mark.parametrize(("changes", "words"), WRONG)
