@@ -62,11 +62,17 @@ class Gate(nn.Module):
         index, used = self.select(scores)
         return scores, self._weights(scores, index, used).to(hidden_states.dtype), index
 
+    @property
+    def _is_unbounded(self) -> bool:
+        """Whether a token runs every expert whose score reaches the threshold, and no other."""
+        bounds = (self.min_experts_per_tok, self.max_experts_per_tok)
+        return self.routing == "threshold" and bounds == (0, self.num_experts)
+
     def select(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scores `[T, E]` -> the slots' experts `[T, K]`, and which slots are used, bool `[T, K]` (None: all are)."""
         if self.routing == "top_k":
             return torch.topk(scores, self.num_experts_per_tok, dim=-1).indices, None
-        if self.min_experts_per_tok == 0 and self.max_experts_per_tok == scores.shape[-1]:
+        if self._is_unbounded:
             return torch.arange(scores.shape[-1], device=scores.device).expand_as(scores), scores >= self.threshold
         best, index = torch.topk(scores, self.max_experts_per_tok, dim=-1)
         forced = torch.arange(best.shape[-1], device=scores.device) < self.min_experts_per_tok
@@ -74,6 +80,8 @@ class Gate(nn.Module):
 
     def selected(self, scores: torch.Tensor) -> torch.Tensor:
         """Which experts run, bool `[T, E]`."""
+        if self._is_unbounded:
+            return scores >= self.threshold
         index, used = self.select(scores)
         used = torch.ones_like(index, dtype=torch.bool) if used is None else used
         return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, used)

@@ -49,11 +49,11 @@ class GateEquations:
 
     def _truncate(self, gate: LinearGate, weight: torch.Tensor, strength: float) -> torch.Tensor:
         """Write the two factors of the gate nearest to `weight [experts, hidden]`; returns the bias `[experts]` that
-        goes with them."""
+        goes with them. What lies between the factors has variance 1, so both are of a size that training can move."""
         equations, total = self._train, self._train.gram[-1, -1]
         mean = equations.gram[-1, :-1] / total
-        metric = equations.gram[:-1, :-1] - total * torch.outer(mean, mean)
-        metric.diagonal().add_(strength * equations.gram.diagonal().mean())
+        metric = equations.gram[:-1, :-1] / total - torch.outer(mean, mean)
+        metric.diagonal().add_(strength * equations.gram.diagonal().mean() / total)
         root = torch.linalg.cholesky(metric)
         left, values, right = torch.linalg.svd(weight @ root, full_matrices=False)
         output_weight = left[:, : gate.rank] * values[: gate.rank]  # [experts, rank]

@@ -101,6 +101,9 @@ def test_truncation_in_the_metric_of_the_inputs_loses_least(rank):
     inputs, scores = problem(tokens=3000)
     fit_ridge_gate(full := make_gate(), inputs, scores, 60)
     fit_ridge_gate(low := make_gate(rank), inputs, scores, 60)
+    inner = (inputs[:-60] @ low.input_weight.detach().T).T  # [rank, tokens]
+    variances = inner.cov(aweights=token_weights(scores[:-60].square().mean(dim=1)))
+    torch.testing.assert_close(variances.view(rank, rank), torch.eye(rank), rtol=0.01, atol=0.01)
     left, values, right = torch.linalg.svd(full.weight.detach())
     naive = left[:, :rank] * values[:rank] @ right[:rank]
     with torch.no_grad():
