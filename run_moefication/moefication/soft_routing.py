@@ -143,22 +143,24 @@ def settle_thresholds(
     stream = torch.empty(sum(map(len, blocks)), config.hidden_size)
     embed(stream, blocks, batches, model.get_input_embeddings().weight.cpu())
     active = []
-    for layer, share in zip(model.model.layers, shares, strict=True):
-        half, gate = AttentionHalf(config, layer.state_dict().__getitem__, device), layer.mlp.gate
-        scores = []
-        for batch in batches:
-            attended, inputs = half(stream[batch.rows].to(device), batch)
-            stream[batch.rows] = attended.cpu()
-            scores.append(gate.score(inputs))
-        scores = torch.cat(scores)  # [tokens, E]
-        if gate.routing == "threshold":
-            gate.store_score_quantiles(scores)
-            gate.set_active_share(share)
-        ran = sum(int(gate.selected(chunk).sum()) for chunk in scores.split(4096))
-        active.append(ran / scores.numel())
-        for batch in batches:
-            attended = stream[batch.rows].to(device)
-            stream[batch.rows] = (attended + layer.mlp(half.mlp_norm(attended)[None])[0]).cpu()
+    with soft_blocks(model, shares) as soft:  # which compute all experts at once, faster than one by one
+        for layer, block, share in zip(model.model.layers, soft, shares, strict=True):
+            half, gate = AttentionHalf(config, layer.state_dict().__getitem__, device), block.gate
+            scores = []
+            for batch in batches:
+                attended, inputs = half(stream[batch.rows].to(device), batch)
+                stream[batch.rows] = attended.cpu()
+                scores.append(gate.score(inputs))
+            scores = torch.cat(scores)  # [tokens, E]
+            if gate.routing == "threshold":
+                gate.store_score_quantiles(scores)
+                gate.set_active_share(share)
+            ran = sum(int(gate.selected(chunk).sum()) for chunk in scores.split(4096))
+            active.append(ran / scores.numel())
+            block.eval()
+            for batch in batches:
+                attended = stream[batch.rows].to(device)
+                stream[batch.rows] = (attended + block(half.mlp_norm(attended))).cpu()
     return active
 
 

