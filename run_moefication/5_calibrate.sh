@@ -5,7 +5,7 @@
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=run_moefication/recipe.sh
-. "$HERE/recipe.sh" # GATE_NETWORK: linear gates are fitted anew
+. "$HERE/recipe.sh" # GATE_NETWORK: linear gates are fitted anew; OUTPUT_BIAS
 
 MODEL_PATH="${MODEL_PATH:-}"                              # dense LLaMA in transformers format, or a hub id
 MOE_PATH="${MOE_PATH:-${MODEL_PATH%/}-MoE}"               # the checkpoint that 4_convert.sh wrote
@@ -32,4 +32,5 @@ PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/b
     --batch_size "$BATCH_SIZE" \
     --seed "$SEED" \
     ${REFIT_GATES:+--refit_gates} \
+    ${OUTPUT_BIAS:+--output_bias} \
     "$@"

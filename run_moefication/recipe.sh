@@ -14,7 +14,8 @@ case "$RECIPE" in
         CLUSTER_ON="${CLUSTER_ON:-activations}"
         SELECT_CRITERION="${SELECT_CRITERION:-output_norm}"
         GATE_NETWORK="${GATE_NETWORK:-linear}"
-        GATE_RANK="${GATE_RANK-32}"                                # of a linear gate as two factors; empty: full
+        GATE_RANK="${GATE_RANK-$([ "$NUM_EXPERTS" -lt 256 ] || echo 96)}" # two factors of a large gate; empty: full
+        OUTPUT_BIAS="${OUTPUT_BIAS-1}"                             # empty: none, for architectures without one
         ROUTING="${ROUTING:-threshold}"
         ;;
     plain)
@@ -25,6 +26,7 @@ case "$RECIPE" in
         SELECT_CRITERION="${SELECT_CRITERION:-l2_norm}"            # plain, positive, l2_norm or output_norm
         GATE_NETWORK="${GATE_NETWORK:-mlp}"                        # mlp, linear or similarity
         GATE_RANK="${GATE_RANK:-}"
+        OUTPUT_BIAS="${OUTPUT_BIAS:-}"
         ROUTING="${ROUTING:-top_k}"
         ;;
     *)

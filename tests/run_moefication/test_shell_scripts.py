@@ -68,6 +68,7 @@ def test_the_default_recipe_ends_with_a_calibrated_model(run, text_folder):
         "gate_network": "linear",
         "gate_rank": 2,
         "gate_bias": True,
+        "output_bias": True,
     }
     assert {name: config[name] for name in expected} == expected
     result = run("evaluate.sh", TEXT_PATH=str(text_folder / "c4.jsonl"))

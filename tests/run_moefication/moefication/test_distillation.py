@@ -55,6 +55,7 @@ def arguments_of(pipeline: Pipeline, save: Path, **changes: object) -> list[str]
         "train_data_cache_path": pipeline.save / "cache",
         "block_size": 32,
         "lr": 1e-3,
+        "gate_lr_scale": 1,
     } | changes
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
