@@ -11,6 +11,7 @@ from quality_baselines import block_losses, cmoe, masked, oracle
 from transformers import LlamaForCausalLM
 
 BLOCKS = 3
+STATIC = ("", ", refitted", ", refitted and distilled")
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +78,18 @@ def test_the_bench_measures_every_method_once_and_keeps_what_it_measured(tmp_pat
         "--calibration_tokens": 512,
         "--heldout_tokens": 128,
         "--wikitext_tokens": 128,
-        "--budgets": 0.5,
         "--experts": 16,
+        "--chosen": 16,
+        "--distillation_tokens": 512,
         "--json": tmp_path / "quality.json",
         "--markdown": tmp_path / "quality.md",
         "--plot": tmp_path / "quality.png",
     }
-    arguments = [item for pair in options.items() for item in pair]
+    arguments = [*(item for pair in options.items() for item in pair), "--distill", "--budgets", 0.75, 0.5]
     status, _, err = run_script(bench_quality.main, *arguments)
     assert status == 0, err
     results = json.loads((tmp_path / "quality.json").read_text())
-    assert [numbers["method"] for numbers in results.values()] == [
+    assert [numbers["method"] for numbers in results.values() if numbers["budget"] != 0.75] == [
         "dense",
         "plain recipe",
         "CMoE's recipe",
@@ -95,13 +97,19 @@ def test_the_bench_measures_every_method_once_and_keeps_what_it_measured(tmp_pat
         "static mask, refitted",
         "ours, 16 experts, top_k",
         "ours, 16 experts, threshold",
+        "ours, 16 experts, threshold, calibrated at 75%",
+        "static mask, refitted and distilled",
+        "ours, 16 experts, threshold, distilled",
         "neuron oracle",
     ]
-    for name in ("static mask", "static mask, refitted"):  # a static mask has no gate to count
-        assert results[f"{name} at 0.5"]["c4"]["active"] == pytest.approx(0.5)
+    # A static mask has no gate to count.
+    shares = [results[f"static mask{kind} at 0.5"]["c4"]["active"] for kind in STATIC]
+    assert shares == [63 / 128, *[pytest.approx(63 / 128 + 1 / (3 * 128))] * 2]
     ours = results["ours, 16 experts, top_k at 0.5"]["c4"]
     assert ours["neurons"] < ours["active"] <= 0.5
-    assert len((tmp_path / "quality.md").read_text().splitlines()) == 4 + 7
+    other = "ours, 16 experts, threshold, calibrated at 75% at 0.5"
+    assert results[other]["c4"]["neurons"] < results["ours, 16 experts, threshold at 0.75"]["c4"]["neurons"]
+    assert len((tmp_path / "quality.md").read_text().splitlines()) == 4 + 2 * 10
     assert (tmp_path / "quality.png").stat().st_size > 10_000
 
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "rows").iterdir()}
