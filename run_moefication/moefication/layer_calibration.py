@@ -16,7 +16,7 @@ from .packed_mlp import PackedMLP
 from .ridge import NormalEquations, best_strength, token_weights
 from .ridge_gates import GateEquations
 
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the pull to the original down_proj, in units of the Gram's mean diagonal
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the pull to the original down_proj, in mean diagonals of the Gram
 MOST_QUANTILE_SCORES = 1 << 24  # more than so many are thinned out, token by token, before they are sorted
 MOST_KEPT_BYTES = 2 << 30  # of a layer's activations on all tokens; where they are more, each pass computes them anew
 

@@ -28,9 +28,11 @@ def calibration_card(
     name: str, config: LlamaMoEConfig, model_class: str, num_tokens: int, metrics: list[dict[str, Any]]
 ) -> str:
     """The card of a checkpoint that calibrate wrote, with what each layer's fit gained."""
+    thresholds = [f"{m['threshold']:.4g}" if config.routing == "threshold" else "none" for m in metrics]
     rows = [
-        f"| {layer} | {m['active_share']:.3f} | {m['error_before']:.4f} | {m['error_after']:.4f} | {m['strength']:g} |"
-        for layer, m in enumerate(metrics)
+        f"| {layer} | {threshold} | {m['active_share']:.3f} "
+        f"| {m['error_before']:.4f} | {m['error_after']:.4f} | {m['strength']:g} |"
+        for layer, (threshold, m) in enumerate(zip(thresholds, metrics, strict=True))
     ]
     table = "\n".join(rows)
     return model_card(
@@ -42,8 +44,8 @@ def calibration_card(
 What each layer's output lacks of the dense model's, as a share of its square, on calibration text held out from the
 fit: with the original `down_proj` and with the fitted one.
 
-| layer | routed experts that run | before | after | ridge strength |
-|---|---|---|---|---|
+| layer | threshold | routed experts that run | before | after | ridge strength |
+|---|---|---|---|---|---|
 {table}
 """,
     )

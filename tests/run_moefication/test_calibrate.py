@@ -457,6 +457,7 @@ def test_the_folder_holds_a_checkpoint_and_nothing_else(finished, corpus):
     card = (folder / "README.md").read_text()
     assert f"{TOKENS:,} tokens" in card
     assert all(f"{m['error_before']:.4f} | {m['error_after']:.4f}" in card for m in metrics)
+    assert all(f"| {m['threshold']:.4g} | {m['active_share']:.3f} |" in card for m in metrics)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == tensors_of(folder).keys()
 
