@@ -16,7 +16,7 @@ from llama_moe.moe_layers import MoEBlock
 from .layer_walk import AttentionHalf, batches_of, embed
 
 TEMPERATURE = 0.5  # of the sigmoid that stands in for the choice, in standard deviations of the layer's scores
-NUDGE = 0.1  # how far a threshold moves, each step, to where the step's text would have it
+NUDGE = 0.3  # how far a threshold moves, each step, to where the step's text would have it
 MOST_SCORES = 1 << 24  # of a layer, that its last threshold is set by: where the text has more, less text is read
 MOST_STREAM_BYTES = 1 << 30  # the same for the residual stream
 
@@ -25,9 +25,9 @@ class SoftBlock(nn.Module):
     """Computes what an `MoEBlock` computes, with that block's own parameters under the same names.
 
     The difference is the gradient: every expert is computed, and the hard choice among them passes it on as a sigmoid
-    around the boundary between running and not would. So a gate learns what an expert that did not run would have given
-    (`Experts` leaves those out). While training it also notes which threshold the text would have called for. The
-    gate's noise is left out.
+    around the boundary between running and not would, where the boundary moves with the scores to stay on budget. So a
+    gate learns what an expert that did not run would have given (`Experts` leaves those out). While training it also
+    notes which threshold the text would have called for. The gate's noise is left out.
 
     Attributes:
         kept: bool `[B, N]`, which positions of the next batch are text; None: all.
@@ -72,12 +72,18 @@ class SoftBlock(nn.Module):
         if not scores.requires_grad:
             return selected
         if self.gate.routing == "threshold":
-            boundary = self.gate.threshold
+            boundary, within = self.gate.threshold, (0, 1)
         else:
-            boundary = hard.topk(self.gate.num_experts_per_tok).values[:, -1:]
-        deviation = of_text.std().clamp(min=torch.finfo(hard.dtype).eps)
-        soft = torch.sigmoid((scores - boundary) / (TEMPERATURE * deviation))
-        return selected + (soft - soft.detach())
+            boundary, within = hard.topk(self.gate.num_experts_per_tok).values[:, -1:], (1,)
+        width = TEMPERATURE * of_text.std().clamp(min=torch.finfo(hard.dtype).eps)
+        soft = torch.sigmoid((hard - boundary) / width)
+        slope = soft * (1 - soft)
+        if self.kept is not None:
+            slope = slope * self.kept.view(-1, 1)
+        # The boundary moves with the scores around it, to stay on budget: to raise them all gains nothing.
+        mean = (slope * scores).sum(within, keepdim=True) / slope.sum(within, keepdim=True).clamp(min=1e-30)
+        above = (scores - mean) / width
+        return selected + slope * (above - above.detach())
 
     def wanted_threshold(self) -> torch.Tensor:
         """The threshold `[1]` that the text since the last call would have met its budget with, on average over the

@@ -157,7 +157,8 @@ def test_training_computes_what_the_model_computes(kind):
 
 @pytest.mark.parametrize("kind", ["top_k", "threshold", "mlp_bias"])
 def test_gates_hear_of_every_expert(kind):
-    """The gradient of a gate's bias against one written out token by token, expert by expert."""
+    """The gradient of a gate's bias against one written out token by token, expert by expert: what an expert would
+    give beyond what those near the boundary, which it would push out, give on average."""
     model = random_moe(**KINDS[kind])
     block, hidden = model.model.layers[1].mlp, TINY["hidden_size"]
     x, direction = torch.randn(1, 9, hidden), torch.randn(hidden)
@@ -165,11 +166,11 @@ def test_gates_hear_of_every_expert(kind):
         soft[1].train()
         (soft[1](x) @ direction).sum().backward()
     experts, gate = block.experts, block.gate
+    slopes, gains, idle = (torch.zeros(9, 6) for _ in range(3))
     with torch.no_grad():
         scores = gate.score(x[0])
         width = TEMPERATURE * scores.std()
-        expected, of_idle = torch.zeros(6), torch.zeros(6)
-        for token, of_token in zip(x[0], scores, strict=True):
+        for t, (token, of_token) in enumerate(zip(x[0], scores, strict=True)):
             boundary = gate.threshold.item() if gate.routing == "threshold" else of_token.sort().values[-3].item()
             for expert in range(6):
                 both = experts.gate_up_proj[expert] @ token
@@ -178,11 +179,16 @@ def test_gates_hear_of_every_expert(kind):
                 of_gate, of_up = both.chunk(2)
                 output = experts.down_proj[expert] @ (torch.nn.functional.silu(of_gate) * of_up)
                 soft_choice = torch.sigmoid((of_token[expert] - boundary) / width)
-                slope = soft_choice * (1 - soft_choice) / width * (output @ direction)
-                expected[expert] += slope
-                of_idle[expert] += slope if of_token[expert] < boundary else 0
-    assert (of_idle != 0).all()
-    torch.testing.assert_close(gate.bias.grad, expected, rtol=1e-4, atol=1e-6)
+                slopes[t, expert] = soft_choice * (1 - soft_choice) / width
+                gains[t, expert] = output @ direction
+                idle[t, expert] = of_token[expert] < boundary
+    rivals = [(slopes[t], gains[t]) for t in range(9)] if kind == "top_k" else [(slopes, gains)] * 9
+    others = torch.stack([(slope * gain).sum() / slope.sum() for slope, gain in rivals])[:, None]
+    gradients = slopes * (gains - others)
+    assert ((gradients * idle).sum(dim=0) != 0).all()
+    torch.testing.assert_close(gate.bias.grad, gradients.sum(dim=0), rtol=1e-4, atol=1e-5)
+    # A shift of all scores changes nothing.
+    assert gate.bias.grad.sum().abs() < 1e-4 * gate.bias.grad.abs().max()
 
 
 def test_padding_counts_neither_for_thresholds_nor_for_gradients():
