@@ -1,6 +1,7 @@
 """Pinned packages of the registries of Python (pip), JavaScript (npm) and Debian (apt-get): fetched once, checked
 always, never installed and nothing in them ever run. And how scripts that fetch them end."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -105,8 +106,19 @@ class DebianPackage(Package):
 
     def download(self, folder: Path) -> None:
         name = self.name if self.architecture == "all" else f"{self.name}:{self.architecture}"
-        command = ["apt-get", "--quiet", "download", f"{name}={self.version}"]
-        _run_client(command, folder, "check the network, and try `apt-get update`")
+        download = ["--quiet", "download", f"{name}={self.version}"]
+        advice = "check the network, and which Debian apt-get is set up for"
+        with contextlib.suppress(RegistryError):
+            _run_client(["apt-get", *download], folder, advice)
+            return
+        # The machine's lists may be older than the pin. Any user can bring lists of their own up to date.
+        lists = folder / "lists"
+        (lists / "partial").mkdir(parents=True)
+        settings = (f"Dir::State::Lists={lists}", "Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache=")
+        apt_get = ["apt-get", *(part for setting in settings for part in ("--option", setting))]
+        with contextlib.suppress(RegistryError):
+            _run_client([*apt_get, "--quiet", "update"], folder, advice)
+        _run_client([*apt_get, *download], folder, advice)
 
 
 def fetch(package: Package, cache_dir: Path) -> Path:

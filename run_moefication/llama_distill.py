@@ -43,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("gates", "experts", "all"),
         help="what is trained: the gates; the experts, shared ones and output biases included; or both",
     )
-    group.add_argument("--lr", type=float, default=1e-4, help="learning rate of Adam, at the top of its cosine")
-    group.add_argument("--gate_lr_scale", type=float, default=1.0, help="learning rate of the gates, in times --lr")
+    group.add_argument("--lr", type=float, default=5e-5, help="learning rate of Adam, at the top of its cosine")
+    group.add_argument("--gate_lr_scale", type=float, default=2.0, help="learning rate of the gates, in times --lr")
     group.add_argument("--epochs", type=int, default=1, help="passes over the text")
     group.add_argument("--batch_size", type=int, default=2, help="blocks at a time in each process")
     group.add_argument(

@@ -49,8 +49,8 @@ class DistillationSettings:
 
     num_selects: int | None = None  # counts shared experts; None: the checkpoint's budget
     train: str = "all"
-    lr: float = 1e-4
-    gate_lr_scale: float = 1.0
+    lr: float = 5e-5
+    gate_lr_scale: float = 2.0
     epochs: int = 1
     batch_size: int = 2
     gradient_accumulation_steps: int = 1

@@ -55,6 +55,16 @@ def test_a_package_is_fetched_under_its_name(tmp_path, package):
     assert file_sha256(path) == package.sha256
 
 
+def test_lists_of_debian_older_than_the_pin_do_not_matter(tmp_path, monkeypatch):
+    """As on a machine whose lists are empty."""
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "apt.conf").write_text(f'Dir::State::Lists "{tmp_path}/lists";\nDir::Cache::pkgcache "";\n')
+    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+    package = DebianPackage("debian-faq", "11.1", "427426e0cfa6888622fc1d72631071cb4b5a1f86ccde722e7820bcef284de5d0")
+    assert fetch_or_skip(package, tmp_path / "files").is_file()
+    assert not [*(tmp_path / "lists").glob("*Packages*")]
+
+
 @pytest.mark.parametrize(
     "package",
     [
