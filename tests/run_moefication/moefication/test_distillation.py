@@ -373,7 +373,7 @@ def test_progress_counts_the_steps(finished, short, tmp_path):
             yield item
             done.append((item, what, unit))
 
-    settings = DistillationSettings(lr=1e-3, gate_lr_scale=1)
+    settings = DistillationSettings(lr=1e-3, gate_lr_scale=1.0)
     writer = distill(checkpoint, finished.moe, corpus, tmp_path / "moe", settings, progress=progress)
     assert writer.finished
     assert done == [(step, "distill", "step") for step in range(metrics_of(short)["steps"])]
