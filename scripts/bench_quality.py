@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--wikitext_tokens", type=int, default=16384, help="of --wikitext_path")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="active fractions")
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 64, 128, 256, 512], help="for our rows")
-    parser.add_argument("--gate_rank", type=int, default=96, help="of gates, where it makes them smaller")
+    parser.add_argument(
+        "--gate_rank", type=int, default=96, help="of gates, where it makes them smaller; 0: full gates"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="rows to measure")
     parser.add_argument(
         "--chosen", type=int, default=256, help="experts of the model that runs at other budgets, too, and is distilled"
@@ -137,6 +139,7 @@ class Row:
     method: str
     budget: float
     measure: Callable[[], dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)  # that its numbers depend on, beside those of all rows
 
     @property
     def key(self) -> str:
@@ -174,7 +177,7 @@ def _kept(setup: Setup, row: Row) -> dict[str, Any]:
         "corpus": setup.corpus.digest,
         "texts": {name: len(blocks) for name, blocks in setup.texts.items()},
         "gate_rank": setup.arguments.gate_rank,
-    }
+    } | row.settings
     path = setup.work / "rows" / f"{row.key.replace('/', '-')}.json"
     if path.is_file():
         kept = json.loads(path.read_text())
@@ -212,11 +215,12 @@ def rows(setup: Setup) -> Iterator[Row]:
             for other in (other for other in arguments.budgets if other != budget):
                 yield Row(f"{name}, calibrated at {other:.0%}", budget, partial(measure_dialled, setup, other, budget))
         if arguments.distill:
+            settings = {"distillation_tokens": arguments.distillation_tokens, "bf16": arguments.bf16}
             if "static" in arguments.methods:
                 static = partial(measure_static, setup, budget, refit=True, is_distilled=True)
-                yield Row("static mask, refitted and distilled", budget, static)
+                yield Row("static mask, refitted and distilled", budget, static, settings)
             if "threshold" in arguments.methods:
-                yield Row(f"{name}, distilled", budget, partial(measure_distilled, setup, budget))
+                yield Row(f"{name}, distilled", budget, partial(measure_distilled, setup, budget), settings)
         if "oracle" in arguments.methods:
             yield Row("neuron oracle", budget, partial(measure_masked, setup, partial(oracle, budget)))
 
@@ -261,11 +265,12 @@ def measure_moe(setup: Setup, folder: Path, *, budget: float | None = None, is_s
             layer.mlp.gate.set_active_share(0)
     config = model.config
     experts = config.num_experts + config.num_shared_experts
-    mlp, dense = model.model.layers[0].mlp, 3 * config.hidden_size * config.intermediate_size
-    gate = sum(p.numel() for p in mlp.gate.parameters()) / dense
+    gate = sum(p.numel() for p in model.model.layers[0].mlp.gate.parameters())
+    gate /= 3 * config.hidden_size * config.intermediate_size
     if budget is not None:
-        model.set_active_fraction(budget - MARGIN["threshold"] - gate - mlp.output_bias.numel() / dense)
-    numbers = {}
+        model.set_active_fraction(budget - MARGIN["threshold"] - gate - _bias_share(setup))
+    names = ("num_selects", "num_shared_experts", "gate_rank")
+    numbers = {name: getattr(config, name) for name in names}
     for name, blocks in setup.texts.items():
         with record_routing(model) as routing:
             losses = block_losses(model, blocks)
@@ -346,7 +351,7 @@ def _ours_at(setup: Setup, experts: int, routing: str, budget: float) -> Path:
     shared, rank = shared_experts(experts, budget), setup.arguments.gate_rank
     routed, hidden = experts - shared, config.hidden_size
     gate = hidden * routed
-    if rank * (hidden + routed) < gate:
+    if 0 < rank * (hidden + routed) < gate:
         gate = rank * (hidden + routed)
     else:
         rank = None

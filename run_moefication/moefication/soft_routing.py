@@ -38,6 +38,7 @@ class SoftBlock(nn.Module):
         super().__init__()
         self.gate, self.experts, self.shared_experts = block.gate, block.experts, block.shared_experts
         self.register_parameter("output_bias", block.output_bias)
+        self.train(block.training)
         self.kept: torch.Tensor | None = None
         self._tracks = self.gate.routing == "threshold" and 0 < share < 1
         self._share = share
@@ -81,7 +82,9 @@ class SoftBlock(nn.Module):
         if self.kept is not None:
             slope = slope * self.kept.view(-1, 1)
         # The boundary moves with the scores around it, to stay on budget: to raise them all gains nothing.
-        mean = (slope * scores).sum(within, keepdim=True) / slope.sum(within, keepdim=True).clamp(min=1e-30)
+        mean = (slope * scores).sum(within, keepdim=True) / slope.sum(within, keepdim=True).clamp(
+            min=torch.finfo(hard.dtype).tiny
+        )
         above = (scores - mean) / width
         return selected + slope * (above - above.detach())
 
@@ -163,7 +166,6 @@ def settle_thresholds(
                 gate.set_active_share(share)
             ran = sum(int(gate.selected(chunk).sum()) for chunk in scores.split(4096))
             active.append(ran / scores.numel())
-            block.eval()
             for batch in batches:
                 attended = stream[batch.rows].to(device)
                 stream[batch.rows] = (attended + block(half.mlp_norm(attended))).cpu()

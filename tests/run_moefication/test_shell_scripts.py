@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,16 @@ def test_scripts_in_order_do_what_the_stages_do(run, tiny_llama, text_folder, tm
     pipeline.feature_options += ["--feature_format", "inputs"]
     pipeline.run()
     assert contents(run.folder) == contents(pipeline.save)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank"),
+    [({"NUM_EXPERTS": "16"}, ""), ({}, "96"), ({"GATE_RANK": ""}, ""), ({"GATE_RANK": "7"}, "7")],
+)
+def test_large_gates_have_a_rank_small_ones_none(settings, rank):
+    command = ["bash", "-euc", f'. {shlex.quote(str(STAGES))}/recipe.sh && echo "$GATE_RANK"']
+    result = subprocess.run(command, env={"PATH": os.environ["PATH"]} | settings, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == (f"{rank}\n", "")
 
 
 def test_the_default_recipe_ends_with_a_calibrated_model(run, text_folder):
