@@ -22,7 +22,6 @@ from run_moefication import command_line
 
 BLOCK = 512
 BATCH = 8  # blocks at a time
-DRAWS = 2000  # of the bootstrap
 FEATURE_TOKENS = 32768  # for the splits, and for the gates of stage 3, which calibration fits anew
 METHODS = ("plain", "cmoe", "oracle", "static", "top_k", "threshold")
 
@@ -150,24 +149,25 @@ def bench(arguments: argparse.Namespace) -> None:
     """Measure all that was asked for, printing as it goes."""
     import timing
     import torch
+    from quality_table import line, plot, table
 
     arguments.work.mkdir(parents=True, exist_ok=True)
     setup = prepare(arguments)
     machine = timing.machine(torch.device("cpu"))
     calibration = f"{setup.corpus.num_tokens:,} calibration tokens, seed {arguments.seed}"
     print(f"{setup.checkpoint.name}; {machine}; {calibration}")
-    results = {}
+    results, names_and_seed = {}, (list(setup.texts), arguments.seed)
     for row in rows(setup):
         results[row.key] = _kept(setup, row)
         if len(results) > 1:
-            print(_line(row, results, setup), flush=True)
-    table = _table(results, setup, f"{calibration}; {machine}")
-    print(f"\n{table}")
-    for path, content in ((arguments.markdown, table), (arguments.json, json.dumps(results, indent=1))):
+            print(line(row.key, results, *names_and_seed), flush=True)
+    markdown = table(results, *names_and_seed, f"{calibration}; {machine}")
+    print(f"\n{markdown}")
+    for path, content in ((arguments.markdown, markdown), (arguments.json, json.dumps(results, indent=1))):
         if path:
             path.write_text(content + "\n")
     if arguments.plot:
-        plot(results, setup, arguments.plot)
+        plot(results, *names_and_seed, arguments.plot)
 
 
 def _kept(setup: Setup, row: Row) -> dict[str, Any]:
@@ -424,91 +424,6 @@ def _distilled(setup: Setup, moe: Path) -> Path:
     folder = moe.with_name(f"{moe.name}-distilled")
     progress = command_line.progress_bar
     return distill(setup.checkpoint, moe, corpus, folder, settings, progress=progress).folder
-
-
-# ---------------------------------------------------------------------------------------------------- the table
-
-
-def ratios(numbers: dict[str, Any], dense: dict[str, Any], names: list[str], seed: int) -> tuple[float, float, float]:
-    """Perplexity over the dense model's, the geometric mean over the texts, with the ends of its 95 % interval: paired
-    bootstrap over the blocks of each text."""
-    import numpy as np
-
-    generator = np.random.default_rng(seed)
-    means, draws = [], []
-    for name in names:
-        differences = np.array(numbers[name]["losses"]) - np.array(dense[name]["losses"])
-        chosen = generator.integers(len(differences), size=(DRAWS, len(differences)))
-        means.append(differences.mean())
-        draws.append(differences[chosen].mean(axis=1))
-    low, high = np.quantile(np.mean(draws, axis=0), [0.025, 0.975])
-    return tuple(float(np.exp(value)) for value in (np.mean(means), low, high))
-
-
-def summary(
-    numbers: dict[str, Any], results: dict[str, Any], setup: Setup
-) -> list[tuple[str, list[str], tuple, float]]:
-    """For held-out text and WikiText-2: name, texts, ratio with its interval, and active share (mean over texts)."""
-    heldout = [name for name in setup.texts if name != "WikiText-2"]
-    groups = [("held-out", heldout)] + ([("WikiText-2", ["WikiText-2"])] if "WikiText-2" in setup.texts else [])
-    dense = next(iter(results.values()))
-    return [
-        (
-            group,
-            names,
-            ratios(numbers, dense, names, setup.arguments.seed),
-            sum(numbers[name]["active"] for name in names) / len(names),
-        )
-        for group, names in groups
-    ]
-
-
-def _line(row: Row, results: dict[str, Any], setup: Setup) -> str:
-    parts = summary(results[row.key], results, setup)
-    cells = "  ".join(f"{group} {ratio[0]:.3f} (active {active:.3f})" for group, _, ratio, active in parts)
-    return f"{row.key:<42} {cells}  {results[row.key]['minutes']:.1f} min"
-
-
-def _table(results: dict[str, Any], setup: Setup, caption: str) -> str:
-    heads = [group for group, *_ in summary(next(iter(results.values())), results, setup)]
-    lines = [f"Perplexity over dense, in brackets the 95 % interval; {caption}", ""]
-    columns = "".join(f" active | neurons | {head} |" for head in heads)
-    lines += [f"| budget | method |{columns} minutes |", "|---|---|" + "---|" * (3 * len(heads) + 1)]
-    for numbers in list(results.values())[1:]:
-        cells = ""
-        for _, names, (ratio, low, high), active in summary(numbers, results, setup):
-            neurons = sum(numbers[name]["neurons"] for name in names) / len(names)
-            over = "*" if active > numbers["budget"] + 1e-9 else ""
-            cells += f" {active:.3f}{over} | {neurons:.3f} | {ratio:.3f} ({low:.3f} to {high:.3f}) |"
-        lines.append(f"| {numbers['budget']:.0%} | {numbers['method']} |{cells} {numbers['minutes']:.0f} |")
-    return "\n".join(lines)
-
-
-def plot(results: dict[str, Any], setup: Setup, path: Path) -> None:
-    """Perplexity over dense against active fraction, a line per method, held-out text and WikiText-2 side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups = summary(next(iter(results.values())), results, setup)
-    figure, axes = pyplot.subplots(1, len(groups), figsize=(6 * len(groups), 5), squeeze=False)
-    methods = list(dict.fromkeys(numbers["method"] for numbers in list(results.values())[1:]))
-    for place, axis in enumerate(axes[0]):
-        for method in methods:
-            points = sorted(
-                (part[3], part[2][0])
-                for numbers in results.values()
-                if numbers["method"] == method
-                for part in [summary(numbers, results, setup)[place]]
-            )
-            axis.plot(*zip(*points, strict=True), marker="o", label=method)
-        axis.set(xlabel="active parameters of the MLPs", ylabel="perplexity over dense", title=groups[place][0])
-        axis.set_yscale("log")
-        axis.grid(True, which="both", alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
