@@ -4,7 +4,7 @@
 #
 #     bash scripts/quickstart.sh
 #     RECIPE=plain bash scripts/quickstart.sh          # the original description's recipe
-#     DISTILL=1 bash scripts/quickstart.sh             # stage 6 as well, some ten minutes more
+#     DISTILL=1 bash scripts/quickstart.sh             # stage 6 as well, some five minutes more
 #     MODEL=/models/llama_7B bash scripts/quickstart.sh    # a checkpoint of your own
 #
 # Settings: MODEL (folder or hub id), DATA (folder of jsonl), TEXT (held-out text to measure on), RECIPE (calibrated or
