@@ -4,7 +4,8 @@ python scripts/bench_quality.py --model_path .cache/SmolLM2-135M-Instruct --trai
   --heldout_path .cache/llama_data/heldout --work .quality --wikitext_path wiki.test.raw
 
 Active is what ran per token on the evaluation text, over the dense MLPs' parameters: shared experts, gates and biases
-count. A row over its budget is marked with *. Everything is kept in --work: run again, it goes on where it stopped.
+count. A row over its budget is marked with *. Rows are kept in the --json file and checkpoints in --work: run again, it
+goes on where it stopped, and measures no row twice.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--distill", action="store_true", help="distil the chosen model, and the static mask alike")
     parser.add_argument("--distillation_tokens", type=int, default=262144, help="one pass over so many")
     parser.add_argument("--bf16", action="store_true", help="distil in bfloat16")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--json", type=Path, help="file of the numbers (default: rows.json in --work)")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--plot", type=Path, help="draw perplexity against active fraction into this file")
     parser.add_argument("--seed", type=command_line.seed_number, default=0, help="of blocks, clustering and bootstrap")
@@ -153,42 +154,50 @@ def bench(arguments: argparse.Namespace) -> None:
 
     arguments.work.mkdir(parents=True, exist_ok=True)
     setup = prepare(arguments)
-    machine = timing.machine(torch.device("cpu"))
+    store = Store(setup, arguments.json or arguments.work / "rows.json", timing.machine(torch.device("cpu")))
     calibration = f"{setup.corpus.num_tokens:,} calibration tokens, seed {arguments.seed}"
-    print(f"{setup.checkpoint.name}; {machine}; {calibration}")
+    print(f"{setup.checkpoint.name}; {store.machine}; {calibration}")
     results, names_and_seed = {}, (list(setup.texts), arguments.seed)
     for row in rows(setup):
-        results[row.key] = _kept(setup, row)
+        results[row.key] = store.numbers(row)
         if len(results) > 1:
             print(line(row.key, results, *names_and_seed), flush=True)
-    markdown = table(results, *names_and_seed, f"{calibration}; {machine}")
+    machines = " or ".join(sorted({numbers["machine"] for numbers in results.values()}))
+    markdown = table(results, *names_and_seed, f"{calibration}; {machines}")
     print(f"\n{markdown}")
-    for path, content in ((arguments.markdown, markdown), (arguments.json, json.dumps(results, indent=1))):
-        if path:
-            path.write_text(content + "\n")
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown + "\n")
     if arguments.plot:
         plot(results, *names_and_seed, arguments.plot)
 
 
-def _kept(setup: Setup, row: Row) -> dict[str, Any]:
-    """The row's numbers, from an earlier run with the same settings where there is one."""
-    settings = {
-        "model": setup.checkpoint.fingerprint,
-        "corpus": setup.corpus.digest,
-        "texts": {name: len(blocks) for name, blocks in setup.texts.items()},
-        "gate_rank": setup.arguments.gate_rank,
-    } | row.settings
-    path = setup.work / "rows" / f"{row.key.replace('/', '-')}.json"
-    if path.is_file():
-        kept = json.loads(path.read_text())
-        if kept["settings"] == settings:
-            return kept["numbers"]
-    start = time.time()
-    numbers = row.measure()
-    numbers |= {"method": row.method, "budget": row.budget, "minutes": (time.time() - start) / 60}
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"settings": settings, "numbers": numbers}, indent=1) + "\n")
-    return numbers
+class Store:
+    """The JSON file of rows: what an earlier run measured with the same settings is not measured again."""
+
+    def __init__(self, setup: Setup, path: Path, machine: str):
+        self.machine = machine
+        self._path = path
+        self._rows = json.loads(path.read_text()) if path.is_file() else {}
+        self._settings = {
+            "model": setup.checkpoint.fingerprint,
+            "corpus": setup.corpus.digest,
+            "texts": {name: len(blocks) for name, blocks in setup.texts.items()},
+            "gate_rank": setup.arguments.gate_rank,
+        }
+
+    def numbers(self, row: Row) -> dict[str, Any]:
+        """A row's numbers, measured now unless they are there."""
+        from run_moefication.moefication.files import write_json
+
+        settings = self._settings | row.settings
+        if self._rows.get(row.key, {}).get("settings") != settings:
+            start = time.time()
+            numbers = row.measure()
+            minutes = (time.time() - start) / 60
+            about = {"method": row.method, "budget": row.budget, "minutes": minutes, "machine": self.machine}
+            self._rows[row.key] = {"settings": settings} | about | numbers
+            write_json(self._path, self._rows)
+        return self._rows[row.key]
 
 
 def rows(setup: Setup) -> Iterator[Row]:

@@ -30,20 +30,24 @@ TRAINED = {
 
 
 class DenseTeacher:
-    """The dense model, for its logits: float32 on CPUs, bfloat16 elsewhere."""
+    """The dense model, for its last hidden states; float32 on CPUs, bfloat16 elsewhere.
+
+    Attributes:
+        head: `[vocabulary, H]`, what makes logits of them.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: str):
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         self._body = checkpoint.load_model(device, dtype)
         if checkpoint.config.tie_word_embeddings:
-            self._head = self._body.embed_tokens.weight
+            self.head = self._body.embed_tokens.weight
         else:
-            self._head = checkpoint.finite_tensor("lm_head.weight").to(device, dtype)
+            self.head = checkpoint.finite_tensor("lm_head.weight").to(device, dtype)
 
     @torch.no_grad()
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[B, N]` -> `[B, N, vocabulary]`"""
-        return F.linear(self._body(input_ids=tokens, use_cache=False).last_hidden_state, self._head)
+        """`[B, N]` -> `[B, N, H]`"""
+        return self._body(input_ids=tokens, use_cache=False).last_hidden_state
 
 
 def padded(blocks: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -55,13 +59,40 @@ def padded(blocks: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "kept": torch.arange(tokens.shape[1]) < lengths[:, None]}
 
 
-def kl_sum(student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Sum over the kept positions of KL(teacher || student), in nats; logits `[B, N, vocabulary]`, bool `[B, N]`."""
-    total = student.new_zeros((), dtype=torch.float32)
-    for of_student, of_teacher, of_text in zip(student, teacher, kept, strict=True):  # a row at a time: they are large
-        of_student, of_teacher = (logits[of_text].float().log_softmax(-1) for logits in (of_student, of_teacher))
-        total = total + F.kl_div(of_student, of_teacher, reduction="sum", log_target=True)
-    return total
+class HeadsKL(torch.autograd.Function):
+    """Sum over tokens of KL(teacher || student), in nats, of the logits that their heads make of hidden states.
+
+    Logits of a large vocabulary are larger than all else in a step. Here they exist for `CHUNK` tokens at a time, and
+    the gradient, whose logits' part is the difference of the two distributions, is computed along with the sum.
+    """
+
+    CHUNK = 128
+
+    @staticmethod
+    def forward(ctx, student, teacher, student_head, teacher_head):
+        """Hidden states `[T, H]` of both, heads `[vocabulary, H]` of both, which get no gradient -> a float32 scalar"""
+        total = student.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        device = student.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student.dtype
+        heads = student_head.to(dtype), teacher_head.to(dtype)  # once, not in each chunk
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(student), HeadsKL.CHUNK):
+                chunk = slice(start, start + HeadsKL.CHUNK)
+                log_q, log_p = (
+                    F.linear(hidden[chunk].to(dtype), head).float().log_softmax(-1)
+                    for hidden, head in zip((student, teacher), heads, strict=True)
+                )
+                total += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+                if gradient is not None:
+                    gradient[chunk] = log_q.exp_().sub_(log_p.exp_()).to(dtype) @ heads[0]
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, of_total):
+        (gradient,) = ctx.saved_tensors
+        return of_total.to(gradient.dtype) * gradient, None, None, None
 
 
 @torch.no_grad()
@@ -73,10 +104,10 @@ def mean_kl(
     total = 0.0
     for index in range(0, len(blocks), batch_size):
         batch = {name: tensor.to(device) for name, tensor in padded(blocks[index : index + batch_size]).items()}
-        tokens = batch["input_ids"]
+        tokens, kept = batch["input_ids"], batch["kept"]
         # Not through `model` itself: after a training in bfloat16 that would go on in it.
-        logits = model.lm_head(model.model(input_ids=tokens, use_cache=False).last_hidden_state)
-        total += kl_sum(logits, teacher(tokens), batch["kept"]).item()
+        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        total += HeadsKL.apply(hidden[kept], teacher(tokens)[kept], model.lm_head.weight, teacher.head).item()
     return total / sum(map(len, blocks))
 
 
@@ -133,7 +164,7 @@ class DistillationTrainer(Trainer):
             {"params": [p for name, p in named if TRAINED["gates"](name) == of_gates], "lr": rate}
             for of_gates, rate in rates.items()
         ]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0, fused=True)
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -141,8 +172,10 @@ class DistillationTrainer(Trainer):
         tokens, kept = inputs["input_ids"], inputs["kept"]
         for block in self._soft_blocks:
             block.kept = kept
-        outputs = model(input_ids=tokens, use_cache=False)
-        loss = kl_sum(outputs.logits, self._teacher(tokens), kept) / kept.sum()
+        # The model's hidden states, by way of its wrappers (DDP's, autocast's); it makes logits of the last token only.
+        outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        hidden, head = outputs.hidden_states[-1][kept], self.model.lm_head.weight
+        loss = HeadsKL.apply(hidden, self._teacher(tokens)[kept], head, self._teacher.head) / kept.sum()
         return (loss, outputs) if return_outputs else loss
 
 

@@ -51,12 +51,11 @@ class SoftBlock(nn.Module):
             scores = self.gate.score(tokens.float())  # [T, E]
             mask = self._mask(scores)
         experts = self.experts
-        gate_up = F.linear(tokens, experts.gate_up_proj.flatten(0, 1))  # [T, E * 2W]
+        gate, up = (F.linear(tokens, weight) for weight in _gate_and_up(experts.gate_up_proj))  # [T, W * E] each
         if experts.has_bias:
-            gate_up = gate_up + experts.gate_up_proj_bias.flatten()
-        gate, up = gate_up.unflatten(-1, (experts.num_experts, 2, -1)).unbind(-2)  # [T, E, W] each
-        hidden = experts.act_fn(gate) * up * mask[..., None].to(up.dtype)
-        output = F.linear(hidden.flatten(1), experts.down_proj.transpose(0, 1).flatten(1))
+            gate, up = (x + bias for x, bias in zip((gate, up), _gate_and_up(experts.gate_up_proj_bias), strict=True))
+        hidden = (experts.act_fn(gate) * up).unflatten(-1, (-1, experts.num_experts)) * mask[:, None].to(up.dtype)
+        output = F.linear(hidden.flatten(1), experts.down_proj.permute(1, 2, 0).flatten(1))
         if self.shared_experts is not None:
             output = output + self.shared_experts(tokens)
         if self.output_bias is not None:
@@ -94,6 +93,12 @@ class SoftBlock(nn.Module):
         wanted = torch.stack(self._wanted).mean(0, keepdim=True) if self._wanted else self.gate.threshold.clone()
         self._wanted.clear()
         return wanted
+
+
+def _gate_and_up(packed: torch.Tensor) -> list[torch.Tensor]:
+    """`[E, 2W, ...]` -> the gate's part and up's, `[W * E, ...]` each. Experts are the inner axis: the few neurons of a
+    fine one would make short loops of all that is computed element by element."""
+    return [part.transpose(0, 1).flatten(0, 1) for part in packed.unflatten(1, (2, -1)).unbind(1)]
 
 
 def _threshold(scores: torch.Tensor, share: float) -> torch.Tensor:

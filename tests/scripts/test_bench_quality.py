@@ -113,7 +113,6 @@ def test_the_bench_measures_every_method_once_and_keeps_what_it_measured(tmp_pat
     assert len((tmp_path / "quality.md").read_text().splitlines()) == 4 + 2 * 10
     assert (tmp_path / "quality.png").stat().st_size > 10_000
 
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "rows").iterdir()}
+    written = (tmp_path / "quality.json").stat().st_mtime_ns
     assert run_script(bench_quality.main, *arguments)[0] == 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "rows").iterdir()} == files
-    assert json.loads((tmp_path / "quality.json").read_text()) == results
+    assert (tmp_path / "quality.json").stat().st_mtime_ns == written
