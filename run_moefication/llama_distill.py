@@ -43,8 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("gates", "experts", "all"),
         help="what is trained: the gates; the experts, shared ones and output biases included; or both",
     )
-    group.add_argument("--lr", type=float, default=5e-5, help="learning rate of Adam, at the top of its cosine")
-    group.add_argument("--gate_lr_scale", type=float, default=2.0, help="learning rate of the gates, in times --lr")
+    group.add_argument("--lr", type=float, default=1e-4, help="learning rate of Adam, at the top of its cosine")
     group.add_argument("--epochs", type=int, default=1, help="passes over the text")
     group.add_argument("--batch_size", type=int, default=2, help="blocks at a time in each process")
     group.add_argument(
@@ -79,7 +78,6 @@ def distill(arguments: argparse.Namespace) -> None:
         num_selects=arguments.num_selects,
         train=arguments.train,
         lr=arguments.lr,
-        gate_lr_scale=arguments.gate_lr_scale,
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,

@@ -24,6 +24,7 @@ from run_moefication import command_line
 BLOCK = 512
 BATCH = 8  # blocks at a time
 FEATURE_TOKENS = 32768  # for the splits, and for the gates of stage 3, which calibration fits anew
+DISTILLATION_LR = 2e-4  # for a long run: the stage's default, 1e-4, is for shorter ones
 METHODS = ("plain", "cmoe", "oracle", "static", "top_k", "threshold")
 
 
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--chosen", type=int, default=256, help="experts of the model that runs at other budgets, too, and is distilled"
     )
     parser.add_argument("--distill", action="store_true", help="distil the chosen model, and the static mask alike")
-    parser.add_argument("--distillation_tokens", type=int, default=262144, help="one pass over so many")
+    parser.add_argument("--distillation_tokens", type=int, default=737280, help="one pass over so many")
     parser.add_argument("--bf16", action="store_true", help="distil in bfloat16")
     parser.add_argument("--json", type=Path, help="file of the numbers (default: rows.json in --work)")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
@@ -428,7 +429,7 @@ def _distilled(setup: Setup, moe: Path) -> Path:
     """The folder of the checkpoint distilled at its budget."""
     from run_moefication.moefication.distillation import DistillationSettings, distill
 
-    settings = DistillationSettings(bf16=setup.arguments.bf16)
+    settings = DistillationSettings(lr=DISTILLATION_LR, bf16=setup.arguments.bf16)
     corpus = _corpus(setup.checkpoint, setup.arguments, setup.arguments.distillation_tokens)
     folder = moe.with_name(f"{moe.name}-distilled")
     progress = command_line.progress_bar

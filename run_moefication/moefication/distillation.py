@@ -49,8 +49,7 @@ class DistillationSettings:
 
     num_selects: int | None = None  # counts shared experts; None: the checkpoint's budget
     train: str = "all"
-    lr: float = 5e-5
-    gate_lr_scale: float = 2.0
+    lr: float = 1e-4
     epochs: int = 1
     batch_size: int = 2
     gradient_accumulation_steps: int = 1
@@ -59,9 +58,8 @@ class DistillationSettings:
     def __post_init__(self) -> None:
         if self.train not in TRAINED:
             raise MoEficationError(f"--train {self.train!r} is not one of {', '.join(TRAINED)}")
-        for name in ("lr", "gate_lr_scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise MoEficationError(f"--{name} {getattr(self, name)} must be a positive number")
+        if not 0 < self.lr < math.inf:
+            raise MoEficationError(f"--lr {self.lr} must be a positive number")
         for name in ("epochs", "batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise MoEficationError(f"--{name} {getattr(self, name)} must be at least 1")
@@ -245,7 +243,7 @@ def _train(
     before = mean_kl(model, teacher, held_out, batch_size, device) if is_first else None
     last = last_whole_step(Path(arguments.output_dir))
     with quiet_transformers(), soft_blocks(model, shares) as soft:
-        trainer = DistillationTrainer(model, soft, teacher, blocks, arguments, settings.gate_lr_scale, progress)
+        trainer = DistillationTrainer(model, soft, teacher, blocks, arguments, progress)
         trainer.train(resume_from_checkpoint=last and str(last))
         trainer.accelerator.end_training()  # the processes part
     check_finite(model)

@@ -137,7 +137,7 @@ def training_arguments(seed: int, device: str, **settings) -> TrainingArguments:
 
 
 class DistillationTrainer(Trainer):
-    """The difference: the loss, the optimizer's two learning rates, and thresholds that keep to their budget."""
+    """The difference: the loss, and thresholds that keep to their budget."""
 
     def __init__(
         self,
@@ -146,7 +146,6 @@ class DistillationTrainer(Trainer):
         teacher: DenseTeacher,
         blocks: list[torch.Tensor],
         arguments: TrainingArguments,
-        gate_lr_scale: float,
         progress: Progress,
     ):
         callbacks = [StepEnd(soft_blocks), Bar(progress), SavedSteps()]
@@ -154,18 +153,7 @@ class DistillationTrainer(Trainer):
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
         self.model_accepts_loss_kwargs = False  # compute_loss gives each batch's mean, which the Trainer then averages
-        self._soft_blocks, self._teacher, self._gate_lr_scale = soft_blocks, teacher, gate_lr_scale
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Adam, without weight decay."""
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        rates = {True: self.args.learning_rate * self._gate_lr_scale, False: self.args.learning_rate}
-        groups = [
-            {"params": [p for name, p in named if TRAINED["gates"](name) == of_gates], "lr": rate}
-            for of_gates, rate in rates.items()
-        ]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0, fused=True)
-        return self.optimizer
+        self._soft_blocks, self._teacher = soft_blocks, teacher
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """KL(dense || MoE), on average over the batch's tokens."""

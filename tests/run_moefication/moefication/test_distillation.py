@@ -56,7 +56,6 @@ def arguments_of(pipeline: Pipeline, save: Path, **changes: object) -> list[str]
         "train_data_cache_path": pipeline.save / "cache",
         "block_size": 32,
         "lr": 1e-3,
-        "gate_lr_scale": 1,
     } | changes
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
@@ -395,7 +394,7 @@ def test_progress_counts_the_steps(finished, short, tmp_path):
             yield item
             done.append((item, what, unit))
 
-    settings = DistillationSettings(lr=1e-3, gate_lr_scale=1.0)
+    settings = DistillationSettings(lr=1e-3)
     writer = distill(checkpoint, finished.moe, corpus, tmp_path / "moe", settings, progress=progress)
     assert writer.finished
     assert done == [(step, "distill", "step") for step in range(metrics_of(short)["steps"])]
@@ -523,7 +522,6 @@ WRONG = [
     ({"train": "attention"}, "argument --train: invalid choice"),
     ({"lr": 0}, "--lr 0.0 must be a positive number"),
     ({"lr": "nan"}, "--lr nan must be a positive number"),
-    ({"gate_lr_scale": -1}, "--gate_lr_scale -1.0 must be a positive number"),
     ({"epochs": 0}, "--epochs 0 must be at least 1"),
     ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
     ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be at least 1"),
