@@ -25,6 +25,7 @@ from .gates import Gate, make_gate
 SMALL_LAYER_BYTES = 2**24
 VERY_FEW_TOKENS, FEW_TOKENS = 24, 128
 FEW_PAIRS = 1024
+FINE_WIDTH = 16  # experts of fewer neurons cost more one by one than all of them at once
 
 
 @use_experts_implementation
@@ -49,7 +50,8 @@ class Experts(nn.Module):
         """Weighted sum of the experts of the used slots: `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`.
 
         No weight is copied and, but for `_runs`' exception, none of an expert that no token uses is read. Memory beside
-        the output: H + 4W numbers for each token of the expert at work (for few tokens: for each used pair).
+        the output: H + 4W numbers for each token of the expert at work (for few tokens: for each used pair). Experts
+        narrower than `FINE_WIDTH` are otherwise on CPUs: see `_all_at_once`.
         """
         return self._eager(hidden_states, top_k_index, top_k_weights)
 
@@ -58,6 +60,8 @@ class Experts(nn.Module):
         weights_of_all = (gate_up_proj, down_proj)
         num_tokens, in_bfloat16 = len(hidden_states), hidden_states.dtype == torch.bfloat16
         on_cpu = hidden_states.device.type == "cpu"
+        if on_cpu and down_proj.shape[-1] < FINE_WIDTH:
+            return self._all_at_once(*weights_of_all, hidden_states, top_k_index, top_k_weights)
         small = on_cpu and gate_up_proj.nbytes + down_proj.nbytes <= SMALL_LAYER_BYTES
         if small and num_tokens <= (FEW_TOKENS if in_bfloat16 else VERY_FEW_TOKENS):
             return self._few_tokens(*weights_of_all, hidden_states, top_k_index, top_k_weights)
@@ -90,9 +94,7 @@ class Experts(nn.Module):
 
     def _few_tokens(self, gate_up_proj, down_proj, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
         """The same where calls dominate: every used expert sees all tokens, a run of experts in one batched product."""
-        # One column more for the slots that expert parallelism marks as another process's.
-        weights = hidden_states.new_zeros(len(hidden_states), self.num_experts + 1)
-        weights = weights.scatter_(-1, top_k_index, top_k_weights.to(weights.dtype)).t()[..., None]  # [E + 1, T, 1]
+        weights = self._weights_of_all(hidden_states, top_k_index, top_k_weights).t()[..., None]  # [E, T, 1]
         # MKL, and oneDNN for very few tokens, prefer the weights on the right; else oneDNN has them on the left.
         by_rows = hidden_states.dtype == torch.float32 or len(hidden_states) < 8
         output = None
@@ -114,14 +116,34 @@ class Experts(nn.Module):
             return self._one_by_one(gate_up_proj, down_proj, hidden_states, *_used_pairs(top_k_index, top_k_weights))
         return output
 
+    def _all_at_once(self, gate_up_proj, down_proj, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
+        """The same where experts are fine: as one MLP, in which a weight of 0 silences an expert.
+
+        Memory: that MLP's, and for more than a few tokens a copy of `down_proj` with its neurons side by side.
+        """
+        weights = self._weights_of_all(hidden_states, top_k_index, top_k_weights)
+        gate_up = F.linear(hidden_states, gate_up_proj.flatten(0, 1)).unflatten(-1, (self.num_experts, -1))
+        if self.has_bias:
+            gate_up = gate_up + self.gate_up_proj_bias
+        hidden = self._apply_gate(gate_up) * weights[..., None]  # [T, E, W]
+        if len(hidden_states) < VERY_FEW_TOKENS:
+            return torch.bmm(down_proj, hidden.permute(1, 2, 0)).sum(0).t()
+        return F.linear(hidden.flatten(1), down_proj.transpose(0, 1).flatten(1))
+
+    def _weights_of_all(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
+        """The slots' weights as `[T, E]`: 0 for experts that do not run."""
+        # One column more for the slots that expert parallelism marks as another process's.
+        weights = hidden_states.new_zeros(len(hidden_states), self.num_experts + 1)
+        return weights.scatter_(-1, top_k_index, top_k_weights.to(weights.dtype))[:, :-1]
+
     def _runs(self, weights: torch.Tensor) -> Iterator[slice]:
-        """The used experts (rows of `weights [E + 1, T, 1]` that are not all zero) as few slices of equal steps.
+        """The used experts (rows of `weights [E, T, 1]` that are not all zero) as few slices of equal steps.
 
         In bfloat16 one slice of all: a call costs oneDNN more than reading a small layer's other experts."""
         if weights.dtype == torch.bfloat16:
             yield slice(self.num_experts)
             return
-        used = [expert for expert, is_used in enumerate(weights[:, :, 0].any(dim=1).tolist()[:-1]) if is_used]
+        used = [expert for expert, is_used in enumerate(weights[:, :, 0].any(dim=1).tolist()) if is_used]
         start = 0
         while start < len(used):
             step = used[start + 1] - used[start] if start + 1 < len(used) else 1
