@@ -158,8 +158,13 @@ def measure(case: dict[str, Any], rounds: int, rates: tuple[float, float]) -> di
         selected = block.gate.selected(block.gate.score(x[0]))
         alternatives: dict[str, Callable[[], object]] = {"dense": lambda: dense(x), "ours": lambda: block(x)}
         expert_bytes = sum(parameter[0].nbytes for parameter in block.experts.parameters())
+        runs = {
+            "eager": True,
+            "batched_mm": num_tokens * case["budget"] * expert_bytes <= MOST_COPIED_BYTES,
+            "grouped_mm": block.experts.down_proj[0, 0].nbytes % 16 == 0,  # it wants rows of whole 16 bytes
+        }
         for name in IMPLEMENTATIONS if case["routing"] == "top_k" else ():
-            if name != "batched_mm" or num_tokens * case["budget"] * expert_bytes <= MOST_COPIED_BYTES:
+            if runs[name]:
                 peer = mixtral(block, case["budget"], name)
                 alternatives[name] = lambda peer=peer: peer(x)
         seconds = timing.median_seconds(alternatives, rounds=rounds, device=x.device)
