@@ -173,17 +173,18 @@ def test_any_shape_equals_the_naive_loop(num_experts, width, tokens, biased, dat
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("biased", [False, True])
 def test_gradients_equal_the_naive_loops(implementation, biased):
-    module = random_experts(4, 8, 16, biased=biased, implementation=implementation)
-    index, weights = random_routing(10, 4, 2)
+    dtype = torch.float32 if implementation == "grouped_mm" else torch.float64  # which it does not know
+    module = random_experts(4, 8, 16, biased=biased, implementation=implementation, dtype=dtype)
+    index, weights = random_routing(10, 4, 2, dtype)
     gradients = []
     for forward in (module, lambda *inputs: naive_experts(module, *inputs)):
         module.zero_grad()
-        x = torch.randn(10, 16, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        x = torch.randn(10, 16, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
         w = weights.clone().requires_grad_()
         forward(x, index, w).square().sum().backward()
         gradients.append([x.grad, w.grad, *(p.grad.clone() for p in module.parameters())])
     for ours, naive in zip(*gradients, strict=True):
-        assert (ours - naive).abs().max() < 2e-6 * naive.abs().max()
+        torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)  # sums of squares are larger
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

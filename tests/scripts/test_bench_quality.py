@@ -116,3 +116,4 @@ def test_the_bench_measures_every_method_once_and_keeps_what_it_measured(tmp_pat
     written = (tmp_path / "quality.json").stat().st_mtime_ns
     assert run_script(bench_quality.main, *arguments)[0] == 0
     assert (tmp_path / "quality.json").stat().st_mtime_ns == written
+    assert json.loads((tmp_path / "quality.json").read_text()) == results
