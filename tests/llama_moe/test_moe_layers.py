@@ -405,11 +405,10 @@ def test_statistics_count_what_ran():
 def block_of(mlp_bias, num_selects, implementation="eager", **fields):
     config = LlamaMoEConfig(
         hidden_size=16,
-        intermediate_size=32,
         num_attention_heads=2,
         num_experts_per_tok=num_selects,
         mlp_bias=mlp_bias,
-        **({"num_experts": 4} | fields),
+        **({"num_experts": 4, "intermediate_size": 32} | fields),
     )
     config._experts_implementation_internal = implementation
     block = MoEBlock(config)
@@ -458,13 +457,14 @@ def test_output_bias_is_added_once_whatever_the_budget():
 
 
 def test_block_runs_only_the_selected_experts():
-    block, x = block_of(False, 2), torch.randn(1, 1, 16)
+    # Narrower ones would all be read.
+    block, x = block_of(False, 2, intermediate_size=4 * moe_layers.FINE_WIDTH), torch.randn(1, 1, 16)
     used = set(block.gate(x[0])[2].flatten().tolist())
     changed = copy.deepcopy(block)
     with torch.no_grad():
         for unused in set(range(4)) - used:
-            changed.experts.gate_up_proj[unused] += 1
-            changed.experts.down_proj[unused] += 1
+            changed.experts.gate_up_proj[unused] = float("nan")
+            changed.experts.down_proj[unused] = float("nan")
     assert torch.equal(block(x), changed(x))
 
 
