@@ -105,7 +105,7 @@ class DebianPackage(Package):
         return f"{self.name}_{self.version.replace(':', '%3a')}_{self.architecture}.deb"
 
     def download(self, folder: Path) -> None:
-        """Put the package file into `folder`, by the machine's package lists or, where these are stale, by fresh ones."""
+        """Put the package file into `folder`, by package lists of our own where the machine's are stale."""
         name = self.name if self.architecture == "all" else f"{self.name}:{self.architecture}"
         download = ["--quiet", "download", f"{name}={self.version}"]
         advice = "check the network, and which Debian apt-get is set up for"
