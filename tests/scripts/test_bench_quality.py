@@ -5,6 +5,7 @@ import math
 
 import bench_quality
 import pytest
+import quality_methods
 import torch
 from conftest import SENTENCES, make_llama, write_jsonl
 from quality_baselines import block_losses, cmoe, masked, oracle
@@ -65,7 +66,7 @@ def test_ratios_are_geometric_means_with_an_interval_around_them():
 
 
 def test_the_bench_measures_every_method_once_and_keeps_what_it_measured(tmp_path, run_script, monkeypatch):
-    monkeypatch.setattr(bench_quality, "BLOCK", 32)
+    monkeypatch.setattr(quality_methods, "BLOCK", 32)
     model = make_llama(tmp_path / "llama", intermediate_size=128)
     for folder in ("text", "text/heldout"):
         write_jsonl(tmp_path / folder / "c4.jsonl", [f"{folder} {i} {SENTENCES[i % 6]}" for i in range(60)])
@@ -96,6 +97,7 @@ def test_the_bench_measures_every_method_once_and_keeps_what_it_measured(tmp_pat
         "CMoE's recipe",
         "static mask",
         "static mask, refitted",
+        *(f"step: {step}" for step in quality_methods.STEPS),
         "ours, 16 experts, top_k",
         "ours, 16 experts, threshold",
         "ours, 16 experts, threshold, calibrated at 75%",
@@ -110,7 +112,11 @@ def test_the_bench_measures_every_method_once_and_keeps_what_it_measured(tmp_pat
     assert ours["neurons"] < ours["active"] <= 0.5
     other = "ours, 16 experts, threshold, calibrated at 75% at 0.5"
     assert results[other]["c4"]["neurons"] < results["ours, 16 experts, threshold at 0.75"]["c4"]["neurons"]
-    assert len((tmp_path / "quality.md").read_text().splitlines()) == 4 + 2 * 10
+    assert len((tmp_path / "quality.md").read_text().splitlines()) == 4 + 2 * 16
+    # Steps that are not calibrated have no bias to count, and those without a threshold cost the same on every text.
+    steps = [results[f"step: {step} at 0.5"]["c4"] for step in quality_methods.STEPS]
+    assert len({tuple(step["losses"]) for step in steps}) == len(steps)
+    assert [step["active"] == steps[0]["active"] <= 0.5 for step in steps[:4]] == [True] * 3 + [False]
     assert (tmp_path / "quality.png").stat().st_size > 10_000
 
     written = (tmp_path / "quality.json").stat().st_mtime_ns
