@@ -25,6 +25,7 @@ from .gates import Gate, make_gate
 SMALL_LAYER_BYTES = 2**24
 VERY_FEW_TOKENS, FEW_TOKENS = 24, 128
 FEW_PAIRS = 1024
+FEW_ROWS = 32  # of one product
 FINE_WIDTH = 16  # experts of fewer neurons cost more one by one than all of them at once
 
 
@@ -84,7 +85,7 @@ class Experts(nn.Module):
         for expert, size in enumerate(sizes):
             if size or not len(tokens):  # no pair at all: products of no rows keep the gradient's graph whole
                 rows = tokens[start : start + size]
-                hidden = _linear(hidden_states[rows], gate_up_proj[expert])
+                hidden = _linear(hidden_states.index_select(0, rows), gate_up_proj[expert])
                 if self.has_bias:
                     hidden = hidden + self.gate_up_proj_bias[expert]
                 hidden = self._apply_gate(hidden) * weights[start : start + size]
@@ -201,16 +202,18 @@ def _used_pairs(index: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tenso
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x [m, k]`, `weight [n, k]` -> `x @ weight.T`.
 
-    In float32 MKL runs a product of few rows on one core, and any of these shapes faster as a batched product over
-    blocks of the weight's rows, two or more for each core. Other types and devices need no such help.
+    In float32 MKL runs a product of few rows on one core, and faster as a batched product over blocks of the weight's
+    rows, two or more for each core; a single row with the weights on the left. Other types and devices need no help.
     """
     n, k = weight.shape
     blocks = min(n & -n, 1 << torch.get_num_threads().bit_length())  # a power of two that divides n
     plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and type(weight) is torch.Tensor
-    if not plain or blocks == 1 or n * k < 2**18:
+    if not plain or blocks == 1 or len(x) > FEW_ROWS or n * k < 2**18:
         return F.linear(x, weight)
-    products = torch.bmm(x.expand(blocks, -1, -1), weight.unflatten(0, (blocks, -1)).transpose(1, 2))
-    return products.transpose(0, 1).reshape(-1, n)
+    weight = weight.unflatten(0, (blocks, -1))
+    if len(x) == 1:
+        return torch.bmm(weight, x.t().expand(blocks, -1, -1)).flatten(0, 1).t()
+    return torch.bmm(x.expand(blocks, -1, -1), weight.transpose(1, 2)).transpose(0, 1).reshape(-1, n)
 
 
 @use_experts_implementation(has_bias=True)
