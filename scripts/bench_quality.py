@@ -21,6 +21,10 @@ from typing import Any
 from run_moefication import command_line
 
 METHODS = ("plain", "cmoe", "oracle", "static", "steps", "top_k", "threshold", "dialled")
+METHODS_HELP = (
+    "rows to measure (steps: what each ingredient of the recipe adds; dialled: the chosen model, calibrated at one of "
+    "--budgets and run at the others; the rest are methods)"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gate_rank", type=int, default=96, help="of gates, where it makes them smaller; 0: full gates"
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="rows to measure")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help=METHODS_HELP)
     parser.add_argument(
         "--chosen", type=int, default=256, help="experts of the model that runs at other budgets, too, and is distilled"
     )

@@ -19,7 +19,7 @@ from llama_moe import record_routing
 from run_moefication.command_line import progress_bar
 from run_moefication.moefication.activation_split import split_by_activations
 from run_moefication.moefication.calibration import CalibrationSettings, calibrate
-from run_moefication.moefication.checkpoints import Checkpoint, quiet_transformers
+from run_moefication.moefication.checkpoints import TEMPLATES, Checkpoint, quiet_transformers
 from run_moefication.moefication.conversion import ConversionSettings, convert
 from run_moefication.moefication.corpus import Corpus, training_corpus
 from run_moefication.moefication.distillation import DistillationSettings, distill
@@ -34,7 +34,6 @@ BLOCK = 512
 BATCH = 8  # blocks at a time
 FEATURE_TOKENS = 32768  # for the splits, and for the gates of stage 3, which calibration fits anew
 DISTILLATION_LR = 2e-4  # for a long run: the stage's default, 1e-4, is for shorter ones
-TEMPLATE = "layers.{}.mlp.gate_proj.weight"
 # How much text the thresholds were not set on may run beyond the budget.
 MARGIN = {"top_k": 0.0, "threshold": 0.008}
 
@@ -72,7 +71,7 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         checkpoint,
         _corpus(checkpoint, arguments, FEATURE_TOKENS),
         arguments.work,
-        template=TEMPLATE,
+        template=TEMPLATES[0],
         feature_format="inputs",
         batch_size=BATCH,
         progress=progress_bar,
@@ -164,8 +163,10 @@ def measure_oracle(setup: Setup, budget: float) -> dict[str, Any]:
 def measure_plain(setup: Setup, budget: float) -> dict[str, Any]:
     """The description's recipe: 8 experts clustered on weights, MLP gates on l2_norm, top-k."""
     work, checkpoint, seed = setup.work / "plain", setup.checkpoint, setup.arguments.seed
-    split = split_by_weights(checkpoint, work, templates=[TEMPLATE], num_experts=8, seed=seed, progress=progress_bar)
-    settings = GateSettings(TEMPLATE, num_experts=8, num_selects=2, use_softmax=True, seed=seed)
+    split = split_by_weights(
+        checkpoint, work, templates=[TEMPLATES[0]], num_experts=8, seed=seed, progress=progress_bar
+    )
+    settings = GateSettings(TEMPLATES[0], num_experts=8, num_selects=2, use_softmax=True, seed=seed)
     gates = _gates(setup, split.folder, work, settings)
     conversion = ConversionSettings(num_experts=8, num_selects=round(8 * budget))
     moe = convert(checkpoint, split.folder, gates, work / f"{budget:g}", conversion, progress=progress_bar)
@@ -260,16 +261,16 @@ def _converted(setup: Setup, recipe: Recipe, num_selects: int) -> Path:
     checkpoint, seed = setup.checkpoint, setup.arguments.seed
     work = setup.work / f"{recipe.split}-{recipe.experts}-{recipe.shared}-{recipe.rank or 'full'}"
     if recipe.split == "activations":
-        features = Features(setup.features, checkpoint, TEMPLATE)
+        features = Features(setup.features, checkpoint, TEMPLATES[0])
         counts = dict(num_experts=recipe.experts, num_shared_experts=recipe.shared)
         split = split_by_activations(checkpoint, features, work, **counts, seed=seed, progress=progress_bar)
     elif recipe.split == "weights":
-        options = dict(templates=[TEMPLATE], num_experts=recipe.experts, seed=seed)
+        options = dict(templates=[TEMPLATES[0]], num_experts=recipe.experts, seed=seed)
         split = split_by_weights(checkpoint, work, **options, progress=progress_bar)
     else:
-        split = split_at_random(checkpoint, work, templates=[TEMPLATE], num_experts=recipe.experts, seed=seed)
+        split = split_at_random(checkpoint, work, templates=[TEMPLATES[0]], num_experts=recipe.experts, seed=seed)
     settings = GateSettings(
-        TEMPLATE,
+        TEMPLATES[0],
         num_experts=recipe.experts,
         num_selects=recipe.shared + 1,
         select_criterion="output_norm",

@@ -195,6 +195,7 @@ class SavedSteps(TrainerCallback):
     """Marks a saved step as whole, once it is, and only then removes those before it."""
 
     def on_save(self, args, state, control, **kwargs):
+        """The step is on the disk, as far as this process goes."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # each process writes a file of its own
         if not state.is_world_process_zero:
