@@ -1,4 +1,5 @@
-r"""Stage 5, calibrate: refit gates, thresholds and down_proj of a converted model, layer by layer in closed form.
+r"""Stage 5, calibrate: refit gates, thresholds and down_proj of a converted model, layer by layer in closed form, and
+the final norm.
 
   python llama_calibrate.py --model_path MODEL --moe_path NAME-MoE --save_path NAME-MoE-Calibrated \
     --train_data_path ../llama_data --max_tokens 131072 --refit_gates
@@ -57,7 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
 def calibrate(arguments: argparse.Namespace) -> None:
     """Run the stage and print what each layer's fit gained."""
     device = command_line.pick_device(arguments)
-    from run_moefication.moefication.calibration import CalibrationSettings, layer_metrics
+    from run_moefication.moefication.calibration import (
+        CalibrationSettings,
+        final_norm_metrics,
+        layer_metrics,
+    )
     from run_moefication.moefication.calibration import calibrate as calibrate_checkpoint
     from run_moefication.moefication.checkpoints import Checkpoint
 
@@ -87,6 +92,9 @@ def calibrate(arguments: argparse.Namespace) -> None:
             f"{layer:>5} {m['active_share']:>17.1%} {m['error_before']:>13.4f} {m['error_after']:>8.4f} "
             f"{m['strength']:>9g}"
         )
+    if final := final_norm_metrics(writer):
+        before, after = final["divergence_before"], final["divergence_after"]
+        print(f"divergence from the dense model: {before:.4f} nats a token, {after:.4f} with the final norm fitted")
     command_line.report(writer, "llama_distill.py (6_distill.sh), or llama_evaluate.py (evaluate.sh)")
 
 

@@ -3,9 +3,9 @@ r"""Stage 1, split: cut the neurons of every MLP into experts by balanced k-mean
   python llama_split_clustering.py --model_path MODEL --save_path ../llama_moe_temp_files --num_experts 8
   ... --num_experts 128 --cluster_on activations --num_shared_experts 16 --train_data_path ../llama_data
 
-On weights: neurons whose weight rows point the same way. On activations: neurons that the same tokens need, beside
-shared experts of the neurons that add most. Writes SAVE_PATH/NAME-8Expert-Split-Clustering, one file per layer with
-the expert of each neuron.
+On weights: neurons whose weight rows point the same way. On activations: neurons that the same tokens need, as far as
+a small gate can foresee it, beside shared experts of the neurons that add most. Writes
+SAVE_PATH/NAME-8Expert-Split-Clustering, one file per layer with the expert of each neuron.
 """
 
 import argparse
@@ -38,8 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep_fraction",
         type=float,
-        default=0.25,
-        help="share of the neurons that a token is said to need (with --cluster_on activations)",
+        default=0.3,
+        help="share of the neurons that a token is said to need, on average (with --cluster_on activations)",
     )
     parser.add_argument(
         "--distance",

@@ -14,7 +14,7 @@ case "$RECIPE" in
         CLUSTER_ON="${CLUSTER_ON:-activations}"
         SELECT_CRITERION="${SELECT_CRITERION:-output_norm}"
         GATE_NETWORK="${GATE_NETWORK:-linear}"
-        GATE_RANK="${GATE_RANK-$([ "$NUM_EXPERTS" -lt 256 ] || echo 96)}" # two factors of a large gate; empty: full
+        GATE_RANK="${GATE_RANK-$([ "$NUM_EXPERTS" -lt 256 ] || echo 64)}" # two factors of a large gate; empty: full
         OUTPUT_BIAS="${OUTPUT_BIAS-1}"                             # empty: none, for architectures without one
         ROUTING="${ROUTING:-threshold}"
         ;;

@@ -43,11 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="active fractions")
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 64, 128, 256, 512], help="for our rows")
     parser.add_argument(
-        "--gate_rank", type=int, default=96, help="of gates, where it makes them smaller; 0: full gates"
+        "--gate_rank", type=int, default=64, help="of gates, where it makes them smaller; 0: full gates"
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help=METHODS_HELP)
     parser.add_argument(
-        "--chosen", type=int, default=256, help="experts of the model that runs at other budgets, too, and is distilled"
+        "--chosen", type=int, default=512, help="experts of the model that runs at other budgets, too, and is distilled"
     )
     parser.add_argument("--distill", action="store_true", help="distil the chosen model, and the static mask alike")
     parser.add_argument("--distillation_tokens", type=int, default=737280, help="one pass over so many")

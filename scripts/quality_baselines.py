@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from run_moefication.moefication.activation_split import JITTER, NeuronStatistics
+from run_moefication.moefication.activation_split import JITTER
 from run_moefication.moefication.balanced_kmeans import balanced_kmeans
 
 # A layer's choice: MLP inputs [T, H] and activations [T, I] -> which neurons run, bool [T, I].
@@ -63,17 +63,23 @@ def cmoe(blocks: list[torch.Tensor], budget: float, model: Any) -> list[Choice]:
     paper: 8 experts; the neurons most often among a token's 10 largest activations are shared, as many experts of them
     as are routed; the others are clustered in equal parts by which tokens mark them; the neuron nearest to a cluster's
     centre stands for it, and the clusters whose representative is most active run."""
-    statistics = [NeuronStatistics(torch.ones(width), CMOE_MARKS / width) for width in _widths(model)]
+    counts = [torch.zeros(width, width) for width in _widths(model)]  # of tokens that mark both neurons
+
+    def count(together: torch.Tensor, hidden: torch.Tensor) -> None:
+        best = hidden.abs().topk(CMOE_MARKS, dim=1).indices
+        marks = torch.zeros_like(hidden).scatter_(1, best, 1.0)
+        together += marks.T @ marks
+
     hooks = [
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, s=s: s.add(args[0].flatten(0, 1)))
-        for layer, s in zip(model.model.layers, statistics, strict=True)
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, t=together: count(t, args[0].flatten(0, 1)))
+        for layer, together in zip(model.model.layers, counts, strict=True)
     ]
     for block in blocks:
         model.model(block[None].long(), use_cache=False)
     for hook in hooks:
         hook.remove()
     active = round(budget * CMOE_EXPERTS)
-    return [_cmoe_choice(layer.together, num_shared=active // 2, active=active) for layer in statistics]
+    return [_cmoe_choice(together, num_shared=active // 2, active=active) for together in counts]
 
 
 def _cmoe_choice(together: torch.Tensor, num_shared: int, active: int) -> Choice:

@@ -1,8 +1,10 @@
 """Stage 1 on activations: the hottest neurons become shared experts, the rest are clustered by which tokens need them.
 
-A token needs a neuron if the neuron is among the `keep_fraction` of the layer's neurons that add most to the MLP's
-output there: a row of bits per neuron. Neurons that are needed together belong into one expert. Only the Gram matrix
-of these rows is kept, `[intermediate_size, intermediate_size]`, and the importance of each neuron.
+What counts is the need that a gate can foresee: a linear map of low rank, fitted to how much each neuron adds to the
+MLP's output, predicts it from the MLP's inputs, and a token needs the neurons whose prediction is among the
+`keep_fraction` of all that are largest. That is a row of bits per neuron. Neurons that are needed together belong into
+one expert. Only the Gram matrix of these rows is kept, `[intermediate_size, intermediate_size]`, and the importance of
+each neuron.
 
 Axes: T tokens, I neurons of the MLP, H hidden size.
 """
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from . import artifacts
 from .balanced_kmeans import Clustering, balanced_kmeans
@@ -23,11 +26,14 @@ from .hidden_features import Features
 from .layer_walk import Batch, DenseLayer, Streams, batches_of, embed
 from .manifests import Claim, environment
 from .progress import Progress, no_progress
-from .ridge import token_weights
+from .ridge import NormalEquations, low_rank_map, token_weights
 from .splitting import require_shared, require_template, write_labels
 
 # Added to the diagonal of the Gram matrix of normalised rows, so that it has a Cholesky factor in float64.
 JITTER = 1e-6
+PREDICTION_RANK = 64  # from 32 to 96 the experts are as good, and better than at full rank
+RIDGE_STRENGTH = 1e-2  # of the prediction, in mean diagonals of the Gram matrix of the inputs
+MOST_QUANTILE_SCORES = 1 << 24  # more than so many are thinned out, token by token, before they are sorted
 
 
 class NeuronStatistics:
@@ -38,16 +44,16 @@ class NeuronStatistics:
         together: float32 `[I, I]`, tokens that need both neurons (exact up to 2^24).
     """
 
-    def __init__(self, column_norms: torch.Tensor, keep_fraction: float):
+    def __init__(self, column_norms: torch.Tensor, hidden_size: int):
         """`column_norms`: float32 `[I]`, of down_proj."""
-        num_neurons = len(column_norms)
+        num_neurons, device = len(column_norms), column_norms.device
         self._column_norms = column_norms
-        self._num_kept = max(1, round(keep_fraction * num_neurons))
-        self.importance = torch.zeros(num_neurons, dtype=torch.float64, device=column_norms.device)
-        self.together = torch.zeros(num_neurons, num_neurons, device=column_norms.device)
+        self._equations = NormalEquations(hidden_size + 1, num_neurons, device)
+        self.importance = torch.zeros(num_neurons, dtype=torch.float64, device=device)
+        self.together = torch.zeros(num_neurons, num_neurons, device=device)
 
-    def add(self, activations: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Count tokens: activations that enter down_proj, float32 `[T, I]`, and their weights `[T]`.
+    def add(self, inputs: torch.Tensor, activations: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add tokens: the MLP's inputs, float32 `[T, H]`, what enters down_proj, `[T, I]`, and their weights `[T]`.
 
         Without weights each token weighs 1 over what all its neurons add, which keeps few of them from owning the sum.
         """
@@ -55,9 +61,20 @@ class NeuronStatistics:
         if weights is None:
             weights = token_weights(added.square().sum(dim=1))
         self.importance += (added.square() * weights[:, None]).sum(dim=0, dtype=torch.float64)
-        least = added.topk(self._num_kept, dim=1).values[:, -1:]
-        needed = ((added >= least) & (added > 0)).float()
-        self.together += needed.T @ needed
+        self._equations.add(F.pad(inputs, (0, 1), value=1.0), added, weights)
+
+    def count(self, inputs: list[torch.Tensor], keep_fraction: float) -> None:
+        """Count which neurons are needed together, once all tokens have been added: the same inputs again, in parts."""
+        solution = self._equations.solve(RIDGE_STRENGTH)
+        rank = min(PREDICTION_RANK, len(solution) - 1, len(self.importance))
+        factors = [part.float() for part in low_rank_map(self._equations, solution, RIDGE_STRENGTH, rank)]
+        thinning = -(-sum(map(len, inputs)) * len(self.importance) // MOST_QUANTILE_SCORES)
+        sample = _predicted(torch.cat([part[::thinning] for part in inputs]), *factors).flatten()
+        least = sample.kthvalue(1 + int((1 - keep_fraction) * (len(sample) - 1))).values
+        for part in inputs:
+            added = _predicted(part, *factors)
+            needed = ((added >= least) & (added > 0)).float()
+            self.together += needed.T @ needed
 
     def split(self, num_experts: int, num_shared_experts: int, distance: str, seed: int) -> tuple[torch.Tensor, Any]:
         """Labels int64 `[I]`, shared experts last and hottest of all, and the clustering of the others."""
@@ -89,7 +106,7 @@ def split_by_activations(
     template: str = TEMPLATES[0],
     num_experts: int,
     num_shared_experts: int = 0,
-    keep_fraction: float = 0.25,
+    keep_fraction: float = 0.3,
     distance: str = "l2",
     seed: int = 0,
     batch_size: int = 4,
@@ -99,13 +116,13 @@ def split_by_activations(
 ) -> artifacts.ArtifactWriter:
     """Split the neurons of every layer by what they do on text.
 
-    Memory: one layer's weights and two square matrices of its neurons, in float32. Disk, for a corpus and until the
-    split is finished: 8 * hidden_size bytes a token.
+    Memory: one layer's weights, its inputs for all tokens, and two square matrices of its neurons, in float32. Disk,
+    for a corpus and until the split is finished: 8 * hidden_size bytes a token.
 
     Args:
         text: a corpus, which the dense model reads layer by layer, or recorded features.
         template: gives the files their names; the activations are those that enter down_proj.
-        keep_fraction: share of the neurons that a token is said to need.
+        keep_fraction: share of the neurons that a token is said to need, on average.
         batch_size: blocks of the corpus at a time.
 
     Returns: the writer of the folder, finished.
@@ -154,10 +171,11 @@ def _from_features(
 ) -> NeuronStatistics:
     """The statistics of one layer, from the recorded inputs of its MLP."""
     activations = LayerActivations(checkpoint, layer, TEMPLATES[1], device)
-    statistics = NeuronStatistics(_column_norms(checkpoint, layer, device), keep_fraction)
-    for shard in features.inputs(layer):
-        for inputs in shard.split(TOKENS_PER_CHUNK):
-            statistics.add(activations(inputs.to(device)))
+    statistics = NeuronStatistics(_column_norms(checkpoint, layer, device), checkpoint.config.hidden_size)
+    chunks = [chunk.to(device) for shard in features.inputs(layer) for chunk in shard.split(TOKENS_PER_CHUNK)]
+    for inputs in chunks:
+        statistics.add(inputs.float(), activations(inputs))
+    statistics.count(chunks, keep_fraction)
     return statistics
 
 
@@ -177,8 +195,11 @@ def _walk(
         embed(streams.begin(0)[0], corpus.blocks, batches, checkpoint.finite_tensor("embed_tokens.weight"))
         streams.commit(0)
     for layer in layers:
-        statistics = NeuronStatistics(_column_norms(checkpoint, layer, device), keep_fraction)
-        _run_layer(checkpoint, layer, batches, streams.before(layer)[0], streams.begin(layer + 1)[0], statistics)
+        statistics = NeuronStatistics(_column_norms(checkpoint, layer, device), checkpoint.config.hidden_size)
+        inputs = _run_layer(
+            checkpoint, layer, batches, streams.before(layer)[0], streams.begin(layer + 1)[0], statistics
+        )
+        statistics.count(inputs, keep_fraction)
         streams.commit(layer + 1)
         yield statistics
         streams.remove(layer)
@@ -192,14 +213,25 @@ def _run_layer(
     before: torch.Tensor,
     after: torch.Tensor,
     statistics: NeuronStatistics,
-) -> None:
+) -> list[torch.Tensor]:
+    """Add all tokens to the statistics, and fill the stream after the layer; returns the MLP's inputs."""
     device = statistics.together.device
     dense = DenseLayer(checkpoint, layer, device)
+    seen = []
     for batch in batches:
         stream, inputs = dense.attention_half(before[batch.rows].to(device), batch)
         hidden = dense.activations(inputs)
-        statistics.add(hidden, token_weights(stream.square().sum(dim=1)))
+        statistics.add(inputs, hidden, token_weights(stream.square().sum(dim=1)))
         after[batch.rows] = (stream + dense.output(hidden)).cpu()
+        seen.append(inputs)
+    return seen
+
+
+def _predicted(
+    inputs: torch.Tensor, output_weight: torch.Tensor, input_weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """What each neuron is expected to add, `[T, H]` -> `[T, I]`."""
+    return F.linear(F.linear(inputs.to(bias), input_weight), output_weight, bias)
 
 
 def _column_norms(checkpoint: Checkpoint, layer: int, device: str) -> torch.Tensor:

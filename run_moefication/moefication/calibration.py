@@ -2,7 +2,7 @@
 
 The dense and the converted model read the same text, a layer of each at a time. A layer is fitted on what the layers
 before it, already calibrated, really produce, and towards the residual stream of the dense model after it: so later
-layers repair what earlier ones lost.
+layers repair what earlier ones lost. The final norm comes last.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from llama_moe import LlamaMoEConfig
 
@@ -20,6 +21,7 @@ from .checkpoints import Checkpoint
 from .conversion import write_shard
 from .corpus import Corpus
 from .errors import MoEficationError
+from .final_norm import Divergence, fit_final_norm
 from .layer_budgets import allocate, measure_sensitivity
 from .layer_calibration import LayerCalibration
 from .layer_walk import Streams, batches_of, embed
@@ -32,6 +34,8 @@ from .sharding import PlannedTensor
 LAYER_BUDGETS = ("equal", "sensitivity")
 BUDGETS = "budgets"  # the piece that says how many experts each layer runs
 HELD_OUT = 6  # one block of so many is held out to choose strengths on
+FINAL_NORM = "norm.weight"
+MOST_FINAL_TOKENS = 16384  # that the final norm is fitted to and measured on, half of them each
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def calibrate(
     Memory: one layer of each model and twice the Gram matrix of its neurons, in float64. Disk, until the checkpoint is
     finished: 16 * hidden_size bytes a token. Runs in float32 on every device.
 
-    Returns: the folder's writer, finished; its metrics say by layer what the fit gained.
+    Returns: the folder's writer, finished; its metrics say by layer, and for the final norm, what the fit gained.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
     config = _new_config(moe, settings)
@@ -84,20 +88,22 @@ def calibrate(
         facts={"tokens": corpus.num_tokens, "mix": [asdict(share) for share in corpus.mix]},
     )
     fitted: dict[str, torch.Tensor] = {}  # of the layer at work
-    rest, *by_layer = shards = _plan(moe, config, fitted)
+    *by_layer, rest = shards = _plan(moe, config, fitted)
     writer = artifacts.ArtifactWriter(Path(save_path), claim, [BUDGETS, *shards, "config"], overwrite=overwrite)
     missing = writer.missing()
     if BUDGETS in missing:
         budgets = _budgets(checkpoint, moe, config, corpus, settings, device, progress)
         writer.write_piece(BUDGETS, {}, budgets)
-    if rest in missing:
-        write_shard(writer, rest, shards[rest])
     config = _with_budgets(config, writer.metrics()[BUDGETS]["experts_per_tok"])
     layers = [layer for layer, file in enumerate(by_layer) if file in missing]
     for layer, metrics in _walk(checkpoint, moe, config, corpus, writer, layers, settings, fitted, device, progress):
         write_shard(writer, by_layer[layer], shards[by_layer[layer]], metrics)
+    if rest in missing:
+        metrics = _fit_final_norm(checkpoint, moe, corpus, writer, fitted, device, progress)
+        write_shard(writer, rest, shards[rest], metrics)
     if "config" in missing:
-        card = calibration_card(checkpoint.name, config, moe.model_class, corpus.num_tokens, layer_metrics(writer))
+        fits = layer_metrics(writer), final_norm_metrics(writer)
+        card = calibration_card(checkpoint.name, config, moe.model_class, corpus.num_tokens, *fits)
         writer.write_piece("config", write_checkpoint_files(writer, moe.artifact.folder, shards, config, card))
     writer.finish()
     return writer
@@ -106,7 +112,12 @@ def calibrate(
 def layer_metrics(writer: artifacts.ArtifactWriter) -> list[dict[str, Any]]:
     """What each layer's fit gained, in the order of layers."""
     metrics = writer.metrics()
-    return [metrics[piece] for piece in writer.pieces if piece != BUDGETS and piece in metrics]
+    return [metrics[piece] for piece in writer.pieces if "error_after" in metrics.get(piece, {})]
+
+
+def final_norm_metrics(writer: artifacts.ArtifactWriter) -> dict[str, float] | None:
+    """What the fit of the final norm gained; None for a model without a head."""
+    return next((piece for piece in writer.metrics().values() if "divergence_after" in piece), None)
 
 
 def _new_config(moe: MoECheckpoint, settings: CalibrationSettings) -> LlamaMoEConfig:
@@ -174,12 +185,12 @@ def _with_budgets(config: LlamaMoEConfig, experts_per_tok: list[float]) -> Llama
 def _plan(
     moe: MoECheckpoint, config: LlamaMoEConfig, fitted: dict[str, torch.Tensor]
 ) -> dict[str, list[PlannedTensor]]:
-    """File name -> its tensors: a file of what lies outside of the layers, then one for each layer. Tensors come from
+    """File name -> its tensors: a file for each layer, then one of what lies outside of them. Tensors come from
     `fitted` where they are there, else from the uncalibrated checkpoint."""
     num_layers = config.num_hidden_layers
     weight_dtype = moe.tensors["layers.0.mlp.experts.down_proj"][1]
-    groups = [[name for name in moe.tensors if not name.startswith("layers.")]]
-    groups += [moe.layer_tensors(layer) for layer in range(num_layers)]
+    groups = [moe.layer_tensors(layer) for layer in range(num_layers)]
+    groups.append([name for name in moe.tensors if not name.startswith("layers.")])
     infos = dict(moe.tensors)
     for layer in range(num_layers):
         mlp = f"layers.{layer}.mlp."
@@ -187,7 +198,7 @@ def _plan(
         new |= {"output_bias": (config.hidden_size,)} if config.output_bias else {}
         for name in (name for name in new if mlp + name not in infos):
             infos[mlp + name] = (new[name], weight_dtype)
-            groups[layer + 1].append(mlp + name)
+            groups[layer].append(mlp + name)
 
     def planned(name: str) -> PlannedTensor:
         shape, dtype = infos[name]
@@ -239,3 +250,30 @@ def _walk(
         fitted.update(calibration.tensors())
         yield layer, metrics
         streams.remove(layer)
+
+
+def _fit_final_norm(
+    checkpoint: Checkpoint,
+    moe: MoECheckpoint,
+    corpus: Corpus,
+    writer: artifacts.ArtifactWriter,
+    fitted: dict[str, torch.Tensor],
+    device: str,
+    progress: Progress,
+) -> dict[str, float] | None:
+    """Leave the final norm's weight in `fitted`, once the last layer is calibrated. Returns the divergence from the
+    dense model before and after, in nats a token, on tokens that it is not fitted to; None for a model without head."""
+    if not checkpoint.has_lm_head:
+        return None
+    config = checkpoint.config
+    streams = Streams(writer, (2, corpus.num_tokens, config.hidden_size)).before(config.num_hidden_layers)
+    sample = streams[:, :: -(-corpus.num_tokens // MOST_FINAL_TOKENS)].to(device)
+    dense, normed = F.rms_norm(sample, sample.shape[-1:], eps=config.rms_norm_eps)
+    dense = dense * checkpoint.finite_tensor(FINAL_NORM).to(device, torch.float32)
+    name = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    head = checkpoint.finite_tensor(name).to(device, torch.float32)
+    fit, unseen = (Divergence(head, dense[part::2], normed[part::2]) for part in range(2))
+    weight = moe.tensor(FINAL_NORM)
+    fitted[FINAL_NORM] = fit_final_norm(fit, weight.to(device, torch.float32), progress).to(weight.dtype).cpu()
+    before, after = (unseen(w.to(device, torch.float32))[0] for w in (weight, fitted[FINAL_NORM]))
+    return {"divergence_before": before, "divergence_after": after}

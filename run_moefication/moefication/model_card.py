@@ -25,9 +25,14 @@ before use: without calibration or training, few experts per token cost much qua
 
 
 def calibration_card(
-    name: str, config: LlamaMoEConfig, model_class: str, num_tokens: int, metrics: list[dict[str, Any]]
+    name: str,
+    config: LlamaMoEConfig,
+    model_class: str,
+    num_tokens: int,
+    metrics: list[dict[str, Any]],
+    final_metrics: dict[str, float] | None,
 ) -> str:
-    """The card of a checkpoint that calibrate wrote, with what each layer's fit gained."""
+    """The card of a checkpoint that calibrate wrote, with what each layer's fit gained and that of the final norm."""
     thresholds = [f"{m['threshold']:.4g}" if config.routing == "threshold" else "none" for m in metrics]
     rows = [
         f"| {layer} | {threshold} | {m['active_share']:.3f} "
@@ -35,6 +40,12 @@ def calibration_card(
         for layer, (threshold, m) in enumerate(zip(thresholds, metrics, strict=True))
     ]
     table = "\n".join(rows)
+    final = ""
+    if final_metrics is not None:
+        final = f"""
+The weight of the final norm was fitted to the dense model's predictions: KL divergence of
+{final_metrics["divergence_before"]:.4f} nats a token before, {final_metrics["divergence_after"]:.4f} after it.
+"""
     return model_card(
         name,
         config,
@@ -47,7 +58,7 @@ fit: with the original `down_proj` and with the fitted one.
 | layer | threshold | routed experts that run | before | after | ridge strength |
 |---|---|---|---|---|---|
 {table}
-""",
+{final}""",
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 LARGEST_WEIGHT = 4.0  # in medians
+LEAST_SQUARES = 1e-20  # so that sums over tokens that are nothing but zeros stay finite
 
 
 class NormalEquations:
@@ -61,11 +62,35 @@ def best_strength(
     return strengths[best], errors[best]
 
 
+def low_rank_map(
+    equations: NormalEquations, solution: torch.Tensor, strength: float, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The map of that rank nearest to a `solution` `[D + 1, K]` whose last feature is the constant 1.
+
+    Nearest in the metric of the inputs: the truncated singular value decomposition of W L, with L L^T the covariance of
+    the inputs. What lies between the factors has variance 1, so both are of a size that training can move.
+
+    Returns: the factors `[K, rank]` and `[rank, D]`, and the bias `[K]` that goes with them, in float64.
+    """
+    weight, total = solution[:-1].T, equations.gram[-1, -1]
+    mean = equations.gram[-1, :-1] / total
+    metric = equations.gram[:-1, :-1] / total - torch.outer(mean, mean)
+    metric.diagonal().add_(strength * equations.gram.diagonal().mean() / total)
+    root = torch.linalg.cholesky(metric)
+    product = weight @ root
+    # Right singular vectors, the largest first; there are at most D, however many targets.
+    right = torch.linalg.eigh(product.T @ product).eigenvectors.flip(1)[:, :rank]
+    output_weight = product @ right
+    # right^T @ root^-1, without an inverse
+    input_weight = torch.linalg.solve_triangular(root, right.T, upper=False, left=False)
+    return output_weight, input_weight, equations.cross[-1] / total - output_weight @ (input_weight @ mean)
+
+
 def token_weights(squares: torch.Tensor) -> torch.Tensor:
     """Weights `[T]`: 1 over a token's squared magnitude `[T]`, at most 4 times the median.
 
     A few tokens carry massive activations (Sun et al. 2024, "Massive activations in large language models"); with equal
     weights they own every fit.
     """
-    weights = 1 / squares.clamp(min=torch.finfo(squares.dtype).tiny)
+    weights = 1 / squares.clamp(min=LEAST_SQUARES)
     return weights.clamp(max=LARGEST_WEIGHT * weights.median())

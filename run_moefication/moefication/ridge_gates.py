@@ -5,7 +5,7 @@ import torch
 from llama_moe.gates import LinearGate
 
 from .expert_scores import TOKENS_PER_CHUNK
-from .ridge import NormalEquations, best_strength, token_weights
+from .ridge import NormalEquations, best_strength, low_rank_map, token_weights
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # in units of the mean diagonal of the Gram matrix
 
@@ -25,8 +25,7 @@ class GateEquations:
         """Fit weight and bias in place, with the strength that does best on the held-out tokens; once it is chosen,
         `to_all` fits to these as well.
 
-        A gate with a rank gets the nearest map of that rank: the truncated singular value decomposition in the metric
-        of the inputs, that is of W L with L L^T the covariance of the inputs.
+        A gate with a rank gets the nearest map of that rank, by `low_rank_map`.
 
         Returns: the strength, and the share of the held-out scores' (weighted) variance that the map explains when
         fitted without them, and before its rank is cut.
@@ -38,30 +37,15 @@ class GateEquations:
         if to_all:
             self._train += self._held_out
         solution = self._train.solve(strength)
-        weight, bias = solution[:-1].T, solution[-1]
         with torch.no_grad():
             if gate.rank is None:
-                gate.weight.copy_(weight)
+                gate.weight.copy_(solution[:-1].T)
+                gate.bias.copy_(solution[-1])
             else:
-                bias = self._truncate(gate, weight, strength)
-            gate.bias.copy_(bias)
+                factors = low_rank_map(self._train, solution, strength, gate.rank)
+                for parameter, factor in zip((gate.output_weight, gate.input_weight, gate.bias), factors, strict=True):
+                    parameter.copy_(factor)
         return {"ridge_strength": strength, "explained_variance": 1 - error / unexplained if unexplained else 0.0}
-
-    def _truncate(self, gate: LinearGate, weight: torch.Tensor, strength: float) -> torch.Tensor:
-        """Write the two factors of the gate nearest to `weight [experts, hidden]`; returns the bias `[experts]` that
-        goes with them. What lies between the factors has variance 1, so both are of a size that training can move."""
-        equations, total = self._train, self._train.gram[-1, -1]
-        mean = equations.gram[-1, :-1] / total
-        metric = equations.gram[:-1, :-1] / total - torch.outer(mean, mean)
-        metric.diagonal().add_(strength * equations.gram.diagonal().mean() / total)
-        root = torch.linalg.cholesky(metric)
-        left, values, right = torch.linalg.svd(weight @ root, full_matrices=False)
-        output_weight = left[:, : gate.rank] * values[: gate.rank]  # [experts, rank]
-        # right @ root^-1, without an inverse
-        input_weight = torch.linalg.solve_triangular(root, right[: gate.rank], upper=False, left=False)
-        gate.output_weight.copy_(output_weight)
-        gate.input_weight.copy_(input_weight)  # [rank, hidden]
-        return equations.cross[-1] / total - output_weight @ (input_weight @ mean)
 
 
 def fit_ridge_gate(gate: LinearGate, inputs: torch.Tensor, scores: torch.Tensor, num_valid: int) -> dict[str, float]:

@@ -61,8 +61,9 @@ def recalibrated(finished: Pipeline, folder: Path, *options: object, moe: Path |
 
 
 def metrics_of(folder: Path) -> list[dict]:
+    """By layer."""
     metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
-    return [metrics[name] for name in sorted(metrics) if name.endswith(".safetensors")]
+    return [metrics[name] for name in sorted(metrics) if "error_after" in metrics[name]]
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -197,6 +198,29 @@ def test_gates_are_scikit_learns_ridge_to_the_norms_of_the_experts_outputs(layer
     assert np.corrcoef(scores.flatten(), norms.numpy().flatten())[0, 1] > 0.5
 
 
+def test_the_final_norm_is_fitted_to_the_dense_models_predictions(finished, corpus):
+    """On every other token; on the others it is measured."""
+    dense, model = load_dense(finished.model), load(finished.calibrated)
+    expected, hidden = logits(dense, corpus.blocks)[1::2].log_softmax(-1), []
+    hook = model.model.norm.register_forward_pre_hook(lambda _, x: hidden.append(x[0][0]))
+    logits(model, corpus.blocks)
+    hook.remove()
+    hidden = torch.cat(hidden)[1::2]
+
+    def measured(weight: torch.Tensor) -> float:
+        with torch.no_grad():
+            normed = F.rms_norm(hidden, hidden.shape[-1:], weight, dense.config.rms_norm_eps)
+            found = model.lm_head(normed).log_softmax(-1)
+        return F.kl_div(found, expected, log_target=True, reduction="batchmean").item()
+
+    metrics = json.loads((finished.calibrated / "manifest.json").read_text())["metrics"][
+        "model-00004-of-00004.safetensors"
+    ]
+    assert metrics["divergence_before"] == pytest.approx(measured(load(finished.moe).model.norm.weight), rel=1e-3)
+    assert metrics["divergence_after"] == pytest.approx(measured(model.model.norm.weight), rel=1e-3)
+    assert metrics["divergence_after"] < metrics["divergence_before"]
+
+
 # ---------------------------------------------------------------------------------------------------- the whole model
 
 
@@ -257,12 +281,12 @@ def test_a_calibrated_model_is_nearer_to_the_dense_one_at_the_same_cost(num_sele
         assert metrics["active_share"] == pytest.approx(share, rel=0.01)
 
 
-def test_only_gates_and_down_projections_change(finished):
+def test_only_gates_and_down_projections_and_the_final_norm_change(finished):
     before, after = tensors_of(finished.moe), tensors_of(finished.calibrated)
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     fitted = ("gate.weight", "gate.bias", "threshold", "score_quantiles", "down_proj", "down_proj.weight")
-    assert changed == {name for name in before if ".mlp." in name and name.endswith(fitted)}
+    assert changed == {name for name in before if ".mlp." in name and name.endswith(fitted)} | {"model.norm.weight"}
     for name, tensor in after.items():
         assert (tensor.dtype, tensor.shape) == (before[name].dtype, before[name].shape)
 

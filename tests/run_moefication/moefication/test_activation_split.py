@@ -4,12 +4,14 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import VARIANTS, make_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import contents
+from sklearn.linear_model import Ridge
 from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.activation_split import NeuronStatistics, split_by_activations
@@ -26,23 +28,36 @@ NEURONS = 24
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
 
-def statistics_of(activations: torch.Tensor, keep_fraction: float = 0.25, norms=None, weights=None) -> NeuronStatistics:
-    statistics = NeuronStatistics(torch.ones(activations.shape[1]) if norms is None else norms, keep_fraction)
-    statistics.add(activations, weights)
+def statistics_of(
+    activations: torch.Tensor, keep_fraction: float = 0.25, norms=None, weights=None, size: int = 1000
+) -> NeuronStatistics:
+    """Of tokens whose inputs are what their neurons do: a linear map foresees it."""
+    norms = torch.ones(activations.shape[1]) if norms is None else norms
+    inputs = activations.abs().split(size)
+    weights = [None] * len(inputs) if weights is None else weights.split(size)
+    statistics = NeuronStatistics(norms, activations.shape[1])
+    for chunk in zip(inputs, activations.split(size), weights, strict=True):
+        statistics.add(*chunk)
+    statistics.count(list(inputs), keep_fraction)
     return statistics
 
 
 def loop_over_tokens(activations, norms, keep_fraction, weights):
-    """Importance and counts, a token and a neuron at a time."""
-    num_neurons = len(norms)
+    """Importance and counts, a token and a neuron at a time; what is foreseen is scikit-learn's."""
+    num_tokens, num_neurons = activations.shape
+    added = activations.abs() * norms
+    features = np.pad(activations.abs().double().numpy(), ((0, 0), (0, 1)), constant_values=1)
+    alpha = 0.01 * (features**2 * weights.numpy()[:, None]).sum(0).mean()
+    ridge = Ridge(alpha=alpha, fit_intercept=False, solver="cholesky")
+    foreseen = ridge.fit(features, added.double().numpy(), sample_weight=weights.numpy()).predict(features)
+    scores = sorted(foreseen.flatten(), reverse=True)
+    least = scores[len(scores) - 1 - int((1 - keep_fraction) * (len(scores) - 1))]
     importance = torch.zeros(num_neurons, dtype=torch.float64)
     together = torch.zeros(num_neurons, num_neurons)
-    kept = max(1, round(keep_fraction * num_neurons))
-    for token, weight in zip(activations, weights, strict=True):
-        added = [abs(float(token[i] * norms[i])) for i in range(num_neurons)]
+    for token in range(num_tokens):
         for i in range(num_neurons):
-            importance[i] += float(weight) * added[i] ** 2
-        needed = sorted(range(num_neurons), key=lambda i: -added[i])[:kept]
+            importance[i] += float(weights[token]) * float(added[token, i]) ** 2
+        needed = [i for i in range(num_neurons) if foreseen[token, i] >= max(least - 1e-6, 1e-9)]
         for i in needed:
             for j in needed:
                 together[i, j] += 1
@@ -66,12 +81,24 @@ def test_statistics_are_those_of_a_loop_over_tokens(tokens, keep_fraction, seed)
 def test_how_tokens_come_in_chunks_changes_no_count(tokens, size, seed):
     generator = torch.Generator().manual_seed(seed)
     activations, weights = torch.randn(tokens, NEURONS, generator=generator), torch.rand(tokens, generator=generator)
-    whole = statistics_of(activations, weights=weights)
-    chunked = NeuronStatistics(torch.ones(NEURONS), 0.25)
-    for chunk in zip(activations.split(size), weights.split(size), strict=True):
-        chunked.add(*chunk)
+    whole, chunked = (statistics_of(activations, weights=weights, size=s) for s in (1000, size))
     assert torch.equal(whole.together, chunked.together)
     torch.testing.assert_close(whole.importance, chunked.importance, rtol=1e-6, atol=0)
+
+
+def test_what_no_linear_map_foresees_counts_for_nothing():
+    """Two neurons fire by a coin that the inputs do not show, two others by one that they show."""
+    generator = torch.Generator().manual_seed(0)
+    shown, hidden = torch.randint(2, (2, 4000), generator=generator).float()
+    inputs = torch.stack([shown, torch.rand(4000, generator=generator)], dim=1)
+    noise = 0.1 * torch.rand(4000, 4, generator=generator)
+    activations = torch.stack([hidden, shown, hidden, shown], dim=1) + noise
+    statistics = NeuronStatistics(torch.ones(4), 2)
+    statistics.add(inputs, activations)
+    statistics.count([inputs], 0.25)
+    together = statistics.together / 4000
+    assert together[1, 3] == pytest.approx(0.5, abs=0.03)
+    assert together[0, 2] < 0.02
 
 
 def test_without_weights_a_massive_token_counts_like_others():
@@ -161,17 +188,18 @@ def finished(checkpoint, corpus, tmp_path_factory) -> Path:
     return split(checkpoint, corpus, tmp_path_factory.mktemp("finished"))
 
 
-def seen_by_hooks(folder: Path, blocks: list[torch.Tensor], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What enters the MLP's down_proj in a plain forward pass, and the stream that the MLP's output is added to."""
+def seen_by_hooks(folder: Path, blocks: list[torch.Tensor], layer: int) -> tuple[torch.Tensor, ...]:
+    """What enters the MLP in a plain forward pass, what enters its down_proj, and the stream its output is added to."""
     model = LlamaForCausalLM.from_pretrained(folder).eval()
-    hidden, streams = [], []
+    inputs, hidden, streams = [], [], []
     block_of = model.model.layers[layer]
+    block_of.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
     block_of.mlp.down_proj.register_forward_pre_hook(lambda _, args: hidden.append(args[0][0]))
     block_of.post_attention_layernorm.register_forward_pre_hook(lambda _, args: streams.append(args[0][0]))
     with torch.no_grad():
         for block in blocks:
             model(block[None].long())
-    return torch.cat(hidden), torch.cat(streams)
+    return torch.cat(inputs), torch.cat(hidden), torch.cat(streams)
 
 
 @pytest.mark.parametrize("variant", ["grouped_query", "mlp_bias", "llama3_rope"])
@@ -185,16 +213,17 @@ def test_the_pass_sees_what_the_dense_model_sees(variant, batch_size, corpus, tm
     )
     split(checkpoint, corpus, tmp_path / "out", batch_size=batch_size)
     by_layer = {}
-    for statistics, activations, weights in seen:
-        by_layer.setdefault(id(statistics), []).append((activations, weights))
+    for statistics, *parts in seen:
+        by_layer.setdefault(id(statistics), []).append(parts)
     assert len(by_layer) == 3
     for layer, parts in enumerate(by_layer.values()):
-        hidden, stream = seen_by_hooks(checkpoint.path, corpus.blocks, layer)
+        *expected, stream = seen_by_hooks(checkpoint.path, corpus.blocks, layer)
+        inputs, hidden, weights = map(torch.cat, zip(*parts, strict=True))
         assert hidden.std() > 0.01
-        torch.testing.assert_close(torch.cat([part[0] for part in parts]), hidden, **TOLERANCE)
+        torch.testing.assert_close([inputs, hidden], expected, **TOLERANCE)
         # Each token weighs 1 over the square of its stream, batch by batch clamped.
-        expected = torch.cat([token_weights(s.square().sum(1)) for s in stream.split([len(p[1]) for p in parts])])
-        torch.testing.assert_close(torch.cat([part[1] for part in parts]), expected, rtol=1e-3, atol=0)
+        squares = stream.square().sum(1).split([len(part[0]) for part in parts])
+        torch.testing.assert_close(weights, torch.cat([token_weights(part) for part in squares]), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("num_shared", [0, 2])
@@ -208,7 +237,7 @@ def test_corpus_and_features_give_a_split_of_every_layer(source, num_shared, che
     opened = Split(folder, checkpoint, GATE, 8)
     assert opened.num_shared_experts == num_shared
     for layer in range(3):
-        hidden, _ = seen_by_hooks(checkpoint.path, corpus.blocks, layer)
+        _, hidden, _ = seen_by_hooks(checkpoint.path, corpus.blocks, layer)
         norms = checkpoint.mlp_tensor(layer, "down_proj.weight").norm(dim=0)
         added = (hidden * norms).square()
         heat = (added / added.sum(1, keepdim=True)).sum(0)

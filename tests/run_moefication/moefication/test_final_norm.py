@@ -1,0 +1,59 @@
+"""The final norm's fit: divergence and gradient against autograd, the minimum against SciPy's."""
+
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch.nn import functional as F
+
+from run_moefication.moefication.final_norm import TOKENS_PER_CHUNK, Divergence, fit_final_norm
+
+HIDDEN, WORDS = 12, 40
+
+
+def problem(tokens: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Head, what enters it in the dense model, the same with noise in some channels and normalised, and a weight."""
+    generator = torch.Generator().manual_seed(seed)
+    head, normed = (torch.randn(size, HIDDEN, generator=generator) for size in (WORDS, tokens))
+    normed = F.rms_norm(normed, (HIDDEN,))
+    weight = torch.rand(HIDDEN, generator=generator) + 0.5
+    noisy = normed + noise * torch.linspace(0, 1, HIDDEN) * torch.randn(tokens, HIDDEN, generator=generator)
+    return head, normed * weight, F.rms_norm(noisy, (HIDDEN,)), weight
+
+
+def straight(head: torch.Tensor, dense: torch.Tensor, normed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    expected, found = (F.softmax(hidden @ head.T, dim=-1) for hidden in (dense, normed * weight))
+    return (expected * (expected / found).log()).sum(-1).mean()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, TOKENS_PER_CHUNK + 3])
+def test_divergence_and_gradient_are_autograds(tokens):
+    head, dense, normed, weight = (tensor.double() for tensor in problem(tokens, 0.7))
+    loss, gradient = Divergence(head, dense, normed)(weight)
+    weight.requires_grad_()
+    expected = straight(head, dense, normed, weight)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-9)
+    torch.testing.assert_close(gradient, weight.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_minimum_is_scipys(seed):
+    head, dense, normed, weight = problem(900, 1.0, seed)
+    exact = Divergence(head.double(), dense.double(), normed.double())
+
+    def both(values):
+        loss, gradient = exact(torch.from_numpy(values))
+        return loss, gradient.numpy()
+
+    best = minimize(both, weight.double().numpy(), jac=True, method="L-BFGS-B")
+    fitted = fit_final_norm(Divergence(head, dense, normed), weight)
+    before, found = (exact(w.double())[0] for w in (weight, fitted))
+    assert found - best.fun < 0.02 * (before - best.fun)
+    # Channels are believed the less the noisier they are.
+    factors = fitted / weight
+    assert factors[-3:].mean() < 0.8 * factors[:3].mean()
+
+
+def test_without_noise_the_weight_stays():
+    head, dense, normed, weight = problem(100, 0.0)
+    torch.testing.assert_close(fit_final_norm(Divergence(head, dense, normed), weight), weight, rtol=1e-4, atol=1e-4)
