@@ -9,8 +9,9 @@ RECIPE="${RECIPE:-calibrated}"
 case "$RECIPE" in
     calibrated)
         NUM_EXPERTS="${NUM_EXPERTS:-256}"                          # must divide the MLP's width
-        NUM_SHARED_EXPERTS="${NUM_SHARED_EXPERTS:-$((NUM_EXPERTS / 8))}" # of these, always on
         NUM_SELECTS="${NUM_SELECTS:-$((NUM_EXPERTS / 2))}"         # experts per token, shared ones included
+        # Of these, always on: an eighth, of small budgets a sixteenth.
+        NUM_SHARED_EXPERTS="${NUM_SHARED_EXPERTS:-$((NUM_EXPERTS / (NUM_SELECTS * 5 > NUM_EXPERTS * 2 ? 8 : 16)))}"
         CLUSTER_ON="${CLUSTER_ON:-activations}"
         SELECT_CRITERION="${SELECT_CRITERION:-output_norm}"
         GATE_NETWORK="${GATE_NETWORK:-linear}"
