@@ -115,7 +115,6 @@ class Store:
             "model": setup.checkpoint.fingerprint,
             "corpus": setup.corpus.digest,
             "texts": {name: len(blocks) for name, blocks in setup.texts.items()},
-            "gate_rank": setup.arguments.gate_rank,
         }
 
     def numbers(self, row: Row) -> dict[str, Any]:
@@ -140,7 +139,8 @@ def rows(setup: Any) -> Iterator[Row]:
     arguments = setup.arguments
 
     def row(method: str, measure: Callable[..., dict[str, Any]], *inputs: Any, **settings: Any) -> Row:
-        return Row(method, budget, partial(measure, setup, *inputs), settings)
+        ranks = {"gate_rank": recipe.rank for recipe in inputs if isinstance(recipe, quality.Recipe)}
+        return Row(method, budget, partial(measure, setup, *inputs), ranks | settings)
 
     yield Row("dense", 1.0, partial(quality.measure_dense, setup))
     for budget in arguments.budgets:
