@@ -139,8 +139,10 @@ def rows(setup: Any) -> Iterator[Row]:
     arguments = setup.arguments
 
     def row(method: str, measure: Callable[..., dict[str, Any]], *inputs: Any, **settings: Any) -> Row:
-        ranks = {"gate_rank": recipe.rank for recipe in inputs if isinstance(recipe, quality.Recipe)}
-        return Row(method, budget, partial(measure, setup, *inputs), ranks | settings)
+        for recipe in inputs:
+            if isinstance(recipe, quality.Recipe):
+                settings["gate_rank"] = recipe.rank
+        return Row(method, budget, partial(measure, setup, *inputs), settings)
 
     yield Row("dense", 1.0, partial(quality.measure_dense, setup))
     for budget in arguments.budgets:

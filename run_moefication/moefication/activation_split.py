@@ -69,7 +69,7 @@ class NeuronStatistics:
         rank = min(PREDICTION_RANK, len(solution) - 1, len(self.importance))
         factors = [part.float() for part in low_rank_map(self._equations, solution, RIDGE_STRENGTH, rank)]
         thinning = -(-sum(map(len, inputs)) * len(self.importance) // MOST_QUANTILE_SCORES)
-        sample = _predicted(torch.cat([part[::thinning] for part in inputs]), *factors).flatten()
+        sample = torch.cat([_predicted(part, *factors)[::thinning] for part in inputs]).flatten()
         least = sample.kthvalue(1 + int((1 - keep_fraction) * (len(sample) - 1))).values
         for part in inputs:
             added = _predicted(part, *factors)
