@@ -35,7 +35,7 @@ LAYER_BUDGETS = ("equal", "sensitivity")
 BUDGETS = "budgets"  # the piece that says how many experts each layer runs
 HELD_OUT = 6  # one block of so many is held out to choose strengths on
 FINAL_NORM = "norm.weight"
-MOST_FINAL_TOKENS = 16384  # that the final norm is fitted to and measured on, half of them each
+MOST_FINAL_TOKENS = 8192  # that the final norm is fitted to and measured on, half of them each
 
 
 @dataclass(frozen=True)
