@@ -115,10 +115,14 @@ def measure_masked(setup: Setup, make: Callable[[Any], list[Any]]) -> dict[str, 
     return numbers
 
 
-def measure_moe(setup: Setup, folder: Path, *, budget: float | None = None, is_static: bool = False) -> dict[str, Any]:
+def measure_moe(
+    setup: Setup, folder: Path, *, budget: float | None = None, is_static: bool = False, final_norm: bool = True
+) -> dict[str, Any]:
     """A LlamaMoE checkpoint, at a `budget` other than its own if one is given; or its shared experts alone: a static
-    mask, which has no use for the gate's parameters."""
+    mask, which has no use for the gate's parameters. Without its `final_norm` it has the dense model's."""
     model = _load(folder)
+    if not final_norm:
+        model.model.norm.weight.data.copy_(setup.checkpoint.tensor("norm.weight"))
     if is_static:
         for layer in model.model.layers:
             layer.mlp.gate.set_active_share(0)
@@ -199,6 +203,7 @@ class Recipe:
     rank: int | None  # of the gates; None: full
     split: str = "activations"
     refit: str | None = "gates and down_proj"  # or "down_proj"; None: not calibrated
+    final_norm: bool = True  # as it was fitted, if the recipe is calibrated
 
     def gate_share(self, setup: Setup) -> float:
         """The gates' parameters over those of the dense MLPs."""
@@ -224,13 +229,14 @@ STEPS = {
     "split on activations": dict(shared=0, routing="top_k", refit=None),
     "and shared experts": dict(routing="top_k", refit=None),
     "and a threshold": dict(refit=None),
-    "and down_proj refitted": dict(refit="down_proj"),
+    "and down_proj refitted": dict(refit="down_proj", final_norm=False),
+    "and gates refitted": dict(final_norm=False),
 }
 
 
 def measure_ours(setup: Setup, recipe: Recipe, budget: float) -> dict[str, Any]:
     """A recipe, with as many experts as the budget has room for beside the gate."""
-    return measure_moe(setup, _at(setup, recipe, budget))
+    return measure_moe(setup, _at(setup, recipe, budget), final_norm=recipe.final_norm)
 
 
 def measure_dialled(setup: Setup, recipe: Recipe, calibrated_at: float, budget: float) -> dict[str, Any]:

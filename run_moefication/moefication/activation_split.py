@@ -21,7 +21,7 @@ from .balanced_kmeans import Clustering, balanced_kmeans
 from .checkpoints import TEMPLATES, Checkpoint
 from .corpus import Corpus
 from .errors import MoEficationError
-from .expert_scores import TOKENS_PER_CHUNK, LayerActivations
+from .expert_scores import TOKENS_PER_CHUNK, LayerActivations, token_stride
 from .hidden_features import Features
 from .layer_walk import Batch, DenseLayer, Streams, batches_of, embed
 from .manifests import Claim, environment
@@ -33,7 +33,6 @@ from .splitting import require_shared, require_template, write_labels
 JITTER = 1e-6
 PREDICTION_RANK = 64  # from 32 to 96 the experts are as good, and better than at full rank
 RIDGE_STRENGTH = 1e-2  # of the prediction, in mean diagonals of the Gram matrix of the inputs
-MOST_QUANTILE_SCORES = 1 << 24  # more than so many are thinned out, token by token, before they are sorted
 
 
 class NeuronStatistics:
@@ -68,8 +67,9 @@ class NeuronStatistics:
         solution = self._equations.solve(RIDGE_STRENGTH)
         rank = min(PREDICTION_RANK, len(solution) - 1, len(self.importance))
         factors = [part.float() for part in low_rank_map(self._equations, solution, RIDGE_STRENGTH, rank)]
-        thinning = -(-sum(map(len, inputs)) * len(self.importance) // MOST_QUANTILE_SCORES)
-        sample = torch.cat([_predicted(part, *factors)[::thinning] for part in inputs]).flatten()
+        stride = token_stride(sum(map(len, inputs)) * len(self.importance))
+        # Of the same products as below: the least score that counts is then one of those that are counted.
+        sample = torch.cat([_predicted(part, *factors)[::stride] for part in inputs]).flatten()
         least = sample.kthvalue(1 + int((1 - keep_fraction) * (len(sample) - 1))).values
         for part in inputs:
             added = _predicted(part, *factors)

@@ -13,6 +13,12 @@ ACTIVATION_CRITERIA = {
 }
 CRITERIA = (*ACTIVATION_CRITERIA, "output_norm")
 TOKENS_PER_CHUNK = 4096
+MOST_SORTED_SCORES = 1 << 24  # more than so many are thinned out, token by token, before quantiles are taken
+
+
+def token_stride(num_scores: int) -> int:
+    """Every which token's scores to take, so that at most `MOST_SORTED_SCORES` are left of so many."""
+    return max(1, -(-num_scores // MOST_SORTED_SCORES))
 
 
 class ExpertScorer:

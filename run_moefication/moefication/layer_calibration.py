@@ -9,7 +9,7 @@ from llama_moe import LlamaMoEConfig
 from llama_moe.gates import Gate
 
 from .checkpoints import Checkpoint
-from .expert_scores import OutputNorms
+from .expert_scores import OutputNorms, token_stride
 from .layer_walk import AttentionHalf, Batch, DenseLayer
 from .moe_checkpoints import MoECheckpoint
 from .packed_mlp import PackedMLP
@@ -17,7 +17,6 @@ from .ridge import NormalEquations, best_strength, token_weights
 from .ridge_gates import GateEquations
 
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the pull to the original down_proj, in mean diagonals of the Gram
-MOST_QUANTILE_SCORES = 1 << 24  # more than so many are thinned out, token by token, before they are sorted
 MOST_KEPT_BYTES = 2 << 30  # of a layer's activations on all tokens; where they are more, each pass computes them anew
 
 
@@ -64,8 +63,7 @@ class LayerCalibration:
             self._round_gate()
         scores = torch.cat([self.gate.score(self._inputs(after, batch)) for batch in batches])  # [tokens, E]
         if self.gate.routing == "threshold":
-            thinning = -(-scores.numel() // MOST_QUANTILE_SCORES)
-            self.gate.store_score_quantiles(scores[::thinning])
+            self.gate.store_score_quantiles(scores[:: token_stride(scores.numel())])
             self.gate.set_active_share(self._share)
             metrics["threshold"] = self.gate.threshold.item()
         selected = torch.cat([self.gate.selected(chunk) for chunk in scores.split(4096)])  # bool [tokens, E]
