@@ -184,7 +184,7 @@ def measure_static(setup: Setup, budget: float, refit: bool, is_distilled: bool 
     recipe = Recipe(experts, shared, "threshold", rank=1)
     folder = _converted(setup, recipe, shared + 1)
     if refit:
-        folder = _calibrated(setup, folder, shared)
+        folder = _calibrated(setup, folder, shared, refit_gates=False)
     if is_distilled:
         folder = _distilled(setup, folder)
     return measure_moe(setup, folder, is_static=True)

@@ -8,8 +8,8 @@
 #     MODEL=/models/llama_7B bash scripts/quickstart.sh    # a checkpoint of your own
 #
 # Settings: MODEL (folder or hub id), DATA (folder of jsonl), TEXT (held-out text to measure on), RECIPE (calibrated or
-# plain), NUM_EXPERTS, NUM_SELECTS, FEATURE_TOKENS (to fit gates on), CALIBRATION_TOKENS, DISTILLATION_TOKENS,
-# BLOCK_SIZE, EVAL_TOKENS, and WORK, the folder everything is written to.
+# plain), NUM_EXPERTS, NUM_SELECTS, SPLIT_TOKENS, FEATURE_TOKENS (to fit gates on), CALIBRATION_TOKENS,
+# DISTILLATION_TOKENS, BLOCK_SIZE, EVAL_TOKENS, and WORK, the folder everything is written to.
 set -euo pipefail
 case "${1:-}" in
     "") ;;
@@ -47,7 +47,7 @@ export CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}" DISTILLED_PATH
 BEST="$MOE_PATH"
 
 say "1. Split the neurons into $NUM_EXPERTS experts a layer"
-bash "$STAGES/1_split.sh"
+SPLIT_TOKENS="${SPLIT_TOKENS:-16384}" bash "$STAGES/1_split.sh"
 say "2. Record what the MLPs see"
 MAX_TOKENS="${FEATURE_TOKENS:-16384}" SAVE_INTERVAL=4 bash "$STAGES/2_get_hidden_features.sh"
 say "3. Fit the gates"

@@ -35,7 +35,8 @@ LAYER_BUDGETS = ("equal", "sensitivity")
 BUDGETS = "budgets"  # the piece that says how many experts each layer runs
 HELD_OUT = 6  # one block of so many is held out to choose strengths on
 FINAL_NORM = "norm.weight"
-MOST_FINAL_TOKENS = 8192  # that the final norm is fitted to and measured on, half of them each
+# Tokens that the final norm is fitted to and measured on, half of them each: an eighth of all within these bounds.
+LEAST_FINAL_TOKENS, MOST_FINAL_TOKENS = 4096, 16384
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,8 @@ def _fit_final_norm(
         return None
     config = checkpoint.config
     streams = Streams(writer, (2, corpus.num_tokens, config.hidden_size)).before(config.num_hidden_layers)
-    sample = streams[:, :: -(-corpus.num_tokens // MOST_FINAL_TOKENS)].to(device)
+    num_tokens = min(max(corpus.num_tokens // 8, LEAST_FINAL_TOKENS), MOST_FINAL_TOKENS)
+    sample = streams[:, :: -(-corpus.num_tokens // num_tokens)].to(device)
     dense, normed = F.rms_norm(sample, sample.shape[-1:], eps=config.rms_norm_eps)
     dense = dense * checkpoint.finite_tensor(FINAL_NORM).to(device, torch.float32)
     name = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"

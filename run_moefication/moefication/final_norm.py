@@ -19,26 +19,40 @@ TOKENS_PER_CHUNK = 512
 class Divergence:
     """KL of a model's next-token distributions from the dense model's, as a function of its final norm's weight.
 
+    With p the dense model's distribution and z = head x the other's logits, KL = sum p log p - sum p z + logsumexp(z),
+    and sum p z = x (p head): the dense model's logits are needed once, and of V numbers a token none are kept.
+
     Memory: beside the head, a few times TOKENS_PER_CHUNK * V numbers.
     """
 
+    @torch.no_grad()
     def __init__(self, head: torch.Tensor, dense: torch.Tensor, normed: torch.Tensor):
         """`head`: `[V, H]`, of both models; `dense`: what enters it in the dense model, `[T, H]`; `normed`: what enters
         it in the other one, but for the norm's weight, `[T, H]`; float32."""
-        self._head = head
-        self._parts = list(zip(dense.split(TOKENS_PER_CHUNK), normed.split(TOKENS_PER_CHUNK), strict=True))
-        self._num_tokens = len(dense)
+        self._head, self._parts, self._num_tokens = head, [], len(dense)
+        for states, others in zip(dense.split(TOKENS_PER_CHUNK), normed.split(TOKENS_PER_CHUNK), strict=True):
+            expected, log_total = self._mean_row(states)
+            self._parts.append((others, expected, (states * expected).sum(dim=1) - log_total))
 
     @torch.no_grad()
     def __call__(self, weight: torch.Tensor) -> tuple[float, torch.Tensor]:
         """`weight [H]` -> the mean divergence in nats a token, and its gradient `[H]`."""
         loss, gradient = 0.0, torch.zeros_like(weight)
-        for dense, normed in self._parts:
-            expected = F.linear(dense, self._head).log_softmax(dim=-1)
-            found = F.linear(normed * weight, self._head).log_softmax(dim=-1)
-            loss += F.kl_div(found, expected, reduction="sum", log_target=True).item()
-            gradient += (((found.exp_() - expected.exp_()) @ self._head) * normed).sum(dim=0)
+        for normed, expected, negative_entropy in self._parts:
+            states = normed * weight
+            found, log_total = self._mean_row(states)
+            divergences = negative_entropy - (states * expected).sum(dim=1) + log_total
+            loss += divergences.sum(dtype=torch.float64).item()
+            gradient += ((found - expected) * normed).sum(dim=0)
         return loss / self._num_tokens, gradient / self._num_tokens
+
+    def _mean_row(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States `[T, H]` -> the mean of the head's rows as each predicts them `[T, H]`, and its logits' logsumexp."""
+        logits = F.linear(states, self._head)
+        largest = logits.amax(dim=1, keepdim=True)
+        weights = logits.sub_(largest).exp_()
+        total = weights.sum(dim=1, keepdim=True)
+        return weights @ self._head / total, (largest + total.log()).squeeze(1)
 
 
 def fit_final_norm(divergence: Divergence, weight: torch.Tensor, progress: Progress = no_progress) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 
 LARGEST_WEIGHT = 4.0  # in medians
 LEAST_SQUARES = 1e-20  # so that sums over tokens that are nothing but zeros stay finite
+GRAM_BLOCKS = 6  # stripes of a Gram matrix; more save little, and make the products small
 
 
 class NormalEquations:
@@ -27,9 +28,9 @@ class NormalEquations:
 
     def add(self, features: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
         """Add tokens: float32 `[T, D]`, `[T, K]` and weights `[T]`."""
-        weighted = (features * weights[:, None]).T
-        self.gram += weighted @ features
-        self.cross += weighted @ targets
+        weighted = features * weights[:, None]
+        self.gram += gram(features, weighted)
+        self.cross += weighted.T @ targets
         self.target_squares += (targets.square().sum(dim=1) * weights).sum(dtype=torch.float64).item()
 
     def __iadd__(self, other: "NormalEquations") -> "NormalEquations":
@@ -51,6 +52,18 @@ class NormalEquations:
         solution = solution.double()
         explained = 2 * (solution * self.cross).sum() - (solution * (self.gram @ solution)).sum()
         return 1 - explained.item() / self.target_squares if self.target_squares else 0.0
+
+
+def gram(features: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:
+    """`weighted`^T @ `features`, `[T, D]` each -> `[D, D]`. The one is the other times a weight for each token, so the
+    product is symmetric, and what lies below the diagonal is copied: that saves 2 of 5 operations."""
+    size = features.shape[1]
+    product, width = features.new_empty(size, size), -(-size // GRAM_BLOCKS)
+    for start in range(0, size, width):
+        end = min(start + width, size)
+        product[start:end, start:] = weighted[:, start:end].T @ features[:, start:]
+        product[end:, start:end] = product[start:end, end:].T
+    return product
 
 
 def best_strength(

@@ -167,33 +167,38 @@ def test_meta_device_construction_allocates_nothing():
 
 
 DISTRIBUTED = """
+import gc
 import sys
 import torch
 from transformers import AutoModelForCausalLM
 import llama_moe
 
-kind, folder = sys.argv[1:]
+
+def compute(kind, folder):
+    tokens = torch.load(folder + "/tokens.pt")
+    if kind == "tensor_parallel":
+        model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+        experts = model.model.layers[0].mlp.experts
+        local = experts.down_proj.to_local() if hasattr(experts.down_proj, "to_local") else experts.down_proj
+        assert local.shape[-1] == model.config.moe_intermediate_size // 2, local.shape  # really split
+    else:
+        from torch.distributed.fsdp import fully_shard
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        assert model.model.layers[0].mlp.experts.down_proj.to_local().shape[0] == model.config.num_experts // 2
+    output = model(tokens, labels=tokens)
+    output.loss.backward()
+    logits = output.logits.full_tensor() if hasattr(output.logits, "full_tensor") else output.logits
+    if torch.distributed.get_rank() == 0:
+        torch.save({"logits": logits.detach(), "loss": output.loss.detach()}, folder + "/output.pt")
+
+
 torch.distributed.init_process_group("gloo")
-rank = torch.distributed.get_rank()
-tokens = torch.load(folder + "/tokens.pt")
-if kind == "tensor_parallel":
-    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
-    experts = model.model.layers[0].mlp.experts
-    local = experts.down_proj.to_local() if hasattr(experts.down_proj, "to_local") else experts.down_proj
-    assert local.shape[-1] == model.config.moe_intermediate_size // 2, local.shape  # really split over two processes
-else:
-    from torch.distributed.fsdp import fully_shard
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    assert model.model.layers[0].mlp.experts.down_proj.to_local().shape[0] == model.config.num_experts // 2
-output = model(tokens, labels=tokens)
-output.loss.backward()
-logits = output.logits.full_tensor() if hasattr(output.logits, "full_tensor") else output.logits
-if rank == 0:
-    torch.save({"logits": logits.detach(), "loss": output.loss.detach()}, folder + "/output.pt")
+compute(*sys.argv[1:])
 torch.distributed.barrier()
+gc.collect()  # a model left over keeps gloo's threads, which may abort the process at its end (pytorch/pytorch#179291)
 torch.distributed.destroy_process_group()
 """
 
