@@ -112,19 +112,26 @@ class Gate(nn.Module):
     def store_score_quantiles(self, scores: torch.Tensor) -> None:
         """Keep the quantiles of all scores `[T, E]` of a text: what `set_active_share` sets thresholds by.
 
+        Those of experts that `min_experts_per_tok` forces on count as the highest of all, those of experts that
+        `max_experts_per_tok` forces off as the lowest, so that a share is what really runs.
+
         Raises:
             ValueError: the gate routes by top-k, there is no score, or one is not finite.
         """
         self._require_threshold_routing()
         if not scores.numel() or not scores.isfinite().all():
             raise ValueError("quantiles need scores, all of them finite")
+        if not self._is_unbounded:
+            order = scores.argsort(dim=-1, descending=True)
+            forced_on, forced_off = order[:, : self.min_experts_per_tok], order[:, self.max_experts_per_tok :]
+            highest, lowest = scores.max().item(), scores.min().item()
+            scores = scores.scatter(-1, forced_on, highest).scatter(-1, forced_off, lowest)
         ordered = np.sort(scores.flatten().float().cpu().numpy())  # PyTorch's sort takes ten times as long on CPUs
         levels = np.linspace(0, len(ordered) - 1, self.NUM_QUANTILES).round().astype(np.int64)
         self.score_quantiles.copy_(torch.from_numpy(ordered[levels]))
 
     def threshold_of_share(self, share: float) -> float:
-        """The threshold that this share of all token-expert pairs reaches on the text of the stored quantiles, before
-        `min_experts_per_tok` and `max_experts_per_tok` have their say.
+        """The threshold at which this share of all token-expert pairs runs on the text of the stored quantiles.
 
         Raises:
             ValueError: the gate routes by top-k, or no quantiles are stored.

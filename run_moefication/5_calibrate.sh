@@ -4,6 +4,7 @@
 #     MODEL_PATH=/models/llama_7B MAX_TOKENS=262144 bash 5_calibrate.sh
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+BUDGET="${NUM_SELECTS:-}" # experts that run per token, if given; as converted, if not
 # shellcheck source=run_moefication/recipe.sh
 . "$HERE/recipe.sh" # GATE_NETWORK: linear gates are fitted anew; OUTPUT_BIAS
 
@@ -17,7 +18,7 @@ MAX_TOKENS="${MAX_TOKENS:-131072}"                        # more is better, and 
 BLOCK_SIZE="${BLOCK_SIZE:-}"                              # empty: 2048, or what the model takes
 BATCH_SIZE="${BATCH_SIZE:-4}"                             # blocks at a time
 SEED="${SEED:-0}"
-[ "$GATE_NETWORK" != linear ] || REFIT_GATES=1
+REFIT_GATES="${REFIT_GATES-$([ "$GATE_NETWORK" != linear ] || echo 1)}" # empty: gates stay as they are
 PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
 
 "$PYTHON" "$HERE/llama_calibrate.py" \
@@ -31,6 +32,7 @@ PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/b
     ${BLOCK_SIZE:+--block_size "$BLOCK_SIZE"} \
     --batch_size "$BATCH_SIZE" \
     --seed "$SEED" \
+    ${BUDGET:+--num_selects "$BUDGET"} \
     ${REFIT_GATES:+--refit_gates} \
     ${OUTPUT_BIAS:+--output_bias} \
     "$@"

@@ -17,6 +17,7 @@ BLOCK_SIZE="${BLOCK_SIZE:-512}"                            # tokens that predict
 BATCH_SIZE="${BATCH_SIZE:-2}"                              # blocks at a time in each process
 TRAIN="${TRAIN:-all}"                                      # gates, experts or all
 LR="${LR:-1e-4}"                                           # learning rate
+NUM_SELECTS="${NUM_SELECTS:-}"                             # experts per token; empty: as calibrated
 SEED="${SEED:-0}"
 PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
 NUM_GPUS="${NUM_GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
@@ -39,5 +40,6 @@ fi
     --batch_size "$BATCH_SIZE" \
     --train "$TRAIN" \
     --lr "$LR" \
+    ${NUM_SELECTS:+--num_selects "$NUM_SELECTS"} \
     --seed "$SEED" \
     "$@"

@@ -4,8 +4,9 @@ the final norm.
   python llama_calibrate.py --model_path MODEL --moe_path NAME-MoE --save_path NAME-MoE-Calibrated \
     --train_data_path ../llama_data --max_tokens 131072 --refit_gates
 
-Writes a LlamaMoE checkpoint like the one it read. Memory: a layer of each model and twice its Gram matrix (LLaMA-7B: 4
-GB); disk, until it is done: 16 bytes a token for each of hidden_size (LLaMA-7B: 66 kB a token).
+Writes a LlamaMoE checkpoint like the one it read. Memory: a layer of each model, five matrices of its neurons squared
+(LLaMA-7B: 6.5 GB together), and up to 2 GB of activations; disk, until it is done: 16 bytes a token for each of
+hidden_size (LLaMA-7B: 66 kB a token).
 """
 
 import argparse

@@ -5,13 +5,19 @@
 #                          of a fixed number; stage 5 refits what remains (the default, and the better model)
 #     RECIPE=plain         the original description's: 8 experts clustered on weights, MLP gates, 2 of 8 for every token
 
+for setting in NUM_EXPERTS NUM_SELECTS NUM_SHARED_EXPERTS; do
+    case "${!setting:-1}" in
+        *[!0-9]* | 0?*) echo "error: $setting=${!setting}: a whole number is needed" >&2 && exit 2 ;;
+    esac
+done
 RECIPE="${RECIPE:-calibrated}"
 case "$RECIPE" in
     calibrated)
         NUM_EXPERTS="${NUM_EXPERTS:-256}"                          # must divide the MLP's width
         NUM_SELECTS="${NUM_SELECTS:-$((NUM_EXPERTS / 2))}"         # experts per token, shared ones included
-        # Of these, always on: an eighth, of small budgets a sixteenth.
-        NUM_SHARED_EXPERTS="${NUM_SHARED_EXPERTS:-$((NUM_EXPERTS / (NUM_SELECTS * 5 > NUM_EXPERTS * 2 ? 8 : 16)))}"
+        # Of these, always on: an eighth of all, at small budgets a sixteenth, at the smallest half of the budget.
+        NUM_SHARED_EXPERTS="${NUM_SHARED_EXPERTS:-$((NUM_SELECTS * 5 > NUM_EXPERTS * 2 ? NUM_EXPERTS / 8 :
+            NUM_SELECTS * 8 > NUM_EXPERTS ? NUM_EXPERTS / 16 : NUM_SELECTS / 2))}"
         CLUSTER_ON="${CLUSTER_ON:-activations}"
         SELECT_CRITERION="${SELECT_CRITERION:-output_norm}"
         GATE_NETWORK="${GATE_NETWORK:-linear}"
@@ -35,3 +41,7 @@ case "$RECIPE" in
         exit 2
         ;;
 esac
+if [ "$NUM_SELECTS" -lt 1 ] || [ "$NUM_SELECTS" -gt "$NUM_EXPERTS" ]; then
+    echo "error: NUM_SELECTS=$NUM_SELECTS is outside of 1 to NUM_EXPERTS=$NUM_EXPERTS" >&2
+    exit 2
+fi

@@ -13,8 +13,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def bench(arguments: argparse.Namespace) -> None:
     import timing
     import torch
     from quality_methods import prepare
+
+    check(arguments)
     from quality_table import line, plot, table
 
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -104,17 +107,42 @@ def bench(arguments: argparse.Namespace) -> None:
         plot(results, *names_and_seed, arguments.plot)
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what no row could be measured with, before any work."""
+    from run_moefication.moefication.errors import MoEficationError
+
+    for name in ("calibration_tokens", "heldout_tokens", "wikitext_tokens", "distillation_tokens"):
+        if getattr(arguments, name) < 1:
+            raise MoEficationError(f"--{name} {getattr(arguments, name)} must be at least 1")
+    for budget in arguments.budgets:
+        if not 0.05 <= budget <= 1:
+            raise MoEficationError(f"--budgets {budget:g}: active fractions from 0.05 to 1 are measured")
+    for name in ("json", "markdown", "plot"):
+        path = getattr(arguments, name)
+        if path and not path.absolute().parent.is_dir():
+            raise MoEficationError(f"--{name} {path}: there is no folder {path.parent}")
+
+
 class Store:
     """The JSON file of rows: what an earlier run measured with the same settings is not measured again."""
 
     def __init__(self, setup: Any, path: Path, machine: str):
+        import torch
+        from quality_methods import FEATURE_TOKENS
+
+        from run_moefication.moefication.errors import MoEficationError
+
         self.machine = machine
         self._path = path
-        self._rows = json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            self._rows = json.loads(path.read_text()) if path.is_file() else {}
+        except ValueError as error:
+            raise MoEficationError(f"--json {path} holds no rows of an earlier run ({error})") from None
         self._settings = {
             "model": setup.checkpoint.fingerprint,
             "corpus": setup.corpus.digest,
-            "texts": {name: len(blocks) for name, blocks in setup.texts.items()},
+            "texts": {name: sha256(torch.cat(blocks).numpy()).hexdigest() for name, blocks in setup.texts.items()},
+            "feature_tokens": FEATURE_TOKENS,
         }
 
     def numbers(self, row: Row) -> dict[str, Any]:
@@ -141,7 +169,7 @@ def rows(setup: Any) -> Iterator[Row]:
     def row(method: str, measure: Callable[..., dict[str, Any]], *inputs: Any, **settings: Any) -> Row:
         for recipe in inputs:
             if isinstance(recipe, quality.Recipe):
-                settings["gate_rank"] = recipe.rank
+                settings |= {"recipe": asdict(recipe), "margin": quality.MARGIN[recipe.routing]}
         return Row(method, budget, partial(measure, setup, *inputs), settings)
 
     yield Row("dense", 1.0, partial(quality.measure_dense, setup))
@@ -167,6 +195,7 @@ def rows(setup: Any) -> Iterator[Row]:
                 yield row(f"{name}, calibrated at {other:.0%}", quality.measure_dialled, recipe, other, budget)
         if arguments.distill:
             settings = {"distillation_tokens": arguments.distillation_tokens, "bf16": arguments.bf16}
+            settings["lr"] = quality.DISTILLATION_LR
             if "static" in arguments.methods:
                 yield row("static mask, refitted and distilled", quality.measure_static, budget, True, True, **settings)
             if "threshold" in arguments.methods:

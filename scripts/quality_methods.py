@@ -50,7 +50,7 @@ class Setup:
 
     @property
     def work(self) -> Path:
-        return self.arguments.work
+        return _work(self.arguments)
 
 
 def prepare(arguments: argparse.Namespace) -> Setup:
@@ -63,14 +63,16 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         raise MoEficationError(f"--heldout_path {arguments.heldout_path} holds no .jsonl file")
     if arguments.wikitext_path:
         files["WikiText-2"] = (Path(arguments.wikitext_path), arguments.wikitext_tokens)
-    texts = {
-        name: [block for block in first_tokens(path, checkpoint.path, count).split(BLOCK) if len(block) == BLOCK]
-        for name, (path, count) in files.items()
-    }
+    texts = {}
+    for name, (path, count) in files.items():
+        blocks = first_tokens(path, checkpoint.path, count).split(BLOCK)
+        texts[name] = [block for block in blocks if len(block) == BLOCK]
+        if not texts[name]:
+            raise MoEficationError(f"{path}: less than a block of {BLOCK} tokens to measure on")
     features = extract_features(
         checkpoint,
         _corpus(checkpoint, arguments, FEATURE_TOKENS),
-        arguments.work,
+        _work(arguments),
         template=TEMPLATES[0],
         feature_format="inputs",
         batch_size=BATCH,
@@ -78,6 +80,11 @@ def prepare(arguments: argparse.Namespace) -> Setup:
     )
     corpus = _corpus(checkpoint, arguments, arguments.calibration_tokens)
     return Setup(checkpoint, corpus, features.folder, texts, arguments)
+
+
+def _work(arguments: argparse.Namespace) -> Path:
+    """The folder of what is made with these tokens and this seed."""
+    return arguments.work / f"{arguments.calibration_tokens}-tokens-seed-{arguments.seed}"
 
 
 def _corpus(checkpoint: Checkpoint, arguments: argparse.Namespace, tokens: int) -> Corpus:
@@ -305,7 +312,8 @@ def _calibrated(setup: Setup, moe: Path, num_selects: int, refit_gates: bool = T
 
 def _distilled(setup: Setup, moe: Path) -> Path:
     """The folder of the checkpoint distilled at its budget."""
-    settings = DistillationSettings(lr=DISTILLATION_LR, bf16=setup.arguments.bf16)
-    corpus = _corpus(setup.checkpoint, setup.arguments, setup.arguments.distillation_tokens)
-    folder = moe.with_name(f"{moe.name}-distilled")
+    tokens, bf16 = setup.arguments.distillation_tokens, setup.arguments.bf16
+    settings = DistillationSettings(lr=DISTILLATION_LR, bf16=bf16)
+    corpus = _corpus(setup.checkpoint, setup.arguments, tokens)
+    folder = moe.with_name(f"{moe.name}-distilled-{tokens}{'-bf16' if bf16 else ''}")
     return distill(setup.checkpoint, moe, corpus, folder, settings, progress=progress_bar).folder

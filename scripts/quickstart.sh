@@ -69,10 +69,9 @@ ALL="$NUM_EXPERTS"
 [ "$RECIPE" = plain ] || ALL="" # a calibrated model is fitted to its budget: with all experts it is not the dense one
 BUDGETS="$(printf '%s\n' "$ALL" $((NUM_EXPERTS * 3 / 4)) $((NUM_EXPERTS / 2)) $(((NUM_EXPERTS + 3) / 4)) "$NUM_SELECTS" |
     awk '$1 > 0 && !seen[$1]++' | xargs)"
-for selects in $BUDGETS; do
-    say "The MoE speaks: $selects of $NUM_EXPERTS experts"
-    "$PYTHON" "$REPOSITORY/scripts/test_llama_moe_transformers.py" --model_path "$BEST" --num_selects "$selects"
-done
+say "The MoE speaks: with $BUDGETS of $NUM_EXPERTS experts"
+# shellcheck disable=SC2086 # a list of numbers
+"$PYTHON" "$REPOSITORY/scripts/test_llama_moe_transformers.py" --model_path "$BEST" --num_selects $BUDGETS
 
 say "Dense against MoE: perplexity on held-out text ($(basename "$TEXT"))"
 NUM_SELECTS="$BUDGETS" TEXT_PATH="$TEXT" MAX_TOKENS="${EVAL_TOKENS:-4096}" bash "$STAGES/evaluate.sh"

@@ -6,6 +6,7 @@ python scripts/test_llama_moe_transformers.py --model_path .quickstart/SmolLM2-1
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from run_moefication import command_line
 
@@ -18,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_path", required=True, help="folder that llama_convert.py or save_pretrained wrote")
     parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="texts to continue")
     parser.add_argument("--max_new_tokens", type=int, default=24, help="length of each continuation")
-    parser.add_argument("--num_selects", type=int, help="experts per token (default: the checkpoint's own)")
+    parser.add_argument("--num_selects", type=int, nargs="+", help="experts per token (default: the checkpoint's own)")
     return parser
 
 
@@ -29,7 +30,6 @@ def main(argv: list[str] | None = None) -> int:
     if not Path(arguments.model_path, "config.json").is_file():
         parser.error(f"--model_path {arguments.model_path} holds no checkpoint (no config.json)")
 
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -43,11 +43,21 @@ def main(argv: list[str] | None = None) -> int:
     model = AutoModelForCausalLM.from_pretrained(arguments.model_path).eval()
     if not isinstance(model, llama_moe.LlamaMoEForCausalLM):
         parser.error(f"--model_path {arguments.model_path} is a {type(model).__name__}, not a LlamaMoEForCausalLM")
-    if arguments.num_selects is not None:
-        try:
-            model.set_num_experts_per_tok(arguments.num_selects - model.config.num_shared_experts)
-        except ValueError as error:
-            parser.error(f"--num_selects: {error}")
+    for num_selects in arguments.num_selects or [None]:
+        if num_selects is not None:
+            try:
+                model.set_num_experts_per_tok(num_selects - model.config.num_shared_experts)
+            except ValueError as error:
+                parser.error(f"--num_selects: {error}")
+        speak(model, tokenizer, arguments)
+    return 0
+
+
+def speak(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
+    """Continue the prompts greedily; then say how much of the MLPs ran."""
+    import torch
+
+    import llama_moe
 
     with llama_moe.record_routing(model) as routing:
         for prompt in arguments.prompt:
@@ -64,7 +74,6 @@ def main(argv: list[str] | None = None) -> int:
     share = (everything - experts + experts * routed / config.num_experts) / (everything - gate)
     budget = f"{routed + config.num_shared_experts:.4g} of {config.num_experts + config.num_shared_experts} experts"
     print(f"{budget}: {share:.1%} of the MLP parameters ran per token, gate included")
-    return 0
 
 
 if __name__ == "__main__":

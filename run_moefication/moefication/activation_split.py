@@ -118,7 +118,7 @@ def split_by_activations(
 ) -> artifacts.ArtifactWriter:
     """Split the neurons of every layer by what they do on text.
 
-    Memory: one layer's weights, its inputs for all tokens, and two square matrices of its neurons, in float32. Disk,
+    Memory: one layer's weights, its inputs for all tokens, and eight square matrices of its neurons, in float32. Disk,
     for a corpus and until the split is finished: 8 * hidden_size bytes a token.
 
     Args:
@@ -155,8 +155,8 @@ def split_by_activations(
     writer = artifacts.ArtifactWriter(folder, claim, names, overwrite=overwrite)
     missing = writer.missing()
     layers = [layer for layer, name in enumerate(names) if name in missing]
-    for name in progress(checkpoint.body_tensors() if layers else [], "check", "tensor"):
-        checkpoint.finite_tensor(name)  # refused before anything is written
+    if layers:
+        checkpoint.check_finite(progress)  # before anything is written
     if from_corpus and layers:
         filled = _walk(checkpoint, text, writer, layers, keep_fraction, batch_size, device)
     else:

@@ -35,8 +35,10 @@ LAYER_BUDGETS = ("equal", "sensitivity")
 BUDGETS = "budgets"  # the piece that says how many experts each layer runs
 HELD_OUT = 6  # one block of so many is held out to choose strengths on
 FINAL_NORM = "norm.weight"
-# Tokens that the final norm is fitted to and measured on, half of them each: an eighth of all within these bounds.
-LEAST_FINAL_TOKENS, MOST_FINAL_TOKENS = 4096, 16384
+# One block of so many is for the final norm alone, and so many tokens at most: on text that they were fitted to, the
+# layers leave too little of the noise that the norm is to mend.
+UNSEEN, MOST_UNSEEN_TOKENS = 8, 16384
+MEASURED = 4  # one token of so many of that text is not fitted to
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ def calibrate(
 ) -> artifacts.ArtifactWriter:
     """Write a calibrated copy of a LlamaMoE checkpoint.
 
-    Memory: one layer of each model and twice the Gram matrix of its neurons, in float64. Disk, until the checkpoint is
-    finished: 16 * hidden_size bytes a token. Runs in float32 on every device.
+    Memory: one layer of each model, five matrices of its neurons squared in float64, its activations on all tokens if
+    they are at most MOST_KEPT_BYTES, and 5 bytes a token and expert. Disk, until the checkpoint is finished:
+    16 * hidden_size bytes a token. Runs in float32 on every device.
 
     Returns: the folder's writer, finished; its metrics say by layer, and for the final norm, what the fit gained.
     """
@@ -92,6 +95,8 @@ def calibrate(
     *by_layer, rest = shards = _plan(moe, config, fitted)
     writer = artifacts.ArtifactWriter(Path(save_path), claim, [BUDGETS, *shards, "config"], overwrite=overwrite)
     missing = writer.missing()
+    if missing:
+        checkpoint.check_finite(progress)  # before anything is written
     if BUDGETS in missing:
         budgets = _budgets(checkpoint, moe, config, corpus, settings, device, progress)
         writer.write_piece(BUDGETS, {}, budgets)
@@ -117,7 +122,7 @@ def layer_metrics(writer: artifacts.ArtifactWriter) -> list[dict[str, Any]]:
 
 
 def final_norm_metrics(writer: artifacts.ArtifactWriter) -> dict[str, float] | None:
-    """What the fit of the final norm gained; None for a model without a head."""
+    """What the fit of the final norm gained; None for a model that predicts no tokens."""
     return next((piece for piece in writer.metrics().values() if "divergence_after" in piece), None)
 
 
@@ -126,11 +131,13 @@ def _new_config(moe: MoECheckpoint, settings: CalibrationSettings) -> LlamaMoECo
     config = moe.config
     if config.multiply_gate_scores or config.score_scale_factor != 1:
         raise MoEficationError(f"{moe.artifact.folder} weighs its experts by gate scores; that is not calibrated")
+    if settings.layer_budgets == "sensitivity" and moe.model_class != "LlamaMoEForCausalLM":
+        raise MoEficationError(f"--layer_budgets sensitivity needs a loss, which a {moe.model_class} has not")
     if settings.refit_gates and config.gate_network != "linear":
         raise MoEficationError(f"--refit_gates is for linear gates, not for the {config.gate_network!r} ones given")
     some = config.routing == "top_k" or not config.num_shared_experts  # with shared experts, these may be all that run
     least = config.num_shared_experts + max(config.min_experts_per_tok, some)
-    num_selects, most = _num_selects(config, settings), config.num_shared_experts + config.most_experts_per_tok
+    num_selects, most = _num_selects(moe, settings), config.num_shared_experts + config.most_experts_per_tok
     if not least <= num_selects <= most:
         raise MoEficationError(f"--num_selects {num_selects} is outside of {least} to {most}, the model's experts")
     fields = config.to_dict() | {
@@ -143,8 +150,12 @@ def _new_config(moe: MoECheckpoint, settings: CalibrationSettings) -> LlamaMoECo
     return LlamaMoEConfig.from_dict(fields)
 
 
-def _num_selects(config: LlamaMoEConfig, settings: CalibrationSettings) -> int:
-    return config.num_selects if settings.num_selects is None else settings.num_selects
+def _num_selects(moe: MoECheckpoint, settings: CalibrationSettings) -> int:
+    """The budget, shared experts included: as asked for, or else the mean of the checkpoint's layers."""
+    if settings.num_selects is not None:
+        return settings.num_selects
+    counts = moe.experts_per_tok
+    return moe.config.num_shared_experts + round(sum(counts) / len(counts))
 
 
 def _budgets(
@@ -158,7 +169,7 @@ def _budgets(
 ) -> dict[str, list[float]]:
     """Routed experts per token of each layer, and what they follow from."""
     num_shared, num_layers = config.num_shared_experts, config.num_hidden_layers
-    num_experts, routed = config.num_experts + num_shared, _num_selects(moe.config, settings) - num_shared
+    num_experts, routed = config.num_experts + num_shared, _num_selects(moe, settings) - num_shared
     if settings.layer_budgets == "equal" or routed == 0:
         return {"experts_per_tok": [routed] * num_layers}
     share = routed / config.num_experts
@@ -168,8 +179,17 @@ def _budgets(
     fractions = allocate(sensitivity, (num_shared + routed) / num_experts, least, most)
     experts = [round(fraction * num_experts - num_shared, 4) for fraction in fractions]
     if config.routing == "top_k":
-        experts = [max(1, int(count + 1e-6)) for count in experts]
+        experts = _whole(experts)
     return {"sensitivity": sensitivity, "experts_per_tok": experts}
+
+
+def _whole(counts: list[float]) -> list[int]:
+    """The counts rounded up or down, those nearest to the next number up, so that their sum stays."""
+    whole = [int(count) for count in counts]
+    by_remainder = sorted(range(len(counts)), key=lambda layer: whole[layer] - counts[layer])
+    for layer in by_remainder[: round(sum(counts)) - sum(whole)]:
+        whole[layer] += 1
+    return whole
 
 
 def _with_budgets(config: LlamaMoEConfig, experts_per_tok: list[float]) -> LlamaMoEConfig:
@@ -230,8 +250,9 @@ def _walk(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Calibrate the layers, the last ones, leaving the tensors of each in `fitted`; yields layer and metrics."""
     experts_per_tok = writer.metrics()[BUDGETS]["experts_per_tok"]
-    num_held_out = -(-len(corpus.blocks) // HELD_OUT)
-    batches = batches_of(corpus.blocks, settings.batch_size, num_held_out)
+    num_unseen = _num_unseen(moe, corpus)
+    num_held_out = -(-(len(corpus.blocks) - num_unseen) // HELD_OUT)
+    batches = batches_of(corpus.blocks, settings.batch_size, num_held_out, num_unseen)
     streams = Streams(writer, (2, corpus.num_tokens, config.hidden_size))
     if layers and layers[0] == 0 and not streams.has(0):
         first = streams.begin(0)
@@ -253,6 +274,15 @@ def _walk(
         streams.remove(layer)
 
 
+def _num_unseen(moe: MoECheckpoint, corpus: Corpus) -> int:
+    """Blocks, the last ones, that the final norm is fitted to and no layer: none for a model that predicts no tokens,
+    or where there are but two blocks, one to fit to and one to hold out."""
+    if moe.model_class != "LlamaMoEForCausalLM":
+        return 0
+    most = max(1, MOST_UNSEEN_TOKENS // max(map(len, corpus.blocks)))
+    return min(-(-len(corpus.blocks) // UNSEEN), most, len(corpus.blocks) - 2)
+
+
 def _fit_final_norm(
     checkpoint: Checkpoint,
     moe: MoECheckpoint,
@@ -263,19 +293,22 @@ def _fit_final_norm(
     progress: Progress,
 ) -> dict[str, float] | None:
     """Leave the final norm's weight in `fitted`, once the last layer is calibrated. Returns the divergence from the
-    dense model before and after, in nats a token, on tokens that it is not fitted to; None for a model without head."""
-    if not checkpoint.has_lm_head:
+    dense model before and after, in nats a token, on tokens that nothing is fitted to; None without unseen blocks."""
+    num_unseen = sum(map(len, corpus.blocks[len(corpus.blocks) - _num_unseen(moe, corpus) :]))
+    if num_unseen < 2:
         return None
-    config = checkpoint.config
+    config, weight = checkpoint.config, moe.tensor(FINAL_NORM)
     streams = Streams(writer, (2, corpus.num_tokens, config.hidden_size)).before(config.num_hidden_layers)
-    num_tokens = min(max(corpus.num_tokens // 8, LEAST_FINAL_TOKENS), MOST_FINAL_TOKENS)
-    sample = streams[:, :: -(-corpus.num_tokens // num_tokens)].to(device)
-    dense, normed = F.rms_norm(sample, sample.shape[-1:], eps=config.rms_norm_eps)
+    unseen = streams[:, -num_unseen:][:, torch.randperm(num_unseen, generator=torch.Generator().manual_seed(0))]
+    dense, normed = F.rms_norm(unseen.to(device), unseen.shape[-1:], eps=config.rms_norm_eps)
     dense = dense * checkpoint.finite_tensor(FINAL_NORM).to(device, torch.float32)
-    name = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    head = checkpoint.finite_tensor(name).to(device, torch.float32)
-    fit, unseen = (Divergence(head, dense[part::2], normed[part::2]) for part in range(2))
-    weight = moe.tensor(FINAL_NORM)
-    fitted[FINAL_NORM] = fit_final_norm(fit, weight.to(device, torch.float32), progress).to(weight.dtype).cpu()
-    before, after = (unseen(w.to(device, torch.float32))[0] for w in (weight, fitted[FINAL_NORM]))
-    return {"divergence_before": before, "divergence_after": after}
+    head = checkpoint.finite_tensor(checkpoint.lm_head).to(device, torch.float32)
+    num_measured = max(1, num_unseen // MEASURED)
+    measure, fit = (
+        Divergence(head, dense[part], normed[part]) for part in (slice(num_measured), slice(num_measured, None))
+    )
+    found = fit_final_norm(fit, weight.to(device, torch.float32), progress).to(weight.dtype).cpu()
+    before, after = (measure(w.to(device, torch.float32))[0] for w in (weight, found))
+    if after < before:
+        fitted[FINAL_NORM] = found
+    return {"divergence_before": before, "divergence_after": min(before, after)}

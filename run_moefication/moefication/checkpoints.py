@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .errors import MoEficationError
 from .files import digest, load_tensors
+from .progress import Progress, no_progress
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -105,8 +106,11 @@ class Checkpoint:
         return self.tensors[TEMPLATES[0].format(0)].dtype
 
     @property
-    def has_lm_head(self) -> bool:
-        return self.config.tie_word_embeddings or "lm_head.weight" in self.tensors
+    def lm_head(self) -> str | None:
+        """Name of the tensor that makes logits of the last hidden states; None where there is none."""
+        if self.config.tie_word_embeddings:
+            return "embed_tokens.weight"
+        return "lm_head.weight" if "lm_head.weight" in self.tensors else None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -129,6 +133,12 @@ class Checkpoint:
             "hidden_size": self.config.hidden_size,
             "intermediate_size": self.config.intermediate_size,
         }
+
+    def check_finite(self, progress: Progress = no_progress) -> None:
+        """Raise MoEficationError, naming it, if a tensor that today's LLaMA has holds NaN or infinite values."""
+        head = [] if self.lm_head is None else [self.lm_head]
+        for name in progress([*self.body_tensors(), *head], "check", "tensor"):
+            self.finite_tensor(name)
 
     def body_tensors(self) -> list[str]:
         """Names of the tensors of the model without its heads, those that today's LLaMA has."""

@@ -237,7 +237,7 @@ def _require_fit(checkpoint: Checkpoint, name: str, dtype: str | None) -> None:
 def _num_labels(checkpoint: Checkpoint, settings: ConversionSettings) -> int | None:
     """Labels of the classification head; None for the other two classes, whose heads are checked here too."""
     convert_type, num_labels = settings.convert_type, settings.num_labels
-    if convert_type == "LlamaMoEForCausalLM" and not checkpoint.has_lm_head:
+    if convert_type == "LlamaMoEForCausalLM" and checkpoint.lm_head is None:
         raise MoEficationError(f"{checkpoint.path} has no lm_head.weight; use --convert_type LlamaMoEModel")
     if convert_type != "LlamaMoEForSequenceClassification":
         if num_labels is not None:

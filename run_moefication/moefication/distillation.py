@@ -15,7 +15,6 @@ import torch
 from transformers import TrainingArguments
 
 from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
-from llama_moe.gates import Gate
 
 from . import artifacts
 from .checkpoint_files import write_checkpoint_files
@@ -27,6 +26,7 @@ from .distillation_trainer import (
     DenseTeacher,
     DistillationTrainer,
     check_finite,
+    diverged,
     last_whole_step,
     mean_kl,
     training_arguments,
@@ -34,7 +34,7 @@ from .distillation_trainer import (
 from .errors import MoEficationError
 from .manifests import Claim, environment
 from .model_card import distillation_card
-from .moe_checkpoints import MoECheckpoint
+from .moe_checkpoints import MoECheckpoint, experts_per_tok
 from .progress import Progress, no_progress
 from .sharding import PlannedTensor, plan_shards
 from .soft_routing import settle_thresholds, soft_blocks
@@ -107,6 +107,7 @@ def distill(
     missing = writer.missing()
     if not missing:
         return writer
+    checkpoint.check_finite(progress)
     model = _load(moe, settings)
     _begin(writer, is_first)
     arguments.output_dir = str(writer.scratch("training"))
@@ -235,7 +236,9 @@ def _train(
 ) -> dict[str, Any]:
     """Train the model in place, as it will be stored. Returns the metrics (in the first process)."""
     device, is_first, batch_size = arguments.device, arguments.process_index == 0, settings.batch_size
-    config, shares = model.config, _shares(model)
+    config, gates = model.config, [layer.mlp.gate for layer in model.model.layers]
+    thresholds = [gate.threshold.item() for gate in gates] if config.routing == "threshold" else []
+    shares = [count / config.num_experts for count in experts_per_tok(config, thresholds)]
     num_held_out = -(-len(corpus.blocks) // HELD_OUT)
     blocks, held_out = corpus.blocks[:-num_held_out], corpus.blocks[-num_held_out:]
     model.to(device)
@@ -251,7 +254,10 @@ def _train(
         return {}
     _round(model, moe)
     model.eval()
-    active = settle_thresholds(model, blocks, shares, batch_size, device)
+    try:
+        active = settle_thresholds(model, blocks, shares, batch_size, device)
+    except ValueError:  # scores that are not finite
+        raise diverged("a gate's scores are") from None
     metrics = {
         "steps": trainer.state.global_step,
         "loss_before": before,
@@ -259,17 +265,8 @@ def _train(
         "active_share": active,
     }
     if config.routing == "threshold":
-        metrics["threshold"] = [layer.mlp.gate.threshold.item() for layer in model.model.layers]
+        metrics["threshold"] = [gate.threshold.item() for gate in gates]
     return metrics
-
-
-def _shares(model: LlamaMoEForCausalLM) -> list[float]:
-    """By layer, the share of the routed experts that runs: none, where the threshold is out of every score's reach, a
-    budget for which the config has no number."""
-    config, gates = model.config, [layer.mlp.gate for layer in model.model.layers]
-    runs_none = [config.routing == "threshold" and gate.threshold.item() >= -Gate.LOWEST_THRESHOLD for gate in gates]
-    shares = [config.experts_per_tok_of(layer) / config.num_experts for layer in range(len(gates))]
-    return [0.0 if none else share for none, share in zip(runs_none, shares, strict=True)]
 
 
 @torch.no_grad()

@@ -226,6 +226,11 @@ def check_finite(model: LlamaMoEForCausalLM) -> None:
     """Refuse what a training that diverged has left."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not math.isfinite(parameter.detach().sum(dtype=torch.float64).item()):
-            raise MoEficationError(
-                f"the training diverged: {name} is not finite; use a smaller --lr, and --overwrite to begin anew"
-            )
+            raise diverged(f"{name} is")
+
+
+def diverged(what: str) -> MoEficationError:
+    """The error of a training that went wrong."""
+    return MoEficationError(
+        f"the training diverged: {what} not finite; use a smaller --lr, and --overwrite to begin anew"
+    )

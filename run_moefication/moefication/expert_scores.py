@@ -28,17 +28,18 @@ class ExpertScorer:
     """
 
     def __init__(self, neurons: torch.Tensor, criterion: str):
-        """`neurons`: int64 `[experts, width]`, the neurons of each expert."""
+        """`neurons`: int64 `[experts, width]`, the neurons of each expert; others, of shared ones, count for none."""
         num_experts, width = neurons.shape
-        expert_of_neuron = torch.empty(neurons.numel(), dtype=torch.long, device=neurons.device)
-        expert_of_neuron[neurons.flatten()] = torch.arange(num_experts, device=neurons.device).repeat_interleave(width)
-        # One column of ones per expert: a matrix product sums the neurons of each.  [neurons, experts]
-        self._membership = F.one_hot(expert_of_neuron, num_experts).float()
+        experts = torch.arange(num_experts, device=neurons.device).repeat_interleave(width)
+        # One column of ones per expert: a matrix product sums the neurons of each.  A row per neuron, to the last used.
+        self._membership = torch.zeros(int(neurons.max()) + 1, num_experts, device=neurons.device)
+        self._membership[neurons.flatten(), experts] = 1
         self._criterion = criterion
 
     def __call__(self, activations: torch.Tensor) -> torch.Tensor:
         """`[tokens, neurons]` -> float32 `[tokens, experts]`, none negative."""
-        scores = ACTIVATION_CRITERIA[self._criterion](activations.float()) @ self._membership
+        activations = activations[:, : len(self._membership)].float()
+        scores = ACTIVATION_CRITERIA[self._criterion](activations) @ self._membership
         return scores.abs() if self._criterion == "plain" else scores
 
 

@@ -36,7 +36,7 @@ def measure_sensitivity(
     """The rise of the dense model's loss, in nats, by each layer that runs a `share` of its routed experts.
 
     All variants of the model are walked through the layers at once. Memory: a layer of each model, and for each layer
-    before it the streams of the text, 4 * hidden_size bytes a token.
+    before it three times the text in its residual stream, 4 * hidden_size bytes a token each.
 
     Args:
         config: of the model to be; blocks: the text, TOKENS at most are read.
@@ -76,8 +76,7 @@ def _losses(
     config = checkpoint.config
     norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps).to(device)
     norm.weight.copy_(checkpoint.finite_tensor("norm.weight"))
-    name = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    head = checkpoint.finite_tensor(name).to(device, torch.float32)
+    head = checkpoint.finite_tensor(checkpoint.lm_head).to(device, torch.float32)
     lengths = [len(block) for block in blocks]
     losses = []
     for stream in streams:

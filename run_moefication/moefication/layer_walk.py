@@ -27,11 +27,13 @@ from .files import sync
 
 @dataclass(frozen=True)
 class Batch:
-    """Some blocks of the corpus: their rows in the streams, their lengths, and whether fits leave them out."""
+    """Some blocks of the corpus: their rows in the streams, their lengths, and whether fits hold them out to choose
+    their strength on, or never see them."""
 
     rows: slice
     lengths: list[int]
     held_out: bool = False
+    unseen: bool = False
 
     def padded(self, rows: torch.Tensor) -> torch.Tensor:
         """`[T, H]` -> `[B, N, H]`. Padding follows the text, where causal attention keeps it from changing anything."""
@@ -43,14 +45,20 @@ class Batch:
         return padded[torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]]
 
 
-def batches_of(blocks: list[torch.Tensor], batch_size: int, num_held_out: int = 0) -> list[Batch]:
-    """The blocks, `batch_size` at a time, in their order; the last `num_held_out` blocks in batches of their own."""
+def batches_of(blocks: list[torch.Tensor], batch_size: int, num_held_out: int = 0, num_unseen: int = 0) -> list[Batch]:
+    """The blocks, `batch_size` at a time, in their order; the last `num_unseen` blocks, and the `num_held_out` before
+    them, in batches of their own."""
     batches, start = [], 0
-    num_fitted = len(blocks) - num_held_out
-    for part, held_out in ((blocks[:num_fitted], False), (blocks[num_fitted:], True)):
+    num_seen = len(blocks) - num_unseen
+    num_fitted = num_seen - num_held_out
+    for part, use in (
+        (blocks[:num_fitted], {}),
+        (blocks[num_fitted:num_seen], {"held_out": True}),
+        (blocks[num_seen:], {"unseen": True}),
+    ):
         for index in range(0, len(part), batch_size):
             lengths = [len(block) for block in part[index : index + batch_size]]
-            batches.append(Batch(slice(start, start := start + sum(lengths)), lengths, held_out))
+            batches.append(Batch(slice(start, start := start + sum(lengths)), lengths, **use))
     return batches
 
 
@@ -122,6 +130,9 @@ class Streams:
         """Room for the streams before a layer, to be filled, then committed."""
         path = self._temporary(layer)
         path.unlink(missing_ok=True)
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a bus error in a mapped file
+                os.posix_fallocate(file.fileno(), 0, 4 * torch.Size(self._shape).numel())
         return self._map(path)
 
     def commit(self, layer: int) -> None:

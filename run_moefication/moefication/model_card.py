@@ -33,6 +33,7 @@ def calibration_card(
     final_metrics: dict[str, float] | None,
 ) -> str:
     """The card of a checkpoint that calibrate wrote, with what each layer's fit gained and that of the final norm."""
+    fitted = "Gates and `down_proj` were" if "gate" in metrics[0] else "`down_proj` was"
     thresholds = [f"{m['threshold']:.4g}" if config.routing == "threshold" else "none" for m in metrics]
     rows = [
         f"| {layer} | {threshold} | {m['active_share']:.3f} "
@@ -50,10 +51,10 @@ The weight of the final norm was fitted to the dense model's predictions: KL div
         name,
         config,
         model_class,
-        f"Gates and `down_proj` were fitted in closed form, layer by layer, on {num_tokens:,} tokens.",
+        f"{fitted} fitted in closed form, layer by layer, on {num_tokens:,} tokens.",
         f"""\
-What each layer's output lacks of the dense model's, as a share of its square, on calibration text held out from the
-fit: with the original `down_proj` and with the fitted one.
+What each layer's output lacks of the dense model's, as a share of its square, with the original `down_proj` and with
+the fitted one, on the sixth of the calibration text that is held out to choose the strength.
 
 | layer | threshold | routed experts that run | before | after | ridge strength |
 |---|---|---|---|---|---|

@@ -7,12 +7,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llama_moe import LlamaMoEConfig
+from llama_moe.gates import Gate
 
 from . import artifacts
 from .checkpoints import Checkpoint
 from .errors import MoEficationError
 from .files import file_sha256
 from .manifests import MOE_STAGES
+
+
+def experts_per_tok(config: LlamaMoEConfig, thresholds: list[float]) -> list[float]:
+    """Routed experts that run per token, by layer; `thresholds` are those of the layers, if they have any. None run
+    where the threshold is out of every score's reach, a budget for which the config has no number."""
+    counts = [float(config.experts_per_tok_of(layer)) for layer in range(config.num_hidden_layers)]
+    if config.routing != "threshold":
+        return counts
+    runs_none = [threshold >= -Gate.LOWEST_THRESHOLD for threshold in thresholds]
+    return [0.0 if none else count for none, count in zip(runs_none, counts, strict=True)]
 
 
 class MoECheckpoint:
@@ -44,6 +55,12 @@ class MoECheckpoint:
                 self._file_of[name] = (file, stored)
                 tensor = opened.get_slice(stored)
                 self.tensors[name] = (tuple(tensor.get_shape()), opened.get_tensor(stored).dtype)
+
+    @property
+    def experts_per_tok(self) -> list[float]:
+        """Routed experts that run per token, by layer."""
+        names = [f"layers.{layer}.mlp.gate.threshold" for layer in range(self.config.num_hidden_layers)]
+        return experts_per_tok(self.config, [self.tensor(name).item() for name in names if name in self.tensors])
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor by its name without `model.` prefix; memory-mapped, not to be written to."""

@@ -47,7 +47,9 @@ class PackedMLP:
         self.bias = loaded("output_bias") if config.mlp_bias or config.output_bias else None
         with torch.device("meta"):
             self.gate: Gate = make_gate(config, layer)
-        self.gate.load_state_dict({name: loaded(f"gate.{name}") for name in self.gate.state_dict()}, assign=True)
+        # Its own copy: the gate is fitted in place.
+        state = {name: loaded(f"gate.{name}").clone() for name in self.gate.state_dict()}
+        self.gate.load_state_dict(state, assign=True)
 
     @classmethod
     def of(cls, moe: MoECheckpoint, config: LlamaMoEConfig, layer: int, device: str) -> "PackedMLP":

@@ -41,7 +41,7 @@ class NormalEquations:
 
     def solve(self, strength: float, prior: torch.Tensor | None = None) -> torch.Tensor:
         """The map B, float64 `[D, K]`. A `strength` above 0 makes the system positive definite."""
-        penalty = strength * self.gram.diagonal().mean()
+        penalty = strength * self.gram.diagonal().mean().item() or 1.0  # without any feature the prior is what is left
         system = self.gram.clone()
         system.diagonal().add_(penalty)
         right = self.cross if prior is None else self.cross + penalty * prior.double()

@@ -327,6 +327,19 @@ def test_quantiles_give_the_threshold_of_any_share(share, seed):
     assert gate.selected(scores).float().mean().item() == pytest.approx(share, abs=1 / 1024 + 1 / 12000)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 5), st.integers(0, 5), st.floats(0.02, 0.98), st.integers(0, 100))
+def test_quantiles_know_the_bounds_of_a_token(one, other, share, seed):
+    least, most = min(one, other), max(one, other, 1)
+    bounds = dict(min_experts_per_tok=least, max_experts_per_tok=most)
+    gate = random_gate(LinearGate, num_experts_per_tok=1, routing="threshold", **bounds)
+    scores = torch.randn(2000, 6, generator=torch.Generator().manual_seed(seed)) ** 3
+    gate.store_score_quantiles(scores)
+    gate.set_active_share(share)
+    possible = min(max(share, least / 6), most / 6)
+    assert gate.selected(scores).float().mean().item() == pytest.approx(possible, abs=1 / 1024 + 1 / 12000)
+
+
 def test_quantiles_are_of_finite_scores_and_for_thresholds():
     gate = random_gate(LinearGate, num_experts_per_tok=1, routing="threshold")
     for wrong in (torch.empty(0, 6), torch.tensor([[1.0, float("nan")]])):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ import pytest
 import torch
 from conftest import VARIANTS, make_llama
 from pipeline import LINEAR, Pipeline, contents, load, load_dense, shared_pipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 from transformers import AutoModel, LlamaModel
 
 from llama_moe import record_routing
-from run_moefication import llama_evaluate
+from run_moefication import llama_calibrate, llama_evaluate
 from run_moefication.moefication import calibration, layer_calibration
 from run_moefication.moefication.calibration import CalibrationSettings, calibrate
 from run_moefication.moefication.checkpoints import Checkpoint
@@ -112,11 +113,17 @@ def seen(dense, moe, layer: int, blocks: list[torch.Tensor]) -> Seen:
     return Seen(found["inputs"], found["stream"], found["dense_stream"], found["dense_after"] - found["stream"])
 
 
-def weights_of(s: Seen, corpus: Corpus, num_held_out: int) -> np.ndarray:
+def num_held_out_and_unseen(corpus: Corpus) -> tuple[int, int]:
+    """Blocks: an eighth is for the final norm, a sixth of the others to choose strengths on."""
+    num_unseen = -(-len(corpus.blocks) // 8)
+    return -(-(len(corpus.blocks) - num_unseen) // 6), num_unseen
+
+
+def weights_of(s: Seen, corpus: Corpus) -> np.ndarray:
     """1 over the larger of both streams' squares, at most 4 medians of the batch."""
     squares = torch.maximum(s.stream.square().sum(1), s.dense_stream.square().sum(1)).double()
     weights = 1 / squares
-    for batch in batches_of(corpus.blocks, 4, num_held_out):
+    for batch in batches_of(corpus.blocks, 4, *num_held_out_and_unseen(corpus)):
         part = weights[batch.rows]
         middle = part.sort().values[(len(part) - 1) // 2]
         weights[batch.rows] = part.clamp(max=4 * middle)
@@ -167,9 +174,10 @@ def test_down_proj_is_scikit_learns_ridge_on_what_the_calibrated_prefix_produces
     if output_bias:
         x, prior = np.pad(x, ((0, 0), (0, 1)), constant_values=1), np.pad(prior, ((0, 1), (0, 0)))
         found = np.concatenate([found, mlp.output_bias.detach().double().numpy()[None]])
-    num_held_out = -(-len(corpus.blocks) // 6)
-    w = weights_of(s, corpus, num_held_out)
-    fitted = sum(len(block) for block in corpus.blocks[:-num_held_out])
+    num_held_out, num_unseen = num_held_out_and_unseen(corpus)
+    w, ends = weights_of(s, corpus), np.cumsum([len(block) for block in corpus.blocks])
+    fitted, seen_tokens = ends[-num_unseen - num_held_out - 1], ends[-num_unseen - 1]
+    x, y, w = x[:seen_tokens], y[:seen_tokens], w[:seen_tokens]
     train, held_out = ((x[part], y[part], w[part]) for part in (slice(0, fitted), slice(fitted, None)))
 
     metrics = metrics_of(folder)[layer]
@@ -185,13 +193,14 @@ def test_down_proj_is_scikit_learns_ridge_on_what_the_calibrated_prefix_produces
 def test_gates_are_scikit_learns_ridge_to_the_norms_of_the_experts_outputs(layer, finished, corpus):
     before, after = load(finished.moe), load(finished.calibrated)
     s = seen(load_dense(finished.model), after, layer, corpus.blocks)
-    mlp, num_held_out = before.model.layers[layer].mlp, -(-len(corpus.blocks) // 6)
+    mlp = before.model.layers[layer].mlp
     neurons = neurons_of(mlp, s.inputs)[:, :48].unflatten(1, (6, 8))
     norms = torch.einsum("tei,ehi->teh", neurons, mlp.experts.down_proj.detach()).norm(dim=-1)
     x = np.pad(s.inputs.double().numpy(), ((0, 0), (0, 1)), constant_values=1)
     strength = metrics_of(finished.calibrated)[layer]["gate"]["ridge_strength"]
-    w = weights_of(s, corpus, num_held_out)
-    expected = x @ ridge(x, norms.double().numpy(), w, strength, np.zeros((33, 6)))
+    w, num_unseen = weights_of(s, corpus), num_held_out_and_unseen(corpus)[1]
+    fitted = slice(sum(map(len, corpus.blocks[:-num_unseen])))
+    expected = x @ ridge(x[fitted], norms.double().numpy()[fitted], w[fitted], strength, np.zeros((33, 6)))
     with torch.no_grad():
         scores = after.model.layers[layer].mlp.gate.score(s.inputs).numpy()
     np.testing.assert_allclose(scores, expected, rtol=1e-2, atol=1e-2)
@@ -199,13 +208,15 @@ def test_gates_are_scikit_learns_ridge_to_the_norms_of_the_experts_outputs(layer
 
 
 def test_the_final_norm_is_fitted_to_the_dense_models_predictions(finished, corpus):
-    """On every other token; on the others it is measured."""
+    """On text that no layer was fitted to; on a quarter of it, drawn by a seed, it is measured."""
     dense, model = load_dense(finished.model), load(finished.calibrated)
-    expected, hidden = logits(dense, corpus.blocks)[1::2].log_softmax(-1), []
+    blocks, hidden = corpus.blocks[-num_held_out_and_unseen(corpus)[1] :], []
     hook = model.model.norm.register_forward_pre_hook(lambda _, x: hidden.append(x[0][0]))
-    logits(model, corpus.blocks)
+    logits(model, blocks)
     hook.remove()
-    hidden = torch.cat(hidden)[1::2]
+    num_tokens = sum(map(len, blocks))
+    measured_on = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(0))[: num_tokens // 4]
+    expected, hidden = logits(dense, blocks)[measured_on].log_softmax(-1), torch.cat(hidden)[measured_on]
 
     def measured(weight: torch.Tensor) -> float:
         with torch.no_grad():
@@ -333,6 +344,7 @@ def test_bounds_of_a_token_are_kept_while_fitting(finished, corpus, tmp_path):
     for layer, metrics in zip(statistics, metrics_of(folder), strict=True):
         assert layer.tokens_by_cost.nonzero().flatten().tolist() == [1, 2, 3]
         assert layer.experts_per_tok / 6 == pytest.approx(metrics["active_share"], rel=0.01)
+        assert metrics["active_share"] == pytest.approx(1 / 3, rel=0.01)
 
 
 @pytest.mark.parametrize("bounds", [(4, 8), (2, 6), (5, 5)])
@@ -456,6 +468,44 @@ def test_a_calibrated_model_can_be_calibrated_again(finished, corpus, tmp_path):
     assert second < 1.02 * first
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["stage"] == "calibrate"
+
+
+def test_without_a_budget_given_a_calibrated_model_keeps_its_own(finished, corpus, tmp_path, monkeypatch):
+    alone = recalibrated(finished, tmp_path / "a", "--num_selects", 2).calibrated
+    again = recalibrated(finished, tmp_path / "b", moe=alone).calibrated
+    assert shares(load(again), corpus.blocks) == [0, 0, 0]
+
+    pipeline = Pipeline(finished.model, finished.text, finished.save, num_experts=8, num_selects=4, moe=tmp_path / "c")
+    assert pipeline.convert() == 0  # top-k, two routed experts
+    monkeypatch.setattr(calibration, "measure_sensitivity", lambda *_: [0.5, 0.02, 0.02])
+    sensitivity = ("--layer_budgets", "sensitivity")
+    folder = recalibrated(finished, tmp_path / "d", *sensitivity, moe=pipeline.moe).calibrated
+    budgets = load(folder).config.layer_num_experts_per_tok
+    assert (sum(budgets), len(set(budgets))) == (6, 2)
+    again = recalibrated(finished, tmp_path / "e", moe=folder).calibrated
+    assert load(again).config.num_experts_per_tok == 2
+    assert load(again).config.layer_num_experts_per_tok is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [([1.5, 1.7, 2.8], [1, 2, 3]), ([2.0, 2.0, 2.0], [2] * 3), ([2.9999999, 1, 1.0000001], [3, 1, 1])],
+)
+def test_whole_budgets_keep_their_sum(counts, expected):
+    assert calibration._whole(counts) == expected
+
+
+def test_sensitivities_need_a_model_that_predicts_tokens(text_folder, tmp_path, capfd):
+    model = make_llama(tmp_path / "base", model_class=LlamaModel)
+    pipeline = shared_pipeline(
+        model, text_folder, tmp_path / "out", calibrate_options=["--layer_budgets", "sensitivity"]
+    )
+    pipeline.convert_options = [*pipeline.convert_options, "--convert_type", "LlamaMoEModel"]
+    pipeline.run()
+    capfd.readouterr()
+    assert pipeline.calibrate() == 2
+    assert "--layer_budgets sensitivity needs a loss" in capfd.readouterr().err
+    assert not pipeline.calibrated.exists()
 
 
 # ---------------------------------------------------------------------------------------------------- what is written
@@ -643,6 +693,24 @@ def test_a_budget_that_the_model_cannot_run_is_refused(bounds, num_selects, word
     assert words in message
     assert len(message.splitlines()) == 1
     assert not pipeline.calibrated.exists()
+
+
+def test_a_dense_model_with_nan_is_refused_before_anything_is_written(finished, tmp_path, capfd):
+    model = tmp_path / "nan"
+    shutil.copytree(finished.model, model)
+    (file,) = model.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.2.mlp.up_proj.weight"][1, 1] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    arguments = ["--model_path", model, "--moe_path", finished.moe, "--save_path", tmp_path / "moe"]
+    arguments += ["--train_data_path", finished.text, "--max_tokens", TOKENS, "--block_size", 32]
+    capfd.readouterr()
+    status = llama_calibrate.main(list(map(str, arguments)))
+    err = capfd.readouterr().err
+    if "was made from another" not in err:  # a fingerprint samples a model's values, and may miss that one
+        assert "layers.2.mlp.up_proj.weight holds NaN" in err
+    assert status == 2
+    assert not (tmp_path / "moe").exists()
 
 
 def test_no_expert_at_all_is_no_budget(text_folder, tiny_llama, tmp_path, capfd):

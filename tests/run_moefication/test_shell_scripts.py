@@ -64,7 +64,9 @@ def test_large_gates_have_a_rank_small_ones_none(settings, rank):
     assert (result.stdout, result.stderr) == (f"{rank}\n", "")
 
 
-@pytest.mark.parametrize(("num_selects", "shared"), [("", 32), ("192", 32), ("103", 32), ("102", 16), ("64", 16)])
+@pytest.mark.parametrize(
+    ("num_selects", "shared"), [("", 32), ("192", 32), ("103", 32), ("102", 16), ("64", 16), ("32", 16), ("16", 8)]
+)
 def test_small_budgets_have_fewer_shared_experts(num_selects, shared):
     command = ["bash", "-euc", f'. {shlex.quote(str(STAGES))}/recipe.sh && echo "$NUM_SHARED_EXPERTS"']
     environment = {"PATH": os.environ["PATH"], "NUM_SELECTS": num_selects}
@@ -90,6 +92,9 @@ def test_the_default_recipe_ends_with_a_calibrated_model(run, text_folder):
         "output_bias": True,
     }
     assert {name: config[name] for name in expected} == expected
+    elsewhere = {"CALIBRATED_PATH": "out/another", "NUM_SELECTS": "6"}
+    assert run("5_calibrate.sh", **recipe, **elsewhere).returncode == 0
+    assert json.loads((run.folder / "another" / "config.json").read_text())["num_experts_per_tok"] == 5
     result = run("evaluate.sh", TEXT_PATH=str(text_folder / "c4.jsonl"))
     assert [line.split()[0] for line in result.stdout.splitlines()[-3:]] == [
         "tiny-llama",
@@ -101,6 +106,22 @@ def test_the_default_recipe_ends_with_a_calibrated_model(run, text_folder):
 def test_an_unknown_recipe_is_one_line(run):
     result = run("1_split.sh", RECIPE="best")
     assert (result.returncode, result.stderr) == (2, "error: RECIPE=best: calibrated or plain\n")
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"NUM_EXPERTS": "abc"}, "NUM_EXPERTS=abc: a whole number is needed"),
+        ({"NUM_EXPERTS": "08"}, "NUM_EXPERTS=08: a whole number is needed"),
+        ({"NUM_SELECTS": "2.5"}, "NUM_SELECTS=2.5: a whole number is needed"),
+        ({"NUM_SELECTS": "5"}, "NUM_SELECTS=5 is outside of 1 to NUM_EXPERTS=4"),
+        ({"NUM_EXPERTS": "0"}, "NUM_SELECTS=2 is outside of 1 to NUM_EXPERTS=0"),
+    ],
+)
+def test_wrong_numbers_are_one_line_before_any_work(settings, words, run):
+    result = run("1_split.sh", **settings)
+    assert (result.returncode, result.stderr) == (2, f"error: {words}\n")
     assert not run.folder.exists()
 
 

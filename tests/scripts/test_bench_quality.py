@@ -124,3 +124,21 @@ def test_the_bench_measures_every_method_once_and_keeps_what_it_measured(tmp_pat
     assert run_script(bench_quality.main, *arguments)[0] == 0
     assert (tmp_path / "quality.json").stat().st_mtime_ns == written
     assert json.loads((tmp_path / "quality.json").read_text()) == results
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"--budgets": "nan"}, "--budgets nan: active fractions from 0.05 to 1 are measured"),
+        ({"--budgets": 1.5}, "--budgets 1.5: active fractions"),
+        ({"--calibration_tokens": 0}, "--calibration_tokens 0 must be at least 1"),
+        ({"--markdown": "nowhere/table.md"}, "--markdown nowhere/table.md: there is no folder nowhere"),
+    ],
+)
+def test_wrong_input_is_refused_before_any_work(changes, words, tmp_path, run_script):
+    paths = ("--model_path", "--train_data_path", "--heldout_path", "--work")
+    options = dict.fromkeys(paths, tmp_path / "none") | changes
+    status, _, err = run_script(bench_quality.main, *(item for pair in options.items() for item in pair))
+    assert status == 2
+    assert words in err
+    assert list(tmp_path.iterdir()) == []

@@ -35,7 +35,7 @@ def test_variants(variant, tmp_path):
     folder = make_llama(tmp_path / "llama", **VARIANTS[variant])
     checkpoint = assert_reads(folder, state_of(folder))
     assert checkpoint.name == "llama"
-    assert checkpoint.has_lm_head
+    assert checkpoint.lm_head == ("embed_tokens.weight" if checkpoint.config.tie_word_embeddings else "lm_head.weight")
     assert checkpoint.config.mlp_bias == (variant == "mlp_bias")
 
 
@@ -47,7 +47,7 @@ def test_half_precision(dtype, tmp_path):
 
 def test_base_model_and_classifier(tmp_path):
     base = make_llama(tmp_path / "base", model_class=LlamaModel)
-    assert not assert_reads(base, state_of(base)).has_lm_head
+    assert assert_reads(base, state_of(base)).lm_head is None
     classifier = make_llama(tmp_path / "classifier", model_class=LlamaForSequenceClassification, num_labels=3)
     assert assert_reads(classifier, state_of(classifier)).tensors["score.weight"].shape == (3, TINY["hidden_size"])
 

@@ -397,7 +397,8 @@ def test_progress_counts_the_steps(finished, short, tmp_path):
     settings = DistillationSettings(lr=1e-3)
     writer = distill(checkpoint, finished.moe, corpus, tmp_path / "moe", settings, progress=progress)
     assert writer.finished
-    assert done == [(step, "distill", "step") for step in range(metrics_of(short)["steps"])]
+    steps = [item for item in done if item[1] != "check"]
+    assert steps == [(step, "distill", "step") for step in range(metrics_of(short)["steps"])]
     assert contents(tmp_path / "moe") == contents(short)
 
 

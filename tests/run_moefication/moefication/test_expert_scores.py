@@ -19,11 +19,12 @@ FORMULAS = {
 
 @pytest.mark.parametrize("criterion", FORMULAS)
 @pytest.mark.parametrize(("experts", "width"), [(1, 6), (3, 4), (6, 1)])
+@pytest.mark.parametrize("shared", [0, 4])  # neurons of no expert among these
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_are_the_formulas(criterion, experts, width, dtype):
+def test_scores_are_the_formulas(criterion, experts, width, dtype, shared):
     generator = torch.Generator().manual_seed(0)
-    neurons = torch.randperm(experts * width, generator=generator).view(experts, width)
-    activations = torch.randn(7, experts * width, generator=generator).to(dtype)
+    neurons = torch.randperm(experts * width + shared, generator=generator)[: experts * width].view(experts, width)
+    activations = torch.randn(7, experts * width + shared, generator=generator).to(dtype)
     scores = ExpertScorer(neurons, criterion)(activations)
     assert scores.dtype == torch.float32
     for token in range(7):
