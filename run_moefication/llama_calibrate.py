@@ -83,7 +83,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
         progress=command_line.progress_bar,
     )
     command_line.print_mix(checkpoint, corpus)
-    print(f"{'layer':>5} {'experts that run':>17} {'error before':>13} {'after':>8} {'strength':>9}")
+    print(f"{'layer':>5} {'routed that run':>17} {'error before':>13} {'after':>8} {'strength':>9}")
     for layer, m in enumerate(layer_metrics(writer)):
         print(
             f"{layer:>5} {m['active_share']:>17.1%} {m['error_before']:>13.4f} {m['error_after']:>8.4f} "

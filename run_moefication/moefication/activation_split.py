@@ -91,12 +91,12 @@ class NeuronStatistics:
         return labels, clusters
 
     def _cluster(self, neurons: torch.Tensor, num_clusters: int, distance: str, seed: int) -> Clustering:
-        gram = self.together[neurons][:, neurons].double()
-        norms = gram.diagonal().clamp(min=1).sqrt()
-        gram = gram / norms[:, None] / norms
-        gram.diagonal().add_(JITTER)
+        cosines = self.together[neurons][:, neurons].double()
+        norms = cosines.diagonal().clamp(min=1).sqrt()
+        cosines /= norms[:, None] * norms
+        cosines.diagonal().add_(JITTER)
         # The rows of the Cholesky factor have the Gram matrix of the rows of bits, which is all that k-means sees.
-        rows = torch.linalg.cholesky(gram).float()
+        rows = torch.linalg.cholesky(cosines).float()
         return balanced_kmeans(rows, num_clusters, distance=distance, seed=seed, device=str(rows.device))
 
 

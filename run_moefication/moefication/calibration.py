@@ -37,7 +37,7 @@ HELD_OUT = 6  # one block of so many is held out to choose strengths on
 FINAL_NORM = "norm.weight"
 # One block of so many is for the final norm alone, and so many tokens at most: on text that they were fitted to, the
 # layers leave too little of the noise that the norm is to mend.
-UNSEEN, MOST_UNSEEN_TOKENS = 8, 16384
+UNSEEN, MOST_UNSEEN_TOKENS = 16, 16384
 MEASURED = 4  # one token of so many of that text is not fitted to
 
 

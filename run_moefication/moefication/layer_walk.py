@@ -9,6 +9,7 @@ Axes: B blocks of a batch, N positions, T tokens of the batch, H hidden size.
 
 import os
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,7 @@ class AttentionHalf:
 
     def __init__(self, config: LlamaConfig, tensor: Callable[[str], torch.Tensor], device: str):
         """`tensor(name)`: the layer's tensors by their names within it, such as `self_attn.q_proj.weight`."""
+        config = copy(config)
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
             self._attention = LlamaAttention(config, layer_idx=0)

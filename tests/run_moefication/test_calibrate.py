@@ -114,8 +114,8 @@ def seen(dense, moe, layer: int, blocks: list[torch.Tensor]) -> Seen:
 
 
 def num_held_out_and_unseen(corpus: Corpus) -> tuple[int, int]:
-    """Blocks: an eighth is for the final norm, a sixth of the others to choose strengths on."""
-    num_unseen = -(-len(corpus.blocks) // 8)
+    """Blocks: a sixteenth is for the final norm, a sixth of the others to choose strengths on."""
+    num_unseen = -(-len(corpus.blocks) // 16)
     return -(-(len(corpus.blocks) - num_unseen) // 6), num_unseen
 
 
