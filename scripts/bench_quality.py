@@ -164,12 +164,16 @@ def rows(setup: Any) -> Iterator[Row]:
     """All rows, the dense model first."""
     import quality_methods as quality
 
+    from run_moefication.moefication.calibration import HELD_OUT, MOST_UNSEEN_TOKENS, UNSEEN
+
     arguments = setup.arguments
+    calibrated = {"held_out": HELD_OUT, "unseen": [UNSEEN, MOST_UNSEEN_TOKENS]}  # blocks that calibration leaves out
 
     def row(method: str, measure: Callable[..., dict[str, Any]], *inputs: Any, **settings: Any) -> Row:
         for recipe in inputs:
             if isinstance(recipe, quality.Recipe):
                 settings |= {"recipe": asdict(recipe), "margin": quality.MARGIN[recipe.routing]}
+                settings |= calibrated if recipe.refit else {}
         return Row(method, budget, partial(measure, setup, *inputs), settings)
 
     yield Row("dense", 1.0, partial(quality.measure_dense, setup))
@@ -182,7 +186,7 @@ def rows(setup: Any) -> Iterator[Row]:
             yield row("CMoE's recipe", quality.measure_cmoe, budget)
         if "static" in arguments.methods:
             yield row("static mask", quality.measure_static, budget, False)
-            yield row("static mask, refitted", quality.measure_static, budget, True)
+            yield row("static mask, refitted", quality.measure_static, budget, True, **calibrated)
         for step, changes in quality.STEPS.items() if "steps" in arguments.methods else ():
             yield row(f"step: {step}", quality.measure_ours, replace(chosen, **changes), budget)
         for routing in ("top_k", "threshold"):
@@ -195,7 +199,7 @@ def rows(setup: Any) -> Iterator[Row]:
                 yield row(f"{name}, calibrated at {other:.0%}", quality.measure_dialled, recipe, other, budget)
         if arguments.distill:
             settings = {"distillation_tokens": arguments.distillation_tokens, "bf16": arguments.bf16}
-            settings["lr"] = quality.DISTILLATION_LR
+            settings |= {"lr": quality.DISTILLATION_LR} | calibrated
             if "static" in arguments.methods:
                 yield row("static mask, refitted and distilled", quality.measure_static, budget, True, True, **settings)
             if "threshold" in arguments.methods:
