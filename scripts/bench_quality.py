@@ -164,10 +164,11 @@ def rows(setup: Any) -> Iterator[Row]:
     """All rows, the dense model first."""
     import quality_methods as quality
 
-    from run_moefication.moefication.calibration import HELD_OUT, MOST_UNSEEN_TOKENS, UNSEEN
+    from run_moefication.moefication.calibration import HELD_OUT, MOST_FINAL_TOKENS
+    from run_moefication.moefication.final_norm import PRIOR_TOKENS
 
     arguments = setup.arguments
-    calibrated = {"held_out": HELD_OUT, "unseen": [UNSEEN, MOST_UNSEEN_TOKENS]}  # blocks that calibration leaves out
+    calibrated = {"held_out": HELD_OUT, "final_tokens": MOST_FINAL_TOKENS, "prior_tokens": PRIOR_TOKENS}  # of the fits
 
     def row(method: str, measure: Callable[..., dict[str, Any]], *inputs: Any, **settings: Any) -> Row:
         for recipe in inputs:

@@ -35,10 +35,9 @@ LAYER_BUDGETS = ("equal", "sensitivity")
 BUDGETS = "budgets"  # the piece that says how many experts each layer runs
 HELD_OUT = 6  # one block of so many is held out to choose strengths on
 FINAL_NORM = "norm.weight"
-# One block of so many is for the final norm alone, and so many tokens at most: on text that they were fitted to, the
-# layers leave too little of the noise that the norm is to mend.
-UNSEEN, MOST_UNSEEN_TOKENS = 16, 16384
-MEASURED = 4  # one token of so many of that text is not fitted to
+# Tokens that the final norm is fitted to and measured on, half of them each: an eighth of all within these bounds, from
+# all blocks, for a few documents are too special.
+LEAST_FINAL_TOKENS, MOST_FINAL_TOKENS = 8192, 16384
 
 
 @dataclass(frozen=True)
@@ -250,9 +249,8 @@ def _walk(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Calibrate the layers, the last ones, leaving the tensors of each in `fitted`; yields layer and metrics."""
     experts_per_tok = writer.metrics()[BUDGETS]["experts_per_tok"]
-    num_unseen = _num_unseen(moe, corpus)
-    num_held_out = -(-(len(corpus.blocks) - num_unseen) // HELD_OUT)
-    batches = batches_of(corpus.blocks, settings.batch_size, num_held_out, num_unseen)
+    num_held_out = -(-len(corpus.blocks) // HELD_OUT)
+    batches = batches_of(corpus.blocks, settings.batch_size, num_held_out)
     streams = Streams(writer, (2, corpus.num_tokens, config.hidden_size))
     if layers and layers[0] == 0 and not streams.has(0):
         first = streams.begin(0)
@@ -274,15 +272,6 @@ def _walk(
         streams.remove(layer)
 
 
-def _num_unseen(moe: MoECheckpoint, corpus: Corpus) -> int:
-    """Blocks, the last ones, that the final norm is fitted to and no layer: none for a model that predicts no tokens,
-    or where there are but two blocks, one to fit to and one to hold out."""
-    if moe.model_class != "LlamaMoEForCausalLM":
-        return 0
-    most = max(1, MOST_UNSEEN_TOKENS // max(map(len, corpus.blocks)))
-    return min(-(-len(corpus.blocks) // UNSEEN), most, len(corpus.blocks) - 2)
-
-
 def _fit_final_norm(
     checkpoint: Checkpoint,
     moe: MoECheckpoint,
@@ -293,21 +282,24 @@ def _fit_final_norm(
     progress: Progress,
 ) -> dict[str, float] | None:
     """Leave the final norm's weight in `fitted`, once the last layer is calibrated. Returns the divergence from the
-    dense model before and after, in nats a token, on tokens that nothing is fitted to; None without unseen blocks."""
-    num_unseen = sum(map(len, corpus.blocks[len(corpus.blocks) - _num_unseen(moe, corpus) :]))
-    if num_unseen < 2:
+    dense model before and after, in nats a token, on tokens that it is not fitted to; None for a model that predicts no
+    tokens."""
+    if moe.model_class != "LlamaMoEForCausalLM":
         return None
     config, weight = checkpoint.config, moe.tensor(FINAL_NORM)
     streams = Streams(writer, (2, corpus.num_tokens, config.hidden_size)).before(config.num_hidden_layers)
-    unseen = streams[:, -num_unseen:][:, torch.randperm(num_unseen, generator=torch.Generator().manual_seed(0))]
-    dense, normed = F.rms_norm(unseen.to(device), unseen.shape[-1:], eps=config.rms_norm_eps)
-    dense = dense * checkpoint.finite_tensor(FINAL_NORM).to(device, torch.float32)
+    num_tokens = min(max(corpus.num_tokens // 8, LEAST_FINAL_TOKENS), MOST_FINAL_TOKENS)
+    order = torch.randperm(corpus.num_tokens, generator=torch.Generator().manual_seed(0))
+    fit_to, measured_on = order[:num_tokens].chunk(2)
     head = checkpoint.finite_tensor(checkpoint.lm_head).to(device, torch.float32)
-    num_measured = max(1, num_unseen // MEASURED)
-    measure, fit = (
-        Divergence(head, dense[part], normed[part]) for part in (slice(num_measured), slice(num_measured, None))
-    )
-    found = fit_final_norm(fit, weight.to(device, torch.float32), progress).to(weight.dtype).cpu()
+    dense_weight = checkpoint.finite_tensor(FINAL_NORM).to(device, torch.float32)
+
+    def divergence(tokens: torch.Tensor) -> Divergence:
+        dense, normed = F.rms_norm(streams[:, tokens].to(device), [config.hidden_size], eps=config.rms_norm_eps)
+        return Divergence(head, dense * dense_weight, normed)
+
+    found = fit_final_norm(divergence(fit_to), weight.to(device, torch.float32), progress).to(weight.dtype).cpu()
+    measure = divergence(measured_on)
     before, after = (measure(w.to(device, torch.float32))[0] for w in (weight, found))
     if after < before:
         fitted[FINAL_NORM] = found

@@ -2,8 +2,7 @@
 
 What the layers lack leaves noise in the residual stream, the final norm scales stream and noise up to full size, and
 the model is surer of its predictions than it may be. A factor for each channel mends that. Logits are linear in the
-factors, so the divergence from the dense model is convex in them. It is fitted to text that no layer was fitted to: on
-the layers' own, there is less noise.
+factors, so the divergence from the dense model is convex in them.
 
 Axes: T tokens, H hidden size, V vocabulary.
 """

@@ -98,7 +98,7 @@ class LayerCalibration:
             # Of the larger of the two: a massive activation that one of them lacks is beyond what this layer can mend.
             squares = torch.maximum(dense.square().sum(dim=1), stream.square().sum(dim=1))
             weights.append(token_weights(squares))
-            if equations is not None and not batch.unseen:
+            if equations is not None:
                 scores = norms(self._activations(inputs, batch))
                 equations.add(inputs, scores, weights[-1], held_out=batch.held_out)
         return torch.cat(weights), equations
@@ -110,7 +110,7 @@ class LayerCalibration:
         has_bias = self._mlp.bias is not None
         prior = self._mlp.down if not has_bias else torch.cat([self._mlp.down, self._mlp.bias[None]])
         train, held_out = (NormalEquations(*prior.shape, self._device) for _ in range(2))
-        for batch in (batch for batch in batches if not batch.unseen):
+        for batch in batches:
             features = self._hidden(after, batch, selected)
             if has_bias:
                 features = F.pad(features, (0, 1), value=1.0)

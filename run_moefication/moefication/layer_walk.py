@@ -28,13 +28,11 @@ from .files import sync
 
 @dataclass(frozen=True)
 class Batch:
-    """Some blocks of the corpus: their rows in the streams, their lengths, and whether fits hold them out to choose
-    their strength on, or never see them."""
+    """Some blocks of the corpus: their rows in the streams, their lengths, and whether fits leave them out."""
 
     rows: slice
     lengths: list[int]
     held_out: bool = False
-    unseen: bool = False
 
     def padded(self, rows: torch.Tensor) -> torch.Tensor:
         """`[T, H]` -> `[B, N, H]`. Padding follows the text, where causal attention keeps it from changing anything."""
@@ -46,20 +44,14 @@ class Batch:
         return padded[torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]]
 
 
-def batches_of(blocks: list[torch.Tensor], batch_size: int, num_held_out: int = 0, num_unseen: int = 0) -> list[Batch]:
-    """The blocks, `batch_size` at a time, in their order; the last `num_unseen` blocks, and the `num_held_out` before
-    them, in batches of their own."""
+def batches_of(blocks: list[torch.Tensor], batch_size: int, num_held_out: int = 0) -> list[Batch]:
+    """The blocks, `batch_size` at a time, in their order; the last `num_held_out` blocks in batches of their own."""
     batches, start = [], 0
-    num_seen = len(blocks) - num_unseen
-    num_fitted = num_seen - num_held_out
-    for part, use in (
-        (blocks[:num_fitted], {}),
-        (blocks[num_fitted:num_seen], {"held_out": True}),
-        (blocks[num_seen:], {"unseen": True}),
-    ):
+    num_fitted = len(blocks) - num_held_out
+    for part, held_out in ((blocks[:num_fitted], False), (blocks[num_fitted:], True)):
         for index in range(0, len(part), batch_size):
             lengths = [len(block) for block in part[index : index + batch_size]]
-            batches.append(Batch(slice(start, start := start + sum(lengths)), lengths, **use))
+            batches.append(Batch(slice(start, start := start + sum(lengths)), lengths, held_out))
     return batches
 
 

@@ -113,17 +113,11 @@ def seen(dense, moe, layer: int, blocks: list[torch.Tensor]) -> Seen:
     return Seen(found["inputs"], found["stream"], found["dense_stream"], found["dense_after"] - found["stream"])
 
 
-def num_held_out_and_unseen(corpus: Corpus) -> tuple[int, int]:
-    """Blocks: a sixteenth is for the final norm, a sixth of the others to choose strengths on."""
-    num_unseen = -(-len(corpus.blocks) // 16)
-    return -(-(len(corpus.blocks) - num_unseen) // 6), num_unseen
-
-
-def weights_of(s: Seen, corpus: Corpus) -> np.ndarray:
+def weights_of(s: Seen, corpus: Corpus, num_held_out: int) -> np.ndarray:
     """1 over the larger of both streams' squares, at most 4 medians of the batch."""
     squares = torch.maximum(s.stream.square().sum(1), s.dense_stream.square().sum(1)).double()
     weights = 1 / squares
-    for batch in batches_of(corpus.blocks, 4, *num_held_out_and_unseen(corpus)):
+    for batch in batches_of(corpus.blocks, 4, num_held_out):
         part = weights[batch.rows]
         middle = part.sort().values[(len(part) - 1) // 2]
         weights[batch.rows] = part.clamp(max=4 * middle)
@@ -174,10 +168,9 @@ def test_down_proj_is_scikit_learns_ridge_on_what_the_calibrated_prefix_produces
     if output_bias:
         x, prior = np.pad(x, ((0, 0), (0, 1)), constant_values=1), np.pad(prior, ((0, 1), (0, 0)))
         found = np.concatenate([found, mlp.output_bias.detach().double().numpy()[None]])
-    num_held_out, num_unseen = num_held_out_and_unseen(corpus)
-    w, ends = weights_of(s, corpus), np.cumsum([len(block) for block in corpus.blocks])
-    fitted, seen_tokens = ends[-num_unseen - num_held_out - 1], ends[-num_unseen - 1]
-    x, y, w = x[:seen_tokens], y[:seen_tokens], w[:seen_tokens]
+    num_held_out = -(-len(corpus.blocks) // 6)
+    w = weights_of(s, corpus, num_held_out)
+    fitted = sum(len(block) for block in corpus.blocks[:-num_held_out])
     train, held_out = ((x[part], y[part], w[part]) for part in (slice(0, fitted), slice(fitted, None)))
 
     metrics = metrics_of(folder)[layer]
@@ -193,14 +186,13 @@ def test_down_proj_is_scikit_learns_ridge_on_what_the_calibrated_prefix_produces
 def test_gates_are_scikit_learns_ridge_to_the_norms_of_the_experts_outputs(layer, finished, corpus):
     before, after = load(finished.moe), load(finished.calibrated)
     s = seen(load_dense(finished.model), after, layer, corpus.blocks)
-    mlp = before.model.layers[layer].mlp
+    mlp, num_held_out = before.model.layers[layer].mlp, -(-len(corpus.blocks) // 6)
     neurons = neurons_of(mlp, s.inputs)[:, :48].unflatten(1, (6, 8))
     norms = torch.einsum("tei,ehi->teh", neurons, mlp.experts.down_proj.detach()).norm(dim=-1)
     x = np.pad(s.inputs.double().numpy(), ((0, 0), (0, 1)), constant_values=1)
     strength = metrics_of(finished.calibrated)[layer]["gate"]["ridge_strength"]
-    w, num_unseen = weights_of(s, corpus), num_held_out_and_unseen(corpus)[1]
-    fitted = slice(sum(map(len, corpus.blocks[:-num_unseen])))
-    expected = x @ ridge(x[fitted], norms.double().numpy()[fitted], w[fitted], strength, np.zeros((33, 6)))
+    w = weights_of(s, corpus, num_held_out)
+    expected = x @ ridge(x, norms.double().numpy(), w, strength, np.zeros((33, 6)))
     with torch.no_grad():
         scores = after.model.layers[layer].mlp.gate.score(s.inputs).numpy()
     np.testing.assert_allclose(scores, expected, rtol=1e-2, atol=1e-2)
@@ -208,14 +200,14 @@ def test_gates_are_scikit_learns_ridge_to_the_norms_of_the_experts_outputs(layer
 
 
 def test_the_final_norm_is_fitted_to_the_dense_models_predictions(finished, corpus):
-    """On text that no layer was fitted to; on a quarter of it, drawn by a seed, it is measured."""
+    """On half of the tokens, drawn by a seed; on the other half it is measured."""
     dense, model = load_dense(finished.model), load(finished.calibrated)
-    blocks, hidden = corpus.blocks[-num_held_out_and_unseen(corpus)[1] :], []
+    blocks, hidden = corpus.blocks, []
     hook = model.model.norm.register_forward_pre_hook(lambda _, x: hidden.append(x[0][0]))
     logits(model, blocks)
     hook.remove()
     num_tokens = sum(map(len, blocks))
-    measured_on = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(0))[: num_tokens // 4]
+    measured_on = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(0)).chunk(2)[1]
     expected, hidden = logits(dense, blocks)[measured_on].log_softmax(-1), torch.cat(hidden)[measured_on]
 
     def measured(weight: torch.Tensor) -> float:

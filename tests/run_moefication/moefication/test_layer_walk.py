@@ -36,7 +36,7 @@ def random_blocks(lengths: list[int] = LENGTHS) -> list[torch.Tensor]:
 def test_layer_by_layer_is_the_model(variant, batch_size, tmp_path):
     checkpoint = Checkpoint(str(make_llama(tmp_path, **VARIANTS[variant])))
     config, blocks = checkpoint.config, random_blocks()
-    batches = batches_of(blocks, batch_size, num_held_out=2, num_unseen=1)
+    batches = batches_of(blocks, batch_size, num_held_out=2)
     stream = torch.full((sum(LENGTHS), config.hidden_size), float("nan"))
     embed(stream, blocks, batches, checkpoint.tensor("embed_tokens.weight"))
     model = LlamaForCausalLM.from_pretrained(checkpoint.path).eval()
@@ -86,17 +86,15 @@ def test_half_precision_weights_are_computed_with_in_float32(tmp_path):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 5), st.data())
 def test_batches_cover_the_tokens_in_order_and_keep_held_out_blocks_apart(lengths, batch_size, data):
-    num_unseen = data.draw(st.integers(0, len(lengths)))
-    num_held_out = data.draw(st.integers(0, len(lengths) - num_unseen))
+    num_held_out = data.draw(st.integers(0, len(lengths)))
     blocks = [torch.zeros(length) for length in lengths]
-    batches = batches_of(blocks, batch_size, num_held_out, num_unseen)
+    batches = batches_of(blocks, batch_size, num_held_out)
     assert [length for batch in batches for length in batch.lengths] == lengths
     assert [row for batch in batches for row in range(batch.rows.start, batch.rows.stop)] == list(range(sum(lengths)))
     assert all(batch.rows.stop - batch.rows.start == sum(batch.lengths) for batch in batches)
     assert all(1 <= len(batch.lengths) <= batch_size for batch in batches)
-    uses = [(batch.held_out, batch.unseen) for batch in batches for _ in batch.lengths]
-    num_fitted = len(lengths) - num_held_out - num_unseen
-    assert uses == [(False, False)] * num_fitted + [(True, False)] * num_held_out + [(False, True)] * num_unseen
+    held_out = [batch.held_out for batch in batches for _ in batch.lengths]
+    assert held_out == [False] * (len(lengths) - num_held_out) + [True] * num_held_out
 
 
 @settings(max_examples=50, deadline=None)
