@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from run_moefication.moefication.checkpoints import DTYPES, read_json_object
+from run_moefication.moefication.checkpoints import DTYPES
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.files import digest, load_tensors
+from run_moefication.moefication.files import digest, load_tensors, read_json_object
 from run_moefication.moefication.sharding import PlannedTensor
 
 # (dim, n_layers, n_heads, n_kv_heads) by the name of the size: LLaMA 1, Llama 2 (70B and two shared names), Llama 3.

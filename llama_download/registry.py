@@ -43,8 +43,8 @@ class Package:
         """The registry and the release, for people."""
         return f"{self.registry} {self.requirement}"
 
-    def download(self, folder: Path) -> None:
-        """Have the client put the file into `folder`. Raises RegistryError where it cannot."""
+    def download(self, folder: Path, bar: bool) -> None:
+        """Have the client put the file into `folder`, and show its `bar`. Raises RegistryError where it cannot."""
         raise NotImplementedError
 
 
@@ -65,9 +65,9 @@ class Wheel(Package):
     def file_name(self) -> str:
         return f"{self.name}-{self.version}-py3-none-any.whl"
 
-    def download(self, folder: Path) -> None:
+    def download(self, folder: Path, bar: bool) -> None:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-        _run_client([*pip, self.requirement], folder, "check the network and pip's index")
+        _run_client([*pip, self.requirement], folder, "check the network and pip's index", bar)
 
 
 class NpmPackage(Package):
@@ -83,9 +83,9 @@ class NpmPackage(Package):
     def file_name(self) -> str:
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
-    def download(self, folder: Path) -> None:
+    def download(self, folder: Path, bar: bool) -> None:
         command = ["npm", "pack", "--ignore-scripts", "--loglevel=error", "--no-update-notifier", self.requirement]
-        _run_client(command, folder, "check the network and npm's registry")
+        _run_client(command, folder, "check the network and npm's registry", bar)
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,13 @@ class DebianPackage(Package):
     def file_name(self) -> str:
         return f"{self.name}_{self.version.replace(':', '%3a')}_{self.architecture}.deb"
 
-    def download(self, folder: Path) -> None:
+    def download(self, folder: Path, bar: bool) -> None:
         """Put the package file into `folder`, by package lists of our own where the machine's are stale."""
         name = self.name if self.architecture == "all" else f"{self.name}:{self.architecture}"
         download = ["--quiet", "download", f"{name}={self.version}"]
         advice = "check the network, and which Debian apt-get is set up for"
         with contextlib.suppress(RegistryError):
-            _run_client(["apt-get", *download], folder, advice)
+            _run_client(["apt-get", *download], folder, advice, bar)
             return
         # The machine's lists may be older than the pin. Any user can bring lists of their own up to date.
         lists = folder / "lists"
@@ -118,12 +118,13 @@ class DebianPackage(Package):
         settings = (f"Dir::State::Lists={lists}", "Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache=")
         apt_get = ["apt-get", *(part for setting in settings for part in ("--option", setting))]
         with contextlib.suppress(RegistryError):
-            _run_client([*apt_get, "--quiet", "update"], folder, advice)
-        _run_client([*apt_get, *download], folder, advice)
+            _run_client([*apt_get, "--quiet", "update"], folder, advice, bar)
+        _run_client([*apt_get, *download], folder, advice, bar)
 
 
-def fetch(package: Package, cache_dir: Path) -> Path:
-    """Path of the package's file in `cache_dir`, downloaded unless an undamaged copy lies there already.
+def fetch(package: Package, cache_dir: Path, *, bar: bool = True) -> Path:
+    """Path of the package's file in `cache_dir`, downloaded unless an undamaged copy lies there already; with the
+    client's `bar`, if stderr is a terminal.
 
     Raises RegistryError where it cannot be had, ValueError where the registry's file is not the pinned one.
     """
@@ -135,7 +136,7 @@ def fetch(package: Package, cache_dir: Path) -> Path:
     cache_dir.mkdir(parents=True, exist_ok=True)
     print(f"Downloading {package.requirement}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=cache_dir) as folder:
-        package.download(Path(folder))
+        package.download(Path(folder), bar)
         fetched = Path(folder) / package.file_name
         if not fetched.is_file() or file_sha256(fetched) != package.sha256:
             raise ValueError(
@@ -165,13 +166,12 @@ def exit_status(work: Callable[[], None], program: str) -> int:
     return 0
 
 
-def _run_client(command: list[str], folder: Path, advice: str) -> None:
+def _run_client(command: list[str], folder: Path, advice: str, bar: bool) -> None:
     """Run a client with `folder` as its working directory; RegistryError with the client's reason if it fails."""
     # Clients draw bars on stdout, which belongs to our caller, and write errors to stderr.
-    bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
-    result = subprocess.run(
-        command, cwd=folder, stdout=bar, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, errors="replace"
-    )
+    stdout = sys.stderr if bar and sys.stderr.isatty() else subprocess.DEVNULL
+    streams = dict(stdout=stdout, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    result = subprocess.run(command, cwd=folder, **streams, text=True, errors="replace")
     if result.returncode:
         client = "pip" if command[1] == "-m" else command[0]
         lines = result.stderr.strip().splitlines() or [f"{client} ended with status {result.returncode}"]

@@ -108,12 +108,19 @@ class Gate(nn.Module):
         soft = torch.sigmoid(chosen - boundary.detach())
         return 1 + (soft - soft.detach())
 
+    def within_bounds(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores `[T, E]` of which a share that reaches a threshold is the share that runs: those of experts that
+        `min_experts_per_tok` forces on are the highest, those that `max_experts_per_tok` forces off the lowest."""
+        if self._is_unbounded:
+            return scores
+        order = scores.argsort(dim=-1, descending=True)
+        forced_on, forced_off = order[:, : self.min_experts_per_tok], order[:, self.max_experts_per_tok :]
+        highest, lowest = scores.max().item(), scores.min().item()
+        return scores.scatter(-1, forced_on, highest).scatter(-1, forced_off, lowest)
+
     @torch.no_grad()
     def store_score_quantiles(self, scores: torch.Tensor) -> None:
         """Keep the quantiles of all scores `[T, E]` of a text: what `set_active_share` sets thresholds by.
-
-        Those of experts that `min_experts_per_tok` forces on count as the highest of all, those of experts that
-        `max_experts_per_tok` forces off as the lowest, so that a share is what really runs.
 
         Raises:
             ValueError: the gate routes by top-k, there is no score, or one is not finite.
@@ -121,12 +128,8 @@ class Gate(nn.Module):
         self._require_threshold_routing()
         if not scores.numel() or not scores.isfinite().all():
             raise ValueError("quantiles need scores, all of them finite")
-        if not self._is_unbounded:
-            order = scores.argsort(dim=-1, descending=True)
-            forced_on, forced_off = order[:, : self.min_experts_per_tok], order[:, self.max_experts_per_tok :]
-            highest, lowest = scores.max().item(), scores.min().item()
-            scores = scores.scatter(-1, forced_on, highest).scatter(-1, forced_off, lowest)
-        ordered = np.sort(scores.flatten().float().cpu().numpy())  # PyTorch's sort takes ten times as long on CPUs
+        scores = self.within_bounds(scores).flatten().float()
+        ordered = np.sort(scores.cpu().numpy())  # PyTorch's sort takes ten times as long on CPUs
         levels = np.linspace(0, len(ordered) - 1, self.NUM_QUANTILES).round().astype(np.int64)
         self.score_quantiles.copy_(torch.from_numpy(ordered[levels]))
 

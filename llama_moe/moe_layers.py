@@ -157,17 +157,20 @@ class Experts(nn.Module):
     def fastest(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """`forward` on CPUs; on GPUs one grouped product for all experts, where their strides allow it."""
+        """`forward` on CPUs; on GPUs one grouped product for all experts, where their strides allow it and there are
+        tokens enough for it to pay, else all experts at once."""
         inputs = (hidden_states, top_k_index, top_k_weights)
-        aligned = _is_aligned(self.down_proj)
+        aligned, compiling = _is_aligned(self.down_proj), torch.compiler.is_compiling()
         # What eager decides by value would break a graph, and meta tensors have no values.
-        if hidden_states.is_meta:
-            return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, *inputs)
-        if torch.compiler.is_compiling():
-            return ALL_EXPERTS_FUNCTIONS["grouped_mm" if aligned else "batched_mm"](self, *inputs)
+        if hidden_states.is_meta or (compiling and not aligned):
+            return self._all_at_once(self.gate_up_proj, self.down_proj, *inputs)
+        if compiling:
+            return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, *inputs)
         device = hidden_states.device
-        if not aligned or device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
             return self._eager(*inputs)
+        if not aligned or len(hidden_states) <= FEW_TOKENS:
+            return self._all_at_once(self.gate_up_proj, self.down_proj, *inputs)
         if self.config.routing == "threshold":  # transformers' grouped_mm computes unused slots too
             return self._grouped(self.gate_up_proj, self.down_proj, hidden_states, *_used_pairs(*inputs[1:]))
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, *inputs)

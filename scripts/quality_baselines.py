@@ -63,7 +63,8 @@ def cmoe(blocks: list[torch.Tensor], budget: float, model: Any) -> list[Choice]:
     paper: 8 experts; the neurons most often among a token's 10 largest activations are shared, as many experts of them
     as are routed; the others are clustered in equal parts by which tokens mark them; the neuron nearest to a cluster's
     centre stands for it, and the clusters whose representative is most active run."""
-    counts = [torch.zeros(width, width) for width in _widths(model)]  # of tokens that mark both neurons
+    # Of tokens that mark both neurons.
+    counts = [torch.zeros(width, width, device=model.device) for width in _widths(model)]
 
     def count(together: torch.Tensor, hidden: torch.Tensor) -> None:
         best = hidden.abs().topk(CMOE_MARKS, dim=1).indices
@@ -75,7 +76,7 @@ def cmoe(blocks: list[torch.Tensor], budget: float, model: Any) -> list[Choice]:
         for layer, together in zip(model.model.layers, counts, strict=True)
     ]
     for block in blocks:
-        model.model(block[None].long(), use_cache=False)
+        model.model(block[None].long().to(model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
     active = round(budget * CMOE_EXPERTS)
@@ -91,13 +92,14 @@ def _cmoe_choice(together: torch.Tensor, num_shared: int, active: int) -> Choice
     gram.diagonal().add_(JITTER * gram.diagonal().mean())
     rows = torch.linalg.cholesky(gram).float()  # with the distances of the columns of marks
     num_routed = CMOE_EXPERTS - num_shared
-    members = balanced_kmeans(rows, num_routed).labels.argsort(stable=True).view(num_routed, width)
+    clusters = balanced_kmeans(rows, num_routed, device=str(rows.device))
+    members = clusters.labels.argsort(stable=True).view(num_routed, width).to(rows.device)
     distances = (rows[members] - rows[members].mean(dim=1, keepdim=True)).square().sum(dim=2)  # [experts, width]
     experts, representatives = rest[members], rest[members.gather(1, distances.argmin(dim=1)[:, None])[:, 0]]
 
     def choose(_: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         selected = hidden[:, representatives].abs().topk(active - num_shared, dim=1).indices
-        runs = torch.zeros(len(hidden), num_routed, dtype=torch.bool).scatter_(1, selected, True)
+        runs = selected.new_zeros(len(hidden), num_routed, dtype=torch.bool).scatter_(1, selected, True)
         chosen = torch.zeros_like(hidden, dtype=torch.bool)
         chosen[:, shared] = True
         chosen[:, experts.flatten()] = runs.repeat_interleave(width, dim=1)
@@ -115,7 +117,7 @@ def block_losses(model: Any, blocks: list[torch.Tensor]) -> list[float]:
     """Mean negative log-likelihood of each block, its first token being context only."""
     losses = []
     for block in blocks:
-        tokens = block.long()
+        tokens = block.long().to(model.device)
         logits = model(tokens[None], use_cache=False).logits[0, :-1]
         losses.append(F.cross_entropy(logits.float(), tokens[1:]).item())
     return losses

@@ -16,7 +16,7 @@ from quality_baselines import block_losses, cmoe, masked, oracle
 from transformers import AutoModelForCausalLM
 
 from llama_moe import record_routing
-from run_moefication.command_line import progress_bar
+from run_moefication.command_line import pick_device, progress_bar
 from run_moefication.moefication.activation_split import split_by_activations
 from run_moefication.moefication.calibration import CalibrationSettings, calibrate
 from run_moefication.moefication.checkpoints import TEMPLATES, Checkpoint, quiet_transformers
@@ -34,8 +34,8 @@ BLOCK = 512
 BATCH = 8  # blocks at a time
 FEATURE_TOKENS = 32768  # for the splits, and for the gates of stage 3, which calibration fits anew
 DISTILLATION_LR = 2e-4  # for a long run: the stage's default, 1e-4, is for shorter ones
-# How much text the thresholds were not set on may run beyond the budget.
-MARGIN = {"top_k": 0.0, "threshold": 0.008}
+# How much text the thresholds were not set on may run beyond the budget, as a share of it.
+MARGIN = {"top_k": 0.0, "threshold": 0.016}
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Setup:
     features: Path
     texts: dict[str, list[torch.Tensor]]  # blocks of each held-out file, and of "WikiText-2"
     arguments: argparse.Namespace
+    device: str
 
     @property
     def work(self) -> Path:
@@ -55,7 +56,7 @@ class Setup:
 
 def prepare(arguments: argparse.Namespace) -> Setup:
     """Open the model, cut the texts, and record a few features for stages 1 and 3."""
-    checkpoint = Checkpoint(arguments.model_path)
+    device, checkpoint = pick_device(arguments), Checkpoint(arguments.model_path)
     files = {
         path.stem: (path, arguments.heldout_tokens) for path in sorted(Path(arguments.heldout_path).glob("*.jsonl"))
     }
@@ -76,10 +77,11 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         template=TEMPLATES[0],
         feature_format="inputs",
         batch_size=BATCH,
+        device=device,
         progress=progress_bar,
     )
     corpus = _corpus(checkpoint, arguments, arguments.calibration_tokens)
-    return Setup(checkpoint, corpus, features.folder, texts, arguments)
+    return Setup(checkpoint, corpus, features.folder, texts, arguments, device)
 
 
 def _work(arguments: argparse.Namespace) -> Path:
@@ -105,13 +107,13 @@ def _corpus(checkpoint: Checkpoint, arguments: argparse.Namespace, tokens: int) 
 
 def measure_dense(setup: Setup) -> dict[str, Any]:
     """The dense model."""
-    model = _load(setup.checkpoint.path)
+    model = _load(setup.checkpoint.path, setup.device)
     return {name: {"losses": block_losses(model, blocks), "active": 1.0} for name, blocks in setup.texts.items()}
 
 
 def measure_masked(setup: Setup, make: Callable[[Any], list[Any]]) -> dict[str, Any]:
     """The dense model with masks on its MLPs; what the choice itself costs is not counted."""
-    model = _load(setup.checkpoint.path)
+    model = _load(setup.checkpoint.path, setup.device)
     choices = make(model)
     numbers = {}
     for name, blocks in setup.texts.items():
@@ -127,7 +129,7 @@ def measure_moe(
 ) -> dict[str, Any]:
     """A LlamaMoE checkpoint, at a `budget` other than its own if one is given; or its shared experts alone: a static
     mask, which has no use for the gate's parameters. Without its `final_norm` it has the dense model's."""
-    model = _load(folder)
+    model = _load(folder, setup.device)
     if not final_norm:
         model.model.norm.weight.data.copy_(setup.checkpoint.tensor("norm.weight"))
     if is_static:
@@ -138,7 +140,7 @@ def measure_moe(
     gate = sum(p.numel() for p in model.model.layers[0].mlp.gate.parameters())
     gate /= 3 * config.hidden_size * config.intermediate_size
     if budget is not None:
-        model.set_active_fraction(budget - MARGIN["threshold"] - gate - _bias_share(setup))
+        model.set_active_fraction(budget * (1 - MARGIN["threshold"]) - gate - _bias_share(setup))
     names = ("num_selects", "num_shared_experts", "gate_rank")
     numbers = {name: getattr(config, name) for name in names}
     for name, blocks in setup.texts.items():
@@ -153,9 +155,9 @@ def measure_moe(
     return numbers
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, device: str) -> Any:
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
 
 
 # ---------------------------------------------------------------------------------------------------- baselines
@@ -175,7 +177,13 @@ def measure_plain(setup: Setup, budget: float) -> dict[str, Any]:
     """The description's recipe: 8 experts clustered on weights, MLP gates on l2_norm, top-k."""
     work, checkpoint, seed = setup.work / "plain", setup.checkpoint, setup.arguments.seed
     split = split_by_weights(
-        checkpoint, work, templates=[TEMPLATES[0]], num_experts=8, seed=seed, progress=progress_bar
+        checkpoint,
+        work,
+        templates=[TEMPLATES[0]],
+        num_experts=8,
+        seed=seed,
+        device=setup.device,
+        progress=progress_bar,
     )
     settings = GateSettings(TEMPLATES[0], num_experts=8, num_selects=2, use_softmax=True, seed=seed)
     gates = _gates(setup, split.folder, work, settings)
@@ -258,7 +266,8 @@ def measure_distilled(setup: Setup, recipe: Recipe, budget: float) -> dict[str, 
 
 def _at(setup: Setup, recipe: Recipe, budget: float) -> Path:
     """The folder of a recipe's checkpoint at a budget."""
-    room = budget - MARGIN[recipe.routing] - recipe.gate_share(setup) - (_bias_share(setup) if recipe.refit else 0)
+    parts = recipe.gate_share(setup) + (_bias_share(setup) if recipe.refit else 0)
+    room = budget * (1 - MARGIN[recipe.routing]) - parts
     num_selects = math.floor(room * recipe.experts)
     folder = _converted(setup, recipe, num_selects)
     return _calibrated(setup, folder, num_selects, recipe.refit != "down_proj") if recipe.refit else folder
@@ -273,13 +282,14 @@ def _converted(setup: Setup, recipe: Recipe, num_selects: int) -> Path:
     """The folder of a recipe's checkpoint, with ridge gates, before calibration."""
     checkpoint, seed = setup.checkpoint, setup.arguments.seed
     work = setup.work / f"{recipe.split}-{recipe.experts}-{recipe.shared}-{recipe.rank or 'full'}"
+    common = dict(seed=seed, device=setup.device)
     if recipe.split == "activations":
         features = Features(setup.features, checkpoint, TEMPLATES[0])
         counts = dict(num_experts=recipe.experts, num_shared_experts=recipe.shared)
-        split = split_by_activations(checkpoint, features, work, **counts, seed=seed, progress=progress_bar)
+        split = split_by_activations(checkpoint, features, work, **counts, **common, progress=progress_bar)
     elif recipe.split == "weights":
-        options = dict(templates=[TEMPLATES[0]], num_experts=recipe.experts, seed=seed)
-        split = split_by_weights(checkpoint, work, **options, progress=progress_bar)
+        options = dict(templates=[TEMPLATES[0]], num_experts=recipe.experts)
+        split = split_by_weights(checkpoint, work, **options, **common, progress=progress_bar)
     else:
         split = split_at_random(checkpoint, work, templates=[TEMPLATES[0]], num_experts=recipe.experts, seed=seed)
     settings = GateSettings(
@@ -300,14 +310,15 @@ def _gates(setup: Setup, split: Path, work: Path, settings: GateSettings) -> Pat
     """The folder of stage 3's gates."""
     layers = list(range(setup.checkpoint.config.num_hidden_layers))
     arguments = (setup.checkpoint, split, setup.features, work, settings)
-    return train_gates(*arguments, layers=layers, progress=progress_bar).folder
+    return train_gates(*arguments, layers=layers, device=setup.device, progress=progress_bar).folder
 
 
 def _calibrated(setup: Setup, moe: Path, num_selects: int, refit_gates: bool = True) -> Path:
     """The folder of the checkpoint calibrated at a budget."""
     settings = CalibrationSettings(num_selects=num_selects, refit_gates=refit_gates, output_bias=True, batch_size=BATCH)
     folder = moe.with_name(f"{moe.name}-{'calibrated' if refit_gates else 'refitted'}")
-    return calibrate(setup.checkpoint, moe, setup.corpus, folder, settings, progress=progress_bar).folder
+    inputs = (setup.checkpoint, moe, setup.corpus, folder, settings)
+    return calibrate(*inputs, device=setup.device, progress=progress_bar).folder
 
 
 def _distilled(setup: Setup, moe: Path) -> Path:
@@ -316,4 +327,5 @@ def _distilled(setup: Setup, moe: Path) -> Path:
     settings = DistillationSettings(lr=DISTILLATION_LR, bf16=bf16)
     corpus = _corpus(setup.checkpoint, setup.arguments, tokens)
     folder = moe.with_name(f"{moe.name}-distilled-{tokens}{'-bf16' if bf16 else ''}")
-    return distill(setup.checkpoint, moe, corpus, folder, settings, progress=progress_bar).folder
+    inputs = (setup.checkpoint, moe, corpus, folder, settings)
+    return distill(*inputs, device=setup.device, progress=progress_bar).folder

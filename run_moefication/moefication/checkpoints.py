@@ -4,11 +4,9 @@ Everything is checked when a checkpoint is opened, before any work: config, inde
 tensors. Tensors are memory-mapped; nothing is held here.
 """
 
-import json
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -16,16 +14,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.utils import logging
 
 from .errors import MoEficationError
-from .files import digest, load_tensors
+from .files import digest, load_tensors, read_json_object
 from .progress import Progress, no_progress
+from .weight_files import read_headers
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # The rows of these weights are the neurons of the MLP: what `--templates` may name.
 TEMPLATES = ("layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight")
@@ -45,15 +42,6 @@ TOKENIZER_FILES = (
 HEADS = ("lm_head.weight", "score.weight")
 # Of checkpoints written by older transformers versions; computed from the config today.
 IGNORED_TENSORS = re.compile(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies, and what it is, as its file's header says."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def resolve_model_path(model_path: str) -> Path:
@@ -92,7 +80,7 @@ class Checkpoint:
             self.name = self.path.name
         self.raw_config = _read_config(self.path)
         self.config = _llama_config(self.path, self.raw_config)
-        infos = _read_headers(self.path)
+        infos = read_headers(self.path)
         self._prefix = "model." if "model.embed_tokens.weight" in infos else ""
         self.tensors = {name.removeprefix(self._prefix): info for name, info in infos.items()}
         # Heads apart, all names carry the prefix or none does.
@@ -238,19 +226,6 @@ def quiet_transformers() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------- config
 
 
-def read_json_object(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file; `what` says what to do where there is none."""
-    if not path.is_file():  # nor a pipe, which would be waited for
-        raise MoEficationError(f"{path.parent} has no {path.name}; {what}")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise MoEficationError(f"{path} is not JSON; {what}") from None
-    if not isinstance(content, dict):
-        raise MoEficationError(f"{path} is not a JSON object; {what}")
-    return content
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     config = read_json_object(path / "config.json", "is this the folder of a transformers checkpoint?")
     kind = config.get("model_type")
@@ -300,60 +275,3 @@ def _expected_shapes(path: Path, config: LlamaConfig) -> Iterator[tuple[str, tup
     for name, shape in shapes.items():
         if not name.startswith("layers.0."):
             yield name, shape
-
-
-# ---------------------------------------------------------------------------------------------------- headers
-
-
-def _read_headers(path: Path) -> dict[str, TensorInfo]:
-    """Name -> `TensorInfo` of every tensor, from the headers of the weight files."""
-    for single in WEIGHT_FILES:
-        index = path / f"{single}.index.json"
-        if (path / single).exists():
-            return _file_header(path, single)
-        if index.exists():
-            return _indexed_headers(path, index)
-    raise MoEficationError(f"{path} holds no weights ({' or '.join(WEIGHT_FILES)}, or shards of them with their index)")
-
-
-def _indexed_headers(path: Path, index: Path) -> dict[str, TensorInfo]:
-    weight_map = read_json_object(index, "download it again").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise MoEficationError(f"{index} has no weight_map from tensor to file; download it again")
-    infos: dict[str, TensorInfo] = {}
-    for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
-            raise MoEficationError(f"{index} names {file}, outside of the checkpoint's folder")
-        for name, info in _file_header(path, file).items():
-            if name in infos:
-                raise MoEficationError(f"{path}: {name} lies in both {infos[name].file} and {file}")
-            infos[name] = info
-    for name, file in weight_map.items():
-        if name not in infos or infos[name].file != file:
-            raise MoEficationError(f"{index} says that {name} lies in {file}, where it is not; download both again")
-    return infos
-
-
-def _file_header(path: Path, file: str) -> dict[str, TensorInfo]:
-    if not (path / file).is_file():
-        raise MoEficationError(f"{path / file} is missing; download it again")
-    if file.endswith(".bin"):
-        tensors = load_tensors(path / file)
-        if not isinstance(tensors, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
-        ):
-            raise MoEficationError(f"{path / file} is not a dict of tensors by name")
-        return {name: TensorInfo(file, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    try:
-        with safe_open(path / file, "pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            return {
-                name: TensorInfo(
-                    file, tuple(view.get_shape()), SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
-                )
-                for name, view in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise MoEficationError(
-            f"{path / file} is not a whole safetensors file (a half download, or a Git LFS pointer?): {error}"
-        ) from None

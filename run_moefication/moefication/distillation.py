@@ -256,8 +256,8 @@ def _train(
     model.eval()
     try:
         active = settle_thresholds(model, blocks, shares, batch_size, device)
-    except ValueError:  # scores that are not finite
-        raise diverged("a gate's scores are") from None
+    except ValueError as error:  # scores that are not finite, or all equal
+        raise diverged(str(error)) from None
     metrics = {
         "steps": trainer.state.global_step,
         "loss_before": before,

@@ -226,11 +226,9 @@ def check_finite(model: LlamaMoEForCausalLM) -> None:
     """Refuse what a training that diverged has left."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not math.isfinite(parameter.detach().sum(dtype=torch.float64).item()):
-            raise diverged(f"{name} is")
+            raise diverged(f"{name} is not finite")
 
 
-def diverged(what: str) -> MoEficationError:
+def diverged(why: str) -> MoEficationError:
     """The error of a training that went wrong."""
-    return MoEficationError(
-        f"the training diverged: {what} not finite; use a smaller --lr, and --overwrite to begin anew"
-    )
+    return MoEficationError(f"the training diverged: {why}; use a smaller --lr, and --overwrite to begin anew")

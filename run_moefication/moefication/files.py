@@ -109,3 +109,16 @@ def load_tensors(path: Path) -> Any:
     except Exception as error:  # the unpickler raises anything, from UnpicklingError to KeyError
         reason = str(error).strip().split("\n")[0].split(". ")[0][:150]
         raise MoEficationError(f"{path} is not a whole file of plain tensors, refused ({reason})") from None
+
+
+def read_json_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file; `what` says what to do where there is none."""
+    if not path.is_file():  # nor a pipe, which would be waited for
+        raise MoEficationError(f"{path.parent} has no {path.name}; {what}")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise MoEficationError(f"{path} is not JSON; {what}") from None
+    if not isinstance(content, dict):
+        raise MoEficationError(f"{path} is not a JSON object; {what}")
+    return content

@@ -67,7 +67,7 @@ class SoftBlock(nn.Module):
         hard = scores.detach()
         of_text = hard if self.kept is None else hard[self.kept.flatten()]
         if self.training and self._tracks:
-            self._wanted.append(_threshold(of_text, self._share))
+            self._wanted.append(_threshold(self.gate.within_bounds(of_text), self._share))
         selected = self.gate.selected(hard).to(scores.dtype)
         if not scores.requires_grad:
             return selected

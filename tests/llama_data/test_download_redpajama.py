@@ -19,8 +19,9 @@ from pipeline import contents
 pytest.importorskip("datasets")
 zstandard = pytest.importorskip("zstandard")
 
-from llama_data import download_redpajama  # noqa: E402
-from llama_data.download_redpajama import COMMIT_EVERY, DOMAINS, main  # noqa: E402
+from llama_data import domain_download, download_redpajama  # noqa: E402
+from llama_data.domain_download import COMMIT_EVERY, DOMAINS  # noqa: E402
+from llama_data.download_redpajama import main  # noqa: E402
 
 SCRIPT = Path(download_redpajama.__file__)
 NAMES = {domain: name for domain, (name, _) in DOMAINS.items()}
@@ -112,7 +113,7 @@ def dataset(tmp_path_factory) -> Path:
 @pytest.fixture
 def often(monkeypatch) -> None:
     """Commits every 40 records, so that the small dataset has several."""
-    monkeypatch.setattr(download_redpajama, "COMMIT_EVERY", 40)
+    monkeypatch.setattr(domain_download, "COMMIT_EVERY", 40)
 
 
 def read(path: Path) -> list[dict]:
@@ -251,8 +252,8 @@ def test_interrupted_between_commits_it_ends_in_the_same_bytes(shape, tmp_path, 
     assert run_script(main, *options, tmp_path / "whole")[0] == 0
     for at in (70, 30, 99, 5):  # the same download, interrupted four times
         with monkeypatch.context() as patch:
-            interruption = Interruption(download_redpajama.Download.take, at)
-            patch.setattr(download_redpajama.Download, "take", lambda *a, call=interruption: call(*a))
+            interruption = Interruption(domain_download.Download.take, at)
+            patch.setattr(domain_download.Download, "take", lambda *a, call=interruption: call(*a))
             assert run_script(main, *options, out)[0] == 130
         assert not list(out.rglob("*.jsonl"))
     assert run_script(main, *options, out)[0] == 0
@@ -282,7 +283,7 @@ def test_killed_it_goes_on_and_ends_in_the_same_bytes(tmp_path, run_script):
     out = tmp_path / "out"
     options = ["--dataset", folder, "--tokens_per_domain", EVERYTHING, "--output_dir"]
     process = subprocess.Popen([sys.executable, SCRIPT, *map(str, options), out], stdout=subprocess.DEVNULL)
-    state = out / download_redpajama.STATE
+    state = out / domain_download.STATE
     while process.poll() is None and not (state.exists() and json.loads(state.read_text())["records"] >= 4000):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
@@ -302,7 +303,7 @@ def test_unreadable_data_is_one_line_and_repaired_it_goes_on(tmp_path, run_scrip
     good = shard.read_bytes()
     shard.write_bytes(zstandard.compress(zstandard.decompress(good)[:-40] + b"\nnot json\n"))
     assert "JSON parse error" in one_line(run_script(main, *options, tmp_path / "out"))
-    assert json.loads((tmp_path / "out" / download_redpajama.STATE).read_text())["records"] == 80
+    assert json.loads((tmp_path / "out" / domain_download.STATE).read_text())["records"] == 80
     shard.write_bytes(good)
     assert run_script(main, *options, tmp_path / "out")[0] == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -384,8 +385,8 @@ def test_from_a_hub_that_fails_and_comes_back(hub, tmp_path):
     hub.folder, url = make_parquet(tmp_path / "set", make_texts()), f"http://127.0.0.1:{hub.server_port}"
     program = (
         "import sys, urllib.request\n"
-        "from llama_data import download_redpajama\n"
-        "download_redpajama.COMMIT_EVERY = 40\n"
+        "from llama_data import domain_download, download_redpajama\n"
+        "domain_download.COMMIT_EVERY = 40\n"
         "for refused in ('everything', '00001-of-00002', 'nothing'):\n"
         "    urllib.request.urlopen(f'{sys.argv[1]}/refuse/{refused}').read()\n"
         "    print('status', download_redpajama.main(sys.argv[2:]), flush=True)\n"
@@ -502,7 +503,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(case, dataset, tmp_path, run
 
 
 def test_a_dataset_without_any_of_the_domains_is_given_up_early(dataset, tmp_path, run_script, monkeypatch):
-    monkeypatch.setattr(download_redpajama, "LOOK_AHEAD", 25)
+    monkeypatch.setattr(domain_download, "LOOK_AHEAD", 25)
     names = ["--domain_names", "c4=C4"]
     assert "none of 25 records" in one_line(run_script(main, "--dataset", dataset, "--output_dir", tmp_path, *names))
     assert contents(tmp_path) == {}

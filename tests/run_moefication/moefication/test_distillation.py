@@ -224,9 +224,25 @@ def test_thresholds_follow_the_text_of_each_step():
     assert gate.threshold.item() == pytest.approx(before + NUDGE * (wanted - before), abs=0.01 * abs(wanted - before))
 
 
+@pytest.mark.parametrize("share", [0.25, 0.4])
+def test_the_text_of_a_step_knows_the_bounds_of_a_token(share):
+    model = random_moe(**KINDS["threshold"] | {"min_experts_per_tok": 1, "max_experts_per_tok": 3})
+    gate, seen = model.model.layers[0].mlp.gate, []
+    with soft_blocks(model, [share] * 3) as soft:
+        hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda _, x: seen.append(gate.score(x[0])))
+        model.train()
+        model(some_tokens(4, 200))
+        hook.remove()
+        gate.threshold.copy_(soft[0].wanted_threshold())
+    ran = gate.selected(seen[0].detach().flatten(0, 1))
+    assert ran.float().mean().item() == pytest.approx(share, abs=0.001)
+    assert set(ran.sum(dim=1).tolist()) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("bounds", [{}, {"min_experts_per_tok": 1, "max_experts_per_tok": 5}])
 @pytest.mark.parametrize("share", [0.2, 0.7])
-def test_settled_thresholds_meet_the_budget_in_the_whole_model(share):
-    model = random_moe(**KINDS["threshold"])
+def test_settled_thresholds_meet_the_budget_in_the_whole_model(share, bounds):
+    model = random_moe(**KINDS["threshold"] | bounds)
     blocks = [*some_tokens(30, 32).int(), some_tokens(7).int()]
     active = settle_thresholds(model, blocks, [share] * 3, 4, torch.device("cpu"))
     with torch.no_grad(), record_routing(model) as routing:

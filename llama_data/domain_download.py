@@ -1,0 +1,245 @@
+"""What download_redpajama.py does: a dataset read record by record, its texts written to one file per domain.
+
+It goes on from the state that an interrupted run left.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llama_data.partial_download import STATE, discard_partial_files, part_path, write_record
+from llama_download.registry import RegistryError, file_sha256
+
+# A sample of SlimPajama, which is RedPajama deduplicated: 14 GB of parquet, 6 billion tokens, domains shuffled.
+DEFAULT_DATASET = "DKYoon/SlimPajama-6B"
+# Each domain's name there, and what the cards of RedPajama and SlimPajama say of the licence of its texts.
+DOMAINS = {
+    "commoncrawl": ("RedPajamaCommonCrawl", "Common Crawl terms of use"),
+    "c4": ("RedPajamaC4", "ODC-BY, Common Crawl terms of use"),
+    "github": ("RedPajamaGithub", "MIT, BSD or Apache, by repository"),
+    "wikipedia": ("RedPajamaWikipedia", "CC BY-SA"),
+    "books": ("RedPajamaBook", "as the_pile_books3 (none stated, books in copyright) and pg19"),
+    "arxiv": ("RedPajamaArXiv", "arXiv terms of use, by paper"),
+    "stackexchange": ("RedPajamaStackExchange", "CC BY-SA"),
+}
+HELD_OUT_ONE_IN = 20
+COMMIT_EVERY = 1000  # records between two points from which a later run can go on
+LOOK_AHEAD = 10_000  # records after which a dataset that gave no document is given up
+NETWORK_RETRIES = 5  # of a read, half a minute each
+
+
+class NetworkError(RegistryError):
+    """The hub cannot be reached, or went away while it was read."""
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+@contextlib.contextmanager
+def reading(dataset: str) -> Iterator[None]:
+    """Turn whatever reading a dataset raises into one sentence: ValueError for the data, NetworkError for the rest."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    of_data = (ValueError, TypeError, LookupError, ImportError, FileNotFoundError, DatasetsError)
+    try:
+        yield
+    except RepositoryNotFoundError:
+        raise ValueError(f"--dataset {dataset}: not on the hub, or only for those who log in (hf auth login)") from None
+    except Exception as error:
+        sentence = f"--dataset {dataset}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        if Path(dataset).is_dir() or isinstance(error, of_data):
+            raise ValueError(sentence) from None
+        raise NetworkError(f"{sentence}; run the same command again to go on") from None
+
+
+def open_streams(options: dict[str, Any], revision: str | None) -> list[tuple[Any, str | None]]:
+    """What to read one after the other: a stream of records and its domain, None where each record names its own.
+
+    Code that a dataset brings is never run.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.config.STREAMING_READ_MAX_RETRIES = NETWORK_RETRIES
+    for name in ("datasets.packaged_modules", "huggingface_hub"):  # the first logs what it raises, the other each try
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    places, streams = (options["config"], options["data_dir"]), []
+    for domain, name in options["domain_names"].items() if "{}" in str(places) else [(None, "")]:
+        config, data_dir = (place and place.replace("{}", name) for place in places)
+        choice = {"data_dir": data_dir, "split": options["split"], "revision": revision}
+        with reading(options["dataset"]):
+            streams.append((datasets.load_dataset(options["dataset"], config, **choice, streaming=True), domain))
+    return streams
+
+
+def value_at(record: Any, field: str) -> Any:
+    """The value of a field such as `meta.redpajama_set_name`; None where there is none."""
+    for key in field.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that a file can hold and a model can read something in."""
+    try:
+        return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def new_state(options: dict[str, Any]) -> dict[str, Any]:
+    """The state of a download that has read nothing; a dataset of the hub is held at its present commit."""
+    revision, domains = None, options["domain_names"]
+    if not Path(options["dataset"]).is_dir():
+        with reading(options["dataset"]):
+            from huggingface_hub import HfApi
+
+            revision = HfApi().dataset_info(options["dataset"]).sha
+    names = [f"{folder}{domain}.jsonl" for domain in domains for folder in ("", "heldout/")]
+    return {
+        "options": options,
+        "revision": revision,
+        "stream": 0,  # which one is being read
+        "position": None,  # where in it, as `datasets` says it
+        "records": 0,  # read so far, in all streams
+        "skipped": dict.fromkeys(domains, 0),
+        "files": {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in names},
+        "finished": False,
+    }
+
+
+class Download:
+    """Partial files under temporary names, and the state beside them from which an interrupted run goes on.
+
+    What is written depends on the records alone, not on where a run was interrupted: a later run cuts the files back to
+    their lengths at the last commit and reads on from the record after it.
+    """
+
+    def __init__(self, folder: Path, state: dict[str, Any], count_tokens: Callable[[str], int]):
+        self.folder, self.state, self.count_tokens = folder, state, count_tokens
+        self.options, self.tallies = state["options"], state["files"]
+        self.domain_of = {name: domain for domain, name in self.options["domain_names"].items()}
+        self.record: Any = None  # the last one read
+        self.grown: set[str] = set()  # files since the last commit
+
+    def run(self) -> None:
+        """Read until every domain has its tokens or the dataset ends; then the state says that it is finished."""
+        from tqdm import tqdm
+
+        streams = open_streams(self.options, self.state["revision"])
+        total = self.options["tokens_per_domain"] * len(self.domain_of)
+        done = sum(tally["tokens"] for name, tally in self.tallies.items() if "/" not in name)
+        with contextlib.ExitStack() as stack:
+            bar = tqdm(total=total, initial=done, unit="token", unit_scale=True, disable=None)  # None: on a terminal
+            self.bar = stack.enter_context(bar)
+            self.files = {name: stack.enter_context(self.open_part(name)) for name in self.tallies}
+            self.commit()
+            while self.state["stream"] < len(streams):
+                self.read(*streams[self.state["stream"]])
+                self.state |= {"stream": self.state["stream"] + 1, "position": None}
+                self.commit()
+            self.refuse_no_documents()
+        for name, tally in self.tallies.items():
+            tally["sha256"] = file_sha256(part_path(self.folder, name))
+        self.state["finished"] = True
+        write_record(self.folder / STATE, self.state)
+
+    def open_part(self, name: str) -> BinaryIO:
+        """A partial file, cut back to its length at the last commit."""
+        path, length = part_path(self.folder, name), self.tallies[name]["bytes"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if length > (path.stat().st_size if path.exists() else 0):
+            raise ValueError(f"{path} is shorter than it was left: start anew with --overwrite")
+        file = path.open("ab")
+        file.truncate(length)
+        return file
+
+    def commit(self) -> None:
+        """Put everything so far on the disk, and after it the state that says how much it is."""
+        while self.grown:
+            file = self.files[self.grown.pop()]
+            file.flush()
+            os.fsync(file.fileno())
+        write_record(self.folder / STATE, self.state)
+
+    def read(self, stream: Any, domain: str | None) -> None:
+        """Take records of a stream, from its position on, until the domains in it have their tokens."""
+        if self.state["position"] is not None:
+            stream.load_state_dict(self.state["position"])
+        iterator, label_field = iter(stream), self.options["label_field"]
+        while any(map(self.wants, [domain] if domain else self.domain_of.values())):
+            with reading(self.options["dataset"]):
+                record = next(iterator, None)
+            if record is None:
+                return
+            self.record = record
+            home = domain or self.domain_of.get(str(value_at(record, label_field)))
+            if home and self.wants(home):
+                self.take(home, value_at(record, self.options["text_field"]))
+            self.state["records"] += 1
+            if self.state["records"] % COMMIT_EVERY == 0:
+                self.state["position"] = stream.state_dict()
+                self.commit()
+            if self.state["records"] == LOOK_AHEAD:
+                self.refuse_no_documents()
+
+    def wants(self, domain: str) -> bool:
+        """Whether the domain lacks training tokens."""
+        return self.tallies[f"{domain}.jsonl"]["tokens"] < self.options["tokens_per_domain"]
+
+    def take(self, domain: str, text: Any) -> None:
+        """Write a text to its domain's file, on the side of the split that its hash says, as far as there is room."""
+        if not is_text(text):
+            self.state["skipped"][domain] += 1
+            return
+        # By the whole text, so that the same text is never on both sides.
+        held_out = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % HELD_OUT_ONE_IN == 0
+        name, room = f"{domain}.jsonl", self.options["tokens_per_domain"]
+        if held_out:
+            name, room = f"heldout/{name}", max(1, room // HELD_OUT_ONE_IN)
+        tally = self.tallies[name]
+        if tally["tokens"] >= room:
+            return
+        text, tokens = self.cut(text, room - tally["tokens"])
+        line = json.dumps({"text": text, "domain": domain, **self.origin(domain)}, ensure_ascii=False).encode() + b"\n"
+        self.files[name].write(line)
+        self.grown.add(name)
+        tally |= {"documents": tally["documents"] + 1, "tokens": tally["tokens"] + tokens}
+        tally["bytes"] += len(line)
+        self.bar.update(0 if held_out else tokens)
+
+    def cut(self, text: str, room: int) -> tuple[str, int]:
+        """The text and its tokens; of one with more than `room` a beginning that has as many, or very few more."""
+        tokens = self.count_tokens(text)
+        if tokens <= room:
+            return text, tokens
+        end = len(text) * room // tokens
+        while (tokens := self.count_tokens(text[:end])) < room:
+            end += 1 + end // 100
+        return text[:end], tokens
+
+    def origin(self, domain: str) -> dict[str, str]:
+        """Where the domain's texts come from, and their licence as far as it is known."""
+        dataset, name, revision = self.options["dataset"], self.options["domain_names"][domain], self.state["revision"]
+        licence = DOMAINS[domain][1] if dataset == DEFAULT_DATASET else "see the dataset"
+        return {"source": f"{dataset}{'@' + revision if revision else ''} {name}", "licence": licence}
+
+    def refuse_no_documents(self) -> None:
+        """Raise ValueError, and leave nothing, where no record so far gave a document."""
+        if any(tally["documents"] for tally in self.tallies.values()):
+            return
+        discard_partial_files(self.folder, self.state)
+        fields = f"a text in {self.options['text_field']!r} and a domain ({', '.join(self.domain_of)})"
+        raise ValueError(
+            f"--dataset {self.options['dataset']}: none of {self.state['records']} records has {fields} in "
+            f"{self.options['label_field']!r}; the last one: {str(self.record)[:200]}"
+        )
