@@ -19,9 +19,9 @@ from .gates import Gate, make_gate
 
 # ---------------------------------------------------------------------------------------------------- experts
 
-# Where CPUs change from one way to another, as measured with scripts/bench_moe_layer.py. In a layer that fits into
-# caches the calls for few tokens cost more than the arithmetic; in bfloat16 so do those for few token-expert pairs
-# anywhere.
+# Where CPUs, and at FEW_TOKENS GPUs, change from one way to another: measured with scripts/bench_moe_layer.py. In a
+# layer that fits into caches the calls for few tokens cost more than the arithmetic; in bfloat16 so do those for few
+# token-expert pairs anywhere.
 SMALL_LAYER_BYTES = 2**24
 VERY_FEW_TOKENS, FEW_TOKENS = 24, 128
 FEW_PAIRS = 1024
@@ -118,7 +118,7 @@ class Experts(nn.Module):
         return output
 
     def _all_at_once(self, gate_up_proj, down_proj, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
-        """The same where experts are fine: as one MLP, in which a weight of 0 silences an expert.
+        """The same where experts are fine, or on a GPU: as one MLP, in which a weight of 0 silences an expert.
 
         Memory: that MLP's, and for more than a few tokens a copy of `down_proj` with its neurons side by side.
         """
