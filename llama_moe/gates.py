@@ -115,7 +115,7 @@ class Gate(nn.Module):
             return scores
         order = scores.argsort(dim=-1, descending=True)
         forced_on, forced_off = order[:, : self.min_experts_per_tok], order[:, self.max_experts_per_tok :]
-        highest, lowest = scores.max().item(), scores.min().item()
+        highest, lowest = scores.max().expand_as(forced_on), scores.min().expand_as(forced_off)
         return scores.scatter(-1, forced_on, highest).scatter(-1, forced_off, lowest)
 
     @torch.no_grad()

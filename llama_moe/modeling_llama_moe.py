@@ -74,7 +74,7 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Unless asked otherwise, "llama_moe": the fastest of eager and grouped_mm for each device and size."""
+        """Unless asked otherwise, "llama_moe": the fastest way for each device and size."""
         if requested_experts in (None, "llama_moe"):
             return "llama_moe"
         return super().get_correct_experts_implementation(requested_experts)

@@ -19,9 +19,9 @@ from .gates import Gate, make_gate
 
 # ---------------------------------------------------------------------------------------------------- experts
 
-# Where CPUs, and at FEW_TOKENS GPUs, change from one way to another: measured with scripts/bench_moe_layer.py. In a
-# layer that fits into caches the calls for few tokens cost more than the arithmetic; in bfloat16 so do those for few
-# token-expert pairs anywhere.
+# Where CPUs change from one way to another, as measured with scripts/bench_moe_layer.py. In a layer that fits into
+# caches the calls for few tokens cost more than the arithmetic; in bfloat16 so do those for few token-expert pairs
+# anywhere.
 SMALL_LAYER_BYTES = 2**24
 VERY_FEW_TOKENS, FEW_TOKENS = 24, 128
 FEW_PAIRS = 1024
@@ -120,21 +120,23 @@ class Experts(nn.Module):
     def _all_at_once(self, gate_up_proj, down_proj, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
         """The same where experts are fine, or on a GPU: as one MLP, in which a weight of 0 silences an expert.
 
-        Memory: that MLP's, and for more than a few tokens a copy of `down_proj` with its neurons side by side.
+        Memory: that MLP's, and for more than a few tokens a copy of `down_proj` with its neurons side by side, which
+        training keeps.
         """
         weights = self._weights_of_all(hidden_states, top_k_index, top_k_weights)
         gate_up = F.linear(hidden_states, gate_up_proj.flatten(0, 1)).unflatten(-1, (self.num_experts, -1))
         if self.has_bias:
             gate_up = gate_up + self.gate_up_proj_bias
         hidden = self._apply_gate(gate_up) * weights[..., None]  # [T, E, W]
-        if len(hidden_states) < VERY_FEW_TOKENS:
+        # A graph is for any number of tokens.
+        if not torch.compiler.is_compiling() and len(hidden_states) < VERY_FEW_TOKENS:
             return torch.bmm(down_proj, hidden.permute(1, 2, 0)).sum(0).t()
         return F.linear(hidden.flatten(1), down_proj.transpose(0, 1).flatten(1))
 
     def _weights_of_all(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
         """The slots' weights as `[T, E]`: 0 for experts that do not run."""
         # One column more for the slots that expert parallelism marks as another process's.
-        weights = hidden_states.new_zeros(len(hidden_states), self.num_experts + 1)
+        weights = hidden_states.new_zeros(hidden_states.shape[0], self.num_experts + 1)
         return weights.scatter_(-1, top_k_index, top_k_weights.to(weights.dtype))[:, :-1]
 
     def _runs(self, weights: torch.Tensor) -> Iterator[slice]:
@@ -157,21 +159,20 @@ class Experts(nn.Module):
     def fastest(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """`forward` on CPUs; on GPUs one grouped product for all experts, where their strides allow it and there are
-        tokens enough for it to pay, else all experts at once."""
+        """`forward` on CPUs; elsewhere one grouped product for all experts, where strides allow it and there are tokens
+        enough for it to pay, or all experts at once."""
         inputs = (hidden_states, top_k_index, top_k_weights)
-        aligned, compiling = _is_aligned(self.down_proj), torch.compiler.is_compiling()
-        # What eager decides by value would break a graph, and meta tensors have no values.
-        if hidden_states.is_meta or (compiling and not aligned):
-            return self._all_at_once(self.gate_up_proj, self.down_proj, *inputs)
-        if compiling:
-            return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, *inputs)
-        device = hidden_states.device
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        device, is_threshold = hidden_states.device, self.config.routing == "threshold"
+        if torch.compiler.is_compiling():  # what eager decides by value would break the graph
+            grouped = not is_threshold  # unused slots, under a threshold most, would be computed there
+        elif device.type == "cpu":
             return self._eager(*inputs)
-        if not aligned or len(hidden_states) <= FEW_TOKENS:
+        else:  # few tokens are up to three times as fast all at once, on an H200
+            can_group = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+            grouped = can_group and len(hidden_states) > FEW_TOKENS
+        if not (grouped and _is_aligned(self.down_proj)):
             return self._all_at_once(self.gate_up_proj, self.down_proj, *inputs)
-        if self.config.routing == "threshold":  # transformers' grouped_mm computes unused slots too
+        if is_threshold:
             return self._grouped(self.gate_up_proj, self.down_proj, hidden_states, *_used_pairs(*inputs[1:]))
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, *inputs)
 

@@ -151,15 +151,20 @@ def print_mix(checkpoint: Any, corpus: Any) -> None:
 def add_common(parser: argparse.ArgumentParser, device: bool = True, seed: str | None = None) -> None:
     """`--device`, `--seed` (with what it seeds) and `--overwrite`."""
     if device:
-        parser.add_argument(
-            "--device",
-            default=argparse.SUPPRESS,
-            help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)",
-        )
+        add_device(parser)
     if seed:
         parser.add_argument("--seed", type=seed_number, default=0, help=f"seed of {seed}, 0 to 2^32 - 1")
     parser.add_argument(
         "--overwrite", action="store_true", help="redo a finished stage, or one made with other options"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`, for `pick_device`."""
+    parser.add_argument(
+        "--device",
+        default=argparse.SUPPRESS,
+        help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)",
     )
 
 

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("float32", "float16", "bfloat16"),
         help="to run in (default: float32 on CPUs, the checkpoint's own elsewhere)",
     )
-    parser.add_argument("--device", default=argparse.SUPPRESS, help="cpu, cuda, ... (default: cuda where there is one)")
+    command_line.add_device(parser)
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write the results as JSON to a file, or to stdout"
     )

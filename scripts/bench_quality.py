@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--distill", action="store_true", help="distil the chosen model, and the static mask alike")
     parser.add_argument("--distillation_tokens", type=int, default=737280, help="one pass over so many")
     parser.add_argument("--bf16", action="store_true", help="distil in bfloat16")
-    parser.add_argument("--device", default=argparse.SUPPRESS, help="cpu, cuda, ... (default: cuda where there is one)")
+    command_line.add_device(parser)
     parser.add_argument("--json", type=Path, help="file of the numbers (default: rows.json in --work)")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--plot", type=Path, help="draw perplexity against active fraction into this file")

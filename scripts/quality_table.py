@@ -1,14 +1,82 @@
-"""The quality bench's results as a table and a plot.
+"""The quality bench's results as a table and a plot; as a script, those of several files of rows together.
+
+cd scripts; python quality_table.py bench_quality_h200.json bench_quality.json --plot bench_quality.png
 
 `results`: by row, each text's block losses and shares, as `bench_quality.py --json` writes them, the dense model first;
 `texts`: the names of the texts; `seed`: of the bootstrap.
 """
 
+import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from run_moefication import command_line
+
 DRAWS = 2000  # of the bootstrap
+DENSE = "dense at 1"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = command_line.new_parser(__doc__)
+    parser.add_argument(
+        "rows", type=Path, nargs="+", help="files of bench_quality.py --json; the first one's rows count"
+    )
+    parser.add_argument("--methods", nargs="+", help="rows to show, in this order (default: all)")
+    parser.add_argument("--plot", type=Path, help="draw perplexity against active fraction into this file")
+    parser.add_argument("--seed", type=command_line.seed_number, default=0, help="of the bootstrap")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    return command_line.run(build_parser(), show, argv)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the table of some files' rows, and draw them."""
+    from run_moefication.moefication.errors import MoEficationError
+    from run_moefication.moefication.files import read_json_object
+
+    files = [read_json_object(path, "give files of bench_quality.py --json") for path in arguments.rows]
+    if any(DENSE not in file for file in files):
+        raise MoEficationError("a file without the dense model's row is not one of bench_quality.py --json")
+    results = merged(files)
+    dense = results.pop(DENSE)
+    methods = list(dict.fromkeys(numbers["method"] for numbers in results.values()))
+    for method in (method for method in arguments.methods or () if method not in methods):
+        raise MoEficationError(f"--methods {method!r}: there are {', '.join(methods)}")
+    methods = arguments.methods or methods
+    order = sorted(
+        (key for key, numbers in results.items() if numbers["method"] in methods),
+        key=lambda key: (-results[key]["budget"], methods.index(results[key]["method"])),
+    )
+    results = {DENSE: dense} | {key: results[key] for key in order}
+    texts = [name for name, numbers in dense.items() if isinstance(numbers, dict) and "losses" in numbers]
+    print(table(results, texts, arguments.seed, " or ".join(sorted({n["machine"] for n in results.values()}))))
+    if arguments.plot:
+        plot(results, texts, arguments.seed, arguments.plot)
+
+
+def merged(files: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of several files, each from the first that has it. What they lose beside their own file's dense model
+    they lose beside the first one's: ratios stay what they are, whatever the tokens."""
+    rows: dict[str, Any] = {}
+    for file in files:
+        dense = file[DENSE], files[0][DENSE]
+        rows |= {key: _moved(numbers, *dense) for key, numbers in file.items() if key not in rows}
+    return rows
+
+
+def _moved(numbers: dict[str, Any], dense: dict[str, Any], to_dense: dict[str, Any]) -> dict[str, Any]:
+    """A row whose block losses lie as far from `to_dense`'s as the given ones do from `dense`'s."""
+    moved = dict(numbers)
+    for name in (name for name, value in numbers.items() if isinstance(value, dict) and "losses" in value):
+        losses = zip(*(row[name]["losses"] for row in (numbers, dense, to_dense)), strict=True)
+        moved[name] = numbers[name] | {"losses": [loss - away + towards for loss, away, towards in losses]}
+    return moved
 
 
 def ratios(numbers: dict[str, Any], dense: dict[str, Any], names: list[str], seed: int) -> tuple[float, float, float]:
@@ -93,3 +161,7 @@ def plot(results: dict[str, Any], texts: Sequence[str], seed: int, path: Path) -
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -49,7 +49,7 @@ BEST="$MOE_PATH"
 say "1. Split the neurons into $NUM_EXPERTS experts a layer"
 SPLIT_TOKENS="${SPLIT_TOKENS:-16384}" bash "$STAGES/1_split.sh"
 say "2. Record what the MLPs see"
-# Stage 5 fits the gates anew, so the calibrated model does not depend on these.
+# Stage 5 fits the gates anew (unless REFIT_GATES is empty), so the calibrated model does not depend on these.
 FEATURE_TOKENS="${FEATURE_TOKENS:-$([ "$RECIPE" = calibrated ] && echo 8192 || echo 16384)}"
 MAX_TOKENS="$FEATURE_TOKENS" SAVE_INTERVAL=4 bash "$STAGES/2_get_hidden_features.sh"
 say "3. Fit the gates"

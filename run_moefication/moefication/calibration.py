@@ -27,7 +27,7 @@ from .layer_calibration import LayerCalibration
 from .layer_walk import Streams, batches_of, embed
 from .manifests import Claim, environment
 from .model_card import calibration_card
-from .moe_checkpoints import MoECheckpoint
+from .moe_checkpoints import MoECheckpoint, require_num_selects
 from .progress import Progress, no_progress
 from .sharding import PlannedTensor
 
@@ -135,10 +135,8 @@ def _new_config(moe: MoECheckpoint, settings: CalibrationSettings) -> LlamaMoECo
     if settings.refit_gates and config.gate_network != "linear":
         raise MoEficationError(f"--refit_gates is for linear gates, not for the {config.gate_network!r} ones given")
     some = config.routing == "top_k" or not config.num_shared_experts  # with shared experts, these may be all that run
-    least = config.num_shared_experts + max(config.min_experts_per_tok, some)
-    num_selects, most = _num_selects(moe, settings), config.num_shared_experts + config.most_experts_per_tok
-    if not least <= num_selects <= most:
-        raise MoEficationError(f"--num_selects {num_selects} is outside of {least} to {most}, the model's experts")
+    num_selects = _num_selects(moe, settings)
+    require_num_selects(num_selects, config, least_routed=int(some))
     fields = config.to_dict() | {
         "num_experts_per_tok": max(1, num_selects - config.num_shared_experts),
         "layer_num_experts_per_tok": None,

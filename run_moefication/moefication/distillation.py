@@ -34,7 +34,7 @@ from .distillation_trainer import (
 from .errors import MoEficationError
 from .manifests import Claim, environment
 from .model_card import distillation_card
-from .moe_checkpoints import MoECheckpoint, experts_per_tok
+from .moe_checkpoints import MoECheckpoint, experts_per_tok, require_num_selects
 from .progress import Progress, no_progress
 from .sharding import PlannedTensor, plan_shards
 from .soft_routing import settle_thresholds, soft_blocks
@@ -144,12 +144,7 @@ def _check(
     if config.multiply_gate_scores or config.score_scale_factor != 1:
         raise MoEficationError(f"{folder} weighs its experts by gate scores; that is not distilled")
     if settings.num_selects is not None:
-        least = config.num_shared_experts + max(1, config.min_experts_per_tok)
-        most = config.num_shared_experts + config.most_experts_per_tok
-        if not least <= settings.num_selects <= most:
-            raise MoEficationError(
-                f"--num_selects {settings.num_selects} is outside of {least} to {most}, the model's experts"
-            )
+        require_num_selects(settings.num_selects, config)
     if save_steps < 1:
         raise MoEficationError(f"--save_steps {save_steps} must be at least 1")
     if len(corpus.blocks) < 2:
@@ -256,8 +251,8 @@ def _train(
     model.eval()
     try:
         active = settle_thresholds(model, blocks, shares, batch_size, device)
-    except ValueError as error:  # scores that are not finite, or all equal
-        raise diverged(str(error)) from None
+    except ValueError:
+        raise diverged("a gate's scores are not finite, or all the same") from None
     metrics = {
         "steps": trainer.state.global_step,
         "loss_before": before,

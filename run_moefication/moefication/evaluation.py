@@ -15,6 +15,7 @@ from .checkpoints import DTYPES, quiet_transformers, resolve_model_path
 from .corpus import pack, require_block_size
 from .documents import DocumentReader, find_text_files
 from .errors import MoEficationError
+from .moe_checkpoints import require_num_selects
 from .progress import Progress, no_progress
 from .tokens import load_tokenizer, tokenize
 
@@ -111,11 +112,8 @@ def _read_config(path: Path):
 def _budgets(config, num_selects: list[int] | None) -> list[int | None]:
     if config.model_type != "llama_moe":
         return [None]
-    least = config.num_shared_experts + max(1, config.min_experts_per_tok)
-    most = config.num_shared_experts + config.most_experts_per_tok
     for budget in num_selects or []:
-        if not least <= budget <= most:
-            raise MoEficationError(f"--num_selects {budget} is outside of {least} to {most}, the model's experts")
+        require_num_selects(budget, config)
     return num_selects or [None]
 
 

@@ -26,6 +26,14 @@ def experts_per_tok(config: LlamaMoEConfig, thresholds: list[float]) -> list[flo
     return [0.0 if none else count for none, count in zip(runs_none, counts, strict=True)]
 
 
+def require_num_selects(num_selects: int, config: LlamaMoEConfig, least_routed: int = 1) -> None:
+    """Raise MoEficationError unless the model can run so many experts per token, shared ones included."""
+    least = config.num_shared_experts + max(least_routed, config.min_experts_per_tok)
+    most = config.num_shared_experts + config.most_experts_per_tok
+    if not least <= num_selects <= most:
+        raise MoEficationError(f"--num_selects {num_selects} is outside of {least} to {most}, the model's experts")
+
+
 class MoECheckpoint:
     """A finished LlamaMoE checkpoint, checked against the dense model it was made from.
 

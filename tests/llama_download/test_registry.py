@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from llama_download.registry import DebianPackage, NpmPackage, Package, RegistryError, Wheel, fetch, file_sha256
+from llama_data.packages import LUNR
+from llama_download.registry import (
+    DebianPackage,
+    NpmPackage,
+    Package,
+    RegistryError,
+    Wheel,
+    fetch,
+    file_sha256,
+    prefetch,
+)
 
 
 def fetch_or_skip(package: Package, folder: Path) -> Path:
@@ -80,6 +90,22 @@ def test_a_package_that_is_not_the_pinned_one_is_refused(tmp_path, package):
     with pytest.raises(ValueError, match="is not the expected file"):
         fetch_or_skip(package, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_packages_are_fetched_with_one_call_and_a_bad_one_does_no_harm(tmp_path, capsys):
+    ms = NpmPackage("ms", "2.1.3", "f6616e15e530ed552f9daa2d3ce71963947c6bc7c98c9b64fd3e673fd02622c6")
+    fetch_or_skip(LUNR, tmp_path / "apart")
+    together, with_others = tmp_path / "together", tmp_path / "with others"
+    capsys.readouterr()
+    prefetch([ms, LUNR, ms], together)
+    assert sorted(path.name for path in together.iterdir()) == [LUNR.file_name, ms.file_name]
+    assert capsys.readouterr().err == "Downloading 2 packages of npm\n"
+    assert fetch(ms, together).is_file()
+    prefetch([ms, LUNR], together)
+    assert capsys.readouterr().err == ""  # they are there
+    prefetch([ms, NpmPackage("ms", "0.0.987", "0" * 64), NpmPackage("ms", "2.1.2", "0" * 64)], with_others)
+    assert file_sha256(fetch(ms, with_others)) == ms.sha256
+    assert [*with_others.iterdir()] == [with_others / ms.file_name]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from llama_moe import LlamaMoEConfig, moe_layers
@@ -96,6 +97,46 @@ def path(request, monkeypatch):
             monkeypatch.setattr(moe_layers, name, 10**6 if request.param == "few tokens" else 0)
         monkeypatch.setattr(moe_layers, "FEW_PAIRS", 10**6 if request.param == "grouped" else 0)
     return request.param
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "tokens", "routing", "way"),
+    [
+        ((9, 0), 8, 129, "top_k", "transformers"),
+        ((9, 0), 8, 129, "threshold", "_grouped"),
+        ((9, 0), 8, 128, "threshold", "_all_at_once"),
+        ((9, 0), 6, 129, "top_k", "_all_at_once"),
+        ((7, 5), 8, 129, "top_k", "_all_at_once"),
+    ],
+)
+def test_what_runs_on_a_gpu(capability, width, tokens, routing, way, monkeypatch):
+    """Which way is chosen there; the ways themselves are compared with the naive loop above and below."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setitem(moe_layers.ALL_EXPERTS_FUNCTIONS, "grouped_mm", lambda *_: chosen.append("transformers"))
+    monkeypatch.setattr(moe_layers, "_used_pairs", lambda *_: ())
+    for name in ("_grouped", "_all_at_once", "_eager"):
+        monkeypatch.setattr(Experts, name, lambda *_, name=name: chosen.append(name))
+    module = random_experts(4, width, 16, implementation="llama_moe")
+    module.config.routing = routing
+    index, weights = random_routing(tokens, 4, 4)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module(torch.empty(tokens, 16, device="cuda"), index, weights)
+    assert chosen == [way]
+
+
+@pytest.mark.parametrize(("width", "routing"), [(6, "top_k"), (6, "threshold"), (8, "threshold")])
+def test_an_exported_layer_takes_any_number_of_tokens(width, routing):
+    module = random_experts(4, width, 16, implementation="llama_moe")
+    module.config.routing = routing
+
+    def inputs(tokens):
+        return (torch.randn(tokens, 16, generator=torch.Generator().manual_seed(2)), *random_routing(tokens, 4, 4))
+
+    tokens = torch.export.Dim("tokens")
+    exported = torch.export.export(module, inputs(40), dynamic_shapes=({0: tokens},) * 3).module()
+    for count in (2, 23, 24, 200):
+        torch.testing.assert_close(exported(*inputs(count)), module(*inputs(count)), **TOLERANCE)
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -6,10 +6,11 @@ import math
 import bench_quality
 import pytest
 import quality_methods
+import quality_table
 import torch
 from conftest import SENTENCES, make_llama, write_jsonl
 from quality_baselines import block_losses, cmoe, masked, oracle
-from quality_table import ratios
+from quality_table import merged, ratios
 from transformers import LlamaForCausalLM
 
 BLOCKS = 3
@@ -63,6 +64,18 @@ def test_ratios_are_geometric_means_with_an_interval_around_them():
     assert ratio == pytest.approx(math.exp((0.2 + 0.4) / 2))
     assert math.exp((0.1 + 0.4) / 2) <= low < ratio < high <= math.exp((0.3 + 0.4) / 2)
     assert ratios(dense, dense, ["a", "b"], seed=0) == (1.0, 1.0, 1.0)
+
+
+def test_rows_of_several_files_keep_the_ratios_that_they_have_in_their_own():
+    files = [
+        {"dense at 1": {"a": {"losses": [1.0, 2.0]}}, "x at 0.5": {"a": {"losses": [1.5, 2.25]}, "budget": 0.5}},
+        {"dense at 1": {"a": {"losses": [1.25, 2.5]}}, "y at 0.5": {"a": {"losses": [2.0, 3.5]}}},
+    ]
+    rows = merged([*files, {"dense at 1": {"a": {"losses": [0.0, 0.0]}}, "x at 0.5": {"a": {"losses": [9.0, 9.0]}}}])
+    assert list(rows) == ["dense at 1", "x at 0.5", "y at 0.5"]
+    assert rows["x at 0.5"] == files[0]["x at 0.5"]
+    for file, row in zip(files, ("x at 0.5", "y at 0.5"), strict=True):
+        assert ratios(rows[row], rows["dense at 1"], ["a"], 0) == ratios(file[row], file["dense at 1"], ["a"], 0)
 
 
 def test_the_bench_measures_every_method_once_and_keeps_what_it_measured(tmp_path, run_script, monkeypatch):
@@ -119,6 +132,15 @@ def test_the_bench_measures_every_method_once_and_keeps_what_it_measured(tmp_pat
     assert len({tuple(step["losses"]) for step in steps}) == len(steps)
     assert [step["active"] == steps[0]["active"] <= 0.5 for step in steps[:4]] == [True] * 3 + [False]
     assert (tmp_path / "quality.png").stat().st_size > 10_000
+
+    # The same table from the file alone.
+    plot = tmp_path / "again.png"
+    status, out, _ = run_script(
+        quality_table.main, tmp_path / "quality.json", "--methods", "neuron oracle", "--plot", plot
+    )
+    assert status == 0
+    assert out.splitlines()[-1] == (tmp_path / "quality.md").read_text().splitlines()[-1]
+    assert plot.stat().st_size > 10_000
 
     written = (tmp_path / "quality.json").stat().st_mtime_ns
     assert run_script(bench_quality.main, *arguments)[0] == 0
