@@ -38,8 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep_fraction",
         type=float,
-        default=0.3,
-        help="share of the neurons that a token is said to need, on average (with --cluster_on activations)",
+        help="share of the neurons a token is said to need, on average (default: 0.3; with --cluster_on activations)",
     )
     parser.add_argument(
         "--distance",
@@ -84,10 +83,9 @@ def _by_weights(arguments: argparse.Namespace, checkpoint: Any, templates: list[
     from run_moefication.moefication.errors import MoEficationError
     from run_moefication.moefication.splitting import split_by_weights
 
-    if arguments.num_shared_experts or arguments.train_data_path or arguments.hidden_features_path:
-        raise MoEficationError(
-            "--num_shared_experts, --train_data_path and --hidden_features_path are for --cluster_on activations"
-        )
+    for name in ("num_shared_experts", "keep_fraction", "train_data_path", "hidden_features_path"):
+        if getattr(arguments, name):
+            raise MoEficationError(f"--{name} is for --cluster_on activations")
     return split_by_weights(
         checkpoint,
         arguments.save_path,
@@ -114,6 +112,7 @@ def _by_activations(arguments: argparse.Namespace, checkpoint: Any, templates: l
         text = Features(arguments.hidden_features_path, checkpoint, templates[0])
     else:
         text = command_line.read_corpus(arguments, checkpoint, command_line.progress_bar)
+    keep = {} if arguments.keep_fraction is None else {"keep_fraction": arguments.keep_fraction}
     return split_by_activations(
         checkpoint,
         text,
@@ -121,7 +120,7 @@ def _by_activations(arguments: argparse.Namespace, checkpoint: Any, templates: l
         template=templates[0],
         num_experts=arguments.num_experts,
         num_shared_experts=arguments.num_shared_experts,
-        keep_fraction=arguments.keep_fraction,
+        **keep,
         distance=arguments.distance,
         seed=arguments.seed,
         batch_size=arguments.batch_size,

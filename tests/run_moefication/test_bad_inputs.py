@@ -169,9 +169,10 @@ WRONG = [
     ("split", {"model_path": "{nan}"}, "layers.1.mlp.gate_proj.weight holds NaN"),
     ("split", {"save_path": "{tmp}/file"}, "tmp}/file"),
     ("split", {"cluster_on": "neurons"}, "--cluster_on: invalid choice"),
-    ("split", {"num_shared_experts": 1}, "are for --cluster_on activations"),
-    ("split", {"train_data_path": "{text}"}, "are for --cluster_on activations"),
-    ("split", {"hidden_features_path": "{features}"}, "are for --cluster_on activations"),
+    ("split", {"num_shared_experts": 1}, "--num_shared_experts is for --cluster_on activations"),
+    ("split", {"keep_fraction": 0.5}, "--keep_fraction is for --cluster_on activations"),
+    ("split", {"train_data_path": "{text}"}, "--train_data_path is for --cluster_on activations"),
+    ("split", {"hidden_features_path": "{features}"}, "--hidden_features_path is for --cluster_on activations"),
     (
         "split",
         {"cluster_on": "activations"},
