@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import bench_quality
 import pytest
@@ -78,33 +79,41 @@ def test_rows_of_several_files_keep_the_ratios_that_they_have_in_their_own():
         assert ratios(rows[row], rows["dense at 1"], ["a"], 0) == ratios(file[row], file["dense at 1"], ["a"], 0)
 
 
-def test_the_bench_measures_every_method_once_and_keeps_what_it_measured(tmp_path, run_script, monkeypatch):
-    monkeypatch.setattr(quality_methods, "BLOCK", 32)
-    model = make_llama(tmp_path / "llama", intermediate_size=128)
-    for folder in ("text", "text/heldout"):
-        write_jsonl(tmp_path / folder / "c4.jsonl", [f"{folder} {i} {SENTENCES[i % 6]}" for i in range(60)])
-    (tmp_path / "wiki.txt").write_text(" ".join(SENTENCES) * 3)
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """The bench with all its rows at two budgets, on a tiny model: its folder, its options, its rows."""
+    folder = tmp_path_factory.mktemp("bench")
+    model = make_llama(folder / "llama", intermediate_size=128)
+    for name in ("text", "text/heldout"):
+        write_jsonl(folder / name / "c4.jsonl", [f"{name} {i} {SENTENCES[i % 6]}" for i in range(60)])
+    (folder / "wiki.txt").write_text(" ".join(SENTENCES) * 3)
     options = {
         "--model_path": model,
-        "--train_data_path": tmp_path / "text",
-        "--heldout_path": tmp_path / "text/heldout",
-        "--wikitext_path": tmp_path / "wiki.txt",
-        "--work": tmp_path / "work",
+        "--train_data_path": folder / "text",
+        "--heldout_path": folder / "text/heldout",
+        "--wikitext_path": folder / "wiki.txt",
+        "--work": folder / "work",
         "--calibration_tokens": 512,
         "--heldout_tokens": 128,
         "--wikitext_tokens": 128,
         "--experts": 16,
         "--chosen": 16,
         "--distillation_tokens": 512,
-        "--json": tmp_path / "quality.json",
-        "--markdown": tmp_path / "quality.md",
-        "--plot": tmp_path / "quality.png",
+        "--json": folder / "quality.json",
+        "--markdown": folder / "quality.md",
+        "--plot": folder / "quality.png",
     }
-    arguments = [*(item for pair in options.items() for item in pair), "--distill", "--budgets", 0.75, 0.5]
-    status, _, err = run_script(bench_quality.main, *arguments)
-    assert status == 0, err
-    results = json.loads((tmp_path / "quality.json").read_text())
-    assert [numbers["method"] for numbers in results.values() if numbers["budget"] != 0.75] == [
+    arguments = [str(item) for pair in options.items() for item in pair] + ["--distill", "--budgets", "0.75", "0.5"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality_methods, "BLOCK", 32)
+        assert bench_quality.main(arguments) == 0
+        yield SimpleNamespace(
+            folder=folder, arguments=arguments, rows=json.loads((folder / "quality.json").read_text())
+        )
+
+
+def test_the_bench_measures_every_method(bench):
+    assert [numbers["method"] for numbers in bench.rows.values() if numbers["budget"] != 0.75] == [
         "dense",
         "plain recipe",
         "CMoE's recipe",
@@ -118,34 +127,60 @@ def test_the_bench_measures_every_method_once_and_keeps_what_it_measured(tmp_pat
         "ours, 16 experts, threshold, distilled",
         "neuron oracle",
     ]
+    rows = len(bench.rows) - 1  # all but the dense model, which the others are measured against
+    assert len((bench.folder / "quality.md").read_text().splitlines()) == 4 + rows
+    assert (bench.folder / "quality.png").stat().st_size > 10_000
+
+
+def test_gates_and_biases_are_active_where_there_are_any(bench):
     # A static mask has no gate to count.
-    shares = [results[f"static mask{kind} at 0.5"]["c4"]["active"] for kind in STATIC]
+    shares = [bench.rows[f"static mask{kind} at 0.5"]["c4"]["active"] for kind in STATIC]
     assert shares == [63 / 128, *[pytest.approx(63 / 128 + 1 / (3 * 128))] * 2]
-    ours = results["ours, 16 experts, top_k at 0.5"]["c4"]
+    ours = bench.rows["ours, 16 experts, top_k at 0.5"]["c4"]
     assert ours["neurons"] < ours["active"] <= 0.5
     other = "ours, 16 experts, threshold, calibrated at 75% at 0.5"
-    assert results[other]["c4"]["neurons"] < results["ours, 16 experts, threshold at 0.75"]["c4"]["neurons"]
-    rows = len(results) - 1  # all but the dense model, which the others are measured against
-    assert len((tmp_path / "quality.md").read_text().splitlines()) == 4 + rows
-    # Steps that are not calibrated have no bias to count, and those without a threshold cost the same on every text.
-    steps = [results[f"step: {step} at 0.5"]["c4"] for step in quality_methods.STEPS]
+    assert bench.rows[other]["c4"]["neurons"] < bench.rows["ours, 16 experts, threshold at 0.75"]["c4"]["neurons"]
+
+
+def test_every_step_is_another_model(bench):
+    """Those not calibrated have no bias to count, and those without a threshold cost the same on every text."""
+    steps = [bench.rows[f"step: {step} at 0.5"]["c4"] for step in quality_methods.STEPS]
     assert len({tuple(step["losses"]) for step in steps}) == len(steps)
     assert [step["active"] == steps[0]["active"] <= 0.5 for step in steps[:4]] == [True] * 3 + [False]
-    assert (tmp_path / "quality.png").stat().st_size > 10_000
 
-    # The same table from the file alone.
-    plot = tmp_path / "again.png"
-    status, out, _ = run_script(
-        quality_table.main, tmp_path / "quality.json", "--methods", "neuron oracle", "--plot", plot
-    )
+
+def test_the_rows_of_a_file_make_the_same_table_and_a_plot(bench, tmp_path, run_script):
+    options = ("--methods", "neuron oracle", "--plot", tmp_path / "plot.png")
+    status, out, _ = run_script(quality_table.main, bench.folder / "quality.json", *options)
     assert status == 0
-    assert out.splitlines()[-1] == (tmp_path / "quality.md").read_text().splitlines()[-1]
-    assert plot.stat().st_size > 10_000
+    table = (bench.folder / "quality.md").read_text().splitlines()
+    assert out.splitlines()[-2:] == [line for line in table if "neuron oracle" in line]
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
-    written = (tmp_path / "quality.json").stat().st_mtime_ns
-    assert run_script(bench_quality.main, *arguments)[0] == 0
-    assert (tmp_path / "quality.json").stat().st_mtime_ns == written
-    assert json.loads((tmp_path / "quality.json").read_text()) == results
+
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        ('{"x at 0.5": {}}', (), "a file without the dense model's row"),
+        ("no rows", (), "is not JSON; give files of bench_quality.py --json"),
+        (None, ("--methods", "ours"), "--methods 'ours': there are plain recipe"),
+    ],
+)
+def test_what_makes_no_table_is_refused(rows, options, words, bench, tmp_path, run_script):
+    path = bench.folder / "quality.json" if rows is None else tmp_path / "rows.json"
+    if rows is not None:
+        path.write_text(rows)
+    status, out, err = run_script(quality_table.main, path, *options)
+    assert (status, out) == (2, "")
+    assert words in err
+
+
+def test_no_row_is_measured_twice(bench, run_script):
+    path = bench.folder / "quality.json"
+    written = path.stat().st_mtime_ns
+    assert run_script(bench_quality.main, *bench.arguments)[0] == 0
+    assert path.stat().st_mtime_ns == written
+    assert json.loads(path.read_text()) == bench.rows
 
 
 @pytest.mark.parametrize(
