@@ -20,13 +20,8 @@ LR="${LR:-1e-4}"                                           # learning rate
 NUM_SELECTS="${NUM_SELECTS:-}"                             # experts per token; empty: as calibrated
 SEED="${SEED:-0}"
 PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
-NUM_GPUS="${NUM_GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
-
-# One process needs no launcher, and its errors are easier to read without one.
-LAUNCH=("$PYTHON")
-if [ "$NUM_GPUS" -gt 1 ]; then
-    LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NUM_GPUS") # that is torchrun
-fi
+# shellcheck source=run_moefication/launch.sh
+. "$HERE/launch.sh" # NUM_GPUS, and LAUNCH that follows from it
 
 "${LAUNCH[@]}" "$HERE/llama_distill.py" \
     --model_path "$MODEL_PATH" \

@@ -125,6 +125,14 @@ def test_wrong_numbers_are_one_line_before_any_work(settings, words, run):
     assert not run.folder.exists()
 
 
+@pytest.mark.parametrize("script", ["2_get_hidden_features.sh", "6_distill.sh"])
+@pytest.mark.parametrize("count", ["two", "0", "-1"])
+def test_a_wrong_number_of_gpus_is_one_line(script, count, run):
+    result = run(script, NUM_GPUS=count)
+    assert (result.returncode, result.stderr) == (2, f"error: NUM_GPUS={count}: a whole number above 0 is needed\n")
+    assert not run.folder.exists()
+
+
 def test_features_on_two_processes(run):
     result = run("2_get_hidden_features.sh", NUM_GPUS="2")
     assert result.returncode == 0, result.stderr
