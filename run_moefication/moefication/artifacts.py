@@ -7,11 +7,12 @@ removed. Several processes may fill one folder: each writes its own units, whoev
 """
 
 import contextlib
+import fcntl
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -19,6 +20,7 @@ from .errors import MoEficationError
 from .files import digest, file_sha256, load_tensors, write_atomically, write_json
 from .manifests import (
     CLAIM,
+    LOCK,
     MANIFEST,
     PARTS,
     SCRATCH,
@@ -66,16 +68,26 @@ class ArtifactWriter:
         overwrite: throw away what an earlier run of the same stage left, and nothing else.
         shared: other processes of this run fill the same folder: an unfinished folder with the same claim is theirs,
             and is joined rather than cleared.
+        exclusive: no other process may fill this folder meanwhile: the stage has scratch files, which two would share.
 
     Raises:
-        MoEficationError: the folder holds something else, or was begun with other options, model or inputs.
+        MoEficationError: the folder holds something else, or was begun with other options, model or inputs; at the
+            first write of an exclusive one: another process is filling it.
     """
 
     def __init__(
-        self, folder: Path, claim: Claim, pieces: Iterable[str], *, overwrite: bool = False, shared: bool = False
+        self,
+        folder: Path,
+        claim: Claim,
+        pieces: Iterable[str],
+        *,
+        overwrite: bool = False,
+        shared: bool = False,
+        exclusive: bool = False,
     ):
         self.folder, self.pieces = folder, list(pieces)
         self._wanted, self._overwrite, self._shared = claim.to_json(), overwrite, shared
+        self._exclusive, self._lock = exclusive, None
         existing, must_clear = self._look()
         self._begun = existing is not None and not must_clear
         self.claim = existing if self._begun else self._wanted
@@ -93,6 +105,8 @@ class ArtifactWriter:
 
     def begin(self) -> None:
         """Clear and claim the folder, unless that is done; `write` does it too."""
+        if self._exclusive and self._lock is None:
+            self._lock = _locked(self.folder)
         if self._begun:
             return
         existing, must_clear = self._look()  # again: another process of this run may have begun meanwhile
@@ -167,11 +181,13 @@ class ArtifactWriter:
             manifest = self.claim | {"files": files, "metrics": metrics}
             write_json(self.folder / MANIFEST, manifest)
         parts = self.folder / PARTS
-        ours = [*parts.glob("*.json"), *parts.glob(".*.tmp"), *parts.glob(f"*{SCRATCH}")]
+        ours = [*parts.glob("*.json"), *parts.glob(".*.tmp"), *parts.glob(f"*{SCRATCH}"), parts / LOCK]
         for path in [*ours, *self.folder.glob(f".{MANIFEST}.*.tmp")]:
             _remove(path)
         with contextlib.suppress(OSError):
             parts.rmdir()
+        if self._lock is not None:
+            self._lock.close()
         return True
 
     def _merged(self, pieces: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -182,6 +198,18 @@ class ArtifactWriter:
 
     def _piece_path(self, piece: str) -> Path:
         return self.folder / PARTS / f"{piece}.json"
+
+
+def _locked(folder: Path) -> IO[bytes]:
+    """The folder's lock, ours until the file returned is closed, as it is when the process ends, however it does."""
+    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    lock = (folder / PARTS / LOCK).open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise MoEficationError(f"another run is writing {folder}: let it finish") from None
+    return lock
 
 
 def _clear(folder: Path) -> None:

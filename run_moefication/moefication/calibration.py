@@ -92,7 +92,9 @@ def calibrate(
     )
     fitted: dict[str, torch.Tensor] = {}  # of the layer at work
     *by_layer, rest = shards = _plan(moe, config, fitted)
-    writer = artifacts.ArtifactWriter(Path(save_path), claim, [BUDGETS, *shards, "config"], overwrite=overwrite)
+    writer = artifacts.ArtifactWriter(
+        Path(save_path), claim, [BUDGETS, *shards, "config"], overwrite=overwrite, exclusive=True
+    )
     missing = writer.missing()
     if missing:
         checkpoint.check_finite(progress)  # before anything is written

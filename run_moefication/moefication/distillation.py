@@ -102,7 +102,7 @@ def distill(
     shards = plan_shards(_plan(moe, trained), MAX_SHARD_BYTES)
     is_first = arguments.process_index == 0
     writer = artifacts.ArtifactWriter(
-        Path(save_path), claim, [*shards, RESULT], overwrite=overwrite, shared=not is_first
+        Path(save_path), claim, [*shards, RESULT], overwrite=overwrite, shared=not is_first, exclusive=is_first
     )
     missing = writer.missing()
     if not missing:

@@ -15,7 +15,7 @@ from .checkpoints import DTYPES, quiet_transformers, resolve_model_path
 from .corpus import pack, require_block_size
 from .documents import DocumentReader, find_text_files
 from .errors import MoEficationError
-from .moe_checkpoints import require_num_selects
+from .moe_checkpoints import experts_per_tok, require_num_selects
 from .progress import Progress, no_progress
 from .tokens import load_tokenizer, tokenize
 
@@ -145,9 +145,10 @@ def _evaluate(
     num_experts = None
     if model.config.model_type == "llama_moe":
         shared = model.config.num_shared_experts
-        num_experts = model.config.num_experts + shared
+        num_experts, has_thresholds = model.config.num_experts + shared, model.config.routing == "threshold"
         if budget is None:
-            budget = model.config.num_selects
+            thresholds = [layer.mlp.gate.threshold.item() for layer in model.model.layers if has_thresholds]
+            budget = model.config.num_selects if any(experts_per_tok(model.config, thresholds)) else shared
         else:
             try:
                 model.set_num_experts_per_tok(budget - shared)

@@ -14,6 +14,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PARTS = "manifest.parts"
 CLAIM = "claim.json"
+LOCK = ".lock"  # in PARTS: held by a run that must be the only one
 SCRATCH = ".scratch"  # how files end that a stage needs only until its folder is finished
 STAGE_SCRIPTS = {
     "split": "llama_split_clustering.py",

@@ -54,6 +54,7 @@ def _indexed_headers(path: Path, index: Path) -> dict[str, TensorInfo]:
 def _file_header(path: Path, file: str) -> dict[str, TensorInfo]:
     if not (path / file).is_file():
         raise MoEficationError(f"{path / file} is missing; download it again")
+    (path / file).open("rb").close()  # safetensors says of a file that may not be read that it is not there
     if file.endswith(".bin"):
         tensors = load_tensors(path / file)
         if not isinstance(tensors, dict) or not all(

@@ -325,8 +325,12 @@ def test_other_budgets_can_be_set_after_loading(fraction, finished, corpus):
     assert 2 + 6 * shares(model, corpus.blocks)[0] == pytest.approx(8 * fraction, rel=0.02)
 
 
-def test_shared_experts_alone_can_be_calibrated(finished, corpus, tmp_path):
+def test_shared_experts_alone_can_be_calibrated(finished, corpus, tmp_path, run_script):
     folder = recalibrated(finished, tmp_path / "moe", "--num_selects", 2).calibrated
+    text = ["--text_path", finished.text / "c4.jsonl", "--max_tokens", 64, "--json"]
+    _, out, _ = run_script(llama_evaluate.main, "--model_path", folder, *text)
+    assert [row["num_selects"] for row in json.loads(out)] == [2]
+    assert "the 2 shared ones alone run. " in (folder / "README.md").read_text()
     before, after = tensors_of(finished.moe), tensors_of(folder)
     assert shares(load(folder), corpus.blocks) == [0, 0, 0]
     for layer in range(3):

@@ -116,7 +116,8 @@ def test_an_unknown_recipe_is_one_line(run):
         ({"NUM_EXPERTS": "08"}, "NUM_EXPERTS=08: a whole number is needed"),
         ({"NUM_SELECTS": "2.5"}, "NUM_SELECTS=2.5: a whole number is needed"),
         ({"NUM_SELECTS": "5"}, "NUM_SELECTS=5 is outside of 1 to NUM_EXPERTS=4"),
-        ({"NUM_EXPERTS": "0"}, "NUM_SELECTS=2 is outside of 1 to NUM_EXPERTS=0"),
+        ({"NUM_EXPERTS": "0"}, "NUM_EXPERTS=0: at least one is needed"),
+        ({"NUM_EXPERTS": "9" * 20}, f"NUM_EXPERTS={'9' * 20}: a whole number is needed"),
     ],
 )
 def test_wrong_numbers_are_one_line_before_any_work(settings, words, run):

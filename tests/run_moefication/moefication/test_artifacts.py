@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -238,6 +240,37 @@ def test_a_writer_may_finish_while_another_does(owner, name, finished, tmp_path)
         if len(calls) < number:
             break
     assert number > 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_exclusive_folder_has_one_writer_at_a_time(overwrite, tmp_path):
+    """A process of its own holds it, until it is killed."""
+    folder = tmp_path / "folder"
+    script = f"""
+import sys, time
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from run_moefication.moefication.artifacts import ArtifactWriter
+from test_artifacts import CLAIM, PIECES, fill
+writer = ArtifactWriter(Path({str(folder)!r}), CLAIM, PIECES, exclusive=True)
+fill(writer, PIECES[:1])
+print("begun", flush=True)
+time.sleep(600)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as first:
+        try:
+            assert first.stdout.readline() == b"begun\n"
+            before = contents(folder)
+            second = ArtifactWriter(folder, CLAIM, PIECES, exclusive=True, overwrite=overwrite)
+            with pytest.raises(MoEficationError, match=r"another run is writing .*: let it finish"):
+                second.begin()
+            assert contents(folder) == before
+        finally:
+            first.kill()
+    fill(second, second.missing())
+    assert second.finish()
+    assert {path.name for path in folder.iterdir()} == {"files", "manifest.json"}
 
 
 def test_stale_temporary_files_are_swept(finished, tmp_path):
