@@ -83,8 +83,11 @@ ALL="$NUM_EXPERTS"
 BUDGETS="$(printf '%s\n' "$ALL" $((NUM_EXPERTS * 3 / 4)) $((NUM_EXPERTS / 2)) $(((NUM_EXPERTS + 3) / 4)) "$NUM_SELECTS" |
     awk '$1 > 0 && !seen[$1]++' | xargs)"
 say "The MoE speaks: with $BUDGETS of $NUM_EXPERTS experts"
+DENSE=()
+[ ! -d "$MODEL" ] || DENSE=(--dense_path "$MODEL")
 # shellcheck disable=SC2086 # a list of numbers
-"$PYTHON" "$REPOSITORY/scripts/test_llama_moe_transformers.py" --model_path "$BEST" --num_selects $BUDGETS
+"$PYTHON" "$REPOSITORY/scripts/test_llama_moe_transformers.py" --model_path "$BEST" --num_selects $BUDGETS \
+    ${DENSE[@]+"${DENSE[@]}"}
 
 say "Dense against MoE: perplexity on held-out text ($(basename "$TEXT"))"
 NUM_SELECTS="$BUDGETS" TEXT_PATH="$TEXT" MAX_TOKENS="${EVAL_TOKENS:-4096}" bash "$STAGES/evaluate.sh"

@@ -17,6 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--model_path", required=True, help="folder that llama_convert.py or save_pretrained wrote")
+    parser.add_argument("--dense_path", help="folder of the dense model, to continue the texts first")
     parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="texts to continue")
     parser.add_argument("--max_new_tokens", type=int, default=24, help="length of each continuation")
     parser.add_argument("--num_selects", type=int, nargs="+", help="experts per token (default: the checkpoint's own)")
@@ -27,8 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if not Path(arguments.model_path, "config.json").is_file():
-        parser.error(f"--model_path {arguments.model_path} holds no checkpoint (no config.json)")
+    for name in ("model_path", "dense_path"):
+        path = getattr(arguments, name)
+        if path and not Path(path, "config.json").is_file():
+            parser.error(f"--{name} {path} holds no checkpoint (no config.json)")
     if arguments.max_new_tokens < 1:
         parser.error(f"--max_new_tokens {arguments.max_new_tokens} must be at least 1")
     if not all(arguments.prompt):
@@ -49,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     model = AutoModelForCausalLM.from_pretrained(arguments.model_path).eval()
     if not isinstance(model, llama_moe.LlamaMoEForCausalLM):
         parser.error(f"--model_path {arguments.model_path} is a {type(model).__name__}, not a LlamaMoEForCausalLM")
+    if arguments.dense_path:
+        print("dense:")
+        complete(AutoModelForCausalLM.from_pretrained(arguments.dense_path).eval(), tokenizer, arguments)
     for num_selects in arguments.num_selects or [None]:
         if num_selects is not None:
             try:
@@ -61,26 +67,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def speak(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
-    """Continue the prompts greedily; then say how much of the MLPs ran."""
-    import torch
-
+    """Continue the prompts; then say how much of the MLPs ran."""
     import llama_moe
 
-    with llama_moe.record_routing(model) as routing:
-        for prompt in arguments.prompt:
-            inputs = tokenizer(prompt, return_tensors="pt")
-            with torch.inference_mode():
-                output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
-            print(f"> {tokenizer.decode(output[0], skip_special_tokens=True)!r}")
-
     config, block = model.config, model.model.layers[0].mlp
+    total = config.num_experts + config.num_shared_experts
+    print(f"{config.num_selects} of {total} experts:")
+    with llama_moe.record_routing(model) as routing:
+        complete(model, tokenizer, arguments)
     experts = sum(parameter.numel() for parameter in block.experts.parameters())
     everything = sum(parameter.numel() for parameter in block.parameters())
     gate = sum(parameter.numel() for parameter in block.gate.parameters())
     routed = sum(layer.experts_per_tok for layer in routing) / len(routing)
     share = (everything - experts + experts * routed / config.num_experts) / (everything - gate)
-    budget = f"{routed + config.num_shared_experts:.4g} of {config.num_experts + config.num_shared_experts} experts"
-    print(f"{budget}: {share:.1%} of the MLP parameters ran per token, gate included")
+    ran = f"{routed + config.num_shared_experts:.4g} of {total} experts"
+    print(f"{ran}: {share:.1%} of the MLP parameters ran per token, gate included")
+
+
+def complete(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
+    """Continue the prompts greedily."""
+    import torch
+
+    for prompt in arguments.prompt:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.inference_mode():
+            output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+        print(f"> {tokenizer.decode(output[0], skip_special_tokens=True)!r}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,10 @@ def test_split_is_balanced_and_proved_optimal(pipeline):
 def test_usage_example(pipeline):
     script = Path(__file__).parents[1] / "scripts" / "test_llama_moe_transformers.py"
     command = [sys.executable, script, "--model_path", pipeline.moe, "--num_selects", "8"]
+    command += ["--dense_path", pipeline.model]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "The capital of France is Paris" in result.stdout
+    dense, moe = result.stdout.split("8 of 8 experts:\n")
+    assert dense.startswith("dense:\n> 'The capital of France is Paris")
+    assert dense.removeprefix("dense:\n").splitlines() == moe.splitlines()[:-1]
     assert "8 of 8 experts: 100.2% of the MLP parameters ran per token, gate included" in result.stdout
