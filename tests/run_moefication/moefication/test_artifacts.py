@@ -247,8 +247,7 @@ def test_an_exclusive_folder_has_one_writer_at_a_time(overwrite, tmp_path):
     """A process of its own holds it, until it is killed."""
     folder = tmp_path / "folder"
     script = f"""
-import sys, time
-sys.path[:0] = {sys.path!r}
+import time
 from pathlib import Path
 from run_moefication.moefication.artifacts import ArtifactWriter
 from test_artifacts import CLAIM, PIECES, fill
@@ -257,7 +256,7 @@ fill(writer, PIECES[:1])
 print("begun", flush=True)
 time.sleep(600)
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as first:
         try:
             assert first.stdout.readline() == b"begun\n"
