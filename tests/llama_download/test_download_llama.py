@@ -18,7 +18,7 @@ import pytest
 from local_server import LocalServer, Reply
 
 SCRIPT = Path(__file__).parents[2] / "llama_download" / "download_llama.sh"
-BASH = shutil.which("bash")
+BASH, ENV = shutil.which("bash"), shutil.which("env")
 TOOLS = ["awk", "find", "flock", "md5sum", "mkdir", "mktemp", "mv", "rm", "rmdir", "sed", "sleep", "sort", "sync", "tr"]
 TOOLS += ["wc"]
 SHARD = "7B/consolidated.00.pth"
@@ -103,8 +103,10 @@ def settings(server, target) -> dict[str, str]:
 
 def start(path: str, settings: dict[str, str], *arguments: str, cwd: Path | None = None) -> subprocess.Popen:
     environment = {"PATH": path, "LC_ALL": "C"} | settings
+    # Tests that run in the background ignore SIGINT, and so would the script.
+    command = [ENV, "--default-signal=INT", BASH, SCRIPT, *arguments]
     return subprocess.Popen(
-        [BASH, SCRIPT, *arguments], env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
