@@ -54,7 +54,7 @@ class LlamaMoEConfig(LlamaConfig):
     """
 
     model_type = "llama_moe"
-    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "router_logits", "aux_loss"]
     # LLaMA's own plan names projections that do not exist here. Mixtral names its gate and experts as this package
     # does, and its plans use the installed release's names of the styles, which change.
     base_model_tp_plan = MixtralConfig.base_model_tp_plan

@@ -199,14 +199,16 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM, GenerationM
         """As `LlamaForCausalLM.forward`; `logits_to_keep`: the last so many positions (0: all), or those listed."""
         asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
         balanced = self.training and labels is not None and self.config.router_aux_loss_coef > 0
+        # transformers from 5.24 on passes `cache`, among the rest, and warns of two.
+        cache = {} if past_key_values is None else {"past_key_values": past_key_values}
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=asked or balanced,
+            **cache,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
