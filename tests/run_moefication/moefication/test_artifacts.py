@@ -4,11 +4,11 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import stat
-import subprocess
-import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -242,31 +242,32 @@ def test_a_writer_may_finish_while_another_does(owner, name, finished, tmp_path)
     assert number > 1
 
 
+def hold(folder, begun):
+    """Begin to fill an exclusive folder, and never finish."""
+    writer = ArtifactWriter(folder, CLAIM, PIECES, exclusive=True)
+    fill(writer, PIECES[:1])
+    begun.set()
+    time.sleep(600)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_exclusive_folder_has_one_writer_at_a_time(overwrite, tmp_path):
     """A process of its own holds it, until it is killed."""
     folder = tmp_path / "folder"
-    script = f"""
-import time
-from pathlib import Path
-from run_moefication.moefication.artifacts import ArtifactWriter
-from test_artifacts import CLAIM, PIECES, fill
-writer = ArtifactWriter(Path({str(folder)!r}), CLAIM, PIECES, exclusive=True)
-fill(writer, PIECES[:1])
-print("begun", flush=True)
-time.sleep(600)
-"""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as first:
-        try:
-            assert first.stdout.readline() == b"begun\n"
-            before = contents(folder)
-            second = ArtifactWriter(folder, CLAIM, PIECES, exclusive=True, overwrite=overwrite)
-            with pytest.raises(MoEficationError, match=r"another run is writing .*: let it finish"):
-                second.begin()
-            assert contents(folder) == before
-        finally:
-            first.kill()
+    processes = multiprocessing.get_context("spawn")
+    begun = processes.Event()
+    first = processes.Process(target=hold, args=(folder, begun))
+    first.start()
+    try:
+        assert begun.wait(60)
+        before = contents(folder)
+        second = ArtifactWriter(folder, CLAIM, PIECES, exclusive=True, overwrite=overwrite)
+        with pytest.raises(MoEficationError, match=r"another run is writing .*: let it finish"):
+            second.begin()
+        assert contents(folder) == before
+    finally:
+        first.kill()
+        first.join()
     fill(second, second.missing())
     assert second.finish()
     assert {path.name for path in folder.iterdir()} == {"files", "manifest.json"}
