@@ -29,6 +29,7 @@ from .distillation_trainer import (
     diverged,
     last_whole_step,
     mean_kl,
+    part,
     training_arguments,
 )
 from .errors import MoEficationError
@@ -242,8 +243,9 @@ def _train(
     last = last_whole_step(Path(arguments.output_dir))
     with quiet_transformers(), soft_blocks(model, shares) as soft:
         trainer = DistillationTrainer(model, soft, teacher, blocks, arguments, progress)
-        trainer.train(resume_from_checkpoint=last and str(last))
-        trainer.accelerator.end_training()  # the processes part
+        steps = trainer.train(resume_from_checkpoint=last and str(last)).global_step
+    del trainer
+    part()
     check_finite(model)
     if not is_first:
         return {}
@@ -254,7 +256,7 @@ def _train(
     except ValueError:
         raise diverged("a gate's scores are not finite, or all the same") from None
     metrics = {
-        "steps": trainer.state.global_step,
+        "steps": steps,
         "loss_before": before,
         "loss_after": mean_kl(model, teacher, held_out, batch_size, device),
         "active_share": active,

@@ -1,5 +1,6 @@
 """The training of a distillation: the transformers `Trainer`, with the dense model's logits as the target."""
 
+import gc
 import math
 import re
 import shutil
@@ -134,6 +135,17 @@ def training_arguments(seed: int, device: str, **settings) -> TrainingArguments:
         raise MoEficationError(f"--device {device} cannot train like this: {str(error).splitlines()[0]}") from None
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for torchrun, not for one process's threads
     return arguments
+
+
+def part() -> None:
+    """Leave the processes that `training_arguments` joined, once nothing refers to the trainer any more.
+
+    DDP's reducer must go before the process group. Were it the last to hold the group, it would wait for gloo's threads
+    with the GIL in hand, and one of them may be waiting for the GIL to free its last tensor (pytorch/pytorch#56297).
+    """
+    gc.collect()  # a trainer and what it wraps refer to each other
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class DistillationTrainer(Trainer):

@@ -23,7 +23,6 @@ from run_moefication.moefication.distillation_trainer import HeadsKL
 from run_moefication.moefication.soft_routing import NUDGE, TEMPERATURE, settle_thresholds, soft_blocks
 
 ALIKE = 1e-5  # float32 sums of the same terms in another order
-SCRIPT = Path(llama_distill.__file__)
 
 
 def make_pipeline(model: Path, text: Path, save: Path, routing: str = "threshold") -> Pipeline:
@@ -511,9 +510,28 @@ def test_overwrite_begins_anew_and_spares_foreign_files(finished, short, tmp_pat
     assert contents(folder) == contents(short) | {"notes.txt": b"mine"}
 
 
+# They may hang as they part, though seldom, unless DDP goes first.
+PARTING = """
+import gc
+import sys
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from run_moefication import llama_distill
+
+def checked(*arguments):
+    assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
+    destroy(*arguments)
+    print("parted")
+
+destroy, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, checked
+sys.exit(llama_distill.main())
+"""
+
+
 def test_two_processes_share_the_work(finished, short, tmp_path):
-    folder = tmp_path / "moe"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT]
+    folder, script = tmp_path / "moe", tmp_path / "distill.py"
+    script.write_text(PARTING)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     result = subprocess.run(
         [*launch, *arguments_of(finished, folder, device="cpu", **SHORT)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -521,6 +539,7 @@ def test_two_processes_share_the_work(finished, short, tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("parted") == 2
     assert result.stdout.count("written: ") == 1
     metrics = metrics_of(folder)
     assert metrics["steps"] == -(-metrics_of(short)["steps"] // 2)
