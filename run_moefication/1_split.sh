@@ -16,7 +16,6 @@ TRAIN_DATA_CACHE_PATH="${TRAIN_DATA_CACHE_PATH:-$HERE/../llama_data_cache}"
 DOMAIN_WEIGHTS="${DOMAIN_WEIGHTS:-equal}"               # or domain=weight,...
 SPLIT_TOKENS="${SPLIT_TOKENS:-32768}"                   # tokens to look at
 BLOCK_SIZE="${BLOCK_SIZE:-}"                            # empty: 2048, or what the model takes
-PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
 
 ON=(--cluster_on "$CLUSTER_ON")
 if [ "$CLUSTER_ON" = activations ]; then

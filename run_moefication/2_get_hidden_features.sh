@@ -3,6 +3,8 @@
 # directory; each setting can be given in the environment instead:  MODEL_PATH=/models/llama_7B NUM_GPUS=4 bash ...
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=run_moefication/common.sh
+. "$HERE/common.sh"
 
 MODEL_PATH="${MODEL_PATH:-}"                                      # dense LLaMA in transformers format, or a hub id
 SAVE_PATH="${SAVE_PATH:-$HERE/../llama_moe_temp_files}"           # where the stages keep their files
@@ -16,7 +18,6 @@ BLOCK_SIZE="${BLOCK_SIZE:-}"                                      # empty: 2048,
 BATCH_SIZE="${BATCH_SIZE:-4}"                                     # blocks per forward pass
 SAVE_INTERVAL="${SAVE_INTERVAL:-1}"                               # batches per file
 SEED="${SEED:-0}"
-PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
 # shellcheck source=run_moefication/launch.sh
 . "$HERE/launch.sh" # NUM_GPUS, and LAUNCH that follows from it
 

@@ -12,9 +12,8 @@ TEMPLATES="${TEMPLATES:-"layers.{}.mlp.gate_proj.weight"}"
 GATE_FIT="${GATE_FIT:-}"                                # ridge or adam; empty: ridge for linear gates
 SPECIFY_LAYER="${SPECIFY_LAYER:-}"                      # such as 0-7; empty: all layers
 SEED="${SEED:-0}"
-PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
 
-NAME="$(basename "$(cd "$MODEL_PATH" 2>/dev/null && pwd || echo "$MODEL_PATH")")" # also of "." and the like
+NAME="$(basename "$(in_full "$MODEL_PATH")")"
 "$PYTHON" "$HERE/llama_select_mlp.py" \
     --model_path "$MODEL_PATH" \
     --split_file_path "$SAVE_PATH/$NAME-${NUM_EXPERTS}Expert-Split-Clustering" \

@@ -7,13 +7,12 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 . "$HERE/recipe.sh" # NUM_EXPERTS, NUM_SELECTS (need not be that of 3_select.sh) and ROUTING
 
 MODEL_PATH="${MODEL_PATH:-}"                            # dense LLaMA in transformers format, or a hub id
-MOE_PATH="${MOE_PATH:-${MODEL_PATH%/}-MoE}"             # the new checkpoint
+MOE_PATH="${MOE_PATH:-$(in_full "$MODEL_PATH")-MoE}"    # the new checkpoint
 SAVE_PATH="${SAVE_PATH:-$HERE/../llama_moe_temp_files}" # where the stages keep their files
 TEMPLATES="${TEMPLATES:-"layers.{}.mlp.gate_proj.weight"}"
 CONVERT_TYPE="${CONVERT_TYPE:-LlamaMoEForCausalLM}"     # or LlamaMoEModel, LlamaMoEForSequenceClassification
-PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
 
-NAME="$(basename "$(cd "$MODEL_PATH" 2>/dev/null && pwd || echo "$MODEL_PATH")")" # also of "." and the like
+NAME="$(basename "$(in_full "$MODEL_PATH")")"
 "$PYTHON" "$HERE/llama_convert.py" \
     --model_path "$MODEL_PATH" \
     --split_file_path "$SAVE_PATH/$NAME-${NUM_EXPERTS}Expert-Split-Clustering" \

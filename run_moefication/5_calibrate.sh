@@ -9,7 +9,7 @@ BUDGET="${NUM_SELECTS:-}" # experts that run per token, if given; as converted, 
 . "$HERE/recipe.sh" # GATE_NETWORK: linear gates are fitted anew; OUTPUT_BIAS
 
 MODEL_PATH="${MODEL_PATH:-}"                              # dense LLaMA in transformers format, or a hub id
-MOE_PATH="${MOE_PATH:-${MODEL_PATH%/}-MoE}"               # the checkpoint that 4_convert.sh wrote
+MOE_PATH="${MOE_PATH:-$(in_full "$MODEL_PATH")-MoE}"      # the checkpoint that 4_convert.sh wrote
 CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}" # the new checkpoint
 TRAIN_DATA_PATH="${TRAIN_DATA_PATH:-$HERE/../llama_data}" # folder of jsonl files
 TRAIN_DATA_CACHE_PATH="${TRAIN_DATA_CACHE_PATH:-$HERE/../llama_data_cache}"
@@ -19,7 +19,6 @@ BLOCK_SIZE="${BLOCK_SIZE:-}"                              # empty: 2048, or what
 BATCH_SIZE="${BATCH_SIZE:-4}"                             # blocks at a time
 SEED="${SEED:-0}"
 REFIT_GATES="${REFIT_GATES-$([ "$GATE_NETWORK" != linear ] || echo 1)}" # empty: gates stay as they are
-PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
 
 "$PYTHON" "$HERE/llama_calibrate.py" \
     --model_path "$MODEL_PATH" \

@@ -4,9 +4,11 @@
 #     MODEL_PATH=/models/llama_7B MAX_TOKENS=262144 NUM_GPUS=4 bash 6_distill.sh --bf16
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=run_moefication/common.sh
+. "$HERE/common.sh"
 
 MODEL_PATH="${MODEL_PATH:-}"                               # dense LLaMA in transformers format, or a hub id
-MOE_PATH="${MOE_PATH:-${MODEL_PATH%/}-MoE}"                # the checkpoint that 4_convert.sh wrote
+MOE_PATH="${MOE_PATH:-$(in_full "$MODEL_PATH")-MoE}"       # the checkpoint that 4_convert.sh wrote
 CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}" # that of 5_calibrate.sh: what is trained
 DISTILLED_PATH="${DISTILLED_PATH:-$MOE_PATH-Distilled}"    # the new checkpoint
 TRAIN_DATA_PATH="${TRAIN_DATA_PATH:-$HERE/../llama_data}"  # folder of jsonl files
@@ -19,7 +21,6 @@ TRAIN="${TRAIN:-all}"                                      # gates, experts or a
 LR="${LR:-1e-4}"                                           # learning rate
 NUM_SELECTS="${NUM_SELECTS:-}"                             # experts per token; empty: as calibrated
 SEED="${SEED:-0}"
-PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
 # shellcheck source=run_moefication/launch.sh
 . "$HERE/launch.sh" # NUM_GPUS, and LAUNCH that follows from it
 

@@ -3,9 +3,11 @@
 # the environment instead:  MODEL_PATH=/models/llama_7B TEXT_PATH=wiki.test.raw NUM_SELECTS="8 6 4 2" bash evaluate.sh
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=run_moefication/common.sh
+. "$HERE/common.sh"
 
 MODEL_PATH="${MODEL_PATH:-}"                            # dense LLaMA in transformers format, or a hub id
-MOE_PATH="${MOE_PATH:-${MODEL_PATH%/}-MoE}"             # the checkpoint that 4_convert.sh wrote
+MOE_PATH="${MOE_PATH:-$(in_full "$MODEL_PATH")-MoE}"    # the checkpoint that 4_convert.sh wrote
 CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}" # that of 5_calibrate.sh, where there is one
 DISTILLED_PATH="${DISTILLED_PATH:-$MOE_PATH-Distilled}" # that of 6_distill.sh, where there is one
 TEXT_PATH="${TEXT_PATH:-$HERE/../llama_data/heldout/wikipedia.jsonl}"
@@ -13,7 +15,6 @@ NUM_SELECTS="${NUM_SELECTS:-}"                          # such as "8 6 4 2"; emp
 BLOCK_SIZE="${BLOCK_SIZE:-}"                            # empty: 2048, or what the models take
 MAX_TOKENS="${MAX_TOKENS:-}"                            # empty: all
 BATCH_SIZE="${BATCH_SIZE:-4}"
-PYTHON="${PYTHON:-$([ -x "$HERE/../.venv/bin/python" ] && echo "$HERE/../.venv/bin/python" || echo python3)}"
 
 CHECKPOINTS=("$MOE_PATH")
 for path in "$CALIBRATED_PATH" "$DISTILLED_PATH"; do

@@ -12,6 +12,7 @@ import json
 import sys
 from dataclasses import asdict
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 from run_moefication import command_line
@@ -76,14 +77,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
             print(content)
             return
         Path(arguments.json).write_text(content + "\n")
-    for name, rows in groupby((row for row in results if row.expert_load), lambda row: row.model.rpartition(", ")[0]):
+    for name, rows in groupby((row for row in results if row.expert_load), attrgetter("model")):
         print_load(name, list(rows))
-    width = max(len(row.model) for row in results)
+    width = max(len(row.label) for row in results)
     print(f"\n{'model':<{width}} {'active':>7} {'perplexity':>12} {'ratio':>9} {'tokens':>9}")
     for row in results:
         ratio = row.perplexity / results[0].perplexity
         print(
-            f"{row.model:<{width}} {row.active:>7.1%} {row.perplexity:>12.3f} {ratio:>9.4f} {row.predicted_tokens:>9,}"
+            f"{row.label:<{width}} {row.active:>7.1%} {row.perplexity:>12.3f} {ratio:>9.4f} {row.predicted_tokens:>9,}"
         )
 
 

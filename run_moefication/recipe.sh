@@ -5,12 +5,10 @@
 #                          of a fixed number; stage 5 refits what remains (the default, and the better model)
 #     RECIPE=plain         the original description's: 8 experts clustered on weights, MLP gates, 2 of 8 for every token
 
-for setting in NUM_EXPERTS NUM_SELECTS NUM_SHARED_EXPERTS; do
-    case "${!setting:-1}" in
-        *[!0-9]* | 0?* | ??????????*) echo "error: $setting=${!setting}: a whole number is needed" >&2 && exit 2 ;;
-    esac
-done
-[ "${NUM_EXPERTS:-1}" != 0 ] || { echo "error: NUM_EXPERTS=0: at least one is needed" >&2 && exit 2; }
+# shellcheck source=run_moefication/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+whole 1 NUM_EXPERTS NUM_SELECTS
+whole 0 NUM_SHARED_EXPERTS
 RECIPE="${RECIPE:-calibrated}"
 case "$RECIPE" in
     calibrated)

@@ -19,18 +19,14 @@ case "${1:-}" in
 esac
 # shellcheck source=scripts/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-for setting in SPLIT_TOKENS FEATURE_TOKENS CALIBRATION_TOKENS DISTILLATION_TOKENS BLOCK_SIZE EVAL_TOKENS; do
-    case "${!setting:-1}" in
-        *[!0-9]* | 0*) echo "error: $setting=${!setting}: a whole number above 0 is needed" >&2 && exit 2 ;;
-    esac
-done
+STAGES="$REPOSITORY/run_moefication"
+# shellcheck source=run_moefication/recipe.sh
+. "$STAGES/recipe.sh"
+whole 1 SPLIT_TOKENS FEATURE_TOKENS CALIBRATION_TOKENS DISTILLATION_TOKENS BLOCK_SIZE EVAL_TOKENS
 if [ -n "${TEXT:-}" ] && [ ! -f "$TEXT" ]; then
     echo "error: TEXT=$TEXT is not a file" >&2
     exit 2
 fi
-STAGES="$REPOSITORY/run_moefication"
-# shellcheck source=run_moefication/recipe.sh
-. "$STAGES/recipe.sh"
 ensure_environment quickstart
 export PYTHON="$VENV_PYTHON"
 WORK="${WORK:-$REPOSITORY/.quickstart}"
@@ -50,7 +46,7 @@ fi
 DATA="${DATA:-$SAMPLE}"
 TEXT="${TEXT:-$SAMPLE/heldout/wikipedia.jsonl}"
 
-NAME="$(basename "$(cd "$MODEL" 2>/dev/null && pwd || echo "$MODEL")")" # also of "." and the like
+NAME="$(basename "$(in_full "$MODEL")")"
 export MODEL_PATH="$MODEL" SAVE_PATH="$WORK" TRAIN_DATA_PATH="$DATA" TRAIN_DATA_CACHE_PATH="$WORK/llama_data_cache"
 export RECIPE NUM_EXPERTS NUM_SELECTS BLOCK_SIZE="${BLOCK_SIZE:-512}"
 export MOE_PATH="${MOE_PATH:-$WORK/$NAME-${NUM_EXPERTS}Expert-MoE}"

@@ -34,6 +34,15 @@ class Evaluation:
     active: float
     expert_load: list[list[float]] | None
 
+    @property
+    def label(self) -> str:
+        """Model and budget."""
+        return _label(self.model, self.num_selects, self.num_experts)
+
+
+def _label(model: str, num_selects: int | None, num_experts: int | None) -> str:
+    return f"{model}, {num_selects} of {num_experts}" if num_experts else model
+
 
 def evaluate(
     model_paths: list[str],
@@ -154,10 +163,10 @@ def _evaluate(
                 model.set_num_experts_per_tok(budget - shared)
             except ValueError as error:  # thresholds without quantiles
                 raise MoEficationError(f"{name} cannot run --num_selects {budget}: {error}") from None
-        name = f"{name}, {budget} of {num_experts}"
     loss_sum, predicted = 0.0, 0
+    label = _label(name, budget, num_experts)
     with record_routing(model) as routing:
-        for batch in progress(list(_batches(blocks, batch_size)), f"evaluate {name}", "batch"):
+        for batch in progress(list(_batches(blocks, batch_size)), f"evaluate {label}", "batch"):
             tokens = torch.stack(batch).long().to(model.device)
             logits = model(input_ids=tokens, use_cache=False).logits
             for row, targets in zip(logits[:, :-1], tokens[:, 1:], strict=True):  # a row at a time: logits are large

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,12 +113,14 @@ def test_an_unknown_recipe_is_one_line(run):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"NUM_EXPERTS": "abc"}, "NUM_EXPERTS=abc: a whole number is needed"),
-        ({"NUM_EXPERTS": "08"}, "NUM_EXPERTS=08: a whole number is needed"),
-        ({"NUM_SELECTS": "2.5"}, "NUM_SELECTS=2.5: a whole number is needed"),
+        ({"NUM_EXPERTS": "abc"}, "NUM_EXPERTS=abc: a whole number is needed, 1 or more"),
+        ({"NUM_EXPERTS": "08"}, "NUM_EXPERTS=08: a whole number is needed, 1 or more"),
+        ({"NUM_SELECTS": "2.5"}, "NUM_SELECTS=2.5: a whole number is needed, 1 or more"),
         ({"NUM_SELECTS": "5"}, "NUM_SELECTS=5 is outside of 1 to NUM_EXPERTS=4"),
-        ({"NUM_EXPERTS": "0"}, "NUM_EXPERTS=0: at least one is needed"),
-        ({"NUM_EXPERTS": "9" * 20}, f"NUM_EXPERTS={'9' * 20}: a whole number is needed"),
+        ({"NUM_EXPERTS": "0"}, "NUM_EXPERTS=0: a whole number is needed, 1 or more"),
+        ({"NUM_EXPERTS": "1", "RECIPE": ""}, "NUM_SELECTS=0 is outside of 1 to NUM_EXPERTS=1"),
+        ({"NUM_SHARED_EXPERTS": "-1"}, "NUM_SHARED_EXPERTS=-1: a whole number is needed, 0 or more"),
+        ({"NUM_EXPERTS": "9" * 20}, f"NUM_EXPERTS={'9' * 20}: a whole number is needed, 1 or more"),
     ],
 )
 def test_wrong_numbers_are_one_line_before_any_work(settings, words, run):
@@ -130,8 +133,16 @@ def test_wrong_numbers_are_one_line_before_any_work(settings, words, run):
 @pytest.mark.parametrize("count", ["two", "0", "-1"])
 def test_a_wrong_number_of_gpus_is_one_line(script, count, run):
     result = run(script, NUM_GPUS=count)
-    assert (result.returncode, result.stderr) == (2, f"error: NUM_GPUS={count}: a whole number above 0 is needed\n")
+    assert (result.returncode, result.stderr) == (2, f"error: NUM_GPUS={count}: a whole number is needed, 1 or more\n")
     assert not run.folder.exists()
+
+
+def test_a_model_called_dot_has_a_name(run, tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "a b", dirs_exist_ok=True)
+    for script in ("1_split.sh", "2_get_hidden_features.sh", "3_select.sh", "4_convert.sh"):
+        result = run(script, MODEL_PATH=".", MOE_PATH="", NUM_GPUS="1")
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "a b-MoE" / "manifest.json").is_file()
 
 
 def test_features_on_two_processes(run):

@@ -510,7 +510,7 @@ def test_overwrite_begins_anew_and_spares_foreign_files(finished, short, tmp_pat
     assert contents(folder) == contents(short) | {"notes.txt": b"mine"}
 
 
-# They may hang as they part, though seldom, unless DDP goes first.
+# Processes hang now and then as they part, unless DDP goes first.
 PARTING = """
 import gc
 import sys

@@ -90,7 +90,7 @@ def test_shared_experts_and_thresholds(routing, text, tmp_path):
     model.save_pretrained(tmp_path / "moe")
     make_tokenizer().save_pretrained(tmp_path / "moe")
     own, more = evaluate([str(tmp_path / "moe")], text, num_selects=[4, 7], block_size=32)
-    assert (own.num_experts, own.num_selects, own.model) == (8, 4, "moe, 4 of 8")
+    assert (own.num_experts, own.num_selects, own.label) == (8, 4, "moe, 4 of 8")
     assert own.perplexity == pytest.approx(naive_perplexity(model, ids, 32), rel=RELATIVE)
     model.set_num_experts_per_tok(5)
     assert more.perplexity == pytest.approx(naive_perplexity(model, ids, 32), rel=RELATIVE)
@@ -131,8 +131,14 @@ def test_table_and_json(tiny_llama, moe, text, run_script, tmp_path):
     status, out, _ = run_script(llama_evaluate.main, *arguments, "--json", tmp_path / "rows.json")
     assert status == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["model"] for row in rows] == ["tiny-llama", "tiny-llama-MoE, 4 of 4", "tiny-llama-MoE, 2 of 4"]
+    assert [(row["model"], row["num_selects"]) for row in rows] == [
+        ("tiny-llama", None),
+        ("tiny-llama-MoE", 4),
+        ("tiny-llama-MoE", 2),
+    ]
     table = out.splitlines()[-3:]
+    labels = ["tiny-llama", "tiny-llama-MoE, 4 of 4", "tiny-llama-MoE, 2 of 4"]
+    assert [line.rsplit(maxsplit=4)[0] for line in table] == labels
     for row, line in zip(rows, table, strict=True):
         assert line.split()[-3:-1] == [f"{row['perplexity']:.3f}", f"{row['perplexity'] / rows[0]['perplexity']:.4f}"]
     _, out, _ = run_script(llama_evaluate.main, *arguments, "--json")
