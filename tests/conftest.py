@@ -49,6 +49,7 @@ VARIANTS = {
     },
     "one_layer": {"num_hidden_layers": 1},
     "head_dim": {"head_dim": 16},
+    "hidden_size": {"hidden_size": 40},  # no multiple of a LlamaConfig's default number of heads
 }
 SENTENCES = [
     "The cat sat on the mat and looked at the moon.",

@@ -38,6 +38,7 @@ class TrainedGates:
         self._template = split.template
         config = LlamaMoEConfig(
             hidden_size=checkpoint.config.hidden_size,
+            num_attention_heads=checkpoint.config.num_attention_heads,  # or the default, which may not fit
             intermediate_size=checkpoint.config.intermediate_size,
             num_experts=split.num_routed_experts,
             num_experts_per_tok=split.num_routed_experts,
