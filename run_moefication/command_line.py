@@ -203,11 +203,11 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         parser.print_help()  # before any other option is looked at: the shell scripts pass some that may be empty
         return 0
     arguments = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about their own plans
     from run_moefication.moefication.errors import MoEficationError
 
     try:
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about their own plans
         work(arguments)
     except MoEficationError as error:
         return _fail(parser, str(error))

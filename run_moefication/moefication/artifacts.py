@@ -1,13 +1,15 @@
 """Every path, file name and manifest the stages hand to one another, and the checks of what is read back.
 
 A folder under construction holds its data files and `manifest.parts/`: `claim.json` (what is being made, from what) and
-one JSON piece per finished unit (a layer, a feature shard), written after the unit's files. When every expected piece
-is there they are merged into `manifest.json`, which is thereby the mark of a finished folder, and the parts are
-removed. Several processes may fill one folder: each writes its own units, whoever sees the last piece finishes.
+one JSON piece per finished unit (a layer, a feature shard), written after the unit's files, whose names are noted
+before. When every expected piece is there they are merged into `manifest.json`, which is thereby the mark of a finished
+folder, and the parts are removed. Several processes may fill one folder: each writes its own units, whoever sees the
+last piece finishes.
 """
 
 import contextlib
 import fcntl
+import logging
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,14 +19,16 @@ from typing import IO, Any
 import torch
 
 from .errors import MoEficationError
-from .files import digest, file_sha256, load_tensors, write_atomically, write_json
+from .files import digest, file_sha256, load_tensors, sync, turn, write_atomically, write_json
 from .manifests import (
     CLAIM,
     LOCK,
     MANIFEST,
+    NAMES,
     PARTS,
     SCRATCH,
     STAGE_SCRIPTS,
+    TURN,
     Claim,
     difference,
     existing_claim,
@@ -32,6 +36,8 @@ from .manifests import (
     read_json,
     read_manifest,
 )
+
+logger = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------------------------------------------- names
 
@@ -92,6 +98,8 @@ class ArtifactWriter:
         self._begun = existing is not None and not must_clear
         self.claim = existing if self._begun else self._wanted
         self.was_finished = self.finished
+        self._damaged = self._find_damaged() if self._begun and not self.finished else []
+        self._may_write = False
 
     @property
     def finished(self) -> bool:
@@ -99,24 +107,44 @@ class ArtifactWriter:
 
     def missing(self) -> list[str]:
         """Names of the pieces that are not there yet, in order."""
-        missing = [piece for piece in self.pieces if not self._begun or not self._piece_path(piece).exists()]
+        missing = [
+            piece
+            for piece in self.pieces
+            if not self._begun or piece in self._damaged or not self._piece_path(piece).exists()
+        ]
         # Asked last: whoever finishes the folder writes the manifest before it takes the parts away.
         return [] if self.finished else missing
 
     def begin(self) -> None:
         """Clear and claim the folder, unless that is done; `write` does it too."""
+        if self._may_write:
+            return
         if self._exclusive and self._lock is None:
             self._lock = _locked(self.folder)
-        if self._begun:
-            return
-        existing, must_clear = self._look()  # again: another process of this run may have begun meanwhile
-        if must_clear:
-            _clear(self.folder)
-            existing = None
-        if existing is None:
-            existing = self._wanted
-            write_json(self.folder / PARTS / CLAIM, existing)
-        self.claim, self._begun = existing, True
+        with turn(self.folder / PARTS / TURN):
+            if not self._begun:
+                existing, must_clear = self._look()  # again: another process of this run may have begun meanwhile
+                if must_clear:
+                    _clear(self.folder, existing)
+                if must_clear or existing is None:
+                    existing = self._wanted
+                    write_json(self.folder / PARTS / CLAIM, existing)
+                self.claim, self._begun = existing, True
+            for piece in self._find_damaged():
+                logger.warning("%s: files of %s are missing or cut short, and are made again", self.folder, piece)
+                self._piece_path(piece).unlink()
+        self._damaged, self._may_write = [], True
+
+    def _find_damaged(self) -> list[str]:
+        """The pieces that are there, but not all their files."""
+        damaged = []
+        for piece in self.pieces:
+            with contextlib.suppress(FileNotFoundError):  # not there, or taken away by the process that finishes
+                files = read_json(self._piece_path(piece))["files"]
+                paths = {inside(self.folder, file): entry["size"] for file, entry in files.items()}
+                if any(not path.is_file() or path.stat().st_size != size for path, size in paths.items()):
+                    damaged.append(piece)
+        return damaged
 
     def _look(self) -> tuple[dict[str, Any] | None, bool]:
         """The claim that is there, if any, and whether it must be cleared away first."""
@@ -144,6 +172,7 @@ class ArtifactWriter:
         """Write one file atomically and return its manifest entry."""
         self.begin()
         path = self.folder / relative
+        _note(self.folder, [relative])
         for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of an interrupted run: this file is ours alone
             stale.unlink()
         return write_atomically(path, write)
@@ -181,7 +210,8 @@ class ArtifactWriter:
             manifest = self.claim | {"files": files, "metrics": metrics}
             write_json(self.folder / MANIFEST, manifest)
         parts = self.folder / PARTS
-        ours = [*parts.glob("*.json"), *parts.glob(".*.tmp"), *parts.glob(f"*{SCRATCH}"), parts / LOCK]
+        ours = [*parts.glob("*.json"), *parts.glob(".*.tmp"), *parts.glob(f"*{SCRATCH}")]
+        ours += [parts / name for name in (NAMES, TURN, LOCK)]
         for path in [*ours, *self.folder.glob(f".{MANIFEST}.*.tmp")]:
             _remove(path)
         with contextlib.suppress(OSError):
@@ -212,15 +242,35 @@ def _locked(folder: Path) -> IO[bytes]:
     return lock
 
 
-def _clear(folder: Path) -> None:
-    """Remove what we wrote here: the files that the manifest or its pieces name, and these records themselves."""
-    parts = sorted((folder / PARTS).glob("*.json"))
-    scratch = (folder / PARTS).glob(f"*{SCRATCH}")
-    records = [folder / MANIFEST, *parts]
-    named = {file for record in records if record.exists() for file in read_json(record).get("files", {})}
-    # The manifest first: a folder interrupted halfway is unfinished, never wrongly finished.
-    for path in [folder / MANIFEST, *(inside(folder, file) for file in sorted(named)), *scratch, *parts]:
+def _note(folder: Path, names: Iterable[str]) -> None:
+    """Add names of files of the folder to those that are ours to remove."""
+    with (folder / PARTS / NAMES).open("a") as file:
+        file.write("".join(f"{name}\n" for name in names))
+
+
+def _clear(folder: Path, claim: dict[str, Any]) -> None:
+    """Remove all files that we wrote here, so that of the folder of this claim the claim alone is left.
+
+    Interrupted, it leaves a folder that is begun, and still knows the names of what is to be removed.
+    """
+    parts = folder / PARTS
+    records = [folder / MANIFEST, *(path for path in parts.glob("*.json") if path.name != CLAIM)]
+    records = [path for path in records if path.exists()]
+    named = {file for record in records for file in read_json(record).get("files", {})}
+    for name in named:
+        inside(folder, name)  # before anything is gone
+    _note(folder, sorted(named))
+    sync(parts / NAMES)
+    write_json(parts / CLAIM, {name: value for name, value in claim.items() if name not in ("files", "metrics")})
+    for path in [*records, *parts.glob(f"*{SCRATCH}")]:
         _remove(path)
+    for path in {inside(folder, name) for name in (parts / NAMES).read_text().splitlines()}:
+        for ours in (path, *path.parent.glob(f".{path.name}.*.tmp")):
+            _remove(ours)
+        if path.parent != folder:
+            with contextlib.suppress(OSError):  # not empty, or gone
+                path.parent.rmdir()
+    _remove(parts / NAMES)
 
 
 def _remove(path: Path) -> None:

@@ -107,6 +107,9 @@ def distill(
     )
     missing = writer.missing()
     if not missing:
+        if is_first:
+            writer.finish()  # what an interrupted run may have left to do
+        part()
         return writer
     checkpoint.check_finite(progress)
     model = _load(moe, settings)

@@ -1,6 +1,7 @@
 """The training of a distillation: the transformers `Trainer`, with the dense model's logits as the target."""
 
 import gc
+import logging
 import math
 import re
 import shutil
@@ -18,11 +19,14 @@ from llama_moe import LlamaMoEForCausalLM
 from .checkpoints import Checkpoint
 from .errors import MoEficationError
 from .files import sync, write_json
+from .manifests import read_json
 from .progress import Progress
 from .soft_routing import SoftBlock, nudge_thresholds
 
+logger = logging.getLogger(__name__)
+
 WARMUP = 0.05  # of the steps, in which the learning rate rises to --lr; it falls as a cosine afterwards
-WHOLE = "whole.json"  # in a saved step's folder: everything else of it is there
+WHOLE = "whole.json"  # in a saved step's folder: everything else of it is there, of these sizes
 TRAINED = {
     "gates": lambda name: ".mlp.gate." in name,
     "experts": lambda name: ".mlp." in name and ".mlp.gate." not in name,
@@ -145,6 +149,7 @@ def part() -> None:
     """
     gc.collect()  # a trainer and what it wraps refer to each other
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # one of them may be where the others meet
         torch.distributed.destroy_process_group()
 
 
@@ -177,6 +182,14 @@ class DistillationTrainer(Trainer):
         hidden, head = outputs.hidden_states[-1][kept], self.model.lm_head.weight
         loss = HeadsKL.apply(hidden, self._teacher(tokens)[kept], head, self._teacher.head) / kept.sum()
         return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, *args, **kwargs):
+        """A step that cannot be saved is no defect: each of the libraries that write its files says so in its way."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+            raise MoEficationError(f"a training step cannot be saved in {self.args.output_dir} ({reason})") from error
 
 
 class StepEnd(TrainerCallback):
@@ -216,7 +229,7 @@ class SavedSteps(TrainerCallback):
         newest = folder / f"checkpoint-{state.global_step}"
         for path in newest.iterdir():
             sync(path)
-        write_json(newest / WHOLE, {"step": state.global_step})
+        write_json(newest / WHOLE, {"step": state.global_step, "sizes": _sizes(newest)})
         for step, older in saved_steps(folder).items():
             if step != state.global_step:
                 shutil.rmtree(older)
@@ -229,9 +242,19 @@ def saved_steps(folder: Path) -> dict[int, Path]:
 
 
 def last_whole_step(folder: Path) -> Path | None:
-    """The folder of the last step that was saved whole."""
+    """The folder of the last step that was saved whole, and still is."""
     whole = {step: path for step, path in saved_steps(folder).items() if (path / WHOLE).is_file()}
-    return whole[max(whole)] if whole else None
+    if not whole:
+        return None
+    last = whole[max(whole)]
+    if read_json(last / WHOLE).get("sizes") != _sizes(last):
+        logger.warning("%s: files are missing or cut short; the training begins anew", last)
+        return None
+    return last
+
+
+def _sizes(step: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(step.iterdir()) if path.name != WHOLE}
 
 
 def check_finite(model: LlamaMoEForCausalLM) -> None:

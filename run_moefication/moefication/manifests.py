@@ -15,6 +15,8 @@ MANIFEST = "manifest.json"
 PARTS = "manifest.parts"
 CLAIM = "claim.json"
 LOCK = ".lock"  # in PARTS: held by a run that must be the only one
+TURN = ".turn"  # in PARTS: held by a process while it begins
+NAMES = "names.txt"  # in PARTS: of all files that were begun, whether finished or not
 SCRATCH = ".scratch"  # how files end that a stage needs only until its folder is finished
 STAGE_SCRIPTS = {
     "split": "llama_split_clustering.py",

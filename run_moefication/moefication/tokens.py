@@ -1,7 +1,5 @@
 """Documents to one stream of tokens, kept on the disk, whatever the size of the text."""
 
-import contextlib
-import fcntl
 import json
 import logging
 import tempfile
@@ -16,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .checkpoints import TOKENIZER_FILES, Checkpoint, quiet_transformers
 from .documents import DocumentReader, TextFile
 from .errors import MoEficationError
-from .files import digest, file_sha256, write_atomically, write_json
+from .files import digest, file_sha256, turn, write_atomically, write_json
 from .progress import Progress, no_progress
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -101,7 +99,7 @@ def token_stream(
         file.flush()
         return TokenStream(_mapped(file), skipped)
     cached = Path(cache_path) / f"{domain}-{_cache_key(checkpoint, files, skip_bad_lines)[:32]}.tokens"
-    with _lock(cached.with_suffix(".lock")):
+    with turn(cached.with_suffix(".lock")):
         stream = _read_cache(cached)
         if stream is None:
             skipped = 0
@@ -157,16 +155,6 @@ def _cache_key(checkpoint: Checkpoint, files: list[TextFile], skip_bad_lines: bo
     # The names too: they decide how a file is read.
     contents = [[file.path.suffix, file.member, file.plain_name, file_sha256(file.path)] for file in files]
     return digest([CACHE_VERSION, tokenizer_files, contents, skip_bad_lines])
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time, where the file system can do that; nothing but time depends on it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _mapped(file) -> torch.Tensor:

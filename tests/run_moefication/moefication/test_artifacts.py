@@ -1,11 +1,13 @@
 """Folders that hand work from stage to stage: whole or absent, never mixed, never foreign, never executed."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import stat
 import tempfile
 import time
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import contents
 
-from run_moefication.moefication import files
+from run_moefication.moefication import artifacts, files
 from run_moefication.moefication.artifacts import ArtifactWriter, open_finished
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.files import load_tensors, write_atomically
@@ -30,6 +32,7 @@ CLAIM = Claim(
     environment={"torch": "2"},
     inputs={"text": "digest"},
 )
+OTHER = dataclasses.replace(CLAIM, options={"num_experts": 8, "seed": 1})
 PIECES = ["layer.0", "layer.1", "layer.2"]
 
 
@@ -365,6 +368,106 @@ def test_processes_of_one_run_overwrite_once(finished):
     fill(writers[1], PIECES[2:])  # joins: what the first has written stays
     assert writers[1].finish()
     assert len(contents(finished)) == 4
+
+
+def overwrite_in_step(folders, rank, step):
+    """One of two processes that overwrite finished folders, each filling its part of them."""
+    for folder in folders:
+        step.wait()
+        writer = ArtifactWriter(folder, OTHER, PIECES, overwrite=True, shared=True)
+        fill(writer, PIECES[rank::2])
+        writer.finish()
+
+
+def test_processes_that_overwrite_at_the_same_time(tmp_path):
+    folders = [tmp_path / str(number) for number in range(25)]
+    for folder in folders:
+        made(folder, CLAIM, PIECES)
+    processes = multiprocessing.get_context("spawn")
+    step = processes.Barrier(2)
+    both = [processes.Process(target=overwrite_in_step, args=(folders, rank, step)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    expected = made(tmp_path / "expected", OTHER, PIECES)
+    assert all(contents(folder) == expected for folder in folders)
+
+
+def made(folder: Path, claim: Claim, pieces: list[str], *, finish: bool = True) -> dict[str, bytes]:
+    """Fill a folder, and read it."""
+    writer = ArtifactWriter(folder, claim, pieces)
+    fill(writer, pieces)
+    if finish:
+        assert writer.finish()
+    return contents(folder)
+
+
+class Killed(BaseException):
+    """Nothing runs after it."""
+
+
+def die():
+    raise Killed
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_killed_while_it_clears(is_finished, tmp_path):
+    """At every removal: with the old options it makes the old folder, with the new ones the new."""
+    old, new = made(tmp_path / "old", CLAIM, PIECES), made(tmp_path / "new", OTHER, PIECES[:1])
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        made(folder, CLAIM, PIECES, finish=is_finished)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = at_call(patch, artifacts, "_remove", number, die)
+            with contextlib.suppress(Killed):
+                ArtifactWriter(folder, OTHER, PIECES[:1], overwrite=True).begin()
+        if len(calls) < number:
+            break
+        again = shutil.copytree(folder, tmp_path / f"{number} again")
+        for writer, expected in (
+            (ArtifactWriter(again, CLAIM, PIECES), old),
+            (ArtifactWriter(folder, OTHER, PIECES[:1], overwrite=True), new),
+        ):
+            fill(writer, writer.missing())
+            assert writer.finish()
+            assert contents(writer.folder) == expected
+    assert number > 5
+
+
+def test_files_that_no_piece_records_are_cleared_too(tmp_path):
+    """Of a run killed between a file, or half of it, and the record of its unit."""
+    expected = made(tmp_path / "expected", OTHER, PIECES)
+    folder = tmp_path / "folder"
+    writer = ArtifactWriter(folder, CLAIM, PIECES)
+    fill(writer, PIECES[:1])
+    writer.write_tensors("deep/alone", torch.zeros(3))
+    writer.write_tensors("deep/half", torch.zeros(3))
+    (folder / "deep" / "half").rename(folder / "deep" / ".half.abc.tmp")
+    (folder / "mine").write_text("mine")
+    writer = ArtifactWriter(folder, OTHER, PIECES, overwrite=True)
+    fill(writer, PIECES)
+    assert writer.finish()
+    assert contents(folder) == expected | {"mine": b"mine"}
+    assert not (folder / "deep").exists()
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_damaged_files_of_a_half_finished_folder_are_made_again(harm, tmp_path, caplog):
+    expected = made(tmp_path / "expected", CLAIM, PIECES)
+    folder = tmp_path / "folder"
+    fill(ArtifactWriter(folder, CLAIM, PIECES), PIECES[:2])
+    file = folder / "files" / PIECES[1]
+    file.write_bytes(file.read_bytes()[:-1])
+    if harm == "gone":
+        file.unlink()
+    writer = ArtifactWriter(folder, CLAIM, PIECES)
+    assert writer.missing() == PIECES[1:]
+    fill(writer, writer.missing())
+    assert "files of layer.1 are missing or cut short" in caplog.text
+    assert writer.finish()
+    assert contents(folder) == expected
 
 
 def test_manifest_that_names_files_outside_removes_nothing_there(finished, tmp_path):

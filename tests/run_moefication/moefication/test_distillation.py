@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, record_routing
 from run_moefication import llama_calibrate, llama_distill
 from run_moefication.moefication import distillation_trainer, soft_routing
+from run_moefication.moefication.artifacts import ArtifactWriter
 from run_moefication.moefication.checkpoints import Checkpoint
 from run_moefication.moefication.corpus import training_corpus
 from run_moefication.moefication.distillation import DistillationSettings, distill
@@ -459,6 +462,56 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(finished, short, tmp_
     steps = die_at(monkeypatch, 0)
     assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
     assert len(steps) == metrics_of(short)["steps"] - 10
+    assert contents(folder) == contents(short)
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_a_damaged_saved_step_is_not_gone_on_from(harm, finished, short, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "moe"
+    die_at(monkeypatch, 8)
+    with pytest.raises(Killed):
+        llama_distill.main(arguments_of(finished, folder, **SHORT))
+    state = folder / "manifest.parts" / "training.scratch" / "checkpoint-5" / "optimizer.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    if harm == "gone":
+        state.unlink()
+    steps = die_at(monkeypatch, 0)
+    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+    assert "checkpoint-5: files are missing or cut short; the training begins anew" in caplog.text
+    assert len(steps) == metrics_of(short)["steps"]
+    assert contents(folder) == contents(short)
+
+
+def test_a_step_that_cannot_be_saved_is_one_line(finished, short, tmp_path, run_script):
+    """A full disk, as far as files larger than 20 kB go; with room again, it goes on to the same bytes."""
+    folder = tmp_path / "moe"
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
+    try:
+        status, _, err = run_script(llama_distill.main, *arguments_of(finished, folder, **SHORT))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert status == 2
+    assert f"a training step cannot be saved in {folder}/manifest.parts/training.scratch (" in err.splitlines()[-1]
+    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+    assert contents(folder) == contents(short)
+
+
+def test_killed_before_the_manifest(finished, short, tmp_path, monkeypatch):
+    folder, real = tmp_path / "moe", ArtifactWriter.finish
+
+    def finish(writer):
+        raise Killed
+
+    monkeypatch.setattr(ArtifactWriter, "finish", finish)
+    with pytest.raises(Killed):
+        llama_distill.main(arguments_of(finished, folder, **SHORT))
+    monkeypatch.setattr(ArtifactWriter, "finish", real)
+    steps = die_at(monkeypatch, 0)
+    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+    assert steps == []
     assert contents(folder) == contents(short)
 
 
