@@ -22,6 +22,7 @@ from .errors import MoEficationError
 from .files import digest, file_sha256, load_tensors, sync, turn, write_atomically, write_json
 from .manifests import (
     CLAIM,
+    CLEARING,
     LOCK,
     MANIFEST,
     NAMES,
@@ -157,8 +158,9 @@ class ArtifactWriter:
                 )
             return None, False
         unlike = difference(existing, self._wanted, finished)
+        half_cleared = CLEARING in existing and not finished
         if self._overwrite and existing["stage"] == self._wanted["stage"]:
-            return existing, bool(unlike or finished or not self._shared)
+            return existing, bool(unlike or finished or half_cleared or not self._shared)
         if unlike:
             cure = "choose another --save_path"
             if existing["stage"] == self._wanted["stage"]:
@@ -166,7 +168,7 @@ class ArtifactWriter:
             raise MoEficationError(f"{self.folder} {unlike}; {cure}")
         if finished:
             Artifact(self.folder, existing).check_sizes()  # "finished" is not said of a folder that has lost files
-        return existing, False
+        return existing, half_cleared
 
     def write(self, relative: str, write: Callable[[Any], None]) -> dict[str, Any]:
         """Write one file atomically and return its manifest entry."""
@@ -251,7 +253,7 @@ def _note(folder: Path, names: Iterable[str]) -> None:
 def _clear(folder: Path, claim: dict[str, Any]) -> None:
     """Remove all files that we wrote here, so that of the folder of this claim the claim alone is left.
 
-    Interrupted, it leaves a folder that is begun, and still knows the names of what is to be removed.
+    Interrupted, it leaves a folder that knows itself half cleared, and the names of what is to be removed.
     """
     parts = folder / PARTS
     records = [folder / MANIFEST, *(path for path in parts.glob("*.json") if path.name != CLAIM)]
@@ -261,7 +263,8 @@ def _clear(folder: Path, claim: dict[str, Any]) -> None:
         inside(folder, name)  # before anything is gone
     _note(folder, sorted(named))
     sync(parts / NAMES)
-    write_json(parts / CLAIM, {name: value for name, value in claim.items() if name not in ("files", "metrics")})
+    claim = {name: value for name, value in claim.items() if name not in ("files", "metrics")}
+    write_json(parts / CLAIM, claim | {CLEARING: True})
     for path in [*records, *parts.glob(f"*{SCRATCH}")]:
         _remove(path)
     for path in {inside(folder, name) for name in (parts / NAMES).read_text().splitlines()}:

@@ -16,6 +16,7 @@ PARTS = "manifest.parts"
 CLAIM = "claim.json"
 LOCK = ".lock"  # in PARTS: held by a run that must be the only one
 TURN = ".turn"  # in PARTS: held by a process while it begins
+CLEARING = "clearing"  # in a claim: the folder is being cleared
 NAMES = "names.txt"  # in PARTS: of all files that were begun, whether finished or not
 SCRATCH = ".scratch"  # how files end that a stage needs only until its folder is finished
 STAGE_SCRIPTS = {
