@@ -246,6 +246,7 @@ def _locked(folder: Path) -> IO[bytes]:
 
 def _note(folder: Path, names: Iterable[str]) -> None:
     """Add names of files of the folder to those that are ours to remove."""
+    (folder / PARTS).mkdir(parents=True, exist_ok=True)  # gone, if another run has finished the folder meanwhile
     with (folder / PARTS / NAMES).open("a") as file:
         file.write("".join(f"{name}\n" for name in names))
 
