@@ -10,7 +10,7 @@ whole() {
     shift
     for setting in "$@"; do
         value="${!setting:-$least}"
-        if ! [[ "$value" =~ ^(0|[1-9][0-9]{0,8})$ ]] || [ "$value" -lt "$least" ]; then
+        if ! [[ "$value" =~ ^(0|[1-9][0-9]{0,17})$ ]] || [ "$value" -lt "$least" ]; then
             echo "error: $setting=$value: a whole number is needed, $least or more" >&2
             exit 2
         fi
@@ -19,5 +19,5 @@ whole() {
 
 # in_full FOLDER: its path from the root, so that "." has a name, too. What is no folder here, such as a hub id, stays.
 in_full() {
-    (cd "$1" 2>/dev/null && pwd) || echo "${1%/}"
+    [ -d "$1" ] && (CDPATH='' cd -- "$1" && pwd) || echo "${1%/}"
 }

@@ -20,6 +20,7 @@ esac
 # shellcheck source=scripts/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 STAGES="$REPOSITORY/run_moefication"
+GIVEN_PYTHON="${PYTHON:-}" # to make the environment with
 # shellcheck source=run_moefication/recipe.sh
 . "$STAGES/recipe.sh"
 whole 1 SPLIT_TOKENS FEATURE_TOKENS CALIBRATION_TOKENS DISTILLATION_TOKENS BLOCK_SIZE EVAL_TOKENS
@@ -27,7 +28,7 @@ if [ -n "${TEXT:-}" ] && [ ! -f "$TEXT" ]; then
     echo "error: TEXT=$TEXT is not a file" >&2
     exit 2
 fi
-ensure_environment quickstart
+PYTHON="$GIVEN_PYTHON" ensure_environment quickstart
 export PYTHON="$VENV_PYTHON"
 WORK="${WORK:-$REPOSITORY/.quickstart}"
 

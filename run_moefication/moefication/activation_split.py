@@ -158,7 +158,9 @@ def split_by_activations(
     if layers:
         checkpoint.check_finite(progress)  # before anything is written
     if from_corpus and layers:
-        filled = _walk(checkpoint, text, writer, layers, keep_fraction, batch_size, device)
+        streams = Streams(writer, (1, text.num_tokens, checkpoint.config.hidden_size))
+        layers = streams.layers_to_walk(layers, len(names))
+        filled = _walk(checkpoint, text, streams, layers, keep_fraction, batch_size, device)
     else:
         filled = (_from_features(checkpoint, text, layer, keep_fraction, device) for layer in layers)
     for layer, statistics in zip(progress(layers, "split", "layer"), filled, strict=True):
@@ -184,7 +186,7 @@ def _from_features(
 def _walk(
     checkpoint: Checkpoint,
     corpus: Corpus,
-    writer: artifacts.ArtifactWriter,
+    streams: Streams,
     layers: list[int],
     keep_fraction: float,
     batch_size: int,
@@ -192,7 +194,6 @@ def _walk(
 ) -> Iterator[NeuronStatistics]:
     """The statistics of the layers, which are the last ones, while the dense model reads the corpus."""
     batches = batches_of(corpus.blocks, batch_size)
-    streams = Streams(writer, (1, corpus.num_tokens, checkpoint.config.hidden_size))
     if layers[0] == 0 and not streams.has(0):
         embed(streams.begin(0)[0], corpus.blocks, batches, checkpoint.finite_tensor("embed_tokens.weight"))
         streams.commit(0)

@@ -120,6 +120,8 @@ class ArtifactWriter:
         """Clear and claim the folder, unless that is done; `write` does it too."""
         if self._may_write:
             return
+        if not self._begun:
+            self._look()  # a folder that others have filled since is refused before anything is written
         if self._exclusive and self._lock is None:
             self._lock = _locked(self.folder)
         with turn(self.folder / PARTS / TURN):
@@ -132,7 +134,7 @@ class ArtifactWriter:
                     write_json(self.folder / PARTS / CLAIM, existing)
                 self.claim, self._begun = existing, True
             for piece in self._find_damaged():
-                logger.warning("%s: files of %s are missing or cut short, and are made again", self.folder, piece)
+                logger.warning("%s: files of %s are missing or cut short; it is made again", self.folder, piece)
                 self._piece_path(piece).unlink()
         self._damaged, self._may_write = [], True
 
@@ -241,14 +243,23 @@ def _locked(folder: Path) -> IO[bytes]:
     except BlockingIOError:
         lock.close()
         raise MoEficationError(f"another run is writing {folder}: let it finish") from None
+    except OSError as error:  # a file system that cannot lock
+        logger.debug("%s: %s", folder, error)
     return lock
 
 
 def _note(folder: Path, names: Iterable[str]) -> None:
-    """Add names of files of the folder to those that are ours to remove."""
+    """Add names of files of the folder to those that are ours to remove. A break before each and one after it: a line
+    torn by a full disk spoils no other."""
     (folder / PARTS).mkdir(parents=True, exist_ok=True)  # gone, if another run has finished the folder meanwhile
     with (folder / PARTS / NAMES).open("a") as file:
-        file.write("".join(f"{name}\n" for name in names))
+        file.write("".join(f"\n{name}\n" for name in names))
+
+
+def _noted(folder: Path) -> set[str]:
+    """The names that `_note` was given."""
+    lines = (folder / PARTS / NAMES).read_text().split("\n")
+    return {name for name in lines[:-1] if name and "\0" not in name}
 
 
 def _clear(folder: Path, claim: dict[str, Any]) -> None:
@@ -259,18 +270,17 @@ def _clear(folder: Path, claim: dict[str, Any]) -> None:
     parts = folder / PARTS
     records = [folder / MANIFEST, *(path for path in parts.glob("*.json") if path.name != CLAIM)]
     records = [path for path in records if path.exists()]
-    named = {file for record in records for file in read_json(record).get("files", {})}
-    for name in named:
-        inside(folder, name)  # before anything is gone
-    _note(folder, sorted(named))
+    _note(folder, {file for record in records for file in read_json(record).get("files", {})})
+    paths = [inside(folder, name) for name in sorted(_noted(folder))]
     sync(parts / NAMES)
     claim = {name: value for name, value in claim.items() if name not in ("files", "metrics")}
     write_json(parts / CLAIM, claim | {CLEARING: True})
     for path in [*records, *parts.glob(f"*{SCRATCH}")]:
         _remove(path)
-    for path in {inside(folder, name) for name in (parts / NAMES).read_text().splitlines()}:
+    for path in paths:
         for ours in (path, *path.parent.glob(f".{path.name}.*.tmp")):
-            _remove(ours)
+            if ours.is_file() or ours.is_symlink():
+                _remove(ours)
         if path.parent != folder:
             with contextlib.suppress(OSError):  # not empty, or gone
                 path.parent.rmdir()

@@ -247,11 +247,13 @@ def _walk(
     device: str,
     progress: Progress,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Calibrate the layers, the last ones, leaving the tensors of each in `fitted`; yields layer and metrics."""
+    """Calibrate the `layers` that are missing, and those after the first of them, leaving the tensors of each in
+    `fitted`; yields layer and metrics."""
     experts_per_tok = writer.metrics()[BUDGETS]["experts_per_tok"]
     num_held_out = -(-len(corpus.blocks) // HELD_OUT)
     batches = batches_of(corpus.blocks, settings.batch_size, num_held_out)
     streams = Streams(writer, (2, corpus.num_tokens, config.hidden_size))
+    layers = streams.layers_to_walk(layers, config.num_hidden_layers)
     if layers and layers[0] == 0 and not streams.has(0):
         first = streams.begin(0)
         for stream, weight in zip(

@@ -28,8 +28,8 @@ from .distillation_trainer import (
     check_finite,
     diverged,
     last_whole_step,
+    leave_group,
     mean_kl,
-    part,
     training_arguments,
 )
 from .errors import MoEficationError
@@ -105,11 +105,11 @@ def distill(
     writer = artifacts.ArtifactWriter(
         Path(save_path), claim, [*shards, RESULT], overwrite=overwrite, shared=not is_first, exclusive=is_first
     )
-    missing = writer.missing()
+    missing = _agreed(writer.missing())
     if not missing:
+        leave_group()
         if is_first:
             writer.finish()  # what an interrupted run may have left to do
-        part()
         return writer
     checkpoint.check_finite(progress)
     model = _load(moe, settings)
@@ -201,6 +201,14 @@ def _load(moe: MoECheckpoint, settings: DistillationSettings) -> LlamaMoEForCaus
     return model
 
 
+def _agreed(missing: list[str]) -> list[str]:
+    """What the first of the processes misses: it writes, and the others may have looked at another moment."""
+    box = [missing]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
 def _begin(writer: artifacts.ArtifactWriter, is_first: bool) -> None:
     """Claim the folder: the first of the processes does, after all have looked at it, and the others join."""
     if not torch.distributed.is_initialized():
@@ -248,7 +256,7 @@ def _train(
         trainer = DistillationTrainer(model, soft, teacher, blocks, arguments, progress)
         steps = trainer.train(resume_from_checkpoint=last and str(last)).global_step
     del trainer
-    part()
+    leave_group()
     check_finite(model)
     if not is_first:
         return {}

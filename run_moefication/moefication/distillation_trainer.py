@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -141,15 +142,15 @@ def training_arguments(seed: int, device: str, **settings) -> TrainingArguments:
     return arguments
 
 
-def part() -> None:
-    """Leave the processes that `training_arguments` joined, once nothing refers to the trainer any more.
+def leave_group() -> None:
+    """Part from the processes that `training_arguments` joined, once nothing refers to the trainer any more.
 
     DDP's reducer must go before the process group. Were it the last to hold the group, it would wait for gloo's threads
     with the GIL in hand, and one of them may be waiting for the GIL to free its last tensor (pytorch/pytorch#56297).
     """
     gc.collect()  # a trainer and what it wraps refer to each other
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # one of them may be where the others meet
+        torch.distributed.barrier()  # the first process may be the one that hosts the group
         torch.distributed.destroy_process_group()
 
 
@@ -185,11 +186,14 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, *args, **kwargs):
         """A step that cannot be saved is no defect: each of the libraries that write its files says so in its way."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
+            if self.is_world_process_zero():
+                (folder / WHOLE).unlink(missing_ok=True)  # of a damaged one, of which the training began anew
             super()._save_checkpoint(*args, **kwargs)
-        except Exception as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
-            raise MoEficationError(f"a training step cannot be saved in {self.args.output_dir} ({reason})") from error
+            raise MoEficationError(f"{folder} cannot be saved ({reason})") from error
 
 
 class StepEnd(TrainerCallback):
@@ -247,7 +251,8 @@ def last_whole_step(folder: Path) -> Path | None:
     if not whole:
         return None
     last = whole[max(whole)]
-    if read_json(last / WHOLE).get("sizes") != _sizes(last):
+    sizes = read_json(last / WHOLE).get("sizes")  # None: of an older version
+    if sizes not in (None, _sizes(last)):
         logger.warning("%s: files are missing or cut short; the training begins anew", last)
         return None
     return last

@@ -120,6 +120,12 @@ class Streams:
         """Whether the streams before this layer have been committed."""
         return self._path(layer).exists()
 
+    def layers_to_walk(self, missing: list[int], num_layers: int) -> list[int]:
+        """From the first layer whose results are missing to the last one; all layers, if the streams are gone."""
+        if not missing:
+            return []
+        return list(range(missing[0] if self.has(missing[0]) else 0, num_layers))
+
     def begin(self, layer: int) -> torch.Tensor:
         """Room for the streams before a layer, to be filled, then committed."""
         path = self._temporary(layer)

@@ -1,5 +1,6 @@
 """What a folder's `manifest.json` says, how two of them differ, and refusing those that cannot be trusted."""
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -72,9 +73,11 @@ def existing_claim(folder: Path) -> tuple[dict[str, Any] | None, bool]:
     """The claim or manifest in a folder (None: there is none), and whether it is finished."""
     if folder.exists() and not folder.is_dir():
         raise MoEficationError(f"{folder} is a file; choose another --save_path")
-    for path, finished in ((folder / MANIFEST, True), (folder / PARTS / CLAIM, False)):
-        if path.exists():
-            return read_manifest(path), finished
+    manifest, claim = folder / MANIFEST, folder / PARTS / CLAIM
+    # The manifest once more: another process may just have written it, and taken the claim away.
+    for path in (manifest, claim, manifest):
+        with contextlib.suppress(FileNotFoundError):
+            return read_manifest(path), path is manifest
     return None, False
 
 
@@ -139,6 +142,6 @@ def _are_entries(files: Any) -> bool:
 def inside(folder: Path, relative: str) -> Path:
     """The path of a file that a manifest names, which must lie in the manifest's folder."""
     path = Path(relative)
-    if path.is_absolute() or ".." in path.parts:
+    if path.is_absolute() or ".." in path.parts or not path.parts:
         raise MoEficationError(f"the manifest of {folder} names {relative}, outside of it")
     return folder / path

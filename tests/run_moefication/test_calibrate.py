@@ -662,8 +662,12 @@ def test_a_run_interrupted_twice_goes_on_where_it_was(finished, tmp_path, monkey
             pipeline.calibrate()
     monkeypatch.setattr(layer_calibration.LayerCalibration, "_refit", refit)
     assert fitted == [f"layers.{i}.mlp." for i in (0, 1, 1, 2)]
-    assert pipeline.calibrate() == 0
-    assert contents(pipeline.calibrated) == contents(finished.calibrated)
+    lost = shutil.copytree(pipeline.calibrated, tmp_path / "lost")
+    (lost / "model-00001-of-00004.safetensors").unlink()  # the first layer: all are fitted again
+    for folder in (pipeline.calibrated, lost):
+        pipeline.calibrated = folder
+        assert pipeline.calibrate() == 0
+        assert contents(folder) == contents(finished.calibrated)
 
 
 def test_overwrite_begins_anew_and_spares_foreign_files(finished, tmp_path, capfd):

@@ -133,7 +133,10 @@ def test_wrong_numbers_are_one_line_before_any_work(settings, words, run):
 @pytest.mark.parametrize("count", ["two", "0", "-1"])
 def test_a_wrong_number_of_gpus_is_one_line(script, count, run):
     result = run(script, NUM_GPUS=count)
-    assert (result.returncode, result.stderr) == (2, f"error: NUM_GPUS={count}: a whole number is needed, 1 or more\n")
+    assert (result.returncode, result.stderr) == (
+        2,
+        f"error: NUM_GPUS={count}: a whole number is needed, 1 or more\n",
+    )
     assert not run.folder.exists()
 
 

@@ -17,7 +17,6 @@ from transformers import LlamaForCausalLM
 from run_moefication.moefication.activation_split import NeuronStatistics, split_by_activations
 from run_moefication.moefication.checkpoints import Checkpoint
 from run_moefication.moefication.corpus import Corpus, training_corpus
-from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.hidden_features import Features, extract_features
 from run_moefication.moefication.ridge import token_weights
 from run_moefication.moefication.splitting import Split
@@ -331,7 +330,8 @@ def test_a_resumed_run_reads_no_layer_twice(finished, checkpoint, corpus, tmp_pa
     assert set(layers) == {1, 2}
 
 
-def test_lost_streams_are_named(finished, checkpoint, corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lost", ["manifest.parts/streams.1.scratch", GATE.format(0)])
+def test_what_an_interrupted_run_has_lost_is_walked_again(lost, finished, checkpoint, corpus, tmp_path, monkeypatch):
     real_replace = os.replace
 
     def replace(source, target):
@@ -343,12 +343,8 @@ def test_lost_streams_are_named(finished, checkpoint, corpus, tmp_path, monkeypa
         patch.setattr(os, "replace", replace)
         with pytest.raises(Killed):
             split(checkpoint, corpus, tmp_path)
-    parts = tmp_path / finished.name / "manifest.parts"
-    for path in parts.glob("streams.*"):
-        path.unlink()
-    with pytest.raises(MoEficationError, match=r"streams.1.scratch is missing or cut; run again with --overwrite"):
-        split(checkpoint, corpus, tmp_path)
-    assert contents(split(checkpoint, corpus, tmp_path, overwrite=True)) == contents(finished)
+    (tmp_path / finished.name / lost).unlink()
+    assert contents(split(checkpoint, corpus, tmp_path)) == contents(finished)
 
 
 def test_a_neuron_of_massive_activations_alone_is_not_shared():

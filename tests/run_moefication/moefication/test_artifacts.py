@@ -465,7 +465,7 @@ def test_damaged_files_of_a_half_finished_folder_are_made_again(harm, tmp_path, 
     writer = ArtifactWriter(folder, CLAIM, PIECES)
     assert writer.missing() == PIECES[1:]
     fill(writer, writer.missing())
-    assert "files of layer.1 are missing or cut short" in caplog.text
+    assert "files of layer.1 are missing or cut short; it is made again" in caplog.text
     assert writer.finish()
     assert contents(folder) == expected
 
