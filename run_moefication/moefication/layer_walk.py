@@ -112,13 +112,14 @@ class Streams:
     def before(self, layer: int) -> torch.Tensor:
         """The streams before a layer, not to be written to."""
         path = self._path(layer)
-        if not path.exists() or path.stat().st_size != 4 * torch.Size(self._shape).numel():
+        if not self.has(layer):
             raise MoEficationError(f"{path} is missing or cut; run again with --overwrite")
         return self._map(path)
 
     def has(self, layer: int) -> bool:
-        """Whether the streams before this layer have been committed."""
-        return self._path(layer).exists()
+        """Whether the streams before this layer have been committed, and are whole."""
+        path = self._path(layer)
+        return path.is_file() and path.stat().st_size == 4 * torch.Size(self._shape).numel()
 
     def layers_to_walk(self, missing: list[int], num_layers: int) -> list[int]:
         """From the first layer whose results are missing to the last one; all layers, if the streams are gone."""

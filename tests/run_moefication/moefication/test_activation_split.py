@@ -331,7 +331,10 @@ def test_a_resumed_run_reads_no_layer_twice(finished, checkpoint, corpus, tmp_pa
 
 
 @pytest.mark.parametrize("lost", ["manifest.parts/streams.1.scratch", GATE.format(0)])
-def test_what_an_interrupted_run_has_lost_is_walked_again(lost, finished, checkpoint, corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_what_an_interrupted_run_has_lost_is_walked_again(
+    harm, lost, finished, checkpoint, corpus, tmp_path, monkeypatch
+):
     real_replace = os.replace
 
     def replace(source, target):
@@ -343,7 +346,10 @@ def test_what_an_interrupted_run_has_lost_is_walked_again(lost, finished, checkp
         patch.setattr(os, "replace", replace)
         with pytest.raises(Killed):
             split(checkpoint, corpus, tmp_path)
-    (tmp_path / finished.name / lost).unlink()
+    path = tmp_path / finished.name / lost
+    path.write_bytes(path.read_bytes()[:-1])
+    if harm == "gone":
+        path.unlink()
     assert contents(split(checkpoint, corpus, tmp_path)) == contents(finished)
 
 

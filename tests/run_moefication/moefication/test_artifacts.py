@@ -384,7 +384,7 @@ def test_processes_that_overwrite_at_the_same_time(tmp_path):
     for folder in folders:
         made(folder, CLAIM, PIECES)
     processes = multiprocessing.get_context("spawn")
-    step = processes.Barrier(2)
+    step = processes.Barrier(2, timeout=30)  # one that fails is not waited for
     both = [processes.Process(target=overwrite_in_step, args=(folders, rank, step)) for rank in range(2)]
     for process in both:
         process.start()

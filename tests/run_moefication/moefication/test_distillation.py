@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, record_routing
 from run_moefication import llama_calibrate, llama_distill
 from run_moefication.moefication import distillation_trainer, soft_routing
-from run_moefication.moefication.artifacts import ArtifactWriter
 from run_moefication.moefication.checkpoints import Checkpoint
 from run_moefication.moefication.corpus import training_corpus
 from run_moefication.moefication.distillation import DistillationSettings, distill
@@ -499,22 +498,6 @@ def test_a_step_that_cannot_be_saved_is_one_line(finished, short, tmp_path, run_
     assert contents(folder) == contents(short)
 
 
-def test_killed_before_the_manifest(finished, short, tmp_path, monkeypatch):
-    folder, real = tmp_path / "moe", ArtifactWriter.finish
-
-    def finish(writer):
-        raise Killed
-
-    monkeypatch.setattr(ArtifactWriter, "finish", finish)
-    with pytest.raises(Killed):
-        llama_distill.main(arguments_of(finished, folder, **SHORT))
-    monkeypatch.setattr(ArtifactWriter, "finish", real)
-    steps = die_at(monkeypatch, 0)
-    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
-    assert steps == []
-    assert contents(folder) == contents(short)
-
-
 def test_killed_while_a_step_is_saved(finished, short, tmp_path, monkeypatch):
     folder, real = tmp_path / "moe", distillation_trainer.write_json
 
@@ -533,11 +516,12 @@ def test_killed_while_a_step_is_saved(finished, short, tmp_path, monkeypatch):
     assert contents(folder) == contents(short)
 
 
-def test_killed_while_the_checkpoint_is_written(finished, short, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["config.json", "manifest.json"])
+def test_killed_while_the_checkpoint_is_written(name, finished, short, tmp_path, monkeypatch):
     folder, real_replace = tmp_path / "moe", os.replace
 
     def replace(source, target):
-        if Path(target).name == "config.json" and Path(target).parent == folder:
+        if Path(target) == folder / name:
             raise Killed
         real_replace(source, target)
 
