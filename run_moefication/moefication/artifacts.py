@@ -10,7 +10,6 @@ last piece finishes.
 import contextlib
 import fcntl
 import logging
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import IO, Any
 
 import torch
 
+from .clearing import clear, note, remove
 from .errors import MoEficationError
-from .files import digest, file_sha256, load_tensors, sync, turn, write_atomically, write_json
+from .files import digest, file_sha256, load_tensors, turn, write_atomically, write_json
 from .manifests import (
     CLAIM,
     CLEARING,
@@ -128,7 +128,7 @@ class ArtifactWriter:
             if not self._begun:
                 existing, must_clear = self._look()  # again: another process of this run may have begun meanwhile
                 if must_clear:
-                    _clear(self.folder, existing)
+                    clear(self.folder, existing)
                 if must_clear or existing is None:
                     existing = self._wanted
                     write_json(self.folder / PARTS / CLAIM, existing)
@@ -176,7 +176,7 @@ class ArtifactWriter:
         """Write one file atomically and return its manifest entry."""
         self.begin()
         path = self.folder / relative
-        _note(self.folder, [relative])
+        note(self.folder, [relative])
         for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of an interrupted run: this file is ours alone
             stale.unlink()
         return write_atomically(path, write)
@@ -217,7 +217,7 @@ class ArtifactWriter:
         ours = [*parts.glob("*.json"), *parts.glob(".*.tmp"), *parts.glob(f"*{SCRATCH}")]
         ours += [parts / name for name in (NAMES, TURN, LOCK)]
         for path in [*ours, *self.folder.glob(f".{MANIFEST}.*.tmp")]:
-            _remove(path)
+            remove(path)
         with contextlib.suppress(OSError):
             parts.rmdir()
         if self._lock is not None:
@@ -246,51 +246,6 @@ def _locked(folder: Path) -> IO[bytes]:
     except OSError as error:  # a file system that cannot lock
         logger.debug("%s: %s", folder, error)
     return lock
-
-
-def _note(folder: Path, names: Iterable[str]) -> None:
-    """Add names of files of the folder to those that are ours to remove. A break before each and one after it: a line
-    torn by a full disk spoils no other."""
-    (folder / PARTS).mkdir(parents=True, exist_ok=True)  # gone, if another run has finished the folder meanwhile
-    with (folder / PARTS / NAMES).open("a") as file:
-        file.write("".join(f"\n{name}\n" for name in names))
-
-
-def _noted(folder: Path) -> set[str]:
-    """The names that `_note` was given."""
-    lines = (folder / PARTS / NAMES).read_text().split("\n")
-    return {name for name in lines[:-1] if name and "\0" not in name}
-
-
-def _clear(folder: Path, claim: dict[str, Any]) -> None:
-    """Remove all files that we wrote here, so that of the folder of this claim the claim alone is left.
-
-    Interrupted, it leaves a folder that knows itself half cleared, and the names of what is to be removed.
-    """
-    parts = folder / PARTS
-    records = [folder / MANIFEST, *(path for path in parts.glob("*.json") if path.name != CLAIM)]
-    records = [path for path in records if path.exists()]
-    _note(folder, {file for record in records for file in read_json(record).get("files", {})})
-    paths = [inside(folder, name) for name in sorted(_noted(folder))]
-    sync(parts / NAMES)
-    claim = {name: value for name, value in claim.items() if name not in ("files", "metrics")}
-    write_json(parts / CLAIM, claim | {CLEARING: True})
-    for path in [*records, *parts.glob(f"*{SCRATCH}")]:
-        _remove(path)
-    for path in paths:
-        for ours in (path, *path.parent.glob(f".{path.name}.*.tmp")):
-            if ours.is_file() or ours.is_symlink():
-                _remove(ours)
-        if path.parent != folder:
-            with contextlib.suppress(OSError):  # not empty, or gone
-                path.parent.rmdir()
-    _remove(parts / NAMES)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():  # scratch of a stage that needs more than a file
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------- reading

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import contents
 
-from run_moefication.moefication import artifacts, files
+from run_moefication.moefication import clearing, files
 from run_moefication.moefication.artifacts import ArtifactWriter, open_finished
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.files import load_tensors, write_atomically
@@ -420,7 +420,7 @@ def test_a_run_killed_while_it_clears(is_finished, tmp_path):
         folder = tmp_path / str(number)
         made(folder, CLAIM, PIECES, finish=is_finished)
         with pytest.MonkeyPatch.context() as patch:
-            calls = at_call(patch, artifacts, "_remove", number, die)
+            calls = at_call(patch, clearing, "remove", number, die)
             with contextlib.suppress(Killed):
                 ArtifactWriter(folder, OTHER, PIECES[:1], overwrite=True).begin()
         if len(calls) < number:
