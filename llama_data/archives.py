@@ -26,7 +26,7 @@ def read_members(path: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
     try:
         members = dict(readers[path.suffix](path, wanted))
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a package ({error})") from None
+        raise ValueError(f"{path} cannot be read as a package ({error})") from error
     yield from sorted(members.items())
 
 

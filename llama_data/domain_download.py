@@ -44,18 +44,21 @@ class NetworkError(RegistryError):
 def reading(dataset: str) -> Iterator[None]:
     """Turn whatever reading a dataset raises into one sentence: ValueError for the data, NetworkError for the rest."""
     from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     of_data = (ValueError, TypeError, LookupError, ImportError, FileNotFoundError, DatasetsError)
+    of_network = (OSError, HfHubHTTPError.__bases__[0])  # the HTTP client's own errors among them
     try:
         yield
-    except RepositoryNotFoundError:
-        raise ValueError(f"--dataset {dataset}: not on the hub, or only for those who log in (hf auth login)") from None
-    except Exception as error:
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"--dataset {dataset}: not on the hub, or only for those who log in (hf auth login)"
+        ) from error
+    except (*of_data, *of_network) as error:
         sentence = f"--dataset {dataset}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         if Path(dataset).is_dir() or isinstance(error, of_data):
-            raise ValueError(sentence) from None
-        raise NetworkError(f"{sentence}; run the same command again to go on") from None
+            raise ValueError(sentence) from error
+        raise NetworkError(f"{sentence}; run the same command again to go on") from error
 
 
 def open_streams(options: dict[str, Any], revision: str | None) -> list[tuple[Any, str | None]]:

@@ -61,8 +61,8 @@ def new_folder(folder: Path, source: dict[str, Any], overwrite: bool = False) ->
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MoEficationError(f"another run is writing {folder}: let it finish") from None
+        except BlockingIOError as error:
+            raise MoEficationError(f"another run is writing {folder}: let it finish") from error
         _empty(partial)  # of what a killed run left
         try:
             yield partial

@@ -178,7 +178,7 @@ def save_shard(group: "list[PlannedTensor]", file: Path) -> None:
     try:
         save_file(tensors, file, {"format": "pt"})
     except SafetensorError as error:  # its way to say that the disk is full
-        raise OSError(errno.EIO, str(error), str(file)) from None
+        raise OSError(errno.EIO, str(error), str(file)) from error
 
 
 if __name__ == "__main__":

@@ -271,7 +271,7 @@ def _read_shard(file: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = load_tensors(file)
     except MoEficationError as error:
-        raise MoEficationError(f"{error}; download it again") from None
+        raise MoEficationError(f"{error}; download it again") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and type(tensor) is torch.Tensor and tensor.layout is torch.strided and tensor.is_cpu
         for name, tensor in tensors.items()

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from run_moefication.command_line import fail
+
 
 class RegistryError(RuntimeError):
     """A package cannot be had: its client is not installed, or found no network, no registry or no such release."""
@@ -196,8 +198,8 @@ def exit_status(work: Callable[[], None], program: str) -> int:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except (RegistryError, OSError, ValueError) as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 3 if isinstance(error, RegistryError) else 2
+        status = fail(program, str(error))
+        return 3 if isinstance(error, RegistryError) else status
     return 0
 
 

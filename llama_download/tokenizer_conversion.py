@@ -2,17 +2,19 @@
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import sentencepiece
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.tokenizers import MARKUP_TEXTS, PLAIN_TEXTS
 
 Piece = TypeVar("Piece", str, bytes)
 
@@ -77,10 +79,10 @@ def _from_sentencepiece(content: bytes, path: Path) -> tuple[Tokenizer, dict[str
     """Byte-pair encoding over characters, unknown ones as their bytes; spaces are written as U+2581."""
     proto = sentencepiece_model_pb2.ModelProto()
     try:
-        sentencepiece.SentencePieceProcessor(model_proto=content)  # checks more than the parser
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)  # checks more than the parser
         proto.ParseFromString(content)
-    except Exception as error:  # protobuf's DecodeError, sentencepiece's RuntimeError
-        raise MoEficationError(f"{path} is neither a sentencepiece nor a tiktoken model ({error})") from None
+    except (RuntimeError, OSError, DecodeError) as error:
+        raise MoEficationError(f"{path} is neither a sentencepiece nor a tiktoken model ({error})") from error
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     special_ids = (trainer.unk_id, trainer.bos_id, trainer.eos_id)
     plain = trainer.model_type == trainer.BPE and trainer.byte_fallback and not normalizer.precompiled_charsmap
@@ -100,8 +102,34 @@ def _from_sentencepiece(content: bytes, path: Path) -> tuple[Tokenizer, dict[str
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", left=1)] if dummy_prefix else steps)
     tokenizer.post_processor = _begin_with(begin, trainer.bos_id)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (unknown, begin, end)])
-    return tokenizer, {"unk_token": unknown, "bos_token": begin, "eos_token": end}
+    special = {"unk_token": unknown, "bos_token": begin, "eos_token": end}
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special.values()])
+    own = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    texts = [
+        *PLAIN_TEXTS,
+        *MARKUP_TEXTS,
+        *(text for piece in own for text in (piece, f"a{piece}b", f" {piece} c{piece}")),
+    ]
+    _require_same_ids(path, processor, tokenizer, [text for text in texts if not _names_any(text, special.values())])
+    return tokenizer, special
+
+
+def _names_any(text: str, tokens: Iterable[str]) -> bool:
+    """Whether special tokens are spelled out: sentencepiece takes them for text, and transformers for the tokens."""
+    return any(token in text for token in tokens)
+
+
+def _require_same_ids(
+    path: Path, original: sentencepiece.SentencePieceProcessor, tokenizer: Tokenizer, texts: list[str]
+) -> None:
+    """Refuse a model to which the fast tokenizer does not do justice."""
+    for text in texts:
+        expected, found = [original.bos_id(), *original.encode(text)], tokenizer.encode(text).ids
+        if found != expected:
+            raise MoEficationError(
+                f"{path} cannot be converted: sentencepiece makes {expected[:8]} of {text!r}, the fast tokenizer "
+                f"{found[:8]}; its normaliser or its own symbols are not as LLaMA's"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- tiktoken

@@ -5,12 +5,17 @@ Nothing heavy is imported at the top: `--help` and a typo must answer at once.
 
 import argparse
 import logging
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 DEFAULT_TEMPLATE = "layers.{}.mlp.gate_proj.weight"
+TRACEBACK = "MOEFICATION_TRACEBACK"  # set in the environment, errors of one line come after their traceback
+SHOWN_FILES = 3  # of a domain, in the table of the mix
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -91,8 +96,8 @@ def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "--train_data_path",
         type=path,
         required=required,
-        help="folder of .jsonl or .txt files, or .gz, .zst or .zip of them, whose names carry their domain (not read "
-        "below it), or one such file",
+        help="folder of .jsonl, .txt or .parquet files, or .gz, .zst or .zip of the first two, named after their "
+        "domains or in folders that are (other folders below it are not read); or one such file",
     )
     group.add_argument(
         "--train_data_cache_path",
@@ -109,8 +114,8 @@ def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group.add_argument("--max_tokens", type=int, help="upper limit on tokens, all domains together (default: none)")
     group.add_argument(
         "--domain_weights",
-        help="domain=weight,..., a word of the file names each; or equal, every domain alike (default: the mix of "
-        "LLaMA's pretraining)",
+        help="domain=weight,..., each a word of the names of files or folders; or equal, every domain alike (default: "
+        "the mix of LLaMA's pretraining)",
     )
     group.add_argument(
         "--skip_bad_lines", action="store_true", help="count lines that hold no document, and go on without them"
@@ -138,10 +143,12 @@ def read_corpus(arguments: argparse.Namespace, checkpoint: Any, progress: Callab
 
 
 def print_mix(checkpoint: Any, corpus: Any) -> None:
-    """The domains of a corpus: their shares, and the tokens there, asked for and got."""
-    print(f"{'domain':<14} {'share':>6} {'there':>10} {'asked':>10} {'got':>10}  tokens")
+    """The domains of a corpus: their shares, the tokens there, asked for and got, and the files counted for each."""
+    print(f"{'domain':<14} {'share':>6} {'there':>10} {'asked':>10} {'got':>10}  tokens, of files")
     for row in corpus.mix:
-        print(f"{row.domain:<14} {row.weight:>6.1%} {row.available:>10,} {row.asked:>10,} {row.got:>10,}")
+        more = f" and {len(row.files) - SHOWN_FILES} more" if len(row.files) > SHOWN_FILES else ""
+        files = ", ".join(row.files[:SHOWN_FILES]) + more
+        print(f"{row.domain:<14} {row.weight:>6.1%} {row.available:>10,} {row.asked:>10,} {row.got:>10,}  {files}")
     for row in corpus.mix:
         if row.skipped_lines:
             print(f"{row.domain}: {row.skipped_lines:,} bad lines skipped")
@@ -183,8 +190,43 @@ def pick_device(arguments: argparse.Namespace, local_rank: int = 0) -> str:
             raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise MoEficationError(f"--device {wanted!r} cannot be used here ({reason})") from None
+        raise MoEficationError(f"--device {wanted!r} cannot be used here ({reason})") from error
     return wanted
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that share the work, as the environment says."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def this_process(arguments: argparse.Namespace, what_alone: str) -> Process:
+    """Who this process is by RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets.
+
+    Where they are set but torchrun is not what set them, they may have been left over: it is said what follows.
+
+    Args:
+        what_alone: what a process does that has been started as one of several.
+    """
+    from run_moefication.moefication.errors import MoEficationError
+
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": getattr(arguments, "local_rank", None) or 0}
+    try:
+        process = Process(*(int(os.environ.get(name, default)) for name, default in names.items()))
+    except ValueError as error:
+        raise MoEficationError(f"{', '.join(names)} must be integers; torchrun sets them") from error
+    if not 0 <= process.rank < process.world_size:
+        raise MoEficationError(f"RANK {process.rank} is outside of WORLD_SIZE {process.world_size}")
+    if process.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        print(
+            f"the environment says RANK {process.rank} of WORLD_SIZE {process.world_size}: {what_alone}; "
+            f"`unset RANK WORLD_SIZE` if this process is to do all",
+            file=sys.stderr,
+        )
+    return process
 
 
 def progress_bar(items: Iterable, what: str, unit: str) -> Iterable:
@@ -210,31 +252,39 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about their own plans
         work(arguments)
     except MoEficationError as error:
-        return _fail(parser, str(error))
+        return fail(parser.prog, str(error))
     except OSError as error:
-        return _fail(parser, f"{error.filename or 'file'}: {error.strerror or error}")
+        return fail(parser.prog, f"{error.filename or 'file'}: {error.strerror or error}")
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        return _fail(parser, "out of memory: use a smaller --batch_size, another --device or fewer tokens; run again")
+        cure = "use a smaller --batch_size, another --device or fewer tokens; run again"
+        return fail(parser.prog, f"out of memory: {cure}")
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; run again to go on from here", file=sys.stderr)
         return 130
     return 0
 
 
-def _fail(parser: argparse.ArgumentParser, message: str) -> int:
-    print(f"{parser.prog}: error: {' '.join(message.split())}", file=sys.stderr)
+def fail(program: str, message: str) -> int:
+    """Say in one line what went wrong (after the traceback of the error at hand, if `TRACEBACK` is set).
+
+    Returns: the exit status, 2.
+    """
+    if os.environ.get(TRACEBACK):
+        traceback.print_exc()
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
-def report(writer: Any, next_step: str) -> None:
-    """The last lines of a stage: what was written, where, and what comes next."""
+def report(writer: Any, next_step: str, missing: str = "still missing") -> None:
+    """The last lines of a stage: what was written, where, and what comes next. `missing` says of parts that are not
+    there who makes them."""
     if writer.was_finished:
         print(f"already finished: {writer.folder} (--overwrite redoes it)")
     elif writer.finished:
         print(f"written: {writer.folder}")
     else:
-        print(f"written so far: {writer.folder} ({len(writer.missing())} of {len(writer.pieces)} parts still missing)")
+        print(f"written so far: {writer.folder} ({len(writer.missing())} of {len(writer.pieces)} parts {missing})")
     if writer.finished:
         print(f"next: {next_step}")

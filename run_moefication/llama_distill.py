@@ -9,7 +9,6 @@ each parameter that is trained; disk, until it is done: 12, and twice that while
 """
 
 import argparse
-import os
 import sys
 
 from run_moefication import command_line
@@ -62,13 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def distill(arguments: argparse.Namespace) -> None:
     """Run the stage in this process of one or several, and print what the training gained."""
-    from run_moefication.moefication.errors import MoEficationError
-
-    try:
-        rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    except ValueError:
-        raise MoEficationError("RANK and LOCAL_RANK must be integers; torchrun sets them") from None
-    device = command_line.pick_device(arguments, local_rank)
+    process = command_line.this_process(arguments, "it waits until the others have been started, too")
+    rank = process.rank
+    device = command_line.pick_device(arguments, process.local_rank)
     from run_moefication.moefication.checkpoints import Checkpoint
     from run_moefication.moefication.distillation import RESULT, DistillationSettings
     from run_moefication.moefication.distillation import distill as distill_checkpoint

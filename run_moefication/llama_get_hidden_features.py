@@ -8,7 +8,6 @@ Writes SAVE_PATH/NAME-Hidden-Features. Disk, LLaMA-7B in 2-byte dtypes: 0.97 MB 
 """
 
 import argparse
-import os
 import sys
 
 from run_moefication import command_line
@@ -45,14 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def get_hidden_features(arguments: argparse.Namespace) -> None:
     """Run the stage in this process of one or several, and print the mix of domains."""
-    from run_moefication.moefication.errors import MoEficationError
-
-    try:
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", arguments.local_rank or 0))
-    except ValueError:
-        raise MoEficationError("RANK, WORLD_SIZE and LOCAL_RANK must be integers; torchrun sets them") from None
-    device = command_line.pick_device(arguments, local_rank)
+    process = command_line.this_process(arguments, "it records its share, and the others must be started, too")
+    rank = process.rank
+    device = command_line.pick_device(arguments, process.local_rank)
     from run_moefication.moefication.checkpoints import Checkpoint
     from run_moefication.moefication.hidden_features import extract_features
     from run_moefication.moefication.progress import no_progress
@@ -73,14 +67,15 @@ def get_hidden_features(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         device=device,
         rank=rank,
-        world_size=world_size,
+        world_size=process.world_size,
         overwrite=arguments.overwrite,
         progress=progress,
     )
     if rank == 0:
         command_line.print_mix(checkpoint, corpus)
     if rank == 0 or (writer.finished and not writer.was_finished):
-        command_line.report(writer, "llama_select_mlp.py (3_select.sh)")
+        others = f"still missing, which the other processes of WORLD_SIZE {process.world_size} make"
+        command_line.report(writer, "llama_select_mlp.py (3_select.sh)", others)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -138,7 +138,7 @@ class Store:
         try:
             self._rows = json.loads(path.read_text()) if path.is_file() else {}
         except ValueError as error:
-            raise MoEficationError(f"--json {path} holds no rows of an earlier run ({error})") from None
+            raise MoEficationError(f"--json {path} holds no rows of an earlier run ({error})") from error
         self._settings = {
             "model": setup.checkpoint.fingerprint,
             "corpus": setup.corpus.digest,

@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import timing
@@ -47,23 +46,29 @@ def bench(arguments: argparse.Namespace) -> None:
 
     from run_moefication.moefication.checkpoints import Checkpoint
     from run_moefication.moefication.documents import DocumentReader, find_text_files
-    from run_moefication.moefication.tokens import load_tokenizer, tokenize
+    from run_moefication.moefication.tokenizers import load_tokenizer
+    from run_moefication.moefication.tokens import tokenize
 
     if arguments.rounds < 1:
         raise MoEficationError(f"--rounds {arguments.rounds} must be at least 1")
     checkpoint = Checkpoint(arguments.model_path)
-    documents = list(DocumentReader(find_text_files(Path(arguments.text_path))))
+    reader = DocumentReader(find_text_files(Path(arguments.text_path)))
+    documents = list(reader)
     random.Random(arguments.seed).shuffle(documents)
+    texts = [document.text for document in documents]
     tokenizer = load_tokenizer(checkpoint.path)
     separated = tokenizer.eos_token_id is not None
     alternatives: dict[str, Callable[[], int]] = {
-        "loop over documents": lambda: sum(len(tokenizer(text, verbose=False)["input_ids"]) for text in documents),
-        "one call": lambda: sum(map(len, tokenizer(documents, verbose=False)["input_ids"])),
+        "loop over documents": lambda: sum(len(tokenizer(text, verbose=False)["input_ids"]) for text in texts),
+        "one call": lambda: sum(map(len, tokenizer(texts, verbose=False)["input_ids"])),
         # Without the ends of documents that it puts between them.
-        "ours": lambda: sum(map(len, tokenize(documents, tokenizer))) - (len(documents) - 1) * separated,
+        "ours": lambda: (
+            sum(map(len, tokenize(documents, tokenizer, checkpoint.config.vocab_size, reader.bad)))
+            - (len(documents) - 1) * separated
+        ),
     }
     tokens = {name: count() for name, count in alternatives.items()}
-    lengths = sorted(map(len, documents))
+    lengths = sorted(map(len, texts))
     device = torch.device("cpu")
     print(timing.machine(device))
     print(
@@ -76,25 +81,26 @@ def bench(arguments: argparse.Namespace) -> None:
         print(f"{name:<20} {value:8.2f} s {tokens[name] / value:>12,.0f} tokens/s {ratio:6.2f} times the loop")
     rows = [{"way": name, "seconds": value, "tokens": tokens[name]} for name, value in seconds.items()]
     if arguments.gigabytes:
-        rows.append(memory(checkpoint, documents, arguments.gigabytes))
+        rows.append(memory(checkpoint, texts, arguments.gigabytes))
     timing.write_json(arguments.json, device, rows)
 
 
-def memory(checkpoint, documents: list[str], gigabytes: float) -> dict[str, object]:
+def memory(checkpoint, texts: list[str], gigabytes: float) -> dict[str, object]:
     """Peak anonymous memory of this process, above what it had, while a generated file becomes blocks."""
     from run_moefication.moefication.corpus import training_corpus
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "text.jsonl")
-        lines = [json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in documents]
+        lines = [json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in texts]
         with path.open("wb") as file:
             while file.tell() < gigabytes * 1e9:
                 file.writelines(lines)
         size = path.stat().st_size
-        make = partial(training_corpus, checkpoint, path, folder, block_size=512, max_tokens=100_000)
+        options = dict(block_size=512, max_tokens=100_000, progress=command_line.progress_bar)
+        corpus = training_corpus(checkpoint, path, folder, **options)
         start = time.perf_counter()
-        before, peak, corpus = peak_anonymous_bytes(partial(make, progress=command_line.progress_bar))
-    tokens = corpus.mix[0].available
+        before, peak, mix = peak_anonymous_bytes(lambda: corpus.mix)
+    tokens = mix[0].available
     print(
         f"{size / 1e9:.1f} GB of jsonl, {tokens:,} tokens in {time.perf_counter() - start:,.0f} s: "
         f"anonymous memory {before / 1e6:,.0f} MB before, {peak / 1e6:,.0f} MB at most"

@@ -19,7 +19,7 @@ from llama_moe import record_routing
 from run_moefication.command_line import pick_device, progress_bar
 from run_moefication.moefication.activation_split import split_by_activations
 from run_moefication.moefication.calibration import CalibrationSettings, calibrate
-from run_moefication.moefication.checkpoints import TEMPLATES, Checkpoint, quiet_transformers
+from run_moefication.moefication.checkpoints import TEMPLATES, Checkpoint
 from run_moefication.moefication.conversion import ConversionSettings, convert
 from run_moefication.moefication.corpus import Corpus, training_corpus
 from run_moefication.moefication.distillation import DistillationSettings, distill
@@ -29,6 +29,7 @@ from run_moefication.moefication.gate_settings import GateSettings
 from run_moefication.moefication.gate_training import train_gates
 from run_moefication.moefication.hidden_features import Features, extract_features
 from run_moefication.moefication.splitting import split_at_random, split_by_weights
+from run_moefication.moefication.transformers_library import quiet_transformers
 
 BLOCK = 512
 BATCH = 8  # blocks at a time
@@ -66,7 +67,7 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         files["WikiText-2"] = (Path(arguments.wikitext_path), arguments.wikitext_tokens)
     texts = {}
     for name, (path, count) in files.items():
-        blocks = first_tokens(path, checkpoint.path, count).split(BLOCK)
+        blocks = first_tokens(path, checkpoint.path, count, checkpoint.config.vocab_size).split(BLOCK)
         texts[name] = [block for block in blocks if len(block) == BLOCK]
         if not texts[name]:
             raise MoEficationError(f"{path}: less than a block of {BLOCK} tokens to measure on")
@@ -157,7 +158,9 @@ def measure_moe(
 
 def _load(path: Path, device: str) -> Any:
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
+        return (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).eval().to(device)
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- baselines

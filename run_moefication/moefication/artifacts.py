@@ -240,9 +240,9 @@ def _locked(folder: Path) -> IO[bytes]:
     lock = (folder / PARTS / LOCK).open("ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except BlockingIOError as error:
         lock.close()
-        raise MoEficationError(f"another run is writing {folder}: let it finish") from None
+        raise MoEficationError(f"another run is writing {folder}: let it finish") from error
     except OSError as error:  # a file system that cannot lock
         logger.debug("%s: %s", folder, error)
     return lock

@@ -30,6 +30,7 @@ from .model_card import calibration_card
 from .moe_checkpoints import MoECheckpoint, require_num_selects
 from .progress import Progress, no_progress
 from .sharding import PlannedTensor
+from .tokenizers import tokenizer_files
 
 LAYER_BUDGETS = ("equal", "sensitivity")
 BUDGETS = "budgets"  # the piece that says how many experts each layer runs
@@ -109,9 +110,10 @@ def calibrate(
         metrics = _fit_final_norm(checkpoint, moe, corpus, writer, fitted, device, progress)
         write_shard(writer, rest, shards[rest], metrics)
     if "config" in missing:
-        fits = layer_metrics(writer), final_norm_metrics(writer)
+        source, fits = moe.artifact.folder, (layer_metrics(writer), final_norm_metrics(writer))
         card = calibration_card(checkpoint.name, config, moe.model_class, corpus.num_tokens, *fits)
-        writer.write_piece("config", write_checkpoint_files(writer, moe.artifact.folder, shards, config, card))
+        files = write_checkpoint_files(writer, source, shards, config, card, tokenizer_files(source))
+        writer.write_piece("config", files)
     writer.finish()
     return writer
 

@@ -10,14 +10,11 @@ import llama_moe
 from llama_moe import LlamaMoEConfig
 
 from .artifacts import ArtifactWriter
-from .checkpoints import TOKENIZER_FILES
 from .sharding import WEIGHTS_INDEX, PlannedTensor, shard_index
 
 CODE_FILES = ("configuration_llama_moe.py", "modeling_llama_moe.py", "moe_layers.py", "gates.py")
 # Copied as they are: loading and saving them again loses templates, and refuses some generation configs.
 COPIED_FILES = (
-    *TOKENIZER_FILES,
-    "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
     "LICENSE",
@@ -34,8 +31,9 @@ def write_checkpoint_files(
     shards: dict[str, list[PlannedTensor]],
     config: LlamaMoEConfig,
     card: str,
+    tokenizer: dict[str, bytes],
 ) -> dict[str, dict[str, Any]]:
-    """Write index, config, code and model card, and copy the tokenizer and its like from the folder `source`.
+    """Write index, config, code, model card and the tokenizer's files, and copy licences and the like from `source`.
 
     Returns: the files' manifest entries.
     """
@@ -44,6 +42,7 @@ def write_checkpoint_files(
         contents[WEIGHTS_INDEX] = (json.dumps(shard_index(shards), indent=2) + "\n").encode()
     contents["README.md"] = card.encode()
     contents["config.json"] = config.to_json_string().encode()
+    contents |= tokenizer
 
     files = {}
     for name in COPIED_FILES:

@@ -4,9 +4,9 @@ Everything is checked when a checkpoint is opened, before any work: config, inde
 tensors. Tensors are memory-mapped; nothing is held here.
 """
 
+import logging
 import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -14,14 +14,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.utils import logging
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
 
+from .dense_config import expected_shapes, read_dense_config
 from .errors import MoEficationError
-from .files import digest, load_tensors, read_json_object
+from .files import digest
 from .progress import Progress, no_progress
-from .weight_files import read_headers
+from .transformers_library import first_line, quiet_transformers
+from .weight_files import ADAPTER, MERGE_ADAPTER, open_weights, read_headers
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # The rows of these weights are the neurons of the MLP: what `--templates` may name.
@@ -29,19 +32,16 @@ TEMPLATES = ("layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight")
 FINGERPRINT_SAMPLES = 16
 # Fields of config.json that say nothing about what the weights compute.
 CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
-# What makes a tokenizer; not every checkpoint has all.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+HEADS = (HEAD, "score.weight")
+# Tables of rotary embeddings, which older releases stored and today's compute from the config; and the value head of a
+# reinforcement learning, which reads the hidden states and changes none.
+UNUSED_TENSORS = re.compile(
+    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|v_head\..+"
 )
-HEADS = ("lm_head.weight", "score.weight")
-# Of checkpoints written by older transformers versions; computed from the config today.
-IGNORED_TENSORS = re.compile(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+COMPARED_ROWS = 4096  # of two matrices at a time
+# What the hub client raises: for an answer of the hub, for a file, a name, and (as the base of the first) the network.
+HUB_ERRORS = (HfHubHTTPError, HfHubHTTPError.__bases__[0], OSError, ValueError)
 
 
 def resolve_model_path(model_path: str) -> Path:
@@ -55,11 +55,10 @@ def resolve_model_path(model_path: str) -> Path:
         raise MoEficationError(f"--model_path {model_path!r} is no folder here, and no hub id (owner/name)")
     try:
         return Path(snapshot_download(model_path, ignore_patterns=["*.gguf", "*.pth", "original/*", "onnx/*"]))
-    except Exception as error:  # offline, unknown, gated, ...: the hub client has a class for each
-        reason = str(error).strip().split("\n")[0]
+    except HUB_ERRORS as error:
         raise MoEficationError(
-            f"--model_path {model_path} is no folder here and the hub has no answer ({reason})"
-        ) from None
+            f"--model_path {model_path} is no folder here and the hub has no answer ({first_line(error)})"
+        ) from error
 
 
 class Checkpoint:
@@ -69,8 +68,9 @@ class Checkpoint:
         name: last part of the path as it was given; artifact folders are named after it.
         path: the folder.
         raw_config: config.json as it stands.
-        config: the same as a `LlamaConfig` (Mistral's without sliding window is the same architecture).
-        tensors: name without the `model.` prefix -> `TensorInfo`.
+        config: the same as a `LlamaConfig` (Mistral's without sliding window is the same architecture), with the tied
+            or untied head that the tensors have.
+        tensors: name without the `model.` prefix -> `TensorInfo`, of those that today's LLaMA uses.
     """
 
     def __init__(self, model_path: str):
@@ -78,15 +78,22 @@ class Checkpoint:
         self.name = Path(model_path).name or self.path.name
         if self.name in (".", ".."):
             self.name = self.path.name
-        self.raw_config = _read_config(self.path)
-        self.config = _llama_config(self.path, self.raw_config)
+        self.raw_config, self.config = read_dense_config(self.path)
         infos = read_headers(self.path)
-        self._prefix = "model." if "model.embed_tokens.weight" in infos else ""
+        unused = sorted(filter(UNUSED_TENSORS.fullmatch, infos))
+        infos = {name: info for name, info in infos.items() if name not in unused}
+        self._prefix = "model." if {f"model.{EMBEDDING}", "model.norm.weight"} & infos.keys() else ""
+        self._renamed: dict[str, str] = {}
+        self._open_files: dict[str, Any] = {}
         self.tensors = {name.removeprefix(self._prefix): info for name, info in infos.items()}
         # Heads apart, all names carry the prefix or none does.
         self._refuse_surplus(infos.keys() - map(self._stored_name, self.tensors))
+        if self.config.tie_word_embeddings and EMBEDDING not in self.tensors and HEAD in self.tensors:
+            self._renamed[EMBEDDING] = HEAD  # the one tensor of a tied model, stored under its other name
+            self.tensors[EMBEDDING] = self.tensors.pop(HEAD)
         self._check_tensors()
-        self._open_files: dict[str, Any] = {}
+        self._settle_head()
+        self._tell_unread(unused)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,8 +104,8 @@ class Checkpoint:
     def lm_head(self) -> str | None:
         """Name of the tensor that makes logits of the last hidden states; None where there is none."""
         if self.config.tie_word_embeddings:
-            return "embed_tokens.weight"
-        return "lm_head.weight" if "lm_head.weight" in self.tensors else None
+            return EMBEDDING
+        return HEAD if HEAD in self.tensors else None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -123,25 +130,23 @@ class Checkpoint:
         }
 
     def check_finite(self, progress: Progress = no_progress) -> None:
-        """Raise MoEficationError, naming it, if a tensor that today's LLaMA has holds NaN or infinite values."""
+        """Raise MoEficationError, naming it, if a tensor that a causal LM uses holds NaN or infinite values."""
         head = [] if self.lm_head is None else [self.lm_head]
         for name in progress([*self.body_tensors(), *head], "check", "tensor"):
             self.finite_tensor(name)
 
     def body_tensors(self) -> list[str]:
-        """Names of the tensors of the model without its heads, those that today's LLaMA has."""
-        return [name for name in self.tensors if name not in HEADS and not IGNORED_TENSORS.fullmatch(name)]
+        """Names of the tensors of the model without its heads."""
+        return [name for name in self.tensors if name not in HEADS]
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor by its name without `model.` prefix; memory-mapped, not to be written to."""
         info = self.tensors[name]
         stored = self._stored_name(name)
         if info.file not in self._open_files:
-            path = self.path / info.file
-            is_safetensors = path.suffix == ".safetensors"
-            self._open_files[info.file] = safe_open(path, "pt") if is_safetensors else load_tensors(path)
+            self._open_files[info.file] = open_weights(self.path / info.file)
         opened = self._open_files[info.file]
-        return opened[stored] if isinstance(opened, dict) else opened.get_tensor(stored)
+        return opened[stored].detach() if isinstance(opened, dict) else opened.get_tensor(stored)
 
     def finite_tensor(self, name: str) -> torch.Tensor:
         """As `tensor`, refused if it holds NaN or infinity."""
@@ -168,10 +173,23 @@ class Checkpoint:
 
     def load_model(self, device: str, dtype: torch.dtype) -> LlamaModel:
         """The whole dense model without its head, for a forward pass."""
+        return self._load(LlamaModel, {name: self.tensor(name) for name in self.body_tensors()}, device, dtype)
+
+    def load_causal_lm(self, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
+        """The whole dense model with its head."""
+        if self.lm_head is None:
+            raise MoEficationError(f"{self.path} lacks weights of a causal LM ({HEAD})")
+        state = {f"model.{name}": self.tensor(name) for name in self.body_tensors()}
+        if self.lm_head == HEAD:
+            state[HEAD] = self.tensor(HEAD)
+        return self._load(LlamaForCausalLM, state, device, dtype)
+
+    def _load(
+        self, model_class: type[PreTrainedModel], state: dict[str, torch.Tensor], device: str, dtype: torch.dtype
+    ) -> PreTrainedModel:
+        # From the tensors as they were checked here, whatever files they lie in.
         with quiet_transformers():
-            # The tensors as they were checked here, whatever files they lie in.
-            state = {name: self.tensor(name) for name in self.body_tensors()}
-            model, loading = LlamaModel.from_pretrained(
+            model, loading = model_class.from_pretrained(
                 None, config=self.config, state_dict=state, dtype=dtype, output_loading_info=True
             )
         if loading["missing_keys"] or loading["mismatched_keys"]:
@@ -179,22 +197,48 @@ class Checkpoint:
         return model.to(device).eval()
 
     def _stored_name(self, name: str) -> str:
-        return name if name in HEADS else self._prefix + name
+        return self._renamed.get(name) or (name if name in HEADS else self._prefix + name)
+
+    def _settle_head(self) -> None:
+        """Where `tie_word_embeddings` and the tensors disagree, the tensors decide, as they do in transformers."""
+        if self.config.tie_word_embeddings and HEAD in self.tensors and not self._has_equal_ends():
+            self.config.tie_word_embeddings = False
+            logger.warning(
+                "%s: its lm_head.weight is kept: it is not the embedding, though config.json has tie_word_embeddings",
+                self.path,
+            )
+
+    def _has_equal_ends(self) -> bool:
+        """Whether head and embedding hold the same values (in the dtype of the model, where theirs differ)."""
+        head, embedding = self.tensor(HEAD), self.tensor(EMBEDDING)
+        if head.dtype == embedding.dtype and head.data_ptr() == embedding.data_ptr():  # one tensor under two names
+            return True
+        pairs = zip(head.split(COMPARED_ROWS), embedding.split(COMPARED_ROWS), strict=True)
+        return all(torch.equal(a.to(self.dtype), b.to(self.dtype)) for a, b in pairs)
+
+    def _tell_unread(self, unused: list[str]) -> None:
+        if unused:
+            more = f" and {len(unused) - 1} more like it are" if len(unused) > 1 else " is"
+            logger.warning("%s: %s%s not read: LLaMA's logits do not depend on it", self.path, unused[0], more)
+        if (self.path / ADAPTER).exists():
+            logger.warning("%s: the LoRA adapter beside the weights is not read; %s", self.path, MERGE_ADAPTER)
 
     def _refuse_surplus(self, names: Collection[str]) -> None:
         if names:
-            raise MoEficationError(f"{self.path} holds {min(names)}, which its config.json has no place for")
+            raise MoEficationError(
+                f"{self.path} holds {min(names)}, which its config.json has no place for: is it this model's config?"
+            )
 
     def _check_tensors(self) -> None:
         expected = set()
-        shapes = _expected_shapes(self.path, self.config)
+        shapes = expected_shapes(self.path, self.config)
         if "score.weight" in self.tensors:  # of a classifier, with any number of labels
             labels = self.tensors["score.weight"].shape[:1]
             shapes = chain(shapes, [("score.weight", (*labels, self.config.hidden_size))])
         for name, shape in shapes:
             expected.add(name)
             if name not in self.tensors:
-                if name == "lm_head.weight":
+                if name == HEAD:
                     continue  # base models have none, tied ones need none
                 raise MoEficationError(
                     f"{self.path} lacks the tensor {self._stored_name(name)}, which its config.json calls for"
@@ -206,72 +250,4 @@ class Checkpoint:
                 )
             if info.dtype not in DTYPES.values():
                 raise MoEficationError(f"{self.path}: {name} is {info.dtype}; float32, float16 and bfloat16 are read")
-        self._refuse_surplus([n for n in self.tensors if n not in expected and not IGNORED_TENSORS.fullmatch(n)])
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silences the reports and bars of transformers while something that is checked here is loaded."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-# ---------------------------------------------------------------------------------------------------- config
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json_object(path / "config.json", "is this the folder of a transformers checkpoint?")
-    kind = config.get("model_type")
-    if kind == "mistral" and config.get("sliding_window") is not None:
-        raise MoEficationError(f"{path} is a Mistral with sliding_window, which LLaMA attention does not have")
-    if kind not in ("llama", "mistral"):
-        raise MoEficationError(f"{path} is a {kind!r} model; llama, and mistral without sliding_window, are converted")
-    if config.get("quantization_config"):
-        raise MoEficationError(f"{path} is quantised; give the checkpoint it was quantised from")
-    if config.get("auto_map"):
-        raise MoEficationError(f"{path} brings code of its own (auto_map in config.json), which is not run here")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise MoEficationError(f"{path} has hidden_act {config['hidden_act']!r}; MLPs with SiLU (SwiGLU) are converted")
-    return config
-
-
-def _llama_config(path: Path, raw: dict[str, Any]) -> LlamaConfig:
-    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
-        value = raw.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise MoEficationError(f"{path / 'config.json'}: {name} is {value!r}; a positive integer is needed")
-    fields = {key: value for key, value in raw.items() if key not in ("model_type", "sliding_window", "architectures")}
-    try:
-        with quiet_transformers():
-            return LlamaConfig.from_dict(fields)
-    except Exception as error:  # the config's validators raise their own classes
-        raise MoEficationError(f"{path / 'config.json'}: {str(error).strip().splitlines()[-1].strip()}") from None
-
-
-def _expected_shapes(path: Path, config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names (without `model.`) and shapes of a LLaMA of this config, from transformers itself.
-
-    One layer is built on the meta device and repeated lazily, so that an absurd layer count costs nothing.
-    """
-    one_layer = LlamaConfig.from_dict(config.to_dict() | {"num_hidden_layers": 1})
-    try:
-        with torch.device("meta"):
-            tensors = LlamaForCausalLM(one_layer).state_dict()
-    except Exception as error:  # sizes that no tensor has (2^63, -1, no key-value heads): a class of error for each
-        reason = str(error).strip().split("\n")[0]
-        raise MoEficationError(f"{path / 'config.json'} describes no model that can be built ({reason})") from None
-    shapes = {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in tensors.items()}
-    for layer in range(config.num_hidden_layers):
-        for name, shape in shapes.items():
-            if name.startswith("layers.0."):
-                yield name.replace("layers.0.", f"layers.{layer}.", 1), shape
-    for name, shape in shapes.items():
-        if not name.startswith("layers.0."):
-            yield name, shape
+        self._refuse_surplus(self.tensors.keys() - expected)

@@ -21,6 +21,7 @@ from .model_card import conversion_card
 from .progress import Progress, no_progress
 from .sharding import PlannedTensor, plan_shards
 from .splitting import Split
+from .tokenizers import carried_over
 from .trained_gates import TrainedGates
 
 CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
@@ -103,6 +104,7 @@ def convert(
         raise MoEficationError(f"--save_path {save_path} is the source checkpoint itself; choose another folder")
     writer = artifacts.ArtifactWriter(Path(save_path), claim, [*shards, "config"], overwrite=overwrite)
     missing = writer.missing()
+    tokenizer = carried_over(checkpoint.path, config.model_type) if missing else {}
     for name in progress(checkpoint.tensors if missing else [], "check", "tensor"):
         _require_fit(checkpoint, name, settings.dtype)
     for file in progress([file for file in shards if file in missing], "convert", "shard"):
@@ -110,7 +112,7 @@ def convert(
     if "config" in missing:
         # Last of all, so that nothing loads a folder whose weights are not complete.
         card = conversion_card(checkpoint.name, config, settings.convert_type, gates.artifact.manifest["metrics"])
-        writer.write_piece("config", write_checkpoint_files(writer, checkpoint.path, shards, config, card))
+        writer.write_piece("config", write_checkpoint_files(writer, checkpoint.path, shards, config, card, tokenizer))
     writer.finish()
     return writer
 
@@ -213,7 +215,7 @@ def _gate_tensors(gates: TrainedGates, config: LlamaMoEConfig, layer: int) -> li
         try:
             return torch.tensor([Gate.quantile_threshold(gates.state(layer)["score_quantiles"], share)])
         except ValueError as error:
-            raise MoEficationError(f"{gates.artifact.folder}: layer {layer}: {error}") from None
+            raise MoEficationError(f"{gates.artifact.folder}: layer {layer}: {error}") from error
 
     makers = {name: lambda n=name: gates.state(layer)[n] for name in gates.shapes}
     if config.routing == "threshold":

@@ -1,7 +1,10 @@
 """Token streams to blocks: packed, drawn, and mixed as LLaMA's pretraining mixed its domains."""
 
 import math
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +12,20 @@ import numpy as np
 import torch
 
 from .checkpoints import Checkpoint
-from .documents import TextFile, find_text_files
+from .domains import LLAMA_MIX, find_domains, known_domain
 from .errors import MoEficationError
 from .files import digest, tensor_sha256
 from .progress import Progress, no_progress
-from .tokens import token_stream
+from .tokens import TokenStream, token_stream
 
-# Sampling proportions of LLaMA's pretraining data (Touvron et al. 2023, table 1), by the word a file's name carries.
-LLAMA_MIX = {
-    "commoncrawl": 0.67,
-    "c4": 0.15,
-    "github": 0.045,
-    "wikipedia": 0.045,
-    "book": 0.045,
-    "arxiv": 0.025,
-    "stackexchange": 0.02,
-}
 EQUAL = "equal"
 DEFAULT_BLOCK_SIZE = 2048
 
 
 @dataclass(frozen=True)
 class DomainShare:
-    """One row of the mix that was applied, in tokens. `skipped_lines` of the text held no document."""
+    """One row of the mix that was applied, in tokens, and the files that were counted for the domain, by their place
+    in the data folder. `skipped_lines` of the text held no document."""
 
     domain: str
     weight: float
@@ -39,18 +33,36 @@ class DomainShare:
     asked: int
     got: int
     skipped_lines: int
+    files: list[str] = field(compare=False)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Corpus:
     """Token blocks, each an int32 tensor of at most the block size, in the order every stage numbers them.
 
-    `options` are those that chose the blocks, as manifests record them.
+    They are made when they are first asked for, so that a stage can check all else before text is read.
+
+    Attributes:
+        options: those that choose the blocks, as manifests record them.
+        read: makes the blocks, and the mix of domains that came out.
     """
 
-    blocks: list[torch.Tensor]
-    mix: list[DomainShare]
     options: dict[str, Any]
+    read: Callable[[], tuple[list[torch.Tensor], list[DomainShare]]]
+
+    @cached_property
+    def _content(self) -> tuple[list[torch.Tensor], list[DomainShare]]:
+        return self.read()
+
+    @property
+    def blocks(self) -> list[torch.Tensor]:
+        """The blocks."""
+        return self._content[0]
+
+    @property
+    def mix(self) -> list[DomainShare]:
+        """How much of each domain there was, was asked for and is in the blocks."""
+        return self._content[1]
 
     @property
     def num_tokens(self) -> int:
@@ -93,50 +105,13 @@ def parse_domain_weights(text: str | None) -> dict[str, float] | str | None:
             weight = float(number)
         except ValueError:
             weight = -1.0
-        if not domain.strip() or not 0 < weight < float("inf"):
+        name = known_domain(domain)
+        if not name or not 0 < weight < float("inf"):
             raise MoEficationError(f"--domain_weights {text!r}: {item!r} is not of the form domain=positive number")
-        if _plain(domain) in weights:
+        if name in weights:
             raise MoEficationError(f"--domain_weights {text!r} names {domain.strip()} twice")
-        weights[_plain(domain)] = weight
+        weights[name] = weight
     return weights
-
-
-def find_domains(data_path: str | Path, weights: dict[str, float] | None) -> dict[str, list[TextFile]]:
-    """The files of each domain in a folder (not below it), or a single file; the domain is a word of the file's name.
-
-    With weights given, only files of these domains are taken. Without, a folder where no name carries a domain of
-    LLaMA's mix is one domain of its own; a folder where only some do is refused rather than read in part.
-    """
-    files = find_text_files(Path(data_path))
-    if not files:
-        raise MoEficationError(
-            f"--train_data_path {data_path} holds no .jsonl, .txt (nor .gz, .zst of them) or .zip file: "
-            f"llama_data/make_sample_data.py makes some"
-        )
-    domains: dict[str, list[TextFile]] = {}
-    unnamed = []
-    for file in files:
-        matches = [domain for domain in weights or LLAMA_MIX if domain in _plain(file.label)]
-        if len(matches) > 1:
-            raise MoEficationError(f"{file} names several domains ({', '.join(matches)}); rename it")
-        if matches:
-            domains.setdefault(matches[0], []).append(file)
-        else:
-            unnamed.append(file)
-    if weights:
-        absent = [domain for domain in weights if domain not in domains]
-        if absent:
-            raise MoEficationError(
-                f"--domain_weights names {absent[0]}, but no file name in {data_path} carries that word"
-            )
-    elif not domains:
-        return {"text": unnamed}
-    elif unnamed:
-        raise MoEficationError(
-            f"{unnamed[0]} names none of the domains {', '.join(LLAMA_MIX)}, as other files there do; "
-            f"rename it, or choose with --domain_weights"
-        )
-    return domains
 
 
 def training_corpus(
@@ -169,30 +144,6 @@ def training_corpus(
         )
     if max_tokens is not None and max_tokens < 1:
         raise MoEficationError(f"--max_tokens {max_tokens} must be at least 1")
-    domains = find_domains(data_path, None if domain_weights == EQUAL else domain_weights)
-    streams = {
-        name: token_stream(checkpoint, name, files, cache_path, skip_bad_lines=skip_bad_lines, progress=progress)
-        for name, files in domains.items()
-    }
-    mix = dict.fromkeys(domains, 1.0) if domain_weights == EQUAL else domain_weights or LLAMA_MIX
-    weights = {name: mix.get(name, 1.0) for name in streams}
-    weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-    total = data_use_percent * min(len(stream.tokens) / weights[name] for name, stream in streams.items())
-    total = min(total, max_tokens or total)
-
-    left = math.inf if max_tokens is None else max_tokens
-    generator = np.random.default_rng(seed)
-    blocks, shares = [], []
-    for name, stream in streams.items():
-        available = len(stream.tokens)
-        asked = min(available, round(total * weights[name]), left)  # rounded shares may exceed the limit together
-        left -= asked
-        taken = _draw(stream.tokens, block_size, asked, generator)
-        blocks += taken
-        got = sum(map(len, taken))
-        shares.append(DomainShare(name, weights[name], available, asked, got, stream.skipped_lines))
-    if not blocks:
-        raise MoEficationError(f"{data_path}: the options leave no token to read")
     options = {
         "block_size": block_size,
         "domain_weights": domain_weights,
@@ -201,7 +152,44 @@ def training_corpus(
         "skip_bad_lines": skip_bad_lines,
         "seed": seed,
     }
-    return Corpus([blocks[i] for i in generator.permutation(len(blocks))], shares, options)
+    domains = find_domains(data_path, None if domain_weights == EQUAL else domain_weights)
+
+    def read() -> tuple[list[torch.Tensor], list[DomainShare]]:
+        streams = {
+            name: token_stream(checkpoint, name, files, cache_path, skip_bad_lines=skip_bad_lines, progress=progress)
+            for name, files in domains.items()
+        }
+        root = data_path if Path(data_path).is_dir() else Path(data_path).parent
+        files = {name: [os.path.relpath(str(file), root) for file in domains[name]] for name in domains}
+        blocks, shares = _mixed(streams, files, options)
+        if not blocks:
+            raise MoEficationError(f"{data_path}: the options leave no token to read")
+        return blocks, shares
+
+    return Corpus(options, read)
+
+
+def _mixed(
+    streams: dict[str, TokenStream], files: dict[str, list[str]], options: dict[str, Any]
+) -> tuple[list[torch.Tensor], list[DomainShare]]:
+    """Blocks of the domains' tokens as the options ask for them, and how much of each domain that is."""
+    mix, max_tokens = options["domain_weights"] or LLAMA_MIX, options["max_tokens"]
+    weights = {name: 1.0 if mix == EQUAL else mix.get(name, 1.0) for name in streams}
+    weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    total = options["data_use_percent"] * min(len(stream.tokens) / weights[name] for name, stream in streams.items())
+    total = min(total, max_tokens or total)
+    left = math.inf if max_tokens is None else max_tokens
+    generator = np.random.default_rng(options["seed"])
+    blocks, shares = [], []
+    for name, stream in streams.items():
+        available = len(stream.tokens)
+        asked = min(available, round(total * weights[name]), left)  # rounded shares may exceed the limit together
+        left -= asked
+        taken = _draw(stream.tokens, options["block_size"], asked, generator)
+        blocks += taken
+        got = sum(map(len, taken))
+        shares.append(DomainShare(name, weights[name], available, asked, got, stream.skipped_lines, files[name]))
+    return [blocks[i] for i in generator.permutation(len(blocks))], shares
 
 
 def _draw(tokens: torch.Tensor, block_size: int, num_tokens: int, generator: np.random.Generator) -> list[torch.Tensor]:
@@ -214,7 +202,3 @@ def _draw(tokens: torch.Tensor, block_size: int, num_tokens: int, generator: np.
         drawn.append(block[:left])
         left -= len(drawn[-1])
     return drawn
-
-
-def _plain(name: str) -> str:
-    return "".join(character for character in name.lower() if character.isalnum())

@@ -18,7 +18,7 @@ from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
 
 from . import artifacts
 from .checkpoint_files import write_checkpoint_files
-from .checkpoints import Checkpoint, quiet_transformers
+from .checkpoints import Checkpoint
 from .conversion import MAX_SHARD_BYTES, write_shard
 from .corpus import Corpus
 from .distillation_trainer import (
@@ -39,6 +39,8 @@ from .moe_checkpoints import MoECheckpoint, experts_per_tok, require_num_selects
 from .progress import Progress, no_progress
 from .sharding import PlannedTensor, plan_shards
 from .soft_routing import settle_thresholds, soft_blocks
+from .tokenizers import tokenizer_files
+from .transformers_library import quiet_transformers
 
 HELD_OUT = 16  # one block of so many is not trained on: the loss before and after is measured there
 RESULT = "distillation"  # the last piece: config, code, card, and what the training gained
@@ -122,7 +124,8 @@ def distill(
             write_shard(writer, file, shards[file])
         config = _new_config(moe, model)
         card = distillation_card(checkpoint.name, config, moe.model_class, settings.train, corpus.num_tokens, metrics)
-        files = write_checkpoint_files(writer, moe.artifact.folder, shards, config, card)
+        source = moe.artifact.folder
+        files = write_checkpoint_files(writer, source, shards, config, card, tokenizer_files(source))
         writer.write_piece(RESULT, files, metrics)
         writer.finish()
     return writer
@@ -195,7 +198,7 @@ def _load(moe: MoECheckpoint, settings: DistillationSettings) -> LlamaMoEForCaus
         except ValueError as error:  # thresholds without quantiles
             raise MoEficationError(
                 f"{moe.artifact.folder} cannot run --num_selects {settings.num_selects}: {error}"
-            ) from None
+            ) from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(TRAINED[settings.train](name))
     return model
@@ -264,8 +267,8 @@ def _train(
     model.eval()
     try:
         active = settle_thresholds(model, blocks, shares, batch_size, device)
-    except ValueError:
-        raise diverged("a gate's scores are not finite, or all the same") from None
+    except ValueError as error:
+        raise diverged("a gate's scores are not finite, or all the same") from error
     metrics = {
         "steps": steps,
         "loss_before": before,

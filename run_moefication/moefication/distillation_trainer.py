@@ -23,6 +23,7 @@ from .files import sync, write_json
 from .manifests import read_json
 from .progress import Progress
 from .soft_routing import SoftBlock, nudge_thresholds
+from .transformers_library import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,9 @@ def training_arguments(seed: int, device: str, **settings) -> TrainingArguments:
             **settings,
         )
     except ValueError as error:  # such as a GPU without bfloat16
-        raise MoEficationError(f"--device {device} cannot train like this: {str(error).splitlines()[0]}") from None
+        raise MoEficationError(f"--device {device} cannot train like this: {first_line(error)}") from error
+    except torch.distributed.DistError as error:
+        raise MoEficationError(f"the other processes of this run did not come ({first_line(error)})") from error
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for torchrun, not for one process's threads
     return arguments
 

@@ -1,23 +1,30 @@
 """Perplexity of checkpoints, dense or MoE, and how evenly an MoE uses its experts."""
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from llama_moe import RoutingStatistics, record_routing  # importing it registers LlamaMoE with the Auto classes
+# Importing it registers LlamaMoE with the Auto classes.
+from llama_moe import LlamaMoEConfig, RoutingStatistics, record_routing
 from llama_moe.moe_layers import MoEBlock
 
-from .checkpoints import DTYPES, quiet_transformers, resolve_model_path
+from .checkpoints import DTYPES, Checkpoint, resolve_model_path
 from .corpus import pack, require_block_size
 from .documents import DocumentReader, find_text_files
 from .errors import MoEficationError
+from .files import read_json_object
 from .moe_checkpoints import experts_per_tok, require_num_selects
 from .progress import Progress, no_progress
-from .tokens import load_tokenizer, tokenize
+from .tokenizers import load_tokenizer
+from .tokens import tokenize
+from .transformers_library import CONFIG_ERRORS, PLAIN_OUTPUTS, first_line, quiet_transformers
+from .weight_files import ADAPTER
 
 
 @dataclass(frozen=True)
@@ -81,28 +88,41 @@ def evaluate(
     positions = min(config.max_position_embeddings for config in configs)
     block_size = require_block_size(block_size, positions, "the smallest model" if len(paths) > 1 else paths[0].name)
 
+    tokens = _same_tokens(text_path, paths, configs, max_tokens)
+    blocks = [block for block in pack(tokens, block_size) if len(block) > 1]
+    if not blocks:
+        raise MoEficationError(f"{text_path} holds fewer than 2 tokens")
+
     results = []
-    for path, name, model_budgets in zip(paths, model_paths, budgets, strict=True):
-        tokens = first_tokens(text_path, path, max_tokens)
-        blocks = [block for block in pack(tokens, block_size) if len(block) > 1]
-        if not blocks:
-            raise MoEficationError(f"{text_path} holds fewer than 2 tokens")
-        model = _load(path, dtype, device)
-        rows = model.get_input_embeddings().weight.shape[0]
-        if int(tokens.max()) >= rows:
-            raise MoEficationError(
-                f"the tokenizer of {name} gives token {int(tokens.max())}, its embedding has {rows} rows"
-            )
+    for path, name, config, model_budgets in zip(paths, model_paths, configs, budgets, strict=True):
+        model = _load(path, config, dtype, device)
         for budget in model_budgets:
             results.append(_evaluate(model, Path(name).name, budget, blocks, batch_size, progress))
         del model
     return results
 
 
-def first_tokens(text_path: Path, model_path: Path, max_tokens: int | None) -> torch.Tensor:
-    """The text as the model's tokenizer cuts it, read no further than needed."""
+def _same_tokens(
+    text_path: Path, paths: list[Path], configs: list[PreTrainedConfig], max_tokens: int | None
+) -> torch.Tensor:
+    """The text as the tokenizers of all models cut it; refused where they do not agree, for then no ratio of
+    perplexities means anything."""
+    sizes = [config.get_text_config().vocab_size for config in configs]
+    tokens = [first_tokens(text_path, path, max_tokens, size) for path, size in zip(paths, sizes, strict=True)]
+    for path, others in zip(paths[1:], tokens[1:], strict=True):
+        if not torch.equal(tokens[0], others):
+            raise MoEficationError(
+                f"{paths[0]} and {path} read other tokens of {text_path} ({len(tokens[0]):,} and {len(others):,}), so "
+                f"their perplexities cannot be compared; evaluate them one at a time"
+            )
+    return tokens[0]
+
+
+def first_tokens(text_path: Path, model_path: Path, max_tokens: int | None, vocab_size: int) -> torch.Tensor:
+    """The text as the model's tokenizer cuts it, read no further than needed; `vocab_size` as in `tokenize`."""
     pieces, count = [], 0
-    for piece in tokenize(DocumentReader(find_text_files(text_path)), load_tokenizer(model_path)):
+    reader = DocumentReader(find_text_files(text_path))
+    for piece in tokenize(reader, load_tokenizer(model_path), vocab_size, reader.bad):
         pieces.append(torch.from_numpy(piece))
         count += len(piece)
         if max_tokens is not None and count >= max_tokens:
@@ -110,12 +130,17 @@ def first_tokens(text_path: Path, model_path: Path, max_tokens: int | None) -> t
     return torch.cat(pieces)[:max_tokens] if pieces else torch.empty(0, dtype=torch.int32)
 
 
-def _read_config(path: Path):
+def _read_config(path: Path) -> PreTrainedConfig:
+    """The config of a checkpoint, without what steers the library; that of a model with code of its own is refused."""
+    file = path / "config.json"
+    raw = read_json_object(file, "is this the folder of a transformers checkpoint?")
+    if raw.get("auto_map") and raw.get("model_type") != LlamaMoEConfig.model_type:  # whose code is the installed one
+        raise MoEficationError(f"{path} brings code of its own (auto_map in config.json), which is not run here")
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(path)
-    except Exception as error:  # absent, not JSON, unknown type, code of its own, bad values: each another class
-        raise MoEficationError(f"{path} has no usable config.json ({str(error).strip().splitlines()[0]})") from None
+            return AutoConfig.from_pretrained(path, trust_remote_code=False, **PLAIN_OUTPUTS)
+    except (OSError, *CONFIG_ERRORS) as error:
+        raise MoEficationError(f"{path} has no usable config.json ({first_line(error)})") from error
 
 
 def _budgets(config, num_selects: list[int] | None) -> list[int | None]:
@@ -126,15 +151,21 @@ def _budgets(config, num_selects: list[int] | None) -> list[int | None]:
     return num_selects or [None]
 
 
-def _load(path: Path, dtype: str | None, device: str) -> PreTrainedModel:
+def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) -> PreTrainedModel:
     default = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    torch_dtype = DTYPES[dtype] if dtype else default
+    if (path / ADAPTER).exists():  # transformers would apply it, which the conversion does not
+        checkpoint = Checkpoint(str(path))
+        return checkpoint.load_causal_lm(device, checkpoint.dtype if torch_dtype == "auto" else torch_dtype)
+    config._attn_implementation = None  # the default, whatever config.json asks for
     try:
         with quiet_transformers():
             model, loading = AutoModelForCausalLM.from_pretrained(
-                path, dtype=DTYPES[dtype] if dtype else default, output_loading_info=True
+                path, config=config, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True
             )
-    except Exception as error:  # cut or missing files, unknown classes: each raises something else
-        raise MoEficationError(f"{path} does not load as a causal LM ({str(error).strip().splitlines()[0]})") from None
+    # Files cut or missing, sizes that do not fit, classes that are no causal LM, and packages that a class needs.
+    except (OSError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError, *CONFIG_ERRORS) as error:
+        raise MoEficationError(f"{path} does not load as a causal LM ({first_line(error)})") from error
     if loading["missing_keys"] or loading["mismatched_keys"]:
         raise MoEficationError(
             f"{path} lacks weights of a causal LM ({min(loading['missing_keys'], default='shapes')})"
@@ -162,7 +193,7 @@ def _evaluate(
             try:
                 model.set_num_experts_per_tok(budget - shared)
             except ValueError as error:  # thresholds without quantiles
-                raise MoEficationError(f"{name} cannot run --num_selects {budget}: {error}") from None
+                raise MoEficationError(f"{name} cannot run --num_selects {budget}: {error}") from error
     loss_sum, predicted = 0.0, 0
     label = _label(name, budget, num_experts)
     with record_routing(model) as routing:

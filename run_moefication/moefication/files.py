@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,12 +50,25 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def turn(path: Path) -> Iterator[None]:
-    """Held, by a file that is made for it, by one process at a time, where the file system can do that."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Held by one process at a time, where the file system can do that, by a file that is there meanwhile."""
+    new_folders = [folder for folder in path.parents if not folder.exists()]
+    with contextlib.ExitStack() as stack:
+        held = False
+        while not held:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # the holder before has just removed the folder, too
+                file = stack.enter_context(path.open("wb"))
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                # The holder before removes its file, and a third process may hold a new one by now.
+                held = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something was written there
+                for folder in new_folders:
+                    folder.rmdir()
 
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
@@ -70,7 +84,9 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> dict[str, Any]
             try:
                 write(file)
             except RuntimeError as error:  # torch.save hides a full disk behind an error of its own
-                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
             raw.flush()
             os.fsync(raw.fileno())
         umask = os.umask(0)
@@ -107,8 +123,26 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def load_tensors(path: Path) -> Any:
+# What torch's unpickler and its reader of archives raise for a file that is cut, foreign or forbidden.
+UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    EOFError,
+    ImportError,
+    OSError,
+)
+
+
+def load_tensors(path: Path, mmap: bool = True) -> Any:
     """A torch file, memory-mapped; nothing in it is ever executed.
+
+    Args:
+        mmap: False also reads the format of torch before 1.6, all of it into memory.
 
     Raises:
         MoEficationError: not a regular file, cut short, or holding anything but tensors and plain containers.
@@ -116,10 +150,10 @@ def load_tensors(path: Path) -> Any:
     if not path.is_file():
         raise MoEficationError(f"{path} is not a file")
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # the unpickler raises anything, from UnpicklingError to KeyError
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except UNPICKLING_ERRORS as error:
         reason = str(error).strip().split("\n")[0].split(". ")[0][:150]
-        raise MoEficationError(f"{path} is not a whole file of plain tensors, refused ({reason})") from None
+        raise MoEficationError(f"{path} is not a whole file of plain tensors, refused ({reason})") from error
 
 
 def read_json_object(path: Path, what: str) -> dict[str, Any]:
@@ -128,8 +162,8 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
         raise MoEficationError(f"{path.parent} has no {path.name}; {what}")
     try:
         content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise MoEficationError(f"{path} is not JSON; {what}") from None
+    except (ValueError, RecursionError) as error:
+        raise MoEficationError(f"{path} is not JSON; {what}") from error
     if not isinstance(content, dict):
         raise MoEficationError(f"{path} is not a JSON object; {what}")
     return content

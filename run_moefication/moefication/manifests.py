@@ -109,7 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError("too large")
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise MoEficationError(f"{path} is damaged ({error}); {CURE_OF_DAMAGE}") from None
+        raise MoEficationError(f"{path} is damaged ({error}); {CURE_OF_DAMAGE}") from error
     if not isinstance(content, dict):
         raise MoEficationError(f"{path} is damaged (not a JSON object); {CURE_OF_DAMAGE}")
     return content

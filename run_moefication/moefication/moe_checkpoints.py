@@ -14,6 +14,7 @@ from .checkpoints import Checkpoint
 from .errors import MoEficationError
 from .files import file_sha256
 from .manifests import MOE_STAGES
+from .transformers_library import CONFIG_ERRORS, first_line
 
 
 def experts_per_tok(config: LlamaMoEConfig, thresholds: list[float]) -> list[float]:
@@ -51,8 +52,8 @@ class MoECheckpoint:
         path = self.artifact.folder
         try:
             self.config = LlamaMoEConfig.from_dict(json.loads((path / "config.json").read_bytes()))
-        except Exception as error:  # not JSON, or values that the config refuses: each raises something else
-            raise MoEficationError(f"{path} has no usable config.json ({str(error).strip().splitlines()[0]})") from None
+        except CONFIG_ERRORS as error:  # not JSON, or values that the config refuses
+            raise MoEficationError(f"{path} has no usable config.json ({first_line(error)})") from error
         self.model_class = self.config.architectures[0]
         self.prefix = "" if self.model_class == "LlamaMoEModel" else "model."
         self._file_of, self._open_files, self.tensors = {}, {}, {}
@@ -91,5 +92,5 @@ class MoECheckpoint:
             try:
                 self._open_files[file] = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
-                raise MoEficationError(f"{path} is not a whole safetensors file: {error}") from None
+                raise MoEficationError(f"{path} is not a whole safetensors file: {error}") from error
         return self._open_files[file]

@@ -3,23 +3,23 @@
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from .checkpoints import TOKENIZER_FILES, Checkpoint, quiet_transformers
-from .documents import DocumentReader, TextFile
+from .checkpoints import Checkpoint
+from .documents import Document, DocumentReader, TextFile
 from .errors import MoEficationError
 from .files import digest, file_sha256, turn, write_atomically, write_json
 from .progress import Progress, no_progress
+from .tokenizers import TOKENIZER_FILES, load_tokenizer
 
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 BATCH_CHARACTERS = 4 << 20  # of text tokenised at once, over all cores: some 200 MB of memory
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 logger = logging.getLogger(__name__)
 
 
@@ -31,35 +31,45 @@ class TokenStream:
     skipped_lines: int
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder; its code, if it brings any, is not run."""
-    try:
-        if not any((path / name).is_file() for name in VOCABULARY_FILES):  # some releases would then make an empty one
-            raise FileNotFoundError(f"none of {', '.join(VOCABULARY_FILES)} is there")
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # missing files, unknown classes, broken JSON: each raises something else
-        reason = str(error).strip().split("\n")[0]
-        raise MoEficationError(f"{path} has no usable tokenizer ({reason})") from None
+def tokenize(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    bad: Callable[[str, str], None],
+) -> Iterator[np.ndarray]:
+    """The documents as one token stream, int32, piece by piece, with EOS between documents (without one: nothing).
 
-
-def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
-    """The documents as one token stream, int32, piece by piece, with EOS between documents (without one: nothing)."""
+    Args:
+        vocab_size: rows of the model's embedding.
+        bad: called with the place of a document that has a token beyond them, and why it cannot be used; where it
+            returns, the document is left out.
+    """
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if separator and separator[0] >= vocab_size:
+        raise MoEficationError(
+            f"the tokenizer ends documents with token {separator[0]} ({tokenizer.eos_token}), "
+            f"but the model's embedding has {vocab_size} rows"
+        )
     is_first = True
     for batch in _batches(documents):
         parts = []
-        for ids in encode(batch, tokenizer):
-            parts += [ids] if is_first else [separator, ids]
+        for document, ids in zip(batch, encode([document.text for document in batch], tokenizer), strict=True):
+            tokens = np.asarray(ids, dtype=np.int32)
+            if len(tokens) and (largest := int(tokens.max())) >= vocab_size:
+                token = tokenizer.convert_ids_to_tokens(largest)
+                bad(document.place, f"holds token {largest} ({token!r}), but the embedding has {vocab_size} rows")
+                continue
+            parts += [tokens] if is_first else [np.asarray(separator, dtype=np.int32), tokens]
             is_first = False
-        yield np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
+        if parts:
+            yield np.concatenate(parts)
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch, characters = [], 0
     for document in documents:
         batch.append(document)
-        characters += len(document)
+        characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -119,17 +129,15 @@ def _write_tokens(
 ) -> int:
     """Write the raw tokens of all documents; returns the number of lines skipped."""
     reader = DocumentReader(files, skip_bad_lines)
-    largest = -1
-    for piece in _following(reader, tokenize(reader, load_tokenizer(checkpoint.path)), f"tokenise {domain}", progress):
+    tokenizer, vocab_size = load_tokenizer(checkpoint.path), checkpoint.config.vocab_size
+    pieces = tokenize(reader, tokenizer, vocab_size, reader.bad)
+    count = 0
+    for piece in _following(reader, pieces, f"tokenise {domain}", progress):
         file.write(piece.data)
-        largest = max(largest, int(piece.max()))
-    if largest < 0:
-        raise MoEficationError(f"{files[0]} holds no text")
-    if largest >= checkpoint.config.vocab_size:
-        raise MoEficationError(
-            f"the tokenizer of {checkpoint.name} gives token {largest}, "
-            f"its embedding has {checkpoint.config.vocab_size} rows"
-        )
+        count += len(piece)
+    if not count:
+        skipped = f" but for {reader.skipped:,} lines that were skipped" if reader.skipped else ""
+        raise MoEficationError(f"{files[0]} holds no text{skipped}")
     return reader.skipped
 
 
@@ -151,10 +159,12 @@ def _following(
 
 
 def _cache_key(checkpoint: Checkpoint, files: list[TextFile], skip_bad_lines: bool) -> str:
-    tokenizer_files = {n: file_sha256(checkpoint.path / n) for n in TOKENIZER_FILES if (checkpoint.path / n).exists()}
+    tokenizer = {n: file_sha256(checkpoint.path / n) for n in TOKENIZER_FILES if (checkpoint.path / n).exists()}
+    # What the class of the tokenizer follows from, and which tokens are refused.
+    model = [checkpoint.raw_config.get(name) for name in ("model_type", "tokenizer_class")]
     # The names too: they decide how a file is read.
     contents = [[file.path.suffix, file.member, file.plain_name, file_sha256(file.path)] for file in files]
-    return digest([CACHE_VERSION, tokenizer_files, contents, skip_bad_lines])
+    return digest([CACHE_VERSION, tokenizer, model, checkpoint.config.vocab_size, contents, skip_bad_lines])
 
 
 def _mapped(file) -> torch.Tensor:

@@ -1,7 +1,9 @@
 """Which tensors a checkpoint's folder holds, by the headers of its files: safetensors or .bin, sharded or not."""
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,6 +12,8 @@ from .errors import MoEficationError
 from .files import load_tensors, read_json_object
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+ADAPTER = "adapter_config.json"
+MERGE_ADAPTER = "merge it into its base model first (peft: merge_and_unload, then save_pretrained)"
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -30,7 +34,18 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
             return _file_header(path, single)
         if index.exists():
             return _indexed_headers(path, index)
-    raise MoEficationError(f"{path} holds no weights ({' or '.join(WEIGHT_FILES)}, or shards of them with their index)")
+    adapter = f"; a LoRA adapter alone is none: {MERGE_ADAPTER}" if (path / ADAPTER).exists() else ""
+    raise MoEficationError(
+        f"{path} holds no weights ({' or '.join(WEIGHT_FILES)}, or shards of them with their index){adapter}"
+    )
+
+
+def open_weights(path: Path) -> Any:
+    """The tensors of a file by name: an open safetensors file, or a dict; memory-mapped but for torch's old format."""
+    if path.suffix == ".safetensors":
+        return safe_open(path, "pt")
+    # Not a zip archive: as torch wrote before 1.6 (or no torch file at all, which the loader says).
+    return load_tensors(path, mmap=zipfile.is_zipfile(path))
 
 
 def _indexed_headers(path: Path, index: Path) -> dict[str, TensorInfo]:
@@ -56,14 +71,14 @@ def _file_header(path: Path, file: str) -> dict[str, TensorInfo]:
         raise MoEficationError(f"{path / file} is missing; download it again")
     (path / file).open("rb").close()  # safetensors says of a file that may not be read that it is not there
     if file.endswith(".bin"):
-        tensors = load_tensors(path / file)
+        tensors = open_weights(path / file)
         if not isinstance(tensors, dict) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
         ):
             raise MoEficationError(f"{path / file} is not a dict of tensors by name")
         return {name: TensorInfo(file, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     try:
-        with safe_open(path / file, "pt") as opened:
+        with open_weights(path / file) as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
             return {
                 name: TensorInfo(
@@ -74,4 +89,4 @@ def _file_header(path: Path, file: str) -> dict[str, TensorInfo]:
     except (SafetensorError, OSError) as error:
         raise MoEficationError(
             f"{path / file} is not a whole safetensors file (a half download, or a Git LFS pointer?): {error}"
-        ) from None
+        ) from error

@@ -279,7 +279,7 @@ WRONG = [
     ("calibrate", {"batch_size": 0}, "--batch_size 0 must be at least 1"),
     ("calibrate", {"train_data_path": "{tmp}/no_text"}, "no_text/c4.jsonl holds no text"),
     ("evaluate", {"model_path": "{tmp}/nowhere"}, "no folder here, and no hub id"),
-    ("evaluate", {"model_path": "{tmp}/empty"}, "has no usable config.json"),
+    ("evaluate", {"model_path": "{tmp}/empty"}, "empty has no config.json"),
     ("evaluate", {"model_path": "{cut}"}, "does not load as a causal LM"),
     ("evaluate", {"text_path": "{tmp}/nowhere"}, "nowhere is not a file"),
     ("evaluate", {"text_path": "{tmp}/no_text/c4.jsonl"}, "holds fewer than 2 tokens"),

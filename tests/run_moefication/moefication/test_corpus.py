@@ -8,20 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCES, make_tokenizer, write_jsonl
+from conftest import SENTENCES, VOCABULARY, make_tokenizer, write_jsonl
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from run_moefication.moefication.checkpoints import Checkpoint
 from run_moefication.moefication.corpus import (
-    LLAMA_MIX,
-    find_domains,
     pack,
     parse_domain_weights,
     require_block_size,
     training_corpus,
 )
 from run_moefication.moefication.documents import DocumentReader, TextFile, zstd
+from run_moefication.moefication.domains import LLAMA_MIX, find_domains
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.tokens import tokenize
 
@@ -33,9 +32,9 @@ def checkpoint(tiny_llama) -> Checkpoint:
 
 def tokens_of(file: Path) -> torch.Tensor:
     """The token stream of a file."""
-    return torch.cat(
-        [torch.from_numpy(piece) for piece in tokenize(DocumentReader([TextFile(file)]), make_tokenizer())]
-    )
+    reader = DocumentReader([TextFile(file)])
+    pieces = tokenize(reader, make_tokenizer(), VOCABULARY, reader.bad)
+    return torch.cat([torch.from_numpy(piece) for piece in pieces])
 
 
 @pytest.mark.parametrize(("asked", "positions", "used"), [(None, 128, 128), (None, 4096, 2048), (64, 128, 64)])
@@ -160,7 +159,7 @@ def test_a_single_file_is_a_corpus(name, checkpoint, tmp_path):
 def test_wrong_amounts_are_refused(options, words, checkpoint, tmp_path):
     make_text(tmp_path, c4=5)
     with pytest.raises(MoEficationError) as error:
-        draw(checkpoint, tmp_path, **options)
+        _ = draw(checkpoint, tmp_path, **options).blocks
     assert words in str(error.value)
 
 
@@ -169,7 +168,7 @@ def test_text_that_is_not_there_is_refused(checkpoint, tmp_path):
         draw(checkpoint, tmp_path / "nowhere")
     write_jsonl(tmp_path / "c4.jsonl", ["", "  "])
     with pytest.raises(MoEficationError, match=r"c4.jsonl holds no text"):
-        draw(checkpoint, tmp_path)
+        _ = draw(checkpoint, tmp_path).blocks
 
 
 def test_a_checkpoint_without_tokenizer_is_refused(tiny_llama, tmp_path):
@@ -177,7 +176,7 @@ def test_a_checkpoint_without_tokenizer_is_refused(tiny_llama, tmp_path):
     ignored = shutil.ignore_patterns("tokenizer*", "special_tokens*")
     bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=ignored)
     with pytest.raises(MoEficationError, match="bare has no usable tokenizer"):
-        draw(Checkpoint(str(bare)), tmp_path / "text")
+        _ = draw(Checkpoint(str(bare)), tmp_path / "text").blocks
 
 
 def test_weights_of_the_users_own(checkpoint, tmp_path):
@@ -268,8 +267,8 @@ def test_domain_weights_are_parsed():
 def test_vocabulary_beyond_the_embedding_is_refused(checkpoint, tmp_path, monkeypatch):
     make_text(tmp_path, c4=5)
     monkeypatch.setattr(checkpoint.config, "vocab_size", 10)
-    with pytest.raises(MoEficationError, match="its embedding has 10 rows"):
-        draw(checkpoint, tmp_path)
+    with pytest.raises(MoEficationError, match="the embedding has 10 rows"):
+        _ = draw(checkpoint, tmp_path).blocks
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "zip", "gz", "zst", "zip of all", "unpacked beside its zip"])

@@ -18,7 +18,11 @@ from run_moefication.moefication.errors import MoEficationError
 
 
 def read(path: Path, skip_bad_lines: bool = False) -> list[str]:
-    return list(DocumentReader(find_text_files(path), skip_bad_lines))
+    return texts_of(DocumentReader(find_text_files(path), skip_bad_lines))
+
+
+def texts_of(reader: DocumentReader) -> list[str]:
+    return [document.text for document in reader]
 
 
 def write_zip(path: Path, members: dict[str, bytes | str], **options) -> Path:
@@ -119,7 +123,7 @@ def test_other_files_are_one_document(tmp_path):
 def test_bad_lines_can_be_skipped_and_are_counted(line, bad, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n' + line)
     reader = DocumentReader([TextFile(tmp_path / "a.jsonl")], skip_bad_lines=True)
-    assert list(reader) == ["a", "b"]
+    assert texts_of(reader) == ["a", "b"]
     assert reader.skipped == 2 * bad
 
 
@@ -128,7 +132,7 @@ def test_a_line_beyond_the_limit_can_be_skipped_however_long(tmp_path, monkeypat
     lines = [b'{"text": "a"}', b"x" * 101, b'{"text": "b"}', b"x" * 5000, b"x" * 99, b'{"text": "c"}', b"x" * 200]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     reader = DocumentReader([TextFile(tmp_path / "a.jsonl")], skip_bad_lines=True)
-    assert (list(reader), reader.skipped) == (["a", "b", "c"], 4)
+    assert (texts_of(reader), reader.skipped) == (["a", "b", "c"], 4)
 
 
 # ---------------------------------------------------------------------------------------------------- plain text
@@ -168,7 +172,7 @@ def test_the_same_documents_come_out_of_every_kind_of_file(texts):
         write_zip(folder / "stored.zip", {"deep/er/a.jsonl": content}, strict_timestamps=False)
         for name in ("a.jsonl.gz", "a.jsonl.zst", "a.zip", "stored.zip"):
             reader = DocumentReader(find_text_files(folder / name))
-            assert list(reader) == expected
+            assert texts_of(reader) == expected
             assert reader.position == reader.total_bytes > 0 or not content
 
 

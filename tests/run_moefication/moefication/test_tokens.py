@@ -18,7 +18,9 @@ from transformers import AutoTokenizer
 from run_moefication.moefication import tokens as tokens_module
 from run_moefication.moefication.checkpoints import Checkpoint
 from run_moefication.moefication.corpus import pack, training_corpus
-from run_moefication.moefication.tokens import load_tokenizer, tokenize
+from run_moefication.moefication.documents import Document
+from run_moefication.moefication.tokenizers import load_tokenizer
+from run_moefication.moefication.tokens import tokenize
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,8 @@ def checkpoint(tiny_llama) -> Checkpoint:
 
 def joined(texts: list[str], tokenizer) -> torch.Tensor:
     """All pieces of the stream."""
-    return torch.cat([torch.from_numpy(piece) for piece in tokenize(texts, tokenizer)] or [torch.empty(0).int()])
+    pieces = tokenize((Document(text, "somewhere") for text in texts), tokenizer, len(tokenizer), pytest.fail)
+    return torch.cat([torch.from_numpy(piece) for piece in pieces] or [torch.empty(0).int()])
 
 
 def make_text(folder: Path, **domains: int) -> None:
@@ -103,14 +106,14 @@ def test_real_text_gives_what_the_tokenizer_itself_gives(smollm2, sample_data):
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_bad_lines_are_counted_each_time(use_cache, checkpoint, tmp_path):
     make_text(tmp_path / "text", c4=20)
-    good = draw(checkpoint, tmp_path / "text")
+    good = draw(checkpoint, tmp_path / "text").digest
     with (tmp_path / "text" / "c4.jsonl").open("a") as file:
         file.write("{\n[]\n")
     cache = tmp_path / "cache" if use_cache else None
     for _ in range(2):
         corpus = training_corpus(checkpoint, tmp_path / "text", cache, block_size=16, skip_bad_lines=True)
         assert [row.skipped_lines for row in corpus.mix] == [2]
-        assert corpus.digest == good.digest
+        assert corpus.digest == good
 
 
 def test_processes_that_need_the_same_text_tokenise_it_once(tiny_llama, tmp_path):

@@ -1,0 +1,38 @@
+"""What every call into transformers shares: silence while something that is checked here is loaded, and its errors."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import logging
+
+# What the library raises for a wrong config, beside the errors of files; the last is of its validated fields.
+CONFIG_ERRORS = (ValueError, TypeError, KeyError, StrictDataclassError)
+# Fields of config.json that change what a model returns or how it computes, not what: as this toolkit needs them.
+PLAIN_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences the reports and bars of transformers while something that is checked here is loaded."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """The last line, where the validators of configs put the reason."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
