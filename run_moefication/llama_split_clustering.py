@@ -113,7 +113,7 @@ def _by_activations(arguments: argparse.Namespace, checkpoint: Any, templates: l
     else:
         text = command_line.read_corpus(arguments, checkpoint, command_line.progress_bar)
     keep = {} if arguments.keep_fraction is None else {"keep_fraction": arguments.keep_fraction}
-    return split_by_activations(
+    writer = split_by_activations(
         checkpoint,
         text,
         arguments.save_path,
@@ -128,6 +128,9 @@ def _by_activations(arguments: argparse.Namespace, checkpoint: Any, templates: l
         overwrite=arguments.overwrite,
         progress=command_line.progress_bar,
     )
+    if arguments.train_data_path:
+        command_line.print_mix(checkpoint, text)
+    return writer
 
 
 def main(argv: list[str] | None = None) -> int:

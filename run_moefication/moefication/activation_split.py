@@ -137,6 +137,8 @@ def split_by_activations(
     if batch_size < 1:
         raise MoEficationError(f"--batch_size {batch_size} must be at least 1")
     from_corpus = isinstance(text, Corpus)
+    folder = artifacts.split_folder(save_path, checkpoint.name, num_experts)
+    artifacts.require_place(folder, "split")
     options = {
         "cluster_on": "activations",
         "templates": [template],
@@ -151,7 +153,6 @@ def split_by_activations(
         options |= {"batch_size": batch_size} | text.options
     claim = Claim("split", options, checkpoint.source, environment(device), inputs)
     names = [template.format(layer) for layer in range(checkpoint.config.num_hidden_layers)]
-    folder = artifacts.split_folder(save_path, checkpoint.name, num_experts)
     writer = artifacts.ArtifactWriter(folder, claim, names, overwrite=overwrite, exclusive=True)
     missing = writer.missing()
     layers = [layer for layer, name in enumerate(names) if name in missing]

@@ -63,6 +63,23 @@ def shard_file(kind: str, rank: int, index: int) -> str:
     return f"{kind}/{rank}_{index}.pth"
 
 
+def require_place(folder: Path, stage: str) -> tuple[dict[str, Any] | None, bool]:
+    """The claim or manifest in a folder (None: there is none), and whether it is finished; refused where the folder
+    holds anything but what that stage left."""
+    existing, finished = existing_claim(folder)
+    if existing is None:
+        # A run that died before its claim leaves an empty folder of parts, which is ours.
+        if folder.exists() and any(path.name != PARTS for path in folder.iterdir()):
+            raise MoEficationError(
+                f"{folder} holds files but no {MANIFEST}: not ours to fill; choose another --save_path"
+            )
+    elif existing["stage"] != stage:
+        raise MoEficationError(
+            f"{folder} was written by {STAGE_SCRIPTS[existing['stage']]}; choose another --save_path"
+        )
+    return existing, finished
+
+
 class ArtifactWriter:
     """Fills one folder, unit by unit: begins it, or goes on with one begun, or finished, with the same claim.
 
@@ -151,23 +168,15 @@ class ArtifactWriter:
 
     def _look(self) -> tuple[dict[str, Any] | None, bool]:
         """The claim that is there, if any, and whether it must be cleared away first."""
-        existing, finished = existing_claim(self.folder)
+        existing, finished = require_place(self.folder, self._wanted["stage"])
         if existing is None:
-            # A run that died before its claim leaves an empty folder of parts, which is ours.
-            if self.folder.exists() and any(path.name != PARTS for path in self.folder.iterdir()):
-                raise MoEficationError(
-                    f"{self.folder} holds files but no {MANIFEST}: not ours to fill; choose another --save_path"
-                )
             return None, False
         unlike = difference(existing, self._wanted, finished)
         half_cleared = CLEARING in existing and not finished
-        if self._overwrite and existing["stage"] == self._wanted["stage"]:
+        if self._overwrite:
             return existing, bool(unlike or finished or half_cleared or not self._shared)
         if unlike:
-            cure = "choose another --save_path"
-            if existing["stage"] == self._wanted["stage"]:
-                cure += ", or add --overwrite to redo it"
-            raise MoEficationError(f"{self.folder} {unlike}; {cure}")
+            raise MoEficationError(f"{self.folder} {unlike}; choose another --save_path, or add --overwrite to redo it")
         if finished:
             Artifact(self.folder, existing).check_sizes()  # "finished" is not said of a folder that has lost files
         return existing, half_cleared

@@ -79,10 +79,11 @@ def calibrate(
     """
     moe = MoECheckpoint(moe_path, checkpoint)
     config = _new_config(moe, settings)
-    if len(corpus.blocks) < 2:
-        raise MoEficationError("the corpus is a single block, and one is held out; use a smaller --block_size")
     if Path(save_path).resolve() in (checkpoint.path, moe.artifact.folder.resolve()):
         raise MoEficationError(f"--save_path {save_path} is one of the source checkpoints; choose another folder")
+    artifacts.require_place(Path(save_path), "calibrate")
+    if len(corpus.blocks) < 2:
+        raise MoEficationError("the corpus is a single block, and one is held out; use a smaller --block_size")
     claim = Claim(
         stage="calibrate",
         options=asdict(settings) | corpus.options,

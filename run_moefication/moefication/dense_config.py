@@ -102,9 +102,8 @@ def expected_shapes(path: Path, config: LlamaConfig) -> Iterator[tuple[str, tupl
     One layer is built on the meta device and repeated lazily, so that an absurd layer count costs nothing.
     """
     try:
-        one_layer = LlamaConfig.from_dict(config.to_dict() | {"num_hidden_layers": 1})
-        with torch.device("meta"):
-            model = LlamaForCausalLM(one_layer)
+        with quiet_transformers(), torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig.from_dict(config.to_dict() | {"num_hidden_layers": 1}))
         _require_fitting_heads(config, 2 * model.model.rotary_emb.inv_freq.numel())
         tensors = model.state_dict()
     # Sizes that no tensor has (2^63, -1, no key-value heads), and rope of fields that do not go together.

@@ -154,10 +154,11 @@ def _check(
         require_num_selects(settings.num_selects, config)
     if save_steps < 1:
         raise MoEficationError(f"--save_steps {save_steps} must be at least 1")
-    if len(corpus.blocks) < 2:
-        raise MoEficationError("the corpus is a single block, and one is held out; use a smaller --block_size")
     if Path(save_path).resolve() in (checkpoint.path, folder.resolve()):
         raise MoEficationError(f"--save_path {save_path} is one of the source checkpoints; choose another folder")
+    artifacts.require_place(Path(save_path), "distill")
+    if len(corpus.blocks) < 2:
+        raise MoEficationError("the corpus is a single block, and one is held out; use a smaller --block_size")
 
 
 def _training_arguments(settings: DistillationSettings, seed: int, save_steps: int, device: str) -> TrainingArguments:

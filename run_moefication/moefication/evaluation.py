@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 # Importing it registers LlamaMoE with the Auto classes.
 from llama_moe import LlamaMoEConfig, RoutingStatistics, record_routing
@@ -23,7 +23,7 @@ from .moe_checkpoints import experts_per_tok, require_num_selects
 from .progress import Progress, no_progress
 from .tokenizers import load_tokenizer
 from .tokens import tokenize
-from .transformers_library import CONFIG_ERRORS, PLAIN_OUTPUTS, first_line, quiet_transformers
+from .transformers_library import CONFIG_ERRORS, first_line, plain_config, quiet_transformers
 from .weight_files import ADAPTER
 
 
@@ -137,9 +137,8 @@ def _read_config(path: Path) -> PreTrainedConfig:
     if raw.get("auto_map") and raw.get("model_type") != LlamaMoEConfig.model_type:  # whose code is the installed one
         raise MoEficationError(f"{path} brings code of its own (auto_map in config.json), which is not run here")
     try:
-        with quiet_transformers():
-            return AutoConfig.from_pretrained(path, trust_remote_code=False, **PLAIN_OUTPUTS)
-    except (OSError, *CONFIG_ERRORS) as error:
+        return plain_config(raw)
+    except CONFIG_ERRORS as error:
         raise MoEficationError(f"{path} has no usable config.json ({first_line(error)})") from error
 
 
@@ -157,7 +156,6 @@ def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) 
     if (path / ADAPTER).exists():  # transformers would apply it, which the conversion does not
         checkpoint = Checkpoint(str(path))
         return checkpoint.load_causal_lm(device, checkpoint.dtype if torch_dtype == "auto" else torch_dtype)
-    config._attn_implementation = None  # the default, whatever config.json asks for
     try:
         with quiet_transformers():
             model, loading = AutoModelForCausalLM.from_pretrained(

@@ -64,6 +64,8 @@ def extract_features(
     for option, value in (("batch_size", batch_size), ("save_interval", save_interval)):
         if value < 1:
             raise MoEficationError(f"--{option} {value} must be at least 1")
+    folder = artifacts.features_folder(save_path, checkpoint.name)
+    artifacts.require_place(folder, "hidden_features")
     options = {
         "templates": template,
         "feature_format": feature_format,
@@ -79,7 +81,6 @@ def extract_features(
         inputs={"train_data_path": corpus.digest},
         facts={"processes": world_size, "mix": [asdict(share) for share in corpus.mix]},
     )
-    folder = artifacts.features_folder(save_path, checkpoint.name)
     blocks_per_shard = batch_size * save_interval
     num_shards = math.ceil(len(corpus.blocks) / blocks_per_shard)
     _require_space(checkpoint, corpus, folder, feature_format, DTYPES[dtype])

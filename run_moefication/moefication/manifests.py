@@ -83,8 +83,6 @@ def existing_claim(folder: Path) -> tuple[dict[str, Any] | None, bool]:
 
 def difference(existing: dict[str, Any], wanted: dict[str, Any], finished: bool) -> str | None:
     """What keeps an existing folder from being the wanted one, as the rest of a sentence, or None."""
-    if existing["stage"] != wanted["stage"]:
-        return f"was written by {STAGE_SCRIPTS[existing['stage']]}"
     if existing["source"].get("fingerprint") != wanted["source"]["fingerprint"]:
         return f"was made from another model ({existing['source'].get('name')}: its weights or config differ)"
     # An option that only one of the two knows (a newer version's) counts as different.

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .errors import MoEficationError
 from .files import read_json_object
@@ -70,10 +70,22 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     _require_readable(path / "tokenizer.json")
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(path, config=_config_beside(path), trust_remote_code=False)
     # Files that lack something, classes that do not exist, and packages that a class needs.
     except (OSError, RuntimeError, ImportError, AttributeError, *CONFIG_ERRORS) as error:
         raise MoEficationError(f"{path} has no usable tokenizer ({first_line(error)})") from error
+
+
+def _config_beside(path: Path) -> PreTrainedConfig | None:
+    """What of the model's config.json decides on the class of the tokenizer; the rest need not even be valid."""
+    file = path / "config.json"
+    raw = read_json_object(file, "download it again") if file.is_file() else {}
+    if raw.get("model_type") not in CONFIG_MAPPING:
+        return None
+    config = CONFIG_MAPPING[raw["model_type"]](name_or_path=str(path))
+    if raw.get("tokenizer_class"):
+        config.tokenizer_class = raw["tokenizer_class"]
+    return config
 
 
 def _require_readable(file: Path) -> None:
@@ -116,7 +128,7 @@ def carried_over(source: Path, model_type: str) -> dict[str, bytes]:
     """The files by name that make, beside a model of that type, the tokenizer of the checkpoint folder `source`.
 
     They are the source's own, as they are, if these behave the same there; else the tokenizer as it was resolved, saved
-    anew. None, where the source has no tokenizer.
+    anew, beside the other files or alone. None, where the source has no tokenizer.
 
     Raises:
         MoEficationError: the tokenizer cannot be loaded, or neither way gives its ids.
@@ -128,8 +140,8 @@ def carried_over(source: Path, model_type: str) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as saved:
         tokenizer.save_pretrained(saved)
         resolved = {file.name: file.read_bytes() for file in sorted(Path(saved).iterdir()) if file.is_file()}
-    found = ""
-    for files in (copies, resolved):
+    found = None
+    for files in (copies, copies | resolved, resolved):
         with tempfile.TemporaryDirectory() as folder:
             for name, content in {**files, "config.json": json.dumps({"model_type": model_type}).encode()}.items():
                 Path(folder, name).write_bytes(content)

@@ -2,14 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging
 
 # What the library raises for a wrong config, beside the errors of files; the last is of its validated fields.
 CONFIG_ERRORS = (ValueError, TypeError, KeyError, StrictDataclassError)
-# Fields of config.json that change what a model returns or how it computes, not what: as this toolkit needs them.
-PLAIN_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+# Fields of config.json that change what a model returns or how it computes, not what.
+STEERING_FIELDS = {
+    *("return_dict", "output_attentions", "output_hidden_states"),
+    *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
+}
+
+
+def plain_config(raw: dict[str, Any]) -> PreTrainedConfig:
+    """The content of a config.json, of a type that transformers knows, without what steers the library."""
+    fields = {name: value for name, value in raw.items() if name not in STEERING_FIELDS}
+    with quiet_transformers():
+        return CONFIG_MAPPING[raw.get("model_type")].from_dict(fields)
 
 
 @contextmanager

@@ -1,10 +1,8 @@
 """Meta's release format, made from a transformers model, and a LLaMA that runs on it as Meta's own code does."""
 
-import base64
 import json
 from pathlib import Path
 
-import sentencepiece
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -88,33 +86,6 @@ def write_meta(
             shard[name] = tensor.clone() if "norm" in name else tensor.chunk(num_shards, axis)[rank].clone()
         torch.save(shard, folder / f"consolidated.{rank:02d}.pth")
     return folder
-
-
-def write_sentencepiece(path: Path, vocab_size: int = 400) -> Path:
-    """A small BPE model with byte fallback, as LLaMA's, trained on a few sentences."""
-    sentences = [f"The {a} cat {b} sat on a mat, {c} and looked." for a in "abcd" for b in "efgh" for c in "xyz"]
-    with path.with_suffix(".model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=file,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            minloglevel=2,
-        )
-    return path
-
-
-def write_tiktoken(path: Path) -> Path:
-    """A small file of ranks: the 256 bytes and some words grown letter by letter."""
-    tokens = [bytes([i]) for i in range(256)]
-    for word in (b" the", b"ing", b" and", b" of", b"\n\n", b"1234", "é".encode(), "日本".encode()):
-        tokens += [word[:end] for end in range(2, len(word) + 1) if word[:end] not in tokens]
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
-    return path
 
 
 def meta_logits(state: dict[str, torch.Tensor], params: dict, tokens: torch.Tensor) -> torch.Tensor:

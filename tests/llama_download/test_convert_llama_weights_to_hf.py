@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from meta_format import meta_logits, small_llama, write_meta, write_sentencepiece, write_tiktoken
+from meta_format import meta_logits, small_llama, write_meta
 from pipeline import contents
 from safetensors import safe_open
+from tiny_tokenizers import write_sentencepiece, write_tiktoken
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from llama_download import checkpoint_folder

@@ -9,12 +9,13 @@ import sentencepiece
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from meta_format import write_sentencepiece, write_tiktoken
 from tiktoken.load import load_tiktoken_bpe
+from tiny_tokenizers import write_sentencepiece, write_tiktoken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_download.registry import RegistryError, Wheel, fetch
 from llama_download.tokenizer_conversion import LLAMA3_PATTERN, convert_tokenizer
+from run_moefication.moefication.errors import MoEficationError
 
 CACHE = Path(__file__).parents[2] / ".cache" / "wheels"
 MISTRAL = Wheel("mistral_common", "1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
@@ -139,3 +140,14 @@ def test_special_tokens_stand_where_the_published_tokenizers_have_them(tmp_path,
     ordinary = len((tmp_path / "tokenizer.model").read_text().splitlines())
     assert tokenizer.convert_tokens_to_ids(token) == ordinary + number
     assert tokenizer(f"a{token}b")["input_ids"][2] == ordinary + number
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"remove_extra_whitespaces": True}, {"treat_whitespace_as_suffix": True}, {"user_defined_symbols": ["cat"]}],
+)
+def test_a_model_that_the_fast_tokenizer_would_not_do_justice_is_refused(options, tmp_path):
+    """The first is OpenLLaMA v1's."""
+    path = write_sentencepiece(tmp_path / "tokenizer.model", **options)
+    with pytest.raises(MoEficationError, match=r"cannot be converted: sentencepiece makes .* the fast tokenizer"):
+        convert_tokenizer(path, "LLaMA 1", 2048)

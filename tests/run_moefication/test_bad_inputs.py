@@ -308,11 +308,27 @@ def assert_refused(result: tuple[int, str, str], words: str) -> None:
 
 
 @pytest.mark.parametrize(("stage", "changes", "words"), WRONG)
-def test_wrong_input_is_refused(stage, changes, words, places, finished, run_script):
+def test_wrong_input_is_refused(stage, changes, words, places, finished, run_script, tmp_path):
     before = contents(finished.save.parent), contents(places["tmp"])
-    result = run_script(MAINS[stage], *arguments_of(stage, changes, places))
+    reads_text = {"train_data_path"} & (GOOD[stage] | changes).keys()
+    cache = {"train_data_cache_path": tmp_path / "cache"} if reads_text else {}
+    result = run_script(MAINS[stage], *arguments_of(stage, changes | cache, places))
     assert_refused(result, words.replace("tmp}", str(places["tmp"])).replace("{{}}", "{}"))
+    domains = {path.name.partition("-")[0] for path in (tmp_path / "cache").rglob("*")}
+    # Tokens are kept where text, or weights, turn out to be bad only in the reading.
+    reads_first = any(word in str(changes) for word in ("/bad", "{nan}", "max_tokens': 16"))
+    assert reads_first or not domains
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     assert (contents(finished.save.parent), contents(places["tmp"])) == before
+
+
+def test_one_variable_shows_the_traceback(places, run_script, monkeypatch):
+    monkeypatch.setenv("MOEFICATION_TRACEBACK", "1")
+    status, _, err = run_script(MAINS["split"], *arguments_of("split", {"model_path": "{cut}"}, places))
+    assert status == 2
+    assert "SafetensorError" in err  # the cause, too
+    assert "Traceback (most recent call last)" in err
+    assert "not a whole safetensors file" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("stage", GOOD)

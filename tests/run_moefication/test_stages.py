@@ -372,6 +372,23 @@ def test_two_processes_give_the_same_features_as_one(launcher, finished, tmp_pat
     )
 
 
+def test_left_over_names_of_processes_are_told(finished, tmp_path, monkeypatch, capfd):
+    """A plain run in a shell where torchrun's variables are set."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert Pipeline(finished.model, finished.text, tmp_path).features() == 0
+    out, err = capfd.readouterr()
+    assert "the environment says RANK 0 of WORLD_SIZE 2: it records its share, and the others must be started" in err
+    assert "`unset RANK WORLD_SIZE` if this process is to do all" in err
+    assert "(2 of 5 parts still missing, which the other processes of WORLD_SIZE 2 make)" in out
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # of torchrun
+    assert Pipeline(finished.model, finished.text, tmp_path).features() == 0
+    assert "environment" not in capfd.readouterr().err
+    monkeypatch.setenv("RANK", "2")
+    assert Pipeline(finished.model, finished.text, tmp_path).features() == 2
+    assert "RANK 2 is outside of WORLD_SIZE 2" in capfd.readouterr().err
+
+
 def test_more_processes_may_finish_what_one_began(finished, tmp_path, monkeypatch):
     pipeline = Pipeline(finished.model, finished.text, tmp_path)
     monkeypatch.setenv("RANK", "1")

@@ -20,7 +20,7 @@ from run_moefication.moefication.corpus import (
     training_corpus,
 )
 from run_moefication.moefication.documents import DocumentReader, TextFile, zstd
-from run_moefication.moefication.domains import LLAMA_MIX, find_domains
+from run_moefication.moefication.domains import LLAMA_MIX
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.tokens import tokenize
 
@@ -204,51 +204,6 @@ def test_domains_are_shuffled_together(checkpoint, tmp_path):
         # A half of more than 60 blocks: its share of c4 has a standard deviation below 0.5 / sqrt(60) = 0.065.
         assert len(half) > 60
         assert share == pytest.approx(0.5, abs=4 * 0.065)
-
-
-def test_what_lies_below_the_folder_is_not_read(checkpoint, tmp_path):
-    make_text(tmp_path, c4=20)
-    before = draw(checkpoint, tmp_path).digest
-    make_text(tmp_path / "heldout", c4=20, github=20)
-    assert draw(checkpoint, tmp_path).digest == before
-
-
-@pytest.mark.parametrize(
-    ("names", "weights", "domains"),
-    [
-        (["c4", "my_GitHub-part1", "github2"], None, {"c4": ["c4"], "github": ["github2", "my_GitHub-part1"]}),
-        (
-            ["common_crawl", "Books3", "en_arxiv"],
-            None,
-            {"commoncrawl": ["common_crawl"], "book": ["Books3"], "arxiv": ["en_arxiv"]},
-        ),
-        (["a", "b"], None, {"text": ["a", "b"]}),
-        (["c4", "other"], {"c4": 1.0}, {"c4": ["c4"]}),
-        (["c4", "my notes"], {"mynotes": 1.0}, {"mynotes": ["my notes"]}),
-    ],
-)
-def test_domains_are_words_of_file_names(names, weights, domains, tmp_path):
-    make_text(tmp_path, **dict.fromkeys(names, 1))
-    found = {
-        domain: sorted(file.path.stem for file in files) for domain, files in find_domains(tmp_path, weights).items()
-    }
-    assert found == domains
-
-
-@pytest.mark.parametrize(
-    ("names", "weights", "words"),
-    [
-        (["c4", "other"], None, "other.jsonl names none of the domains"),
-        (["c4_github"], None, "c4_github.jsonl names several domains (c4, github)"),
-        (["c4"], {"c4": 1.0, "github": 1.0}, "--domain_weights names github"),
-        ([], None, "holds no .jsonl, .txt"),
-    ],
-)
-def test_unclear_domains_are_refused(names, weights, words, tmp_path):
-    make_text(tmp_path, **dict.fromkeys(names, 1))
-    with pytest.raises(MoEficationError) as error:
-        find_domains(tmp_path, weights)
-    assert words in str(error.value)
 
 
 def test_a_domain_is_weighed_once():

@@ -321,3 +321,53 @@ def test_a_zip_without_text_is_refused(tmp_path):
     write_zip(tmp_path / "a.zip", {"a.png": b"\x89PNG"})
     with pytest.raises(MoEficationError, match=r"holds no .jsonl or .txt file"):
         read(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- parquet, zstd
+
+
+def test_a_long_window_of_zstd_is_read(tmp_path):
+    """What `zstd --long=31` writes."""
+    options = {zstd.CompressionParameter.window_log: 31, zstd.CompressionParameter.enable_long_distance_matching: 1}
+    compressor = zstd.ZstdCompressor(options=options)
+    content = b'{"text": "a"}\n' * 50
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(content) + compressor.flush())
+    assert read(tmp_path) == ["a"] * 50
+
+
+def write_parquet(path: Path, **columns: list) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=3)
+    return path
+
+
+def test_rows_of_parquet_are_documents(tmp_path):
+    pytest.importorskip("pyarrow.parquet")
+    texts = [*SENTENCES, "", "雪"]
+    file = write_parquet(tmp_path / "a.parquet", id=list(range(8)), text=texts)
+    reader = DocumentReader(find_text_files(tmp_path))
+    assert [(document.text, document.place) for document in reader] == [
+        (text, f"{file}:{row}") for row, text in enumerate(texts, start=1) if text
+    ]
+    assert reader.position == reader.total_bytes == file.stat().st_size
+
+
+def test_what_is_wrong_with_a_parquet_file_is_said(tmp_path):
+    pytest.importorskip("pyarrow.parquet")
+    with pytest.raises(MoEficationError, match=r"a.parquet has no column text, but content, id"):
+        read(write_parquet(tmp_path / "a.parquet", content=["x"], id=[1]))
+    file = write_parquet(tmp_path / "b.parquet", text=["a", None, "b"])
+    with pytest.raises(MoEficationError, match=r"b.parquet:2: its text is no string; --skip_bad_lines"):
+        read(file)
+    assert read(file, skip_bad_lines=True) == ["a", "b"]
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(MoEficationError, match=r"b.parquet is damaged or cut short"):
+        read(file)
+
+
+def test_a_parquet_file_that_no_package_reads_names_the_cure(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"x")
+    monkeypatch.setattr(documents, "reads_parquet", lambda: False)
+    with pytest.raises(MoEficationError, match=r"a.parquet is not read: pip install datasets"):
+        find_text_files(tmp_path / "a.parquet")
+    assert find_text_files(tmp_path) == []

@@ -19,6 +19,7 @@ from run_moefication.moefication import tokens as tokens_module
 from run_moefication.moefication.checkpoints import Checkpoint
 from run_moefication.moefication.corpus import pack, training_corpus
 from run_moefication.moefication.documents import Document
+from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.tokenizers import load_tokenizer
 from run_moefication.moefication.tokens import tokenize
 
@@ -212,3 +213,49 @@ def test_a_damaged_cache_is_rebuilt_and_said(damage, checkpoint, tmp_path, token
     caplog.clear()
     assert cached(checkpoint, folder) == good
     assert not caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------- refused text
+
+
+def with_added_token(model: Path, folder: Path) -> Checkpoint:
+    """A tokenizer with a [PAD] added by hand, and a model whose embedding was not made longer."""
+    shutil.copytree(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    return Checkpoint(str(folder))
+
+
+def test_a_token_outside_of_the_embedding_is_named_by_file_and_line(tiny_llama, tmp_path):
+    checkpoint = with_added_token(tiny_llama, tmp_path / "model")
+    write_jsonl(tmp_path / "text" / "c4.jsonl", [SENTENCES[0], f"{SENTENCES[1]} [PAD]", SENTENCES[2]])
+    words = r"c4.jsonl:2: holds token 300 \('\[PAD\]'\), but the embedding has 300 rows; --skip_bad_lines goes on"
+    with pytest.raises(MoEficationError, match=words):
+        _ = draw(checkpoint, tmp_path / "text").blocks
+    corpus = draw(checkpoint, tmp_path / "text", skip_bad_lines=True, domain_weights="equal")
+    assert [row.skipped_lines for row in corpus.mix] == [1]
+    write_jsonl(tmp_path / "without" / "c4.jsonl", [SENTENCES[0], SENTENCES[2]])
+    assert corpus.digest == draw(checkpoint, tmp_path / "without", domain_weights="equal").digest
+
+
+def test_an_end_of_documents_outside_of_the_embedding_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "[END]"})
+    with pytest.raises(MoEficationError, match=r"ends documents with token 300 \(\[END\]\), but .* has 300 rows"):
+        next(tokenize([Document("a", "x")], tokenizer, 300, pytest.fail))
+
+
+def test_refused_text_leaves_nothing(checkpoint, tmp_path):
+    write_jsonl(tmp_path / "text" / "c4.jsonl", [""])
+    corpus = training_corpus(checkpoint, tmp_path / "text", tmp_path / "new" / "cache", block_size=16)
+    assert not (tmp_path / "new").exists()  # until its blocks are asked for
+    with pytest.raises(MoEficationError, match="holds no text"):
+        _ = corpus.blocks
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_cache_keeps_no_locks(checkpoint, tmp_path):
+    make_text(tmp_path / "text", c4=20)
+    cached(checkpoint, tmp_path / "text")
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".tokens"]

@@ -1,0 +1,470 @@
+"""Checkpoints of the shapes that people publish: each becomes an MoE that, with all its experts, computes what
+transformers computes from the dense folder and reads the same tokens; or it is refused in one line."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, change_config, write_jsonl
+from pipeline import LINEAR, Pipeline
+from safetensors.torch import load_file, save_file
+from tiny_tokenizers import save_byte_level, save_sentencepiece, save_tekken, save_tiktoken
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from run_moefication import llama_evaluate
+from run_moefication.moefication.tokenizers import MARKUP_TEXTS, PLAIN_TEXTS
+
+VOCABULARY = 640  # more than any of the tokenizers has
+HALF_HEAD = TINY["hidden_size"] // TINY["num_attention_heads"] // 2
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+WEIGHTS, BIN = "model.safetensors", "pytorch_model.bin"
+
+
+@dataclass
+class Shape:
+    """How a published checkpoint differs from the tiny LLaMA.
+
+    Attributes:
+        built: fields of the config that the weights are made for.
+        written: fields of config.json as the file has them; None takes one out.
+        tokenizer: writes its files.
+        files: changes the folder at the end.
+        refused: the words of the one line that the first stage ends with; None: the checkpoint is converted.
+        said: words of a line that the first stage says, and goes on.
+    """
+
+    built: dict[str, Any] = field(default_factory=dict)
+    written: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Callable[..., None] = save_sentencepiece
+    tokenizer_config: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    files: Callable[[Path], None] = lambda folder: None
+    refused: str | None = None
+    said: str | None = None
+
+
+LEFT_OUT = object()  # of config.json
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "mlp_bias": LEFT_OUT}
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / WEIGHTS)
+
+
+def changed(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    """The tensors changed in place."""
+
+    def work(folder: Path) -> None:
+        state = state_of(folder)
+        change(state)
+        save_file(state, folder / WEIGHTS, {"format": "pt"})
+
+    return work
+
+
+def added(**tensors: torch.Tensor) -> Callable[[Path], None]:
+    return changed(lambda state: state.update({name.replace("__", "."): tensor for name, tensor in tensors.items()}))
+
+
+def as_bin(shards: int = 1, old: bool = False, parameters: bool = False) -> Callable[[Path], None]:
+    """The weights in .bin files: in torch's old format, or as trainable parameters."""
+
+    def work(folder: Path) -> None:
+        state = state_of(folder)
+        (folder / WEIGHTS).unlink()
+        if parameters:
+            state = {name: torch.nn.Parameter(tensor) for name, tensor in state.items()}
+        if shards == 1:
+            torch.save(state, folder / BIN, _use_new_zipfile_serialization=not old)
+            return
+        files = {name: f"pytorch_model-{i % shards:05d}.bin" for i, name in enumerate(state)}
+        for file in set(files.values()):
+            torch.save({name: state[name] for name in state if files[name] == file}, folder / file)
+        (folder / f"{BIN}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+    return work
+
+
+def rotary_tables(level: str, names: tuple[str, ...]) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda state: state.update({f"{level}rotary_emb.{name}": torch.ones(4) for name in names})
+
+
+def old_llama(folder: Path) -> None:
+    """LLaMA 1 as converted in 2023."""
+    changed(rotary_tables("model.layers.0.self_attn.", ("inv_freq",)))(folder)
+    as_bin(shards=2)(folder)
+
+
+def sampling(folder: Path) -> None:
+    """A generation config that transformers refuses to save again."""
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.9, "top_p": 0.6}))
+
+
+def sharded(folder: Path) -> None:
+    state = state_of(folder)
+    files = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(state)}
+    for file in set(files.values()):
+        save_file({name: state[name] for name in state if files[name] == file}, folder / file, {"format": "pt"})
+    (folder / WEIGHTS).unlink()
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def stale_index(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+def only_head(folder: Path) -> None:
+    """What `safetensors.torch.save_model` leaves of a tied model."""
+    changed(lambda state: state.update({"lm_head.weight": state.pop("model.embed_tokens.weight")}))(folder)
+
+
+def other_head(folder: Path) -> None:
+    torch.manual_seed(1)
+    added(lm_head__weight=torch.randn(VOCABULARY, TINY["hidden_size"]))(folder)
+
+
+def equal_head(folder: Path) -> None:
+    changed(lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))(folder)
+
+
+def adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
+
+
+def consolidated(folder: Path) -> None:
+    """Mistral's own file of the same weights, beside those of transformers."""
+    shutil.copy(folder / WEIGHTS, folder / "consolidated.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------- the shapes
+
+LLAMA2 = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+SHAPES = {
+    "LLaMA 1": Shape(
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": LEFT_OUT, "max_sequence_length": 2048},
+        files=old_llama,
+        dtype=torch.float16,
+        said="rotary_emb.inv_freq is not read",
+    ),
+    "Llama 2": Shape(
+        {}, {"pretraining_tp": 1, "rope_scaling": None}, tokenizer_config=LLAMA2, dtype=torch.float16, files=sharded
+    ),
+    "Llama 3": Shape({}, {"rope_parameters": LEFT_OUT, "rope_theta": 500000.0}, save_tiktoken, dtype=torch.bfloat16),
+    "Llama 3.1": Shape(
+        {},
+        {"rope_parameters": LEFT_OUT, "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE, "eos_token_id": [2, 3, 4]},
+        save_tiktoken,
+    ),
+    "Llama 3.2": Shape({"tie_word_embeddings": True, "head_dim": 16}, {}, save_tiktoken, dtype=torch.bfloat16),
+    "Code Llama": Shape(
+        {},
+        {"rope_parameters": LEFT_OUT, "rope_theta": 1000000},
+        tokenizer_config={"tokenizer_class": "CodeLlamaTokenizer"},
+    ),
+    "Yi": Shape(
+        {}, {"rope_parameters": LEFT_OUT, "rope_theta": 5000000.0}, tokenizer_config=LLAMA2 | {"add_bos_token": False}
+    ),
+    "DeepSeek-LLM": Shape({}, {}, save_byte_level, {"tokenizer_class": "LlamaTokenizerFast"}),
+    "Vicuna": Shape(
+        {},
+        {"pad_token_id": 0, "rms_norm_eps": 1e-05},
+        tokenizer_config=LLAMA2,
+        files=lambda f: [sampling(f), as_bin(2)(f)],
+    ),
+    "TinyLlama": Shape(
+        {}, {"pretraining_tp": 1}, tokenizer_config={"tokenizer_class": "LlamaTokenizer", "legacy": True}
+    ),
+    "OpenLLaMA": Shape(
+        {},
+        {"torch_dtype": "float16"},
+        tokenizer_config={"tokenizer_class": "LlamaTokenizer", "add_bos_token": True},
+        files=as_bin(),
+    ),
+    "Sheared-LLaMA": Shape(
+        {"num_key_value_heads": 4}, {"num_key_value_heads": LEFT_OUT, "max_position_embeddings": 128}, files=as_bin(2)
+    ),
+    "SmolLM2": Shape(
+        {"tie_word_embeddings": True},
+        {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"kv_cache_dtype": "x"}},
+        save_byte_level,
+        {"tokenizer_class": "GPT2Tokenizer"},
+        torch.bfloat16,
+    ),
+    "InternLM as LLaMA": Shape({"attention_bias": True}, {}),
+    "biases of MLPs": Shape({"mlp_bias": True}, {}, save_byte_level),
+    "Mistral v0.1": Shape({}, MISTRAL | {"sliding_window": 4096}, refused="is a Mistral with sliding_window 4096"),
+    "Mistral v0.1, window left out": Shape(
+        {},
+        MISTRAL | {"sliding_window": LEFT_OUT},
+        refused='sliding_window 4096 (what its config.json means by leaving it out; "sliding_window": null',
+    ),
+    "Mistral v0.2": Shape(
+        {},
+        MISTRAL | {"sliding_window": None, "rope_parameters": LEFT_OUT, "rope_theta": 1000000.0},
+        tokenizer_config={"tokenizer_class": "LlamaTokenizer"},
+    ),
+    "Mistral v0.3": Shape(
+        {},
+        MISTRAL | {"sliding_window": None},
+        tokenizer_config={"tokenizer_class": "LlamaTokenizerFast"},
+        files=consolidated,
+    ),
+    "Mistral, positions left out": Shape({}, MISTRAL | {"sliding_window": None, "max_position_embeddings": LEFT_OUT}),
+    "Mistral, heads left out": Shape(
+        {"hidden_size": 64, "num_attention_heads": 16, "num_key_value_heads": 8},
+        MISTRAL | {"sliding_window": None, "num_key_value_heads": LEFT_OUT},
+    ),
+    "Mistral, a bias that it ignores": Shape({}, MISTRAL | {"sliding_window": None, "attention_bias": True}),
+    "Devstral": Shape({"head_dim": 16}, MISTRAL | {"sliding_window": None}, save_tekken, dtype=torch.bfloat16),
+    "rope linear": Shape({}, {"rope_parameters": LEFT_OUT, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "rope dynamic": Shape(
+        {"max_position_embeddings": 32},
+        {"rope_parameters": LEFT_OUT, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    ),
+    "rope yarn": Shape(
+        {},
+        {
+            "rope_parameters": LEFT_OUT,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        },
+    ),
+    "rope longrope": Shape(
+        {},
+        {
+            "rope_parameters": LEFT_OUT,
+            "original_max_position_embeddings": 32,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0] * HALF_HEAD, "long_factor": [2.0] * HALF_HEAD},
+        },
+    ),
+    "rope of no kind": Shape(
+        {},
+        {"rope_parameters": LEFT_OUT, "rope_scaling": {"rope_type": "spiral", "factor": 2.0}},
+        refused="describes no model that can be built",
+    ),
+    "rope of half a head": Shape(
+        {},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+        refused="its rope turns 4 of the 8 dimensions of a head",
+    ),
+    "key-value heads that do not divide": Shape(
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 3},
+        refused="num_attention_heads 4 is no multiple of num_key_value_heads 3",
+    ),
+    "tied, stored twice": Shape({"tie_word_embeddings": True}, files=equal_head),
+    "tied, but another head is stored": Shape(
+        {"tie_word_embeddings": True}, files=other_head, said="its lm_head.weight is kept"
+    ),
+    "tied, stored as its head": Shape({"tie_word_embeddings": True}, files=only_head),
+    "a stale index": Shape(files=stale_index),
+    "torch's old format": Shape(files=as_bin(old=True)),
+    "trainable parameters": Shape(files=as_bin(parameters=True)),
+    "rotary tables by layer": Shape(
+        files=changed(rotary_tables("model.layers.1.self_attn.", ("cos_cached", "sin_cached"))),
+        said="rotary_emb.cos_cached and 1 more like it are not read",
+    ),
+    "rotary tables of the model": Shape(
+        files=changed(rotary_tables("model.", ("inv_freq",))), said="model.rotary_emb.inv_freq is not read"
+    ),
+    "a value head": Shape(
+        files=added(v_head__summary__weight=torch.ones(1, 32), v_head__summary__bias=torch.ones(1)),
+        said="v_head.summary.bias and 1 more like it are not read",
+    ),
+    "a LoRA adapter beside": Shape(files=adapter, said="the LoRA adapter beside the weights is not read; merge it"),
+    "types of layers": Shape({}, {"layer_types": ["full_attention"] * 3}),
+    "a config that steers": Shape(
+        {},
+        {
+            "output_attentions": True,
+            "output_hidden_states": True,
+            "return_dict": False,
+            "_attn_implementation": "flash_attention_2",
+            "use_cache": False,
+        },
+    ),
+    "layers that differ": Shape(
+        {}, {"per_layer_config": {"0": {"intermediate_size": 32}}}, refused="has layers of different shapes"
+    ),
+    "no causal mask": Shape({}, {"is_causal": False}, refused="is no causal model"),
+    "quantised": Shape({}, {"quantization_config": {"bits": 4}}, refused="is quantised"),
+    "code of its own": Shape(
+        {}, {"auto_map": {"AutoConfig": "x.X"}}, refused="brings code of its own (auto_map in config.json)"
+    ),
+    "a tensor of another architecture": Shape(
+        files=added(**{"model__layers__0__self_attn__q_norm__weight": torch.ones(8)}),
+        refused="holds layers.0.self_attn.q_norm.weight, which its config.json has no place for",
+    ),
+}
+
+
+def write(shape: Shape, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(TINY | {"vocab_size": VOCABULARY} | shape.built)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(shape.dtype).save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in shape.written.items():
+        config.pop(key, None) if value is LEFT_OUT else config.update({key: value})
+    path.write_text(json.dumps(config))
+    shape.tokenizer(folder, **shape.tokenizer_config)
+    shape.files(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    lines = [f"{' ' * (i % 3)}{i}. The cat sat on a mat.  {' ' * (i % 4)}and looked\n\n{i}" for i in range(60)]
+    write_jsonl(folder / "c4.jsonl", lines)
+    return folder
+
+
+def assert_one_line(err: str, words: str) -> None:
+    assert words in err
+    assert len(err.splitlines()) == 1, err
+
+
+def converted(folder: Path, text: Path, save: Path, num_selects: int = 4) -> Pipeline:
+    features = ["--block_size", 32, "--max_tokens", 256, "--feature_format", "inputs", "--dtype", "float32"]
+    options = dict(split_method="Random", feature_options=features, select_options=[*LINEAR])
+    return Pipeline(folder, text, save, num_selects=num_selects, **options).run()
+
+
+def for_transformers(folder: Path) -> Path:
+    """The folder without what would make transformers add to the weights, return something else, or need a package."""
+    plain = Path(shutil.copytree(folder, folder.parent / "plain", ignore=shutil.ignore_patterns("adapter*")))
+    if "output_attentions" in json.loads((plain / "config.json").read_text()):
+        outputs = dict(return_dict=True, output_attentions=False, output_hidden_states=False)
+        change_config(plain, **outputs, _attn_implementation=None)
+    return plain
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_shape(name, text, tmp_path, capfd, caplog):
+    shape = SHAPES[name]
+    folder = write(shape, tmp_path / "model")
+    capfd.readouterr()
+    if shape.refused:
+        assert Pipeline(folder, text, tmp_path / "out", split_method="Random").split() == 2
+        assert_one_line(capfd.readouterr().err, shape.refused)
+        assert not (tmp_path / "out").exists()
+        return
+    moe = converted(folder, text, tmp_path / "out").moe
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("run_moefication")]
+    assert len(lines) == (4 if shape.said else 0)  # once in each stage
+    assert all(shape.said in line for line in lines)
+
+    tokens = torch.arange(2 * 48).view(2, 48) % VOCABULARY
+    dense = for_transformers(folder)
+    model = AutoModelForCausalLM.from_pretrained(moe, dtype=torch.float32).eval()
+    model.set_num_experts_per_tok(4)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()(tokens).logits
+        assert (model(tokens).logits - expected).abs().max() < 1e-4
+    assert expected.abs().max() > 1
+
+    dense_tokenizer, moe_tokenizer = AutoTokenizer.from_pretrained(dense), AutoTokenizer.from_pretrained(moe)
+    texts = [*PLAIN_TEXTS, *MARKUP_TEXTS, *dense_tokenizer.all_special_tokens]
+    assert moe_tokenizer(texts)["input_ids"] == dense_tokenizer(texts)["input_ids"]
+
+
+def test_evaluation_of_a_shape_agrees_with_its_source(text, tmp_path, run_script):
+    """The head, the window, the tokens and the steering fields at once: with all experts on, the ratio is one."""
+    shape = Shape({}, SHAPES["Mistral v0.2"].written | SHAPES["a config that steers"].written)
+    folder = write(shape, tmp_path / "model")
+    moe = converted(folder, text, tmp_path / "out").moe
+    arguments = ["--model_path", folder, moe, "--text_path", text / "c4.jsonl", "--num_selects", 4, "--json"]
+    status, out, _ = run_script(llama_evaluate.main, *arguments)
+    assert status == 0
+    dense, everything = json.loads(out)
+    assert everything["predicted_tokens"] == dense["predicted_tokens"]
+    assert everything["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
+
+
+def test_a_mistrals_own_defaults_reach_the_new_config(text, tmp_path):
+    folder = write(SHAPES["Mistral, positions left out"], tmp_path / "model")
+    moe = converted(folder, text, tmp_path / "out").moe
+    assert json.loads((moe / "config.json").read_text())["max_position_embeddings"] == 131072
+
+
+def test_models_that_read_other_tokens_are_not_compared(text, tmp_path, run_script):
+    models = [write(Shape(tokenizer=save), tmp_path / save.__name__) for save in (save_sentencepiece, save_byte_level)]
+    arguments = ["--model_path", *models, "--text_path", text / "c4.jsonl"]
+    status, out, err = run_script(llama_evaluate.main, *arguments)
+    assert (status, out) == (2, "")
+    assert_one_line(err, "read other tokens of")
+
+
+def test_an_adapter_is_left_out_of_evaluations_too(text, tmp_path, run_script, caplog):
+    plain = write(Shape(), tmp_path / "plain")
+    beside = write(SHAPES["a LoRA adapter beside"], tmp_path / "beside")
+    arguments = ["--model_path", plain, beside, "--text_path", text / "c4.jsonl", "--json"]
+    status, out, _ = run_script(llama_evaluate.main, *arguments)
+    rows = json.loads(out)
+    assert status == 0
+    assert rows[0]["perplexity"] == rows[1]["perplexity"]
+    assert "the LoRA adapter beside the weights is not read" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_no_code_of_a_checkpoint_runs_and_nothing_is_asked(file, text, tmp_path, run_script, monkeypatch):
+    """As an InternLM2 in LLaMA's names ships it: a prompt answered with yes would run it."""
+    folder = write(Shape(tokenizer=save_byte_level), tmp_path / "model")
+    code = f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\nclass X: ...\n"
+    (folder / "tokenization_x.py").write_text(code)
+    auto_map = {"AutoTokenizer": ["tokenization_x.X", None], "AutoConfig": "tokenization_x.X"}
+    content = json.loads((folder / file).read_text()) | {"auto_map": auto_map, "tokenizer_class": "X"}
+    (folder / file).write_text(json.dumps(content))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt"))
+    stages = Pipeline(folder, text, tmp_path / "out")
+    for main, arguments in [
+        ("llama_get_hidden_features", [*stages.feature_arguments()]),
+        ("llama_evaluate", ["--model_path", folder, "--text_path", text / "c4.jsonl"]),
+    ]:
+        script = __import__(f"run_moefication.{main}", fromlist=["main"])
+        status, out, err = run_script(script.main, *arguments)
+        assert (status, out) == (2, "")
+        assert_one_line(err, f"auto_map in {file}")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_checkpoint_runs_the_installed_code(text, tmp_path, monkeypatch):
+    moe = converted(write(Shape(), tmp_path / "model"), text, tmp_path / "out").moe
+    for file in moe.glob("*.py"):
+        file.write_text(f"raise SystemExit({file.name!r})\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt"))
+    assert llama_evaluate.main(["--model_path", str(moe), "--text_path", str(text / "c4.jsonl")]) == 0
+
+
+def test_change_of_the_kind_of_model_is_noticed_in_the_token_cache(text, tmp_path):
+    """The same tokenizer files are another tokenizer beside another kind of model."""
+    folder = write(SHAPES["Mistral v0.2"], tmp_path / "model")
+    pipeline = Pipeline(folder, text, tmp_path / "out")
+    assert pipeline.features() == 0
+    cached = {path.read_bytes() for path in (tmp_path / "out" / "cache").glob("*.tokens")}
+    change_config(folder, model_type="llama")
+    shutil.rmtree(pipeline.features_folder)
+    assert pipeline.features() == 0
+    assert {path.read_bytes() for path in (tmp_path / "out" / "cache").glob("*.tokens")} > cached
