@@ -90,7 +90,7 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     """The tokenizer of the GGUF file in `folder`."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, **SOURCE)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **SOURCE)
     tokenizer.eos_token = END  # as the file says; transformers 5.17 takes the token that begins a message
     return tokenizer
 
@@ -115,7 +115,7 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
     """Read the GGUF file in `folder` as float32; save model and tokenizer in the folder `checkpoint`."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    quantized = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **SOURCE)
+    quantized = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=False, **SOURCE)
     # transformers refuses to save a model that came from a GGUF file: the weights go into one that did not.
     leftovers = {"quantization_config", "_name_or_path", "_model_name_or_path"}
     settings = {key: value for key, value in quantized.config.to_dict().items() if key not in leftovers}

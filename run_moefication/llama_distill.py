@@ -9,6 +9,7 @@ each parameter that is trained; disk, until it is done: 12, and twice that while
 """
 
 import argparse
+import os
 import sys
 
 from run_moefication import command_line
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def distill(arguments: argparse.Namespace) -> None:
     """Run the stage in this process of one or several, and print what the training gained."""
-    process = command_line.this_process(arguments, "it waits until the others have been started, too")
+    process = command_line.this_process(arguments, f"it trains with the others, and waits for them at {_meeting()}")
     rank = process.rank
     device = command_line.pick_device(arguments, process.local_rank)
     from run_moefication.moefication.checkpoints import Checkpoint
@@ -104,6 +105,10 @@ def distill(arguments: argparse.Namespace) -> None:
             f"({min(shares):.1%} to {max(shares):.1%} in {len(shares)} layers)"
         )
         command_line.report(writer, "llama_evaluate.py (evaluate.sh)")
+
+
+def _meeting() -> str:
+    return f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -47,14 +47,15 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
-    # In a program that does not import llama_moe, add trust_remote_code=True: the checkpoint carries its code.
-    model = AutoModelForCausalLM.from_pretrained(arguments.model_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_path, trust_remote_code=False)
+    # A program that does not import llama_moe says True instead: the checkpoint carries its code.
+    model = AutoModelForCausalLM.from_pretrained(arguments.model_path, trust_remote_code=False).eval()
     if not isinstance(model, llama_moe.LlamaMoEForCausalLM):
         parser.error(f"--model_path {arguments.model_path} is a {type(model).__name__}, not a LlamaMoEForCausalLM")
     if arguments.dense_path:
         print("dense:")
-        complete(AutoModelForCausalLM.from_pretrained(arguments.dense_path).eval(), tokenizer, arguments)
+        dense = AutoModelForCausalLM.from_pretrained(arguments.dense_path, trust_remote_code=False).eval()
+        complete(dense, tokenizer, arguments)
     for num_selects in arguments.num_selects or [None]:
         if num_selects is not None:
             try:

@@ -3,6 +3,7 @@
 import gc
 import logging
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -121,6 +122,11 @@ def mean_kl(
 def training_arguments(seed: int, device: str, **settings) -> TrainingArguments:
     """What the Trainer needs to know, but for its `output_dir`; `settings` are its own names for the rest. Joins the
     processes that torchrun started."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "MASTER_ADDR" not in os.environ:
+        raise MoEficationError(
+            "WORLD_SIZE says that there are several processes, but MASTER_ADDR does not say where they meet: "
+            "start them with torchrun, or unset RANK and WORLD_SIZE"
+        )
     on_cpu = torch.device(device).type == "cpu"
     try:
         arguments = TrainingArguments(

@@ -50,3 +50,24 @@ def test_a_model_not_given_is_one_line(run):
     assert result.returncode == 2
     assert "argument --model_path: the path is empty" in result.stderr.splitlines()[-1]
     assert not list(run.folder.iterdir())
+
+
+def test_left_over_names_of_processes_are_told(run, tiny_llama, text_folder, tmp_path):
+    """Processes that do not meet are not started; where they would meet is told before it is waited for."""
+    Pipeline(tiny_llama, text_folder, tmp_path / "out", moe=run.folder / "moe-Calibrated").run()
+    command = [sys.executable, SCRIPT.parent / "llama_distill.py", "--model_path", tiny_llama]
+    command += ["--moe_path", run.folder / "moe-Calibrated", "--save_path", tmp_path / "distilled"]
+    command += ["--train_data_path", text_folder, "--block_size", "32", "--max_tokens", "128"]
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    told, error = result.stderr.splitlines()
+    assert result.returncode == 2
+    assert "RANK 0 of WORLD_SIZE 2: it trains with the others, and waits for them at MASTER_ADDR:MASTER_PORT" in told
+    assert "MASTER_ADDR does not say where they meet: start them with torchrun" in error
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    waiting = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        assert "waits for them at 127.0.0.1:29517" in waiting.stderr.readline()
+    finally:
+        waiting.kill()
+        waiting.communicate()
