@@ -117,7 +117,7 @@ def token_counter(model_path: Path | None) -> Callable[[str], int]:
     """The function that counts the tokens of a text."""
     if model_path is None:
         return lambda text: -(-len(text) // CHARACTERS_PER_TOKEN)
-    from run_moefication.moefication.tokens import encode, load_tokenizer
+    from run_moefication.moefication.text.tokens import encode, load_tokenizer
 
     tokenizer = load_tokenizer(model_path)
     return lambda text: len(encode([text], tokenizer)[0])

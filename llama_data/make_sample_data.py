@@ -137,7 +137,7 @@ def recipe(sources: Iterable[Source]) -> dict:
 
 def count_tokens(tokenizer, texts: list[str]) -> list[int]:
     """Number of tokens of each text."""
-    from run_moefication.moefication import tokens  # brings torch in, which takes its time
+    from run_moefication.moefication.text import tokens  # brings torch in, which takes its time
 
     return [len(ids) for ids in tokens.encode(texts, tokenizer)]
 
@@ -209,7 +209,7 @@ def refuse_foreign_files(output_dir: Path, files: dict[str, bytes], old: dict) -
 
 def write_files(output_dir: Path, files: dict[str, bytes]) -> None:
     """Write the files in their order, each complete under its name or absent."""
-    from run_moefication.moefication.files import write_atomically  # brings torch in, which takes its time
+    from run_moefication.moefication.storage.files import write_atomically  # brings torch in, which takes its time
 
     for name, content in files.items():
         write_atomically(output_dir / name, lambda file, content=content: file.write(content))

@@ -30,7 +30,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a manifest or state, whole or not at all."""
-    from run_moefication.moefication.files import write_json  # brings torch in, which takes its time
+    from run_moefication.moefication.storage.files import write_json  # brings torch in, which takes its time
 
     write_json(path, record)
 

@@ -47,7 +47,7 @@ def new_folder(folder: Path, source: dict[str, Any], overwrite: bool = False) ->
     Raises:
         MoEficationError: see `refuse_occupied`; or another process is making the same folder.
     """
-    from run_moefication.moefication.files import sync  # brings torch in, which takes its time
+    from run_moefication.moefication.storage.files import sync  # brings torch in, which takes its time
 
     folder = folder.resolve()
     refuse_occupied(folder, overwrite)
@@ -82,7 +82,7 @@ def new_folder(folder: Path, source: dict[str, Any], overwrite: bool = False) ->
 
 def _complete(partial: Path, source: dict[str, Any]) -> None:
     """Write the record, give every file the rights that a new file has here, and have all of it on the disk."""
-    from run_moefication.moefication.files import sync
+    from run_moefication.moefication.storage.files import sync
 
     names = sorted(path.name for path in partial.iterdir() if path.name != UNFINISHED)
     record = source | {"files": _sizes(partial, names)}

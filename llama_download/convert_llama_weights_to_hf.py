@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from llama_download.meta_checkpoint import MetaCheckpoint
-    from run_moefication.moefication.sharding import PlannedTensor
+    from run_moefication.moefication.checkpoints.writer import PlannedTensor
 
 MODEL_SIZES = ("7B", "13B", "30B", "65B", "70B", "1B", "3B", "8B", "auto")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -81,7 +81,7 @@ def convert(arguments: argparse.Namespace) -> None:
     from llama_download.checkpoint_folder import is_complete, new_folder, refuse_occupied
     from llama_download.meta_checkpoint import MetaCheckpoint
     from llama_download.tokenizer_conversion import convert_tokenizer
-    from run_moefication.moefication.files import file_sha256
+    from run_moefication.moefication.storage.files import file_sha256
 
     model = MetaCheckpoint(folder)
     model.require_size(arguments.model_size)
@@ -141,8 +141,8 @@ def write_model(
     import torch
     from transformers import GenerationConfig
 
-    from run_moefication.moefication.checkpoints import Checkpoint
-    from run_moefication.moefication.sharding import WEIGHTS_INDEX, plan_shards, shard_index
+    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.checkpoints.writer import WEIGHTS_INDEX, plan_shards, shard_index
 
     dtype = model.dtype if dtype_name is None else getattr(torch, dtype_name)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from run_moefication.moefication.checkpoints.tokenizers import MARKUP_TEXTS, PLAIN_TEXTS
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.tokenizers import MARKUP_TEXTS, PLAIN_TEXTS
 
 Piece = TypeVar("Piece", str, bytes)
 

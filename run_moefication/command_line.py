@@ -124,7 +124,7 @@ def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 def read_corpus(arguments: argparse.Namespace, checkpoint: Any, progress: Callable) -> Any:
     """The corpus that the options of `add_corpus` and `--seed` choose, as this dense model's tokenizer cuts it."""
-    from run_moefication.moefication.corpus import parse_domain_weights, require_block_size, training_corpus
+    from run_moefication.moefication.text.corpus import parse_domain_weights, require_block_size, training_corpus
 
     domain_weights = parse_domain_weights(arguments.domain_weights)
     positions = checkpoint.config.max_position_embeddings

@@ -59,9 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
 def calibrate(arguments: argparse.Namespace) -> None:
     """Run the stage and print what each layer's fit gained."""
     device = command_line.pick_device(arguments)
-    from run_moefication.moefication.calibration import CalibrationSettings, final_norm_metrics, layer_metrics
-    from run_moefication.moefication.calibration import calibrate as calibrate_checkpoint
-    from run_moefication.moefication.checkpoints import Checkpoint
+    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.stages.calibrate import CalibrationSettings, final_norm_metrics, layer_metrics
+    from run_moefication.moefication.stages.calibrate import calibrate as calibrate_checkpoint
 
     settings = CalibrationSettings(
         num_selects=arguments.num_selects,

@@ -61,9 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Run the stage and print what kind of checkpoint came out."""
-    from run_moefication.moefication.checkpoints import Checkpoint
-    from run_moefication.moefication.conversion import ConversionSettings
-    from run_moefication.moefication.conversion import convert as convert_checkpoint
+    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.stages.convert import ConversionSettings
+    from run_moefication.moefication.stages.convert import convert as convert_checkpoint
 
     settings = ConversionSettings(
         num_experts=arguments.num_experts,

@@ -65,10 +65,10 @@ def distill(arguments: argparse.Namespace) -> None:
     process = command_line.this_process(arguments, f"it trains with the others, and waits for them at {_meeting()}")
     rank = process.rank
     device = command_line.pick_device(arguments, process.local_rank)
-    from run_moefication.moefication.checkpoints import Checkpoint
-    from run_moefication.moefication.distillation import RESULT, DistillationSettings
-    from run_moefication.moefication.distillation import distill as distill_checkpoint
+    from run_moefication.moefication.checkpoints.dense import Checkpoint
     from run_moefication.moefication.progress import no_progress
+    from run_moefication.moefication.stages.distill import RESULT, DistillationSettings
+    from run_moefication.moefication.stages.distill import distill as distill_checkpoint
 
     settings = DistillationSettings(
         num_selects=arguments.num_selects,

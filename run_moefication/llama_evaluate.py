@@ -53,7 +53,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the tables or the JSON."""
     device = command_line.pick_device(arguments)
     from run_moefication.moefication.errors import MoEficationError
-    from run_moefication.moefication.evaluation import evaluate as evaluate_checkpoints
+    from run_moefication.moefication.stages.evaluate import evaluate as evaluate_checkpoints
 
     if arguments.json not in (None, "-"):
         file = Path(arguments.json)

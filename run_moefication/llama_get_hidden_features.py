@@ -47,10 +47,10 @@ def get_hidden_features(arguments: argparse.Namespace) -> None:
     process = command_line.this_process(arguments, "it records its share, and the others must be started, too")
     rank = process.rank
     device = command_line.pick_device(arguments, process.local_rank)
-    from run_moefication.moefication.checkpoints import Checkpoint
-    from run_moefication.moefication.hidden_features import extract_features
+    from run_moefication.moefication.artifacts.split import require_template
+    from run_moefication.moefication.checkpoints.dense import Checkpoint
     from run_moefication.moefication.progress import no_progress
-    from run_moefication.moefication.splitting import require_template
+    from run_moefication.moefication.stages.features import extract_features
 
     require_template(arguments.templates)
     progress = command_line.progress_bar if rank == 0 else no_progress

@@ -78,9 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
 def select(arguments: argparse.Namespace) -> None:
     """Run the stage and print how good the gates are."""
     device = command_line.pick_device(arguments)
-    from run_moefication.moefication.checkpoints import Checkpoint
-    from run_moefication.moefication.gate_settings import GateSettings
-    from run_moefication.moefication.gate_training import parse_layers, train_gates
+    from run_moefication.moefication.artifacts.gate_settings import GateSettings
+    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.stages.select import parse_layers, train_gates
 
     settings = GateSettings(
         templates=arguments.templates,

@@ -60,8 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
 def split(arguments: argparse.Namespace) -> None:
     """Run the stage and print the balance of what came out."""
     device = command_line.pick_device(arguments)
-    from run_moefication.moefication.checkpoints import Checkpoint
-    from run_moefication.moefication.splitting import parse_templates
+    from run_moefication.moefication.artifacts.split import parse_templates
+    from run_moefication.moefication.checkpoints.dense import Checkpoint
 
     templates = parse_templates(arguments.templates)
     checkpoint = Checkpoint(arguments.model_path)
@@ -81,7 +81,7 @@ def split(arguments: argparse.Namespace) -> None:
 
 def _by_weights(arguments: argparse.Namespace, checkpoint: Any, templates: list[str], device: str) -> Any:
     from run_moefication.moefication.errors import MoEficationError
-    from run_moefication.moefication.splitting import split_by_weights
+    from run_moefication.moefication.stages.split import split_by_weights
 
     for name in ("num_shared_experts", "keep_fraction", "train_data_path", "hidden_features_path"):
         if getattr(arguments, name):
@@ -100,9 +100,9 @@ def _by_weights(arguments: argparse.Namespace, checkpoint: Any, templates: list[
 
 
 def _by_activations(arguments: argparse.Namespace, checkpoint: Any, templates: list[str], device: str) -> Any:
-    from run_moefication.moefication.activation_split import split_by_activations
+    from run_moefication.moefication.artifacts.features import Features
     from run_moefication.moefication.errors import MoEficationError
-    from run_moefication.moefication.hidden_features import Features
+    from run_moefication.moefication.stages.split_on_activations import split_by_activations
 
     if bool(arguments.train_data_path) == bool(arguments.hidden_features_path):
         raise MoEficationError("--cluster_on activations needs either --train_data_path or --hidden_features_path")

@@ -27,8 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def split(arguments: argparse.Namespace) -> None:
     """Run the stage and print what came out."""
-    from run_moefication.moefication.checkpoints import Checkpoint
-    from run_moefication.moefication.splitting import parse_templates, split_at_random
+    from run_moefication.moefication.artifacts.split import parse_templates
+    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.stages.split import split_at_random
 
     checkpoint = Checkpoint(arguments.model_path)
     writer = split_at_random(

@@ -148,7 +148,7 @@ class Store:
 
     def numbers(self, row: Row) -> dict[str, Any]:
         """A row's numbers, measured now unless they are there."""
-        from run_moefication.moefication.files import write_json
+        from run_moefication.moefication.storage.files import write_json
 
         settings = self._settings | row.settings
         if self._rows.get(row.key, {}).get("settings") != settings:
@@ -165,8 +165,8 @@ def rows(setup: Any) -> Iterator[Row]:
     """All rows, the dense model first."""
     import quality_methods as quality
 
-    from run_moefication.moefication.calibration import HELD_OUT, MOST_FINAL_TOKENS
-    from run_moefication.moefication.final_norm import PRIOR_TOKENS
+    from run_moefication.moefication.fitting.final_norm import PRIOR_TOKENS
+    from run_moefication.moefication.stages.calibrate import HELD_OUT, MOST_FINAL_TOKENS
 
     arguments = setup.arguments
     calibrated = {"held_out": HELD_OUT, "final_tokens": MOST_FINAL_TOKENS, "prior_tokens": PRIOR_TOKENS}  # of the fits

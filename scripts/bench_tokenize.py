@@ -44,10 +44,10 @@ def bench(arguments: argparse.Namespace) -> None:
     """Measure the speed and, if asked, the memory, printing as it goes."""
     import torch
 
-    from run_moefication.moefication.checkpoints import Checkpoint
-    from run_moefication.moefication.documents import DocumentReader, find_text_files
-    from run_moefication.moefication.tokenizers import load_tokenizer
-    from run_moefication.moefication.tokens import tokenize
+    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.checkpoints.tokenizers import load_tokenizer
+    from run_moefication.moefication.text.documents import DocumentReader, find_text_files
+    from run_moefication.moefication.text.tokens import tokenize
 
     if arguments.rounds < 1:
         raise MoEficationError(f"--rounds {arguments.rounds} must be at least 1")
@@ -87,7 +87,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
 def memory(checkpoint, texts: list[str], gigabytes: float) -> dict[str, object]:
     """Peak anonymous memory of this process, above what it had, while a generated file becomes blocks."""
-    from run_moefication.moefication.corpus import training_corpus
+    from run_moefication.moefication.text.corpus import training_corpus
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "text.jsonl")

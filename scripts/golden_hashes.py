@@ -3,9 +3,9 @@
     python scripts/golden_hashes.py > /tmp/before      # on the commit before, in its own checkout
     python scripts/golden_hashes.py | diff /tmp/before -
 
-Runs the numbered shell scripts with RECIPE=plain and RECIPE=calibrated on a random LLaMA of two layers and a few hundred
-lines of made-up text. Prints one line for each file: its sha256 and its path. Manifests, which hold versions and timings,
-model cards and code are left out. The hashes are of one machine and one set of versions, so none are kept in git.
+Runs the numbered shell scripts with RECIPE=plain and RECIPE=calibrated on a random LLaMA of two layers and a few
+hundred lines of made-up text. Prints one line for each file: sha256 and path. Manifests, which hold versions and
+timings, model cards and code are left out. Hashes depend on the machine and on versions, so none are kept in git.
 """
 
 import argparse
@@ -16,11 +16,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from run_moefication.moefication.files import file_sha256
+from run_moefication.moefication.storage.files import file_sha256
 
 STAGES = Path(__file__).resolve().parents[1] / "run_moefication"
 SCRIPTS = ("1_split", "2_get_hidden_features", "3_select", "4_convert", "5_calibrate", "6_distill")
-WORDS = "the cat sat on a mat and looked at moon road snow fell night morning city three bridges wall of ring".split()
+WORDS = "the cat sat on a mat and looked at moon road snow fell night morning city three bridges wall of ring"
 SETTINGS = {
     "NUM_GPUS": "1",
     "OMP_NUM_THREADS": "1",  # sums are in another order on another number of threads
@@ -51,7 +51,7 @@ def make_model(folder: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=300, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
     )
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    tokenizer.train_from_iterator([WORDS], trainer)
     names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
@@ -61,7 +61,7 @@ def make_text(folder: Path) -> None:
     generator = random.Random(0)
     folder.mkdir()
     for domain in ("c4", "github"):
-        sentences = (" ".join(generator.choices(WORDS, k=12)) for _ in range(300))
+        sentences = (" ".join(generator.choices(WORDS.split(), k=12)) for _ in range(300))
         lines = [f'{{"text": "{domain} {sentence}."}}\n' for sentence in sentences]
         (folder / f"{domain}.jsonl").write_text("".join(lines))
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from run_moefication.moefication.activation_split import JITTER
-from run_moefication.moefication.balanced_kmeans import balanced_kmeans
+from run_moefication.moefication.fitting.balanced_kmeans import balanced_kmeans
+from run_moefication.moefication.stages.split_on_activations import JITTER
 
 # A layer's choice: MLP inputs [T, H] and activations [T, I] -> which neurons run, bool [T, I].
 Choice = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

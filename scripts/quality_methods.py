@@ -17,19 +17,20 @@ from transformers import AutoModelForCausalLM
 
 from llama_moe import record_routing
 from run_moefication.command_line import pick_device, progress_bar
-from run_moefication.moefication.activation_split import split_by_activations
-from run_moefication.moefication.calibration import CalibrationSettings, calibrate
-from run_moefication.moefication.checkpoints import TEMPLATES, Checkpoint
-from run_moefication.moefication.conversion import ConversionSettings, convert
-from run_moefication.moefication.corpus import Corpus, training_corpus
-from run_moefication.moefication.distillation import DistillationSettings, distill
+from run_moefication.moefication.artifacts.features import Features
+from run_moefication.moefication.artifacts.gate_settings import GateSettings
+from run_moefication.moefication.checkpoints.dense import TEMPLATES, Checkpoint
+from run_moefication.moefication.checkpoints.transformers_library import quiet_transformers
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.evaluation import active_share, first_tokens
-from run_moefication.moefication.gate_settings import GateSettings
-from run_moefication.moefication.gate_training import train_gates
-from run_moefication.moefication.hidden_features import Features, extract_features
-from run_moefication.moefication.splitting import split_at_random, split_by_weights
-from run_moefication.moefication.transformers_library import quiet_transformers
+from run_moefication.moefication.stages.calibrate import CalibrationSettings, calibrate
+from run_moefication.moefication.stages.convert import ConversionSettings, convert
+from run_moefication.moefication.stages.distill import DistillationSettings, distill
+from run_moefication.moefication.stages.evaluate import active_share, first_tokens
+from run_moefication.moefication.stages.features import extract_features
+from run_moefication.moefication.stages.select import train_gates
+from run_moefication.moefication.stages.split import split_at_random, split_by_weights
+from run_moefication.moefication.stages.split_on_activations import split_by_activations
+from run_moefication.moefication.text.corpus import Corpus, training_corpus
 
 BLOCK = 512
 BATCH = 8  # blocks at a time

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 def show(arguments: argparse.Namespace) -> None:
     """Print the table of some files' rows, and draw them."""
     from run_moefication.moefication.errors import MoEficationError
-    from run_moefication.moefication.files import read_json_object
+    from run_moefication.moefication.storage.files import read_json_object
 
     files = [read_json_object(path, "give files of bench_quality.py --json") for path in arguments.rows]
     if any(DENSE not in file for file in files):

@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     from transformers.utils import logging
 
     import llama_moe
+    from run_moefication.moefication.checkpoints.moe import require_num_selects
     from run_moefication.moefication.errors import MoEficationError
-    from run_moefication.moefication.moe_checkpoints import require_num_selects
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

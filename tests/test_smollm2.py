@@ -11,7 +11,7 @@ import torch
 from pipeline import Pipeline, load_dense, load_moe
 from transformers import AutoTokenizer
 
-from run_moefication.moefication.evaluation import evaluate
+from run_moefication.moefication.stages.evaluate import evaluate
 
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time, there was a small"]
 LAYERS = 30

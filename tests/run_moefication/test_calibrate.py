@@ -21,11 +21,12 @@ from transformers import AutoModel, LlamaModel
 
 from llama_moe import record_routing
 from run_moefication import llama_calibrate, llama_evaluate
-from run_moefication.moefication import calibration, layer_calibration
-from run_moefication.moefication.calibration import CalibrationSettings, calibrate
-from run_moefication.moefication.checkpoints import Checkpoint
-from run_moefication.moefication.corpus import Corpus, training_corpus
-from run_moefication.moefication.layer_walk import batches_of
+from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.layers.decoder import batches_of
+from run_moefication.moefication.stages import calibrate as calibration
+from run_moefication.moefication.stages import calibrate_layer as layer_calibration
+from run_moefication.moefication.stages.calibrate import CalibrationSettings, calibrate
+from run_moefication.moefication.text.corpus import Corpus, training_corpus
 
 BLOCK, TOKENS = 32, 1500
 CORPUS = ["--block_size", BLOCK, "--max_tokens", TOKENS]

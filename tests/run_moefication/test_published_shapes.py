@@ -17,7 +17,7 @@ from tiny_tokenizers import save_byte_level, save_sentencepiece, save_tekken, sa
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from run_moefication import llama_evaluate
-from run_moefication.moefication.tokenizers import MARKUP_TEXTS, PLAIN_TEXTS
+from run_moefication.moefication.checkpoints.tokenizers import MARKUP_TEXTS, PLAIN_TEXTS
 
 VOCABULARY = 640  # more than any of the tokenizers has
 HALF_HEAD = TINY["hidden_size"] // TINY["num_attention_heads"] // 2

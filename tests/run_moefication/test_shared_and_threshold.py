@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from llama_moe import record_routing
 from run_moefication import llama_evaluate
-from run_moefication.moefication import conversion
+from run_moefication.moefication.stages import convert as conversion
 
 GATE = "layers.{}.mlp.gate_proj.weight"
 # float32 sums of the same terms in another order: the design's bound for "the dense model" (invariant 1).

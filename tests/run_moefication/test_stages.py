@@ -15,7 +15,8 @@ from pipeline import Pipeline, contents, load_dense, load_moe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, LlamaForSequenceClassification, LlamaModel
 
-from run_moefication.moefication import artifacts, conversion
+from run_moefication.moefication.stages import convert as conversion
+from run_moefication.moefication.storage import folder as artifacts
 
 SCRIPTS = Path(artifacts.__file__).parents[1]
 # float32 sums of the same terms in another order: the design's bound for "the dense model" (invariant 1).

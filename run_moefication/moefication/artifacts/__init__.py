@@ -1,0 +1,1 @@
+"""What one stage hands the next, read back and checked."""

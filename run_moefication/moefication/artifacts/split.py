@@ -1,0 +1,93 @@
+"""Which expert each neuron belongs to: what the split stage writes, a file per layer, and reading it back."""
+
+from pathlib import Path
+
+import torch
+
+from ..checkpoints.dense import TEMPLATES, Checkpoint
+from ..errors import MoEficationError
+from ..fitting.balanced_kmeans import Clustering
+from ..storage.folder import ArtifactWriter, open_finished
+
+
+def split_folder(save_path: str | Path, model_name: str, num_experts: int, method: str = "Clustering") -> Path:
+    """`SAVE/NAME-8Expert-Split-Clustering`, or `-Split-Random`"""
+    return Path(save_path) / f"{model_name}-{num_experts}Expert-Split-{method}"
+
+
+def parse_templates(text: str) -> list[str]:
+    """Comma-separated templates, each one that names neurons by rows."""
+    templates = [template.strip() for template in text.split(",")]
+    for template in templates:
+        require_template(template)
+    if len(set(templates)) < len(templates):
+        raise MoEficationError(f"--templates names {max(templates, key=templates.count)} twice")
+    return templates
+
+
+def require_template(template: str) -> None:
+    """Refuse a template that is not one of the two whose rows are the neurons."""
+    if template not in TEMPLATES:
+        raise MoEficationError(f"--templates {template!r} is not one of {', '.join(TEMPLATES)}")
+
+
+def write_labels(writer: ArtifactWriter, name: str, labels: torch.Tensor, clusters: Clustering | None = None) -> None:
+    """Write one layer's labels `[intermediate_size]`, with what the clustering says of itself."""
+    metrics = clusters and {
+        "cost": clusters.cost,
+        "lower_bound_of_last_assignment": clusters.lower_bound,
+        "iterations": clusters.iterations,
+        "converged": clusters.converged,
+    }
+    writer.write_piece(name, {name: writer.write_tensors(name, labels)}, metrics)
+
+
+def require_shared(num_shared_experts: int, num_experts: int) -> None:
+    """Refuse shared experts that leave none to route, or none to share."""
+    if not 0 <= num_shared_experts < num_experts:
+        raise MoEficationError(
+            f"--num_shared_experts {num_shared_experts} is outside of 0 to {num_experts - 1}: they are some of the "
+            f"--num_experts {num_experts}, and one at least is routed"
+        )
+
+
+class Split:
+    """A finished split, checked against the model and the number of experts it is wanted for."""
+
+    def __init__(self, folder: str | Path, checkpoint: Checkpoint, template: str, num_experts: int):
+        require_template(template)
+        checkpoint.require_experts(num_experts)
+        self.artifact = open_finished(folder, "split")
+        self.artifact.require_source(checkpoint.fingerprint, checkpoint.name)
+        self.artifact.require_option("num_experts", num_experts)
+        if template not in self.artifact.options["templates"]:
+            raise MoEficationError(f"{folder} was not made on {template} but on {self.artifact.options['templates']}")
+        self.template, self.num_experts = template, num_experts
+        self.num_shared_experts = self.artifact.options.get("num_shared_experts", 0)
+        self.num_routed_experts = num_experts - self.num_shared_experts
+        self._width = checkpoint.config.intermediate_size
+        for layer in range(checkpoint.config.num_hidden_layers):
+            self.labels(layer)  # small, and better refused before work than in its middle
+
+    def labels(self, layer: int) -> torch.Tensor:
+        """int64 `[intermediate_size]`: the expert of each neuron; all have equally many, the last ones are shared."""
+        name = self.template.format(layer)
+        labels = self.artifact.load(name)
+        if not isinstance(labels, torch.Tensor) or labels.shape != (self._width,) or labels.is_floating_point():
+            raise MoEficationError(f"{self.artifact.folder / name} is not an int tensor of {self._width} neurons")
+        labels = labels.long()
+        in_range = ((labels >= 0) & (labels < self.num_experts)).all()
+        if not in_range or (labels.bincount(minlength=self.num_experts) != self._width // self.num_experts).any():
+            raise MoEficationError(f"{self.artifact.folder / name} does not cut the neurons into equal experts")
+        return labels
+
+    def routed_neurons(self, layer: int) -> torch.Tensor:
+        """int64 `[routed experts, width]`: the neurons of each routed expert, in their original order."""
+        return self._neurons(layer)[: self.num_routed_experts]
+
+    def shared_neurons(self, layer: int) -> torch.Tensor:
+        """int64 `[shared experts * width]`: the neurons of the shared experts, which are the last ones."""
+        return self._neurons(layer)[self.num_routed_experts :].flatten()
+
+    def _neurons(self, layer: int) -> torch.Tensor:
+        return self.labels(layer).argsort(stable=True).view(self.num_experts, -1)

@@ -1,0 +1,73 @@
+"""Residual streams of models that are run layer by layer, kept on the disk between layers.
+
+A mapped file holds the streams of every token before a layer: 4 * hidden_size bytes a token and model, whatever the
+number of layers. The streams before a layer stay there until the layer's results are written, so an interrupted walk
+goes on with the layer it was at.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from ..errors import MoEficationError
+from ..storage.files import sync
+from ..storage.folder import ArtifactWriter
+
+
+class Streams:
+    """Residual streams of one or several models, float32 `[models, tokens, H]`, in mapped files of a stage's folder.
+
+    For each layer in turn: read `before(layer)`, fill `begin(layer + 1)`, `commit(layer + 1)`, write the layer's
+    results, `remove(layer)`.
+    """
+
+    def __init__(self, writer: ArtifactWriter, shape: tuple[int, int, int]):
+        self._writer, self._shape = writer, shape
+
+    def before(self, layer: int) -> torch.Tensor:
+        """The streams before a layer, not to be written to."""
+        path = self._path(layer)
+        if not self.has(layer):
+            raise MoEficationError(f"{path} is missing or cut; run again with --overwrite")
+        return self._map(path)
+
+    def has(self, layer: int) -> bool:
+        """Whether the streams before this layer have been committed, and are whole."""
+        path = self._path(layer)
+        return path.is_file() and path.stat().st_size == 4 * torch.Size(self._shape).numel()
+
+    def layers_to_walk(self, missing: list[int], num_layers: int) -> list[int]:
+        """From the first layer whose results are missing to the last one; all layers, if the streams are gone."""
+        if not missing:
+            return []
+        return list(range(missing[0] if self.has(missing[0]) else 0, num_layers))
+
+    def begin(self, layer: int) -> torch.Tensor:
+        """Room for the streams before a layer, to be filled, then committed."""
+        path = self._temporary(layer)
+        path.unlink(missing_ok=True)
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a bus error in a mapped file
+                os.posix_fallocate(file.fileno(), 0, 4 * torch.Size(self._shape).numel())
+        return self._map(path)
+
+    def commit(self, layer: int) -> None:
+        """The streams before this layer are whole."""
+        sync(self._temporary(layer))
+        os.replace(self._temporary(layer), self._path(layer))
+
+    def remove(self, layer: int) -> None:
+        """The streams before this layer are needed no more."""
+        self._path(layer).unlink(missing_ok=True)
+
+    def _map(self, path: Path) -> torch.Tensor:
+        size = torch.Size(self._shape).numel()
+        return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(self._shape)
+
+    def _path(self, layer: int) -> Path:
+        return self._writer.scratch(f"streams.{layer}")
+
+    def _temporary(self, layer: int) -> Path:
+        path = self._path(layer)
+        return path.with_name(f".{path.name}.tmp")

@@ -1,0 +1,1 @@
+"""Model folders: dense LLaMA and LlamaMoE checkpoints read tensor by tensor, and new ones written."""

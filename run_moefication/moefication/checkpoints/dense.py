@@ -1,0 +1,253 @@
+"""Dense LLaMA checkpoints, read tensor by tensor: safetensors or .bin, sharded or not, with or without a head.
+
+Everything is checked when a checkpoint is opened, before any work: config, index, headers, names and shapes of all
+tensors. Tensors are memory-mapped; nothing is held here.
+"""
+
+import logging
+import re
+from collections.abc import Collection
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
+
+from ..errors import MoEficationError
+from ..progress import Progress, no_progress
+from ..storage.files import digest
+from .dense_config import expected_shapes, read_dense_config
+from .headers import ADAPTER, MERGE_ADAPTER, open_weights, read_headers
+from .transformers_library import first_line, quiet_transformers
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# The rows of these weights are the neurons of the MLP: what `--templates` may name.
+TEMPLATES = ("layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight")
+FINGERPRINT_SAMPLES = 16
+# Fields of config.json that say nothing about what the weights compute.
+CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+HEADS = (HEAD, "score.weight")
+# Tables of rotary embeddings, which older releases stored and today's compute from the config; and the value head of a
+# reinforcement learning, which reads the hidden states and changes none.
+UNUSED_TENSORS = re.compile(
+    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|v_head\..+"
+)
+COMPARED_ROWS = 4096  # of two matrices at a time
+# What the hub client raises: for an answer of the hub, for a file, a name, and (as the base of the first) the network.
+HUB_ERRORS = (HfHubHTTPError, HfHubHTTPError.__bases__[0], OSError, ValueError)
+
+
+def resolve_model_path(model_path: str) -> Path:
+    """A local folder, or a hub id (`owner/name`), downloaded to the hub's own cache."""
+    path = Path(model_path)
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise MoEficationError(f"--model_path {model_path} is a file; name the folder of the checkpoint")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) or model_path.startswith("."):
+        raise MoEficationError(f"--model_path {model_path!r} is no folder here, and no hub id (owner/name)")
+    try:
+        return Path(snapshot_download(model_path, ignore_patterns=["*.gguf", "*.pth", "original/*", "onnx/*"]))
+    except HUB_ERRORS as error:
+        raise MoEficationError(
+            f"--model_path {model_path} is no folder here and the hub has no answer ({first_line(error)})"
+        ) from error
+
+
+class Checkpoint:
+    """A validated dense LLaMA checkpoint.
+
+    Attributes:
+        name: last part of the path as it was given; artifact folders are named after it.
+        path: the folder.
+        raw_config: config.json as it stands.
+        config: the same as a `LlamaConfig` (Mistral's without sliding window is the same architecture), with the tied
+            or untied head that the tensors have.
+        tensors: name without the `model.` prefix -> `TensorInfo`, of those that today's LLaMA uses.
+    """
+
+    def __init__(self, model_path: str):
+        self.path = resolve_model_path(model_path)
+        self.name = Path(model_path).name or self.path.name
+        if self.name in (".", ".."):
+            self.name = self.path.name
+        self.raw_config, self.config = read_dense_config(self.path)
+        infos = read_headers(self.path)
+        unused = sorted(filter(UNUSED_TENSORS.fullmatch, infos))
+        infos = {name: info for name, info in infos.items() if name not in unused}
+        self._prefix = "model." if {f"model.{EMBEDDING}", "model.norm.weight"} & infos.keys() else ""
+        self._renamed: dict[str, str] = {}
+        self._open_files: dict[str, Any] = {}
+        self.tensors = {name.removeprefix(self._prefix): info for name, info in infos.items()}
+        # Heads apart, all names carry the prefix or none does.
+        self._refuse_surplus(infos.keys() - map(self._stored_name, self.tensors))
+        if self.config.tie_word_embeddings and EMBEDDING not in self.tensors and HEAD in self.tensors:
+            self._renamed[EMBEDDING] = HEAD  # the one tensor of a tied model, stored under its other name
+            self.tensors[EMBEDDING] = self.tensors.pop(HEAD)
+        self._check_tensors()
+        self._settle_head()
+        self._tell_unread(unused)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the MLP weights."""
+        return self.tensors[TEMPLATES[0].format(0)].dtype
+
+    @property
+    def lm_head(self) -> str | None:
+        """Name of the tensor that makes logits of the last hidden states; None where there is none."""
+        if self.config.tie_word_embeddings:
+            return EMBEDDING
+        return HEAD if HEAD in self.tensors else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the config and over name, shape and sampled values of every tensor; free of the file layout."""
+        config = {key: value for key, value in self.raw_config.items() if key not in CONFIG_NOISE}
+        tensors = []
+        for name in sorted(self.tensors):
+            flat = self.tensor(name).flatten()
+            samples = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].to(torch.float32)
+            tensors.append([name, str(flat.dtype), self.tensors[name].shape, samples.numpy().tobytes().hex()])
+        return digest([config, tensors])
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What manifests say of this model."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "num_layers": self.config.num_hidden_layers,
+            "hidden_size": self.config.hidden_size,
+            "intermediate_size": self.config.intermediate_size,
+        }
+
+    def check_finite(self, progress: Progress = no_progress) -> None:
+        """Raise MoEficationError, naming it, if a tensor that a causal LM uses holds NaN or infinite values."""
+        head = [] if self.lm_head is None else [self.lm_head]
+        for name in progress([*self.body_tensors(), *head], "check", "tensor"):
+            self.finite_tensor(name)
+
+    def body_tensors(self) -> list[str]:
+        """Names of the tensors of the model without its heads."""
+        return [name for name in self.tensors if name not in HEADS]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor by its name without `model.` prefix; memory-mapped, not to be written to."""
+        info = self.tensors[name]
+        stored = self._stored_name(name)
+        if info.file not in self._open_files:
+            self._open_files[info.file] = open_weights(self.path / info.file)
+        opened = self._open_files[info.file]
+        return opened[stored].detach() if isinstance(opened, dict) else opened.get_tensor(stored)
+
+    def finite_tensor(self, name: str) -> torch.Tensor:
+        """As `tensor`, refused if it holds NaN or infinity."""
+        tensor = self.tensor(name)
+        if not tensor.sum(dtype=torch.float64).isfinite():
+            raise MoEficationError(f"{self.path / self.tensors[name].file}: {name} holds NaN or infinite values")
+        return tensor
+
+    def mlp_tensor(self, layer: int, projection: str, device: str | torch.device = "cpu") -> torch.Tensor:
+        """`gate_proj.weight`, `up_proj.bias`, ... of a layer, in float32."""
+        return self.finite_tensor(f"layers.{layer}.mlp.{projection}").to(device, torch.float32)
+
+    def require_experts(self, num_experts: int) -> None:
+        """Refuse a number of experts that does not cut the MLP into equal parts; names what would."""
+        width = self.config.intermediate_size
+        if 1 <= num_experts <= width and width % num_experts == 0:
+            return
+        divisors = [n for n in range(1, width + 1) if width % n == 0]
+        nearby = sorted(sorted(divisors, key=lambda n: abs(n - num_experts))[:5])
+        raise MoEficationError(
+            f"--num_experts {num_experts} does not divide the MLP width {width} of {self.name}; "
+            f"near it, {', '.join(map(str, nearby))} do"
+        )
+
+    def load_model(self, device: str, dtype: torch.dtype) -> LlamaModel:
+        """The whole dense model without its head, for a forward pass."""
+        return self._load(LlamaModel, {name: self.tensor(name) for name in self.body_tensors()}, device, dtype)
+
+    def load_causal_lm(self, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
+        """The whole dense model with its head."""
+        if self.lm_head is None:
+            raise MoEficationError(f"{self.path} lacks weights of a causal LM ({HEAD})")
+        state = {f"model.{name}": self.tensor(name) for name in self.body_tensors()}
+        if self.lm_head == HEAD:
+            state[HEAD] = self.tensor(HEAD)
+        return self._load(LlamaForCausalLM, state, device, dtype)
+
+    def _load(
+        self, model_class: type[PreTrainedModel], state: dict[str, torch.Tensor], device: str, dtype: torch.dtype
+    ) -> PreTrainedModel:
+        # From the tensors as they were checked here, whatever files they lie in.
+        with quiet_transformers():
+            model, loading = model_class.from_pretrained(
+                None, config=self.config, state_dict=state, dtype=dtype, output_loading_info=True
+            )
+        if loading["missing_keys"] or loading["mismatched_keys"]:
+            raise MoEficationError(f"{self.path}: weights did not load ({sorted(loading['missing_keys'])[:3]})")
+        return model.to(device).eval()
+
+    def _stored_name(self, name: str) -> str:
+        return self._renamed.get(name) or (name if name in HEADS else self._prefix + name)
+
+    def _settle_head(self) -> None:
+        """Where `tie_word_embeddings` and the tensors disagree, the tensors decide, as they do in transformers."""
+        if self.config.tie_word_embeddings and HEAD in self.tensors and not self._has_equal_ends():
+            self.config.tie_word_embeddings = False
+            logger.warning(
+                "%s: its lm_head.weight is kept: it is not the embedding, though config.json has tie_word_embeddings",
+                self.path,
+            )
+
+    def _has_equal_ends(self) -> bool:
+        """Whether head and embedding hold the same values (in the dtype of the model, where theirs differ)."""
+        head, embedding = self.tensor(HEAD), self.tensor(EMBEDDING)
+        if head.dtype == embedding.dtype and head.data_ptr() == embedding.data_ptr():  # one tensor under two names
+            return True
+        pairs = zip(head.split(COMPARED_ROWS), embedding.split(COMPARED_ROWS), strict=True)
+        return all(torch.equal(a.to(self.dtype), b.to(self.dtype)) for a, b in pairs)
+
+    def _tell_unread(self, unused: list[str]) -> None:
+        if unused:
+            more = f" and {len(unused) - 1} more like it are" if len(unused) > 1 else " is"
+            logger.warning("%s: %s%s not read: LLaMA's logits do not depend on it", self.path, unused[0], more)
+        if (self.path / ADAPTER).exists():
+            logger.warning("%s: the LoRA adapter beside the weights is not read; %s", self.path, MERGE_ADAPTER)
+
+    def _refuse_surplus(self, names: Collection[str]) -> None:
+        if names:
+            raise MoEficationError(
+                f"{self.path} holds {min(names)}, which its config.json has no place for: is it this model's config?"
+            )
+
+    def _check_tensors(self) -> None:
+        expected = set()
+        shapes = expected_shapes(self.path, self.config)
+        if "score.weight" in self.tensors:  # of a classifier, with any number of labels
+            labels = self.tensors["score.weight"].shape[:1]
+            shapes = chain(shapes, [("score.weight", (*labels, self.config.hidden_size))])
+        for name, shape in shapes:
+            expected.add(name)
+            if name not in self.tensors:
+                if name == HEAD:
+                    continue  # base models have none, tied ones need none
+                raise MoEficationError(
+                    f"{self.path} lacks the tensor {self._stored_name(name)}, which its config.json calls for"
+                )
+            info = self.tensors[name]
+            if info.shape != shape:
+                raise MoEficationError(
+                    f"{self.path}: {name} has shape {list(info.shape)}, its config.json calls for {list(shape)}"
+                )
+            if info.dtype not in DTYPES.values():
+                raise MoEficationError(f"{self.path}: {name} is {info.dtype}; float32, float16 and bfloat16 are read")
+        self._refuse_surplus(self.tensors.keys() - expected)

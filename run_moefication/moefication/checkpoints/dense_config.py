@@ -1,0 +1,121 @@
+"""A dense model's config.json as the `LlamaConfig` of what its weights compute."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
+
+from ..errors import MoEficationError
+from ..storage.files import read_json_object
+from .transformers_library import CONFIG_ERRORS, first_line, last_line, quiet_transformers
+
+# Fields of config.json that describe the weights. All others steer the library (what it returns, how it computes), and
+# would steer the new model, too.
+DESCRIPTION = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "initializer_range", "attention_dropout"),
+    *("max_position_embeddings", "original_max_position_embeddings", "rope_parameters", "rope_theta", "rope_scaling"),
+    *("partial_rotary_factor", "attention_bias", "mlp_bias", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "num_labels", "id2label", "label2id", "problem_type"),
+)
+ROPE_FIELDS = ("rope_parameters", "rope_scaling")
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
+
+def read_dense_config(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
+    """config.json in a folder as it stands, and as a `LlamaConfig`: a Mistral without sliding window is a LLaMA.
+
+    What the file leaves out is what the model's own class says, for Mistral and LLaMA differ there.
+
+    Raises:
+        MoEficationError: another architecture, a model that cannot be built, or code that would have to be run.
+    """
+    file = path / "config.json"
+    raw = read_json_object(file, "is this the folder of a transformers checkpoint?")
+    kind = raw.get("model_type")
+    if kind not in ("llama", "mistral"):
+        raise MoEficationError(f"{path} is a {kind!r} model; llama, and mistral without sliding_window, are converted")
+    if raw.get("quantization_config"):
+        raise MoEficationError(f"{path} is quantised; give the checkpoint it was quantised from")
+    if raw.get("auto_map"):
+        raise MoEficationError(
+            f"{path} brings code of its own (auto_map in config.json), which is not run here; "
+            f"if its weights are those of a plain {kind}, remove auto_map"
+        )
+    if raw.get("per_layer_config"):
+        raise MoEficationError(f"{path} has layers of different shapes (per_layer_config), which are not converted")
+    if raw.get("is_causal", True) is not True:
+        raise MoEficationError(f"{path} is no causal model (is_causal in config.json), which is not converted")
+    for name in ROPE_FIELDS:
+        if not isinstance(raw.get(name), dict | None):
+            raise MoEficationError(f"{file}: {name} is {raw[name]!r}; an object is needed")
+    for name in SIZES:
+        value = raw.get(name, 1)  # one that is left out is as the class has it
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise MoEficationError(f"{file}: {name} is {value!r}; a positive integer is needed")
+    config = _mistral(file, raw) if kind == "mistral" else _built(LlamaConfig, file, _described(raw))
+    if config.hidden_act not in ("silu", "swish"):
+        raise MoEficationError(f"{path} has hidden_act {config.hidden_act!r}; MLPs with SiLU (SwiGLU) are converted")
+    return raw, config
+
+
+def _described(fields: dict[str, Any]) -> dict[str, Any]:
+    # Copies, since transformers writes defaults into the dict of rope parameters that it is given.
+    return {name: deepcopy(fields[name]) for name in DESCRIPTION if name in fields}
+
+
+def _mistral(file: Path, raw: dict[str, Any]) -> LlamaConfig:
+    own = [name for name in ("sliding_window",) if name in raw]
+    mistral = _built(MistralConfig, file, _described(raw) | {name: raw[name] for name in own})
+    if mistral.sliding_window is not None:
+        found = f"sliding_window {mistral.sliding_window}"
+        if not own:
+            found += ' (what its config.json means by leaving it out; "sliding_window": null says that there is none)'
+        raise MoEficationError(f"{file.parent} is a Mistral with {found}, which LLaMA attention does not have")
+    fields = _described(mistral.to_dict()) | {"attention_bias": False, "mlp_bias": False}  # Mistral has neither
+    return _built(LlamaConfig, file, fields)
+
+
+def _built(config_class: type, file: Path, fields: dict[str, Any]) -> Any:
+    try:
+        with quiet_transformers():
+            return config_class.from_dict(fields)
+    except CONFIG_ERRORS as error:
+        raise MoEficationError(f"{file}: {last_line(error)}") from error
+
+
+def _require_fitting_heads(config: LlamaConfig, rotary_width: int) -> None:
+    """Raise ValueError where a model could be built, but would fail on its first token."""
+    heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % key_value_heads:
+        raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {key_value_heads}")
+    if rotary_width != config.head_dim:
+        raise ValueError(f"its rope turns {rotary_width} of the {config.head_dim} dimensions of a head")
+
+
+def expected_shapes(path: Path, config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names (without `model.`) and shapes of a LLaMA of this config, from transformers itself.
+
+    One layer is built on the meta device and repeated lazily, so that an absurd layer count costs nothing.
+    """
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig.from_dict(config.to_dict() | {"num_hidden_layers": 1}))
+        _require_fitting_heads(config, 2 * model.model.rotary_emb.inv_freq.numel())
+        tensors = model.state_dict()
+    # Sizes that no tensor has (2^63, -1, no key-value heads), and rope of fields that do not go together.
+    except (RuntimeError, AssertionError, ArithmeticError, *CONFIG_ERRORS) as error:
+        raise MoEficationError(
+            f"{path / 'config.json'} describes no model that can be built ({first_line(error)})"
+        ) from error
+    shapes = {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in tensors.items()}
+    for layer in range(config.num_hidden_layers):
+        for name, shape in shapes.items():
+            if name.startswith("layers.0."):
+                yield name.replace("layers.0.", f"layers.{layer}.", 1), shape
+    for name, shape in shapes.items():
+        if not name.startswith("layers.0."):
+            yield name, shape

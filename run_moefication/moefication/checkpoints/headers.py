@@ -1,0 +1,92 @@
+"""Which tensors a checkpoint's folder holds, by the headers of its files: safetensors or .bin, sharded or not."""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import MoEficationError
+from ..storage.files import load_tensors, read_json_object
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+ADAPTER = "adapter_config.json"
+MERGE_ADAPTER = "merge it into its base model first (peft: merge_and_unload, then save_pretrained)"
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies, and what it is, as its file's header says."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def read_headers(path: Path) -> dict[str, TensorInfo]:
+    """Name -> `TensorInfo` of every tensor, from the headers of the weight files."""
+    for single in WEIGHT_FILES:
+        index = path / f"{single}.index.json"
+        if (path / single).exists():
+            return _file_header(path, single)
+        if index.exists():
+            return _indexed_headers(path, index)
+    adapter = f"; a LoRA adapter alone is none: {MERGE_ADAPTER}" if (path / ADAPTER).exists() else ""
+    raise MoEficationError(
+        f"{path} holds no weights ({' or '.join(WEIGHT_FILES)}, or shards of them with their index){adapter}"
+    )
+
+
+def open_weights(path: Path) -> Any:
+    """The tensors of a file by name: an open safetensors file, or a dict; memory-mapped but for torch's old format."""
+    if path.suffix == ".safetensors":
+        return safe_open(path, "pt")
+    # Not a zip archive: as torch wrote before 1.6 (or no torch file at all, which the loader says).
+    return load_tensors(path, mmap=zipfile.is_zipfile(path))
+
+
+def _indexed_headers(path: Path, index: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json_object(index, "download it again").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise MoEficationError(f"{index} has no weight_map from tensor to file; download it again")
+    infos: dict[str, TensorInfo] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise MoEficationError(f"{index} names {file}, outside of the checkpoint's folder")
+        for name, info in _file_header(path, file).items():
+            if name in infos:
+                raise MoEficationError(f"{path}: {name} lies in both {infos[name].file} and {file}")
+            infos[name] = info
+    for name, file in weight_map.items():
+        if name not in infos or infos[name].file != file:
+            raise MoEficationError(f"{index} says that {name} lies in {file}, where it is not; download both again")
+    return infos
+
+
+def _file_header(path: Path, file: str) -> dict[str, TensorInfo]:
+    if not (path / file).is_file():
+        raise MoEficationError(f"{path / file} is missing; download it again")
+    (path / file).open("rb").close()  # safetensors says of a file that may not be read that it is not there
+    if file.endswith(".bin"):
+        tensors = open_weights(path / file)
+        if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+        ):
+            raise MoEficationError(f"{path / file} is not a dict of tensors by name")
+        return {name: TensorInfo(file, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    try:
+        with open_weights(path / file) as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            return {
+                name: TensorInfo(
+                    file, tuple(view.get_shape()), SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
+                )
+                for name, view in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise MoEficationError(
+            f"{path / file} is not a whole safetensors file (a half download, or a Git LFS pointer?): {error}"
+        ) from error

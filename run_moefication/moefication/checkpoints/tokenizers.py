@@ -1,0 +1,151 @@
+"""A checkpoint's tokenizer: its files, loading it, and carrying it over to another kind of model unchanged.
+
+transformers picks the class of a tokenizer by the kind of model beside it, and classes differ: the same files may give
+other ids in a folder whose config.json names another `model_type`.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..errors import MoEficationError
+from ..storage.files import read_json_object
+from .transformers_library import CONFIG_ERRORS, first_line, quiet_transformers
+
+# What holds a vocabulary: a tokenizer has at least one of these.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+# What else makes a tokenizer; not every checkpoint has all.
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# Texts on which tokenizers of the same vocabulary part: spaces and line ends at either side and in a row, what
+# normalisers change, scripts without spaces, and code.
+PLAIN_TEXTS = (
+    *("", " ", "  ", "\n", "\t", "a", " a", "  a", "a ", "a  b", "\n\na", "a\n\n\nb", " \n a", "a\r\nb", "\ta\t b"),
+    *("\u00a0a", "a\u3000b", "\u200ba", "\ufeffa", "\x1b[0m", "a" * 300),
+    *("Hello World", "hello, world!", " I'd say: it's 3,141.59 or 1e-9?", "camelCase snake_case", "2026-11-29"),
+    *("café cafe\u0301", "ﬁne ① ＡＢ ½", "straße İstanbul", "naïve “q” —", "∑∫√", "\U00020000"),
+    *("你好，世界。", "こんにちは", "안녕 하세요", "مرحبا", "नमस्ते", "สวัสดี", "👨\u200d👩\u200d👧 🇩🇪 😀"),
+    "def f(x):\n    if x:\n\t\treturn {'a': [1, 2]}  # note\n\n\nprint(f(0) != 0x1F)\n",
+    "<html>\n  <b>x</b> &amp; y</html>\n",
+    "https://example.org/a_b?c=%20d#e",
+    "A first sentence. And a second one, somewhat longer; after it a third!\n\nA new paragraph.\n",
+)
+# The character that stands for a space in sentencepiece, and tokens of many vocabularies spelled out.
+MARKUP_TEXTS = (
+    *("▁", "▁a", "a▁b", " ▁ a", "a\x00b", "<0x0A>", "<0x41>", "<s>", "</s>", "<unk>", "<pad>", "<|endoftext|>"),
+    *(
+        " <s> a </s> b",
+        "a<s>b</s>c",
+        "[INST] a [/INST]",
+        "<|im_start|>user\na<|im_end|>",
+        "<|begin_of_text|>a<|eot_id|>",
+    ),
+)
+AUTO_MAP = "auto_map"
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder; if it brings code of its own, it is refused.
+
+    Raises:
+        MoEficationError: there is none, or none that the installed libraries read.
+    """
+    if not any((path / name).is_file() for name in VOCABULARY_FILES):  # some releases would then make an empty one
+        raise MoEficationError(f"{path} has no usable tokenizer (none of {', '.join(VOCABULARY_FILES)} is there)")
+    file = path / "tokenizer_config.json"
+    if file.is_file() and read_json_object(file, "download it again").get(AUTO_MAP):
+        raise MoEficationError(
+            f"{path} has a tokenizer with code of its own (auto_map in tokenizer_config.json), which is not run here; "
+            f"give a checkpoint whose tokenizer is one of transformers' own"
+        )
+    _require_readable(path / "tokenizer.json")
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(path, config=_config_beside(path), trust_remote_code=False)
+    # Files that lack something, classes that do not exist, and packages that a class needs.
+    except (OSError, RuntimeError, ImportError, AttributeError, *CONFIG_ERRORS) as error:
+        raise MoEficationError(f"{path} has no usable tokenizer ({first_line(error)})") from error
+
+
+def _config_beside(path: Path) -> PreTrainedConfig | None:
+    """What of the model's config.json decides on the class of the tokenizer; the rest need not even be valid."""
+    file = path / "config.json"
+    raw = read_json_object(file, "download it again") if file.is_file() else {}
+    if raw.get("model_type") not in CONFIG_MAPPING:
+        return None
+    config = CONFIG_MAPPING[raw["model_type"]](name_or_path=str(path))
+    if raw.get("tokenizer_class"):
+        config.tokenizer_class = raw["tokenizer_class"]
+    return config
+
+
+def _require_readable(file: Path) -> None:
+    """Refuse a tokenizer.json that the library cannot read, which it says by an exception of no class of its own."""
+    if not file.is_file():
+        return
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise MoEficationError(f"{file} is no whole tokenizer ({first_line(error)}); download it again") from error
+
+
+def provoking_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts on which another tokenizer may differ: the above, and this one's special tokens, alone and within text."""
+    added = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+    return [*PLAIN_TEXTS, *MARKUP_TEXTS, *(text for token in added for text in (token, f"a{token}b", f" {token} c"))]
+
+
+def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """What two tokenizers make differently, as the rest of a sentence, or None: ids of texts, text of ids, the ids of
+    their special tokens, and the form of a chat."""
+    texts = provoking_texts(one)
+    for text, ids, other_ids in zip(texts, one(texts)["input_ids"], other(texts)["input_ids"], strict=True):
+        if ids != other_ids:
+            return f"makes {other_ids[:8]} of {text!r} instead of {ids[:8]}"
+        if one.decode(ids) != other.decode(ids):
+            return f"makes {other.decode(ids)!r} of the ids {ids[:8]} instead of {one.decode(ids)!r}"
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"):
+        if getattr(one, name) != getattr(other, name):
+            return f"has {name} {getattr(other, name)!r} instead of {getattr(one, name)!r}"
+    return None
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The files of a checkpoint's tokenizer by name, as they are."""
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def carried_over(source: Path, model_type: str) -> dict[str, bytes]:
+    """The files by name that make, beside a model of that type, the tokenizer of the checkpoint folder `source`.
+
+    They are the source's own, as they are, if these behave the same there; else the tokenizer as it was resolved, saved
+    anew, beside the other files or alone. None, where the source has no tokenizer.
+
+    Raises:
+        MoEficationError: the tokenizer cannot be loaded, or neither way gives its ids.
+    """
+    copies = tokenizer_files(source)
+    if not copies.keys() & set(VOCABULARY_FILES):
+        return copies
+    tokenizer = load_tokenizer(source)
+    with tempfile.TemporaryDirectory() as saved:
+        tokenizer.save_pretrained(saved)
+        resolved = {file.name: file.read_bytes() for file in sorted(Path(saved).iterdir()) if file.is_file()}
+    found = None
+    for files in (copies, copies | resolved, resolved):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in {**files, "config.json": json.dumps({"model_type": model_type}).encode()}.items():
+                Path(folder, name).write_bytes(content)
+            found = difference(tokenizer, load_tokenizer(Path(folder)))
+        if found is None:
+            return files
+    raise MoEficationError(f"{source}: beside a {model_type} model its tokenizer {found}; it cannot be carried over")

@@ -1,0 +1,113 @@
+"""New checkpoints: which tensor lies in which file, known before any is made, and writing all that a folder holds."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+import llama_moe
+from llama_moe import LlamaMoEConfig
+
+from ..errors import MoEficationError
+from ..storage.folder import ArtifactWriter
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
+MAX_SHARD_BYTES = 2 << 30
+CODE_FILES = ("configuration_llama_moe.py", "modeling_llama_moe.py", "moe_layers.py", "gates.py")
+# Copied as they are: loading and saving them again loses templates, and refuses some generation configs.
+COPIED_FILES = (
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "USE_POLICY.md",
+)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the new checkpoint: known by name, shape and dtype before `make` is called for its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def made(self) -> torch.Tensor:
+        """The tensor itself, in its dtype, contiguous; refused where it is not what was planned."""
+        tensor = self.make().to(self.dtype).contiguous()
+        if tuple(tensor.shape) != self.shape:
+            raise MoEficationError(f"{self.name} came out as {list(tensor.shape)}, {list(self.shape)} was planned")
+        return tensor
+
+
+def plan_shards(plan: list[PlannedTensor], max_shard_bytes: int) -> dict[str, list[PlannedTensor]]:
+    """File name -> its tensors, in order, each file at most `max_shard_bytes` or one tensor."""
+    groups: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for planned in plan:
+        if groups[-1] and size + planned.num_bytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(planned)
+        size += planned.num_bytes
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def shard_index(shards: dict[str, list[PlannedTensor]]) -> dict:
+    """The content of `WEIGHTS_INDEX`, which goes with more than one file."""
+    tensors = [(planned, file) for file, group in shards.items() for planned in group]
+    return {
+        "metadata": {"total_size": sum(planned.num_bytes for planned, _ in tensors)},
+        "weight_map": {planned.name: file for planned, file in tensors},
+    }
+
+
+def write_shard(writer: ArtifactWriter, file: str, planned: list[PlannedTensor], metrics: Any = None) -> None:
+    """Make the tensors of one safetensors file, write it, and record it as a finished piece."""
+    tensors = {tensor.name: tensor.made() for tensor in planned}
+    writer.write_piece(file, {file: writer.write(file, lambda f: f.write(save(tensors, {"format": "pt"})))}, metrics)
+
+
+def write_checkpoint_files(
+    writer: ArtifactWriter,
+    source: Path,
+    shards: dict[str, list[PlannedTensor]],
+    config: LlamaMoEConfig,
+    card: str,
+    tokenizer: dict[str, bytes],
+) -> dict[str, dict[str, Any]]:
+    """Write index, config, code, model card and the tokenizer's files, and copy licences and the like from `source`.
+
+    Returns: the files' manifest entries.
+    """
+    contents = {file: (resources.files(llama_moe) / file).read_bytes() for file in CODE_FILES}
+    if len(shards) > 1:
+        contents[WEIGHTS_INDEX] = (json.dumps(shard_index(shards), indent=2) + "\n").encode()
+    contents["README.md"] = card.encode()
+    contents["config.json"] = config.to_json_string().encode()
+    contents |= tokenizer
+
+    files = {}
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            with (source / name).open("rb") as original:
+                files[name] = writer.write(name, lambda file, o=original: shutil.copyfileobj(o, file))
+    for name, content in contents.items():
+        files[name] = writer.write(name, lambda file, c=content: file.write(c))
+    return files

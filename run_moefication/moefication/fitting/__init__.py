@@ -1,0 +1,1 @@
+"""Closed forms and losses, on tensors alone."""

@@ -1,0 +1,221 @@
+"""Balanced k-means: clusters of exactly equal size.
+
+Lloyd's iteration whose assignment step is solved exactly: of all assignments that give every cluster the same number of
+rows, the cheapest. That step is a transportation problem with few sinks, solved by successive shortest augmenting paths
+(Ahuja, Magnanti and Orlin, Network Flows, 1993, section 9.7) over the small graph of clusters.
+
+Axes: N rows (neurons), E clusters (experts), D columns.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from sklearn.cluster import kmeans_plusplus
+
+from ..errors import MoEficationError
+
+DISTANCES = ("l2", "cos")
+MAX_ITERATIONS = 300
+# Passes that bring the prices near their optimum before the exact repair. Any number gives the same assignment cost;
+# these keep the repair to a few per cent of the rows.
+PRICE_PASSES = 30
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Labels `[N]`, and prices `[E]` that prove them: no balanced assignment costs less than `lower_bound`."""
+
+    labels: np.ndarray
+    prices: np.ndarray
+    cost: float
+    lower_bound: float
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Labels `int64 [N]`, the sum of distances of rows to their centres, Lloyd iterations, and whether they ended."""
+
+    labels: torch.Tensor
+    cost: float
+    lower_bound: float
+    iterations: int
+    converged: bool
+
+
+def balanced_kmeans(
+    rows: torch.Tensor, num_clusters: int, *, distance: str = "l2", seed: int = 0, device: str = "cpu"
+) -> Clustering:
+    """Cluster rows into equal parts, seeded by k-means++ (Arthur and Vassilvitskii, 2007).
+
+    Args:
+        rows: float `[N, D]`; N must be a multiple of `num_clusters`. Normalising them is the caller's choice.
+        distance: "l2", squared Euclidean to the mean; "cos", one minus the cosine to the normalised mean.
+
+    Raises:
+        MoEficationError: sizes that do not divide, an unknown distance.
+    """
+    if distance not in DISTANCES:
+        raise MoEficationError(f"--distance {distance!r} is not one of {', '.join(DISTANCES)}")
+    if num_clusters < 1 or len(rows) % num_clusters:
+        raise MoEficationError(f"{len(rows)} rows cannot be cut into {num_clusters} equal clusters")
+    rows = rows.to(device, torch.float32)
+    if distance == "cos":
+        rows = torch.nn.functional.normalize(rows)
+    centres, _ = kmeans_plusplus(rows.cpu().numpy(), num_clusters, random_state=seed)
+    centres = torch.from_numpy(centres).to(rows)
+
+    row_squares = rows.square().sum(1, dtype=torch.float64)
+    scale = 0.5 if distance == "cos" else 1.0  # between unit vectors, |x - c|^2 = 2 (1 - cos)
+    labels, assignment, iterations = None, None, 0
+    while iterations < MAX_ITERATIONS:
+        iterations += 1
+        prices = None if assignment is None else assignment.prices
+        if distance == "cos":
+            centres = torch.nn.functional.normalize(centres)
+        assignment = balanced_assignment(_squared_distances(rows, row_squares, centres) * scale, prices)
+        if labels is not None and np.array_equal(assignment.labels, labels):
+            break
+        labels = assignment.labels
+        centres = _means(rows, torch.from_numpy(labels).to(device), num_clusters)
+    return Clustering(
+        labels=torch.from_numpy(labels),
+        cost=assignment.cost,
+        lower_bound=assignment.lower_bound,
+        iterations=iterations,
+        converged=assignment.labels is not labels,
+    )
+
+
+def _squared_distances(rows: torch.Tensor, row_squares: torch.Tensor, centres: torch.Tensor) -> np.ndarray:
+    """Squared Euclidean distances, float64 `[N, E]`."""
+    squares = row_squares[:, None] + centres.square().sum(1, dtype=torch.float64)
+    return (squares - 2 * (rows @ centres.T).double()).clamp(min=0).cpu().numpy()
+
+
+def _means(rows: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """Mean of each cluster, `[E, D]`: as a sum over equally long runs of rows sorted by cluster."""
+    by_cluster = rows[labels.argsort(stable=True)].view(num_clusters, -1, rows.shape[1])
+    return by_cluster.mean(dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------- assignment
+
+
+def balanced_assignment(costs: np.ndarray, prices: np.ndarray | None = None) -> Assignment:
+    """The cheapest assignment of N rows to E clusters with exactly N/E rows in each.
+
+    Exact up to float64 rounding, and proved by its own prices: `lower_bound` is the value of the dual problem, which no
+    balanced assignment undercuts. Ties go by row and cluster order.
+
+    Args:
+        costs: float64 `[N, E]`, finite.
+        prices: `[E]` to start from, those of a similar problem; they change the time, not the cost.
+
+    Raises:
+        MoEficationError: N is not a multiple of E, or a cost is not finite.
+    """
+    num_rows, num_clusters = costs.shape
+    if num_rows % num_clusters:
+        raise MoEficationError(f"{num_rows} rows cannot be cut into {num_clusters} equal clusters")
+    if not np.isfinite(costs).all():
+        raise MoEficationError("assignment costs hold NaN or infinite values")
+    capacity = num_rows // num_clusters
+    prices = _estimate_prices(costs, capacity, prices)
+    labels = (costs + prices).argmin(axis=1)
+    prices = _repair(costs, labels, prices, capacity)
+    cost = costs[np.arange(num_rows), labels].sum()
+    lower_bound = (costs + prices).min(axis=1).sum() - capacity * prices.sum()
+    return Assignment(labels, prices, float(cost), float(lower_bound))
+
+
+def _estimate_prices(costs: np.ndarray, capacity: int, prices: np.ndarray | None) -> np.ndarray:
+    """Prices `[E]` at which each cluster attracts about `capacity` rows.
+
+    Sinkhorn scaling of the smoothed problem, the smoothing cooled from the spread of the costs downwards.
+    """
+    num_clusters = costs.shape[1]
+    spread = (costs - costs.min(axis=1, keepdims=True)).mean()
+    if spread == 0 or num_clusters == 1:
+        return np.zeros(num_clusters)
+    if prices is None:
+        prices, temperatures = np.zeros(num_clusters), np.geomspace(spread, 1e-3 * spread, PRICE_PASSES)
+    else:
+        temperatures = np.geomspace(1e-2 * spread, 1e-3 * spread, PRICE_PASSES // 3)
+    for temperature in temperatures:
+        logits = -(costs + prices) / temperature
+        share = np.exp(logits - logits.max(axis=1, keepdims=True))
+        share /= share.sum(axis=1, keepdims=True)
+        prices = prices + temperature * np.log(np.maximum(share.sum(axis=0), 1e-9) / capacity)
+    return prices
+
+
+def _repair(costs: np.ndarray, labels: np.ndarray, prices: np.ndarray, capacity: int) -> np.ndarray:
+    """Move rows along cheapest paths of clusters, from overfull to underfull ones, until all are equal.
+
+    Every row starts in its cheapest cluster at the given prices, so the start is optimal for its own cluster sizes, and
+    a shortest augmenting path keeps it so. `labels` is changed in place; returns the final prices.
+    """
+    num_clusters = costs.shape[1]
+    counts = np.bincount(labels, minlength=num_clusters)
+    # Cheapest way to move one row from cluster a to b: its extra cost (never negative) and that row, both [a, b].
+    extra = np.full((num_clusters, num_clusters), np.inf)
+    mover = np.zeros((num_clusters, num_clusters), dtype=np.int64)
+
+    def refresh(cluster: int) -> None:
+        """Row `cluster` of `extra` and `mover`, after its members changed."""
+        members = np.flatnonzero(labels == cluster)
+        extra[cluster] = np.inf
+        if len(members):
+            reduced = costs[members] + prices
+            reduced -= reduced[:, [cluster]]
+            best = reduced.argmin(axis=0)
+            mover[cluster], extra[cluster] = members[best], reduced[best, np.arange(num_clusters)]
+            extra[cluster, cluster] = np.inf
+
+    for cluster in range(num_clusters):
+        refresh(cluster)
+    tolerance = 1e-13 * np.abs(costs).max()
+    while (counts > capacity).any():
+        distance, parent = _shortest_paths(extra, counts > capacity, tolerance)
+        target = np.where(counts < capacity, distance, np.inf).argmin()
+        # Raising prices by the distances keeps every extra cost non-negative and makes the path free.
+        shift = np.minimum(distance, distance[target])
+        prices = prices - shift
+        extra += shift[:, None] - shift[None, :]
+        path = [target]
+        while parent[path[-1]] >= 0:
+            path.append(parent[path[-1]])
+        source = path[-1]
+        if len(path) == 2:
+            # Rows that cost the same to move (equal ones, zero ones) go together, as many as both ends allow.
+            members = np.flatnonzero(labels == source)
+            cost = costs[members, target] - costs[members, source]
+            movers = members[cost <= cost.min() + tolerance]
+            movers = movers[: min(counts[source] - capacity, capacity - counts[target])]
+            labels[movers] = target
+        else:
+            movers = [mover[source, path[-2]]]
+            for to, frm in pairwise(path):
+                labels[mover[frm, to]] = to
+        counts[source] -= len(movers)
+        counts[target] += len(movers)
+        for cluster in path:
+            refresh(cluster)
+    return prices
+
+
+def _shortest_paths(extra: np.ndarray, sources: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """Distance `[E]` from the nearest source and the cluster before each on that path (-1: a source). Bellman-Ford."""
+    distance = np.where(sources, 0.0, np.inf)
+    parent = np.full(len(distance), -1)
+    while True:
+        candidates = distance[:, None] + extra
+        best = candidates.argmin(axis=0)
+        shorter = candidates[best, np.arange(len(best))]
+        better = shorter < distance - tolerance
+        if not better.any():
+            return distance, parent
+        distance = np.where(better, shorter, distance)
+        parent = np.where(better, best, parent)

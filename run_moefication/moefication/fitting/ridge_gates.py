@@ -1,0 +1,66 @@
+"""Linear gates in closed form: ridge regression of the experts' scores on the MLP's inputs."""
+
+import torch
+
+from llama_moe.gates import LinearGate
+
+from ..layers.scores import TOKENS_PER_CHUNK
+from .ridge import NormalEquations, best_strength, low_rank_map, token_weights
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # in units of the mean diagonal of the Gram matrix
+
+
+class GateEquations:
+    """The normal equations of a gate, `[x, 1]` to scores: of the tokens it is fitted to, and of held-out ones."""
+
+    def __init__(self, hidden_size: int, num_experts: int, device: str | torch.device):
+        self._train, self._held_out = (NormalEquations(hidden_size + 1, num_experts, device) for _ in range(2))
+
+    def add(self, inputs: torch.Tensor, scores: torch.Tensor, weights: torch.Tensor, *, held_out: bool) -> None:
+        """Add tokens: `[T, hidden]` in any float dtype, float32 `[T, experts]`, weights `[T]`."""
+        features = torch.cat([inputs.float(), inputs.new_ones(len(inputs), 1, dtype=torch.float32)], dim=1)
+        (self._held_out if held_out else self._train).add(features, scores, weights)
+
+    def fit(self, gate: LinearGate, *, to_all: bool) -> dict[str, float]:
+        """Fit weight and bias in place, with the strength that does best on the held-out tokens; once it is chosen,
+        `to_all` fits to these as well.
+
+        A gate with a rank gets the nearest map of that rank, by `low_rank_map`.
+
+        Returns: the strength, and the share of the held-out scores' (weighted) variance that the map explains when
+        fitted without them, and before its rank is cut.
+        """
+        constant = torch.zeros_like(self._train.cross)
+        constant[-1] = self._train.cross[-1] / self._train.gram[-1, -1]  # the weighted mean of each score
+        unexplained = self._held_out.error(constant)
+        strength, error = best_strength(self._train, self._held_out, STRENGTHS)
+        if to_all:
+            self._train += self._held_out
+        solution = self._train.solve(strength)
+        with torch.no_grad():
+            if gate.rank is None:
+                gate.weight.copy_(solution[:-1].T)
+                gate.bias.copy_(solution[-1])
+            else:
+                factors = low_rank_map(self._train, solution, strength, gate.rank)
+                for parameter, factor in zip((gate.output_weight, gate.input_weight, gate.bias), factors, strict=True):
+                    parameter.copy_(factor)
+        return {"ridge_strength": strength, "explained_variance": 1 - error / unexplained if unexplained else 0.0}
+
+
+def fit_ridge_gate(gate: LinearGate, inputs: torch.Tensor, scores: torch.Tensor, num_valid: int) -> dict[str, float]:
+    """Fit a gate in place, holding out the last `num_valid` tokens to choose the strength.
+
+    Args:
+        inputs: `[tokens, hidden]`, any float dtype. scores: float32 `[tokens, experts]`.
+
+    Returns: as `GateEquations.fit`.
+    """
+    weights = token_weights(scores.square().mean(dim=1))
+    equations = GateEquations(inputs.shape[1], scores.shape[1], inputs.device)
+    num_train = len(inputs) - num_valid
+    for held_out, part in ((False, slice(0, num_train)), (True, slice(num_train, None))):
+        chunks = (tensor[part].split(TOKENS_PER_CHUNK) for tensor in (inputs, scores, weights))
+        for x, y, w in zip(*chunks, strict=True):
+            equations.add(x, y, w, held_out=held_out)
+    return equations.fit(gate, to_all=False)

@@ -1,0 +1,102 @@
+"""How much each expert matters for each token: the scores a gate learns to predict."""
+
+import torch
+from torch.nn import functional as F
+
+from ..checkpoints.dense import Checkpoint
+
+# Of the activations a of an expert's neurons.
+ACTIVATION_CRITERIA = {
+    "plain": lambda activations: activations,  # |sum a|
+    "positive": lambda activations: activations.clamp(min=0),  # sum max(a, 0)
+    "l2_norm": lambda activations: activations.square(),  # sum a^2
+}
+CRITERIA = (*ACTIVATION_CRITERIA, "output_norm")
+TOKENS_PER_CHUNK = 4096
+MOST_SORTED_SCORES = 1 << 24  # more than so many are thinned out, token by token, before quantiles are taken
+
+
+def token_stride(num_scores: int) -> int:
+    """Every which token's scores to take, so that at most `MOST_SORTED_SCORES` are left of so many."""
+    return max(1, -(-num_scores // MOST_SORTED_SCORES))
+
+
+class ExpertScorer:
+    """Scores per expert from the activations of a layer's neurons.
+
+    `plain` is |sum a|, `positive` sum max(a, 0), `l2_norm` sum a^2, over the neurons of one expert, in float32.
+    """
+
+    def __init__(self, neurons: torch.Tensor, criterion: str):
+        """`neurons`: int64 `[experts, width]`, the neurons of each expert; others, of shared ones, count for none."""
+        num_experts, width = neurons.shape
+        experts = torch.arange(num_experts, device=neurons.device).repeat_interleave(width)
+        # One column of ones per expert: a matrix product sums the neurons of each.  A row per neuron, to the last used.
+        self._membership = torch.zeros(int(neurons.max()) + 1, num_experts, device=neurons.device)
+        self._membership[neurons.flatten(), experts] = 1
+        self._criterion = criterion
+
+    def __call__(self, activations: torch.Tensor) -> torch.Tensor:
+        """`[tokens, neurons]` -> float32 `[tokens, experts]`, none negative."""
+        activations = activations[:, : len(self._membership)].float()
+        scores = ACTIVATION_CRITERIA[self._criterion](activations) @ self._membership
+        return scores.abs() if self._criterion == "plain" else scores
+
+
+class LayerActivations:
+    """Recomputes the activations of a layer's neurons from the MLP's inputs and weights, as the features hold them."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: int, template: str, device: str):
+        projections = ["gate_proj", "up_proj"] if "up_proj" in template else ["gate_proj"]
+        self._weights = [checkpoint.mlp_tensor(layer, f"{name}.weight", device) for name in projections]
+        self._biases = [
+            checkpoint.mlp_tensor(layer, f"{name}.bias", device) if checkpoint.config.mlp_bias else None
+            for name in projections
+        ]
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`[tokens, hidden]`, not normalised -> SiLU(gate_proj x), times (up_proj x) for that template, float32."""
+        gate, *up = (F.linear(inputs.float(), w, b) for w, b in zip(self._weights, self._biases, strict=True))
+        return F.silu(gate) * up[0] if up else F.silu(gate)
+
+
+class OutputNorms:
+    """The criterion `output_norm`: the norm of what an expert adds to the MLP's output, from its activations.
+
+    With h the expert's part of what enters down_proj and D its part of down_proj, |D h|^2 = h^T (D^T D) h, which needs
+    no output of an expert: width times fewer numbers than hidden size.
+    """
+
+    def __init__(self, down: torch.Tensor, neurons: torch.Tensor):
+        """`down`: float32 `[I, hidden]`, a row per neuron; `neurons`: int64 `[experts, width]`, of each expert."""
+        self._neurons = neurons.to(down.device)
+        rows = down[self._neurons]  # [experts, width, hidden]
+        self._grams = rows @ rows.transpose(1, 2)  # [experts, width, width]
+
+    def __call__(self, activations: torch.Tensor) -> torch.Tensor:
+        """Float32 `[tokens, I]` -> float32 `[tokens, experts]`."""
+        parts = activations.T[self._neurons].transpose(1, 2)  # [experts, tokens, width]
+        return ((parts @ self._grams) * parts).sum(-1).clamp(min=0).sqrt().T
+
+
+def top_k_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Ones where an expert is among the k best of its token, `[tokens, experts]`, in the dtype of the scores."""
+    return torch.zeros_like(scores).scatter_(-1, scores.topk(k, dim=-1).indices, 1)
+
+
+def routing_quality(selected: torch.Tensor, scores: torch.Tensor, k: int) -> dict[str, float]:
+    """How good a choice of k experts per token is, against the true scores.
+
+    Args:
+        selected: `[tokens, experts]`, ones for the k experts chosen.
+        scores: `[tokens, experts]`, none negative.
+
+    Returns: means over tokens of `recall`, the share of the true top-k set found, and `mass_recall`, the score captured
+    over the score of the best k. The true top k themselves give exactly 1.
+    """
+    true = top_k_mask(scores, k)
+    recall = (selected * true).sum(dim=-1, dtype=torch.float64) / k
+    captured = (selected * scores).sum(dim=-1, dtype=torch.float64)
+    possible = (true * scores).sum(dim=-1, dtype=torch.float64)
+    mass_recall = torch.where(possible > 0, captured / possible, 1.0)  # no expert scores: any choice is right
+    return {"recall": recall.mean().item(), "mass_recall": mass_recall.mean().item()}

@@ -1,0 +1,183 @@
+"""MoE blocks in training: as they run, but a gate also hears of the experts that it did not choose.
+
+Axes: B blocks of a batch, N positions, T tokens, E routed experts, W width of an expert, H hidden size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llama_moe import LlamaMoEForCausalLM
+from llama_moe.moe_layers import MoEBlock
+
+from .decoder import AttentionHalf, batches_of, embed
+
+TEMPERATURE = 0.5  # of the sigmoid that stands in for the choice, in standard deviations of the layer's scores
+NUDGE = 0.3  # how far a threshold moves, each step, to where the step's text would have it
+MOST_SCORES = 1 << 24  # of a layer, that its last threshold is set by: where the text has more, less text is read
+MOST_STREAM_BYTES = 1 << 30  # the same for the residual stream
+
+
+class SoftBlock(nn.Module):
+    """Computes what an `MoEBlock` computes, with that block's own parameters under the same names.
+
+    The difference is the gradient: every expert is computed, and the hard choice among them passes it on as a sigmoid
+    around the boundary between running and not would, where the boundary moves with the scores to stay on budget. So a
+    gate learns what an expert that did not run would have given (`Experts` leaves those out). While training it also
+    notes which threshold the text would have called for. The gate's noise is left out.
+
+    Attributes:
+        kept: bool `[B, N]`, which positions of the next batch are text; None: all.
+    """
+
+    def __init__(self, block: MoEBlock, share: float):
+        """`share`: of its routed experts that the block runs per token, on average."""
+        super().__init__()
+        self.gate, self.experts, self.shared_experts = block.gate, block.experts, block.shared_experts
+        self.register_parameter("output_bias", block.output_bias)
+        self.train(block.training)
+        self.kept: torch.Tensor | None = None
+        self._tracks = self.gate.routing == "threshold" and 0 < share < 1
+        self._share = share
+        self._wanted: list[torch.Tensor] = []
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[B, N, H]` -> the same shape."""
+        tokens = hidden_states.flatten(0, -2)
+        with torch.autocast(tokens.device.type, enabled=False):  # a rounded score is on the wrong side of its boundary
+            scores = self.gate.score(tokens.float())  # [T, E]
+            mask = self._mask(scores)
+        experts = self.experts
+        gate, up = (F.linear(tokens, weight) for weight in _gate_and_up(experts.gate_up_proj))  # [T, W * E] each
+        if experts.has_bias:
+            gate, up = (x + bias for x, bias in zip((gate, up), _gate_and_up(experts.gate_up_proj_bias), strict=True))
+        hidden = (experts.act_fn(gate) * up).unflatten(-1, (-1, experts.num_experts)) * mask[:, None].to(up.dtype)
+        output = F.linear(hidden.flatten(1), experts.down_proj.permute(1, 2, 0).flatten(1))
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(tokens)
+        if self.output_bias is not None:
+            output = output + self.output_bias
+        return output.reshape(hidden_states.shape)
+
+    def _mask(self, scores: torch.Tensor) -> torch.Tensor:
+        """1 for the experts that run, else 0, `[T, E]`, with the gradient of the sigmoid."""
+        hard = scores.detach()
+        of_text = hard if self.kept is None else hard[self.kept.flatten()]
+        if self.training and self._tracks:
+            self._wanted.append(_threshold(self.gate.within_bounds(of_text), self._share))
+        selected = self.gate.selected(hard).to(scores.dtype)
+        if not scores.requires_grad:
+            return selected
+        if self.gate.routing == "threshold":
+            boundary, within = self.gate.threshold, (0, 1)
+        else:
+            boundary, within = hard.topk(self.gate.num_experts_per_tok).values[:, -1:], (1,)
+        width = TEMPERATURE * of_text.std().clamp(min=torch.finfo(hard.dtype).eps)
+        soft = torch.sigmoid((hard - boundary) / width)
+        slope = soft * (1 - soft)
+        if self.kept is not None:
+            slope = slope * self.kept.view(-1, 1)
+        # The boundary moves with the scores around it, to stay on budget: to raise them all gains nothing.
+        mean = (slope * scores).sum(within, keepdim=True) / slope.sum(within, keepdim=True).clamp(
+            min=torch.finfo(hard.dtype).tiny
+        )
+        above = (scores - mean) / width
+        return selected + slope * (above - above.detach())
+
+    def wanted_threshold(self) -> torch.Tensor:
+        """The threshold `[1]` that the text since the last call would have met its budget with, on average over the
+        passes; the present one, where it stays as it is."""
+        wanted = torch.stack(self._wanted).mean(0, keepdim=True) if self._wanted else self.gate.threshold.clone()
+        self._wanted.clear()
+        return wanted
+
+
+def _gate_and_up(packed: torch.Tensor) -> list[torch.Tensor]:
+    """`[E, 2W, ...]` -> the gate's part and up's, `[W * E, ...]` each. Experts are the inner axis: the few neurons of a
+    fine one would make short loops of all that is computed element by element."""
+    return [part.transpose(0, 1).flatten(0, 1) for part in packed.unflatten(1, (2, -1)).unbind(1)]
+
+
+def _threshold(scores: torch.Tensor, share: float) -> torch.Tensor:
+    """The number that this share of all scores `[T, E]` reaches."""
+    count = scores.numel()
+    return scores.flatten().kthvalue(min(count, 1 + round((1 - share) * count))).values
+
+
+@contextmanager
+def soft_blocks(model: LlamaMoEForCausalLM, shares: list[float]) -> Iterator[list[SoftBlock]]:
+    """Within the context, a `SoftBlock` stands in for every MoE block of the model. No weight is copied, and their
+    names stay; `shares`: by layer, of the routed experts that run."""
+    layers = model.model.layers
+    originals = [layer.mlp for layer in layers]
+    blocks = [SoftBlock(block, share) for block, share in zip(originals, shares, strict=True)]
+    try:
+        for layer, block in zip(layers, blocks, strict=True):
+            layer.mlp = block
+        yield blocks
+    finally:
+        for layer, original in zip(layers, originals, strict=True):
+            layer.mlp = original
+
+
+@torch.no_grad()
+def nudge_thresholds(blocks: list[SoftBlock]) -> None:
+    """After a step: move the thresholds towards those that the step's text, of all processes, calls for."""
+    blocks = [block for block in blocks if block.gate.routing == "threshold"]
+    if not blocks:
+        return
+    wanted = torch.cat([block.wanted_threshold() for block in blocks])  # [layers]
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(wanted)
+        wanted /= torch.distributed.get_world_size()
+    for block, threshold in zip(blocks, wanted, strict=True):
+        block.gate.threshold.lerp_(threshold, NUDGE)
+
+
+@torch.no_grad()
+def settle_thresholds(
+    model: LlamaMoEForCausalLM, blocks: list[torch.Tensor], shares: list[float], batch_size: int, device: torch.device
+) -> list[float]:
+    """Set every layer's threshold and score quantiles by a text, on what the layers before it, already set, produce.
+
+    Memory: the residual stream of the text, or of as much of it as the limits above allow.
+
+    Args:
+        blocks: the text, token blocks; shares: by layer, of the routed experts that run.
+
+    Returns: by layer, the share of the routed experts that runs on that text.
+    """
+    config = model.config
+    most_tokens = min(MOST_SCORES // config.num_experts, MOST_STREAM_BYTES // (4 * config.hidden_size))
+    blocks = first_blocks(blocks, most_tokens)
+    batches = batches_of(blocks, batch_size)
+    stream = torch.empty(sum(map(len, blocks)), config.hidden_size)
+    embed(stream, blocks, batches, model.get_input_embeddings().weight.cpu())
+    active = []
+    with soft_blocks(model, shares) as soft:  # which compute all experts at once, faster than one by one
+        for layer, block, share in zip(model.model.layers, soft, shares, strict=True):
+            half, gate = AttentionHalf(config, layer.state_dict().__getitem__, device), block.gate
+            scores = []
+            for batch in batches:
+                attended, inputs = half(stream[batch.rows].to(device), batch)
+                stream[batch.rows] = attended.cpu()
+                scores.append(gate.score(inputs))
+            scores = torch.cat(scores)  # [tokens, E]
+            if gate.routing == "threshold":
+                gate.store_score_quantiles(scores)
+                gate.set_active_share(share)
+            ran = sum(int(gate.selected(chunk).sum()) for chunk in scores.split(4096))
+            active.append(ran / scores.numel())
+            for batch in batches:
+                attended = stream[batch.rows].to(device)
+                stream[batch.rows] = (attended + block(half.mlp_norm(attended))).cpu()
+    return active
+
+
+def first_blocks(blocks: list[torch.Tensor], most_tokens: int) -> list[torch.Tensor]:
+    """The blocks up to so many tokens, one at least. A corpus is shuffled, so they are a sample of it."""
+    ends = torch.tensor([len(block) for block in blocks]).cumsum(0)
+    return blocks[: max(1, int((ends <= most_tokens).sum()))]

@@ -1,0 +1,266 @@
+"""Stage 4: dense tensors, a split and gates become a LlamaMoE checkpoint, tensor by tensor."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_moe import LlamaMoEConfig
+from llama_moe.configuration_llama_moe import ROUTINGS
+from llama_moe.gates import Gate
+
+from ..artifacts.gate_settings import require_selects
+from ..artifacts.gates import TrainedGates
+from ..artifacts.split import Split
+from ..checkpoints.dense import DTYPES, TEMPLATES, Checkpoint
+from ..checkpoints.model_card import conversion_card
+from ..checkpoints.tokenizers import carried_over
+from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
+from ..errors import MoEficationError
+from ..progress import Progress, no_progress
+from ..storage.folder import ArtifactWriter
+from ..storage.manifest import Claim, environment
+
+CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
+GATE_BUFFERS = ("gate.threshold", "gate.score_quantiles")  # of threshold routing, in float32 whatever the weights are
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """Options of the convert stage; see `llama_convert.py --help`. Counts of experts include shared ones."""
+
+    num_experts: int
+    num_selects: int
+    templates: str = TEMPLATES[0]
+    routing: str = "top_k"
+    min_selects: int | None = None
+    max_selects: int | None = None
+    convert_type: str = "LlamaMoEForCausalLM"
+    dtype: str | None = None  # of the new weights; None keeps that of the source
+    num_labels: int | None = None  # of a new classification head (zeros, to be trained), where the source has none
+
+    def __post_init__(self) -> None:
+        if self.convert_type not in CONVERT_TYPES:
+            raise MoEficationError(f"--convert_type {self.convert_type!r} is not one of {', '.join(CONVERT_TYPES)}")
+        if self.routing not in ROUTINGS:
+            raise MoEficationError(f"--routing {self.routing!r} is not one of {', '.join(ROUTINGS)}")
+        require_selects(self.num_selects, self.num_experts)
+        if self.routing != "threshold" and (self.min_selects, self.max_selects) != (None, None):
+            raise MoEficationError("--min_selects and --max_selects are for --routing threshold")
+
+    def budget_fields(self, num_shared_experts: int) -> dict[str, Any]:
+        """The config's fields that say which experts run, in routed experts."""
+        require_selects(self.num_selects, self.num_experts, num_shared_experts)
+        least = num_shared_experts if self.min_selects is None else self.min_selects
+        most = self.num_experts if self.max_selects is None else self.max_selects
+        if not num_shared_experts <= least <= self.num_selects <= most <= self.num_experts:
+            raise MoEficationError(
+                f"--min_selects {least}, --num_selects {self.num_selects} and --max_selects {most} must not decrease, "
+                f"from {num_shared_experts} shared experts to {self.num_experts}"
+            )
+        return {
+            "num_experts": self.num_experts - num_shared_experts,
+            "num_experts_per_tok": self.num_selects - num_shared_experts,
+            "num_shared_experts": num_shared_experts,
+            "routing": self.routing,
+            "min_experts_per_tok": least - num_shared_experts,
+            "max_experts_per_tok": None if self.max_selects is None else most - num_shared_experts,
+        }
+
+
+def convert(
+    checkpoint: Checkpoint,
+    split_path: str | Path,
+    select_path: str | Path,
+    save_path: str | Path,
+    settings: ConversionSettings,
+    *,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> ArtifactWriter:
+    """Write a LlamaMoE checkpoint: config, safetensors shards, tokenizer files, code and model card.
+
+    Every neuron keeps its weights; it only moves to its expert's place. Memory: twice one shard of at most 2 GiB (or
+    one tensor, where that is larger), whatever the model's size.
+
+    Returns: the folder's writer, finished.
+    """
+    split = Split(split_path, checkpoint, settings.templates, settings.num_experts)
+    gates = TrainedGates(select_path, checkpoint, split)
+    config = _moe_config(checkpoint, gates, settings, split.num_shared_experts)
+    shards = plan_shards(_plan(checkpoint, split, gates, config, settings), MAX_SHARD_BYTES)
+    claim = Claim(
+        stage="convert",
+        options=asdict(settings) | {"num_labels": _num_labels(checkpoint, settings)},
+        source=checkpoint.source,
+        environment=environment("cpu"),
+        inputs={"split_file_path": split.artifact.digest, "select_file_path": gates.artifact.digest},
+    )
+    if Path(save_path).resolve() == checkpoint.path:
+        raise MoEficationError(f"--save_path {save_path} is the source checkpoint itself; choose another folder")
+    writer = ArtifactWriter(Path(save_path), claim, [*shards, "config"], overwrite=overwrite)
+    missing = writer.missing()
+    tokenizer = carried_over(checkpoint.path, config.model_type) if missing else {}
+    for name in progress(checkpoint.tensors if missing else [], "check", "tensor"):
+        _require_fit(checkpoint, name, settings.dtype)
+    for file in progress([file for file in shards if file in missing], "convert", "shard"):
+        write_shard(writer, file, shards[file])
+    if "config" in missing:
+        # Last of all, so that nothing loads a folder whose weights are not complete.
+        card = conversion_card(checkpoint.name, config, settings.convert_type, gates.artifact.manifest["metrics"])
+        writer.write_piece("config", write_checkpoint_files(writer, checkpoint.path, shards, config, card, tokenizer))
+    writer.finish()
+    return writer
+
+
+# ---------------------------------------------------------------------------------------------------- tensors
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    split: Split,
+    gates: TrainedGates,
+    config: LlamaMoEConfig,
+    settings: ConversionSettings,
+) -> list[PlannedTensor]:
+    """All tensors of the new checkpoint, in the order they are written."""
+    new_dtype = settings.dtype and DTYPES[settings.dtype]  # None keeps each tensor's own
+
+    def copied(name: str, new_name: str) -> PlannedTensor:
+        info = checkpoint.tensors[name]
+        return PlannedTensor(new_name, info.shape, new_dtype or info.dtype, lambda: checkpoint.finite_tensor(name))
+
+    prefix = "" if settings.convert_type == "LlamaMoEModel" else "model."
+    plan = [copied(name, prefix + name) for name in checkpoint.body_tensors() if ".mlp." not in name]
+    for layer in range(config.num_hidden_layers):
+        mlp = f"{prefix}layers.{layer}.mlp."
+        for name, shape, make in [
+            *_expert_tensors(checkpoint, split, config, layer),
+            *_gate_tensors(gates, config, layer),
+        ]:
+            dtype = torch.float32 if name in GATE_BUFFERS else new_dtype or checkpoint.dtype
+            plan.append(PlannedTensor(mlp + name, shape, dtype, make))
+    if settings.convert_type == "LlamaMoEForCausalLM" and not config.tie_word_embeddings:
+        plan.append(copied("lm_head.weight", "lm_head.weight"))
+    if settings.convert_type == "LlamaMoEForSequenceClassification":
+        if "score.weight" in checkpoint.tensors:
+            plan.append(copied("score.weight", "score.weight"))
+        else:
+            # Zeros favour no label and need no seed; the first training step moves them.
+            shape = (config.num_labels, config.hidden_size)
+            plan.append(PlannedTensor("score.weight", shape, new_dtype or checkpoint.dtype, lambda: torch.zeros(shape)))
+    return plan
+
+
+def _expert_tensors(checkpoint: Checkpoint, split: Split, config: LlamaMoEConfig, layer: int) -> list:
+    """Name in the MLP, shape and maker of one layer's experts: packed ones `gate_up_proj [E, 2W, H]` (gate rows first),
+    `down_proj [E, H, W]`, and the shared ones as one MLP."""
+    num_experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
+    shared = config.num_shared_experts * width
+
+    def source(projection: str) -> torch.Tensor:
+        return checkpoint.finite_tensor(f"layers.{layer}.mlp.{projection}")
+
+    def gate_up(kind: str) -> torch.Tensor:
+        neurons = split.routed_neurons(layer)
+        return torch.cat([source(f"gate_proj.{kind}")[neurons], source(f"up_proj.{kind}")[neurons]], dim=1)
+
+    def down() -> torch.Tensor:
+        return source("down_proj.weight").T[split.routed_neurons(layer)].transpose(1, 2)
+
+    def shared_rows(projection: str) -> torch.Tensor:
+        return source(projection)[split.shared_neurons(layer)]
+
+    tensors = [
+        ("experts.gate_up_proj", (num_experts, 2 * width, hidden), lambda: gate_up("weight")),
+        ("experts.down_proj", (num_experts, hidden, width), down),
+    ]
+    if config.mlp_bias:
+        tensors += [
+            ("experts.gate_up_proj_bias", (num_experts, 2 * width), lambda: gate_up("bias")),
+            ("output_bias", (hidden,), lambda: source("down_proj.bias")),
+        ]
+    if shared:
+        kinds = {"weight": (shared, hidden)} | ({"bias": (shared,)} if config.mlp_bias else {})
+        tensors += [
+            (f"shared_experts.{projection}.{kind}", shape, lambda name=f"{projection}.{kind}": shared_rows(name))
+            for projection in ("gate_proj", "up_proj")
+            for kind, shape in kinds.items()
+        ]
+        tensors.append(
+            (
+                "shared_experts.down_proj.weight",
+                (hidden, shared),
+                lambda: source("down_proj.weight")[:, split.shared_neurons(layer)],
+            )
+        )
+    return tensors
+
+
+def _gate_tensors(gates: TrainedGates, config: LlamaMoEConfig, layer: int) -> list:
+    """Name in the MLP, shape and maker of one layer's gate, with the threshold of its budget if it routes by one."""
+
+    def threshold() -> torch.Tensor:
+        share = config.num_experts_per_tok / config.num_experts
+        try:
+            return torch.tensor([Gate.quantile_threshold(gates.state(layer)["score_quantiles"], share)])
+        except ValueError as error:
+            raise MoEficationError(f"{gates.artifact.folder}: layer {layer}: {error}") from error
+
+    makers = {name: lambda n=name: gates.state(layer)[n] for name in gates.shapes}
+    if config.routing == "threshold":
+        made = threshold()  # now, so that gates without one are refused before anything is written
+        makers["threshold"] = lambda: made
+    else:
+        makers = {name: make for name, make in makers.items() if f"gate.{name}" not in GATE_BUFFERS}
+    return [(f"gate.{name}", gates.shapes[name], make) for name, make in makers.items()]
+
+
+def _require_fit(checkpoint: Checkpoint, name: str, dtype: str | None) -> None:
+    """Refuse a source tensor that is not finite, or would not be in the new dtype."""
+    tensor = checkpoint.finite_tensor(name)
+    if dtype is not None and tensor.abs().max() > torch.finfo(DTYPES[dtype]).max:
+        raise MoEficationError(f"{checkpoint.path}: {name} has values beyond torch.{dtype}; choose another --dtype")
+
+
+# ---------------------------------------------------------------------------------------------------- config
+
+
+def _num_labels(checkpoint: Checkpoint, settings: ConversionSettings) -> int | None:
+    """Labels of the classification head; None for the other two classes, whose heads are checked here too."""
+    convert_type, num_labels = settings.convert_type, settings.num_labels
+    if convert_type == "LlamaMoEForCausalLM" and checkpoint.lm_head is None:
+        raise MoEficationError(f"{checkpoint.path} has no lm_head.weight; use --convert_type LlamaMoEModel")
+    if convert_type != "LlamaMoEForSequenceClassification":
+        if num_labels is not None:
+            raise MoEficationError(f"--num_labels is for LlamaMoEForSequenceClassification, not for {convert_type}")
+        return None
+    if "score.weight" in checkpoint.tensors:
+        found = checkpoint.tensors["score.weight"].shape[0]
+        if num_labels not in (None, found):
+            raise MoEficationError(f"--num_labels {num_labels}, but the source's score.weight has {found} labels")
+        return found
+    if num_labels is not None and num_labels < 1:
+        raise MoEficationError(f"--num_labels {num_labels} must be at least 1")
+    return checkpoint.config.num_labels if num_labels is None else num_labels
+
+
+def _moe_config(
+    checkpoint: Checkpoint, gates: TrainedGates, settings: ConversionSettings, num_shared_experts: int
+) -> LlamaMoEConfig:
+    dtype = settings.dtype or str(checkpoint.dtype).removeprefix("torch.")
+    fields = checkpoint.config.to_dict() | {
+        "architectures": [settings.convert_type],
+        "dtype": dtype,
+        **settings.budget_fields(num_shared_experts),
+        **gates.config_fields,
+    }
+    for name in ("model_type", "transformers_version", "_name_or_path"):
+        fields.pop(name, None)
+    num_labels = _num_labels(checkpoint, settings)
+    if num_labels is not None and num_labels != checkpoint.config.num_labels:
+        fields.pop("id2label", None)
+        fields.pop("label2id", None)
+        fields["num_labels"] = num_labels
+    return LlamaMoEConfig.from_dict(fields)

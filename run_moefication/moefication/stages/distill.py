@@ -1,0 +1,288 @@
+"""Stage 6: a LlamaMoE checkpoint trained to predict as its dense source does.
+
+The loss is KL(dense || MoE) of the final logits. Thresholds follow the training, and are set once more after it, by a
+walk through the layers, so that the model ends on its budget.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
+
+from ..checkpoints.dense import Checkpoint
+from ..checkpoints.model_card import distillation_card
+from ..checkpoints.moe import MoECheckpoint, experts_per_tok, require_num_selects
+from ..checkpoints.tokenizers import tokenizer_files
+from ..checkpoints.transformers_library import quiet_transformers
+from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
+from ..errors import MoEficationError
+from ..layers.straight_through import settle_thresholds, soft_blocks
+from ..progress import Progress, no_progress
+from ..storage.folder import ArtifactWriter, require_place
+from ..storage.manifest import Claim, environment
+from ..text.corpus import Corpus
+from .distill_trainer import (
+    TRAINED,
+    DenseTeacher,
+    DistillationTrainer,
+    check_finite,
+    diverged,
+    last_whole_step,
+    leave_group,
+    mean_kl,
+    training_arguments,
+)
+
+HELD_OUT = 16  # one block of so many is not trained on: the loss before and after is measured there
+RESULT = "distillation"  # the last piece: config, code, card, and what the training gained
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """Options of the distill stage; see `llama_distill.py --help`."""
+
+    num_selects: int | None = None  # counts shared experts; None: the checkpoint's budget
+    train: str = "all"
+    lr: float = 1e-4
+    epochs: int = 1
+    batch_size: int = 2
+    gradient_accumulation_steps: int = 1
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.train not in TRAINED:
+            raise MoEficationError(f"--train {self.train!r} is not one of {', '.join(TRAINED)}")
+        if not 0 < self.lr < math.inf:
+            raise MoEficationError(f"--lr {self.lr} must be a positive number")
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise MoEficationError(f"--{name} {getattr(self, name)} must be at least 1")
+
+
+def distill(
+    checkpoint: Checkpoint,
+    moe_path: str | Path,
+    corpus: Corpus,
+    save_path: str | Path,
+    settings: DistillationSettings,
+    *,
+    save_steps: int = 100,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> ArtifactWriter:
+    """Write a distilled copy of a LlamaMoE checkpoint. Under torchrun, all its processes train and the first writes.
+
+    Memory: both models whole, the MoE in float32 with its gradients and two moments of what is trained, and for each
+    token of a batch the activations of all experts. Disk, until it is finished: the MoE in float32 with the moments.
+
+    Args:
+        save_steps: training steps between two saves, from which an interrupted run goes on.
+
+    Returns: the folder's writer, finished (in the first process); its metrics say what the training gained.
+    """
+    moe = MoECheckpoint(moe_path, checkpoint)
+    _check(checkpoint, moe, corpus, save_path, settings, save_steps)
+    arguments = _training_arguments(settings, corpus.options["seed"], save_steps, device)
+    claim = Claim(
+        stage="distill",
+        options=asdict(settings) | corpus.options,
+        source=checkpoint.source,
+        environment=environment(device) | {"processes": str(arguments.world_size)},
+        inputs={"moe_path": moe.artifact.digest, "train_data_path": corpus.digest},
+        facts={"tokens": corpus.num_tokens, "mix": [asdict(share) for share in corpus.mix]},
+    )
+    trained: dict[str, torch.Tensor] = {}
+    shards = plan_shards(_plan(moe, trained), MAX_SHARD_BYTES)
+    is_first = arguments.process_index == 0
+    writer = ArtifactWriter(
+        Path(save_path), claim, [*shards, RESULT], overwrite=overwrite, shared=not is_first, exclusive=is_first
+    )
+    missing = _agreed(writer.missing())
+    if not missing:
+        leave_group()
+        if is_first:
+            writer.finish()  # what an interrupted run may have left to do
+        return writer
+    checkpoint.check_finite(progress)
+    model = _load(moe, settings)
+    _begin(writer, is_first)
+    arguments.output_dir = str(writer.scratch("training"))
+    metrics = _train(checkpoint, moe, model, corpus, settings, arguments, progress)
+    if is_first:
+        trained |= {name.removeprefix("model."): tensor.cpu() for name, tensor in model.state_dict().items()}
+        for file in (file for file in shards if file in missing):
+            write_shard(writer, file, shards[file])
+        config = _new_config(moe, model)
+        card = distillation_card(checkpoint.name, config, moe.model_class, settings.train, corpus.num_tokens, metrics)
+        source = moe.artifact.folder
+        files = write_checkpoint_files(writer, source, shards, config, card, tokenizer_files(source))
+        writer.write_piece(RESULT, files, metrics)
+        writer.finish()
+    return writer
+
+
+# ---------------------------------------------------------------------------------------------------- before
+
+
+def _check(
+    checkpoint: Checkpoint,
+    moe: MoECheckpoint,
+    corpus: Corpus,
+    save_path: str | Path,
+    settings: DistillationSettings,
+    save_steps: int,
+) -> None:
+    """Refuse what cannot be distilled, before any work."""
+    folder, config = moe.artifact.folder, moe.config
+    if importlib.util.find_spec("accelerate") is None:
+        raise MoEficationError("distillation needs the package accelerate: pip install accelerate")
+    if moe.model_class != "LlamaMoEForCausalLM":
+        raise MoEficationError(f"{folder} is a {moe.model_class}; only a LlamaMoEForCausalLM can be distilled")
+    if config.multiply_gate_scores or config.score_scale_factor != 1:
+        raise MoEficationError(f"{folder} weighs its experts by gate scores; that is not distilled")
+    if settings.num_selects is not None:
+        require_num_selects(settings.num_selects, config)
+    if save_steps < 1:
+        raise MoEficationError(f"--save_steps {save_steps} must be at least 1")
+    if Path(save_path).resolve() in (checkpoint.path, folder.resolve()):
+        raise MoEficationError(f"--save_path {save_path} is one of the source checkpoints; choose another folder")
+    require_place(Path(save_path), "distill")
+    if len(corpus.blocks) < 2:
+        raise MoEficationError("the corpus is a single block, and one is held out; use a smaller --block_size")
+
+
+def _training_arguments(settings: DistillationSettings, seed: int, save_steps: int, device: str) -> TrainingArguments:
+    """The settings in the Trainer's words; under torchrun this joins the other processes."""
+    arguments = training_arguments(
+        seed,
+        device,
+        learning_rate=settings.lr,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        bf16=settings.bf16,
+        save_steps=save_steps,
+    )
+    if torch.device(device).index not in (None, arguments.device.index):
+        raise MoEficationError(f"--device {device}: one process trains on the first GPU; set CUDA_VISIBLE_DEVICES")
+    return arguments
+
+
+def _plan(moe: MoECheckpoint, trained: dict[str, torch.Tensor]) -> list[PlannedTensor]:
+    """The tensors of the new checkpoint, each in the dtype it had: those of the MLPs from `trained`."""
+
+    def source(name: str) -> Callable[[], torch.Tensor]:
+        return lambda: trained[name] if ".mlp." in name else moe.tensor(name)
+
+    return [
+        PlannedTensor(moe.stored_name(name), shape, dtype, source(name)) for name, (shape, dtype) in moe.tensors.items()
+    ]
+
+
+def _load(moe: MoECheckpoint, settings: DistillationSettings) -> LlamaMoEForCausalLM:
+    """The model to train, in float32, on its budget."""
+    with quiet_transformers():
+        model = LlamaMoEForCausalLM.from_pretrained(moe.artifact.folder, dtype=torch.float32)
+    if settings.num_selects is not None:
+        try:
+            model.set_num_experts_per_tok(settings.num_selects - moe.config.num_shared_experts)
+        except ValueError as error:  # thresholds without quantiles
+            raise MoEficationError(
+                f"{moe.artifact.folder} cannot run --num_selects {settings.num_selects}: {error}"
+            ) from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(TRAINED[settings.train](name))
+    return model
+
+
+def _agreed(missing: list[str]) -> list[str]:
+    """What the first of the processes misses: it writes, and the others may have looked at another moment."""
+    box = [missing]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def _begin(writer: ArtifactWriter, is_first: bool) -> None:
+    """Claim the folder: the first of the processes does, after all have looked at it, and the others join."""
+    if not torch.distributed.is_initialized():
+        writer.begin()
+        return
+    torch.distributed.barrier()
+    if is_first:
+        writer.begin()
+    torch.distributed.barrier()
+    writer.begin()
+
+
+def _new_config(moe: MoECheckpoint, model: LlamaMoEForCausalLM) -> LlamaMoEConfig:
+    """The config of the distilled checkpoint: the old one, with the budget it was distilled for."""
+    budget = ("num_experts_per_tok", "layer_num_experts_per_tok")
+    fields = moe.config.to_dict() | {name: getattr(model.config, name) for name in budget}
+    fields.pop("transformers_version", None)
+    return LlamaMoEConfig.from_dict(fields)
+
+
+# ---------------------------------------------------------------------------------------------------- the training
+
+
+def _train(
+    checkpoint: Checkpoint,
+    moe: MoECheckpoint,
+    model: LlamaMoEForCausalLM,
+    corpus: Corpus,
+    settings: DistillationSettings,
+    arguments: TrainingArguments,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Train the model in place, as it will be stored. Returns the metrics (in the first process)."""
+    device, is_first, batch_size = arguments.device, arguments.process_index == 0, settings.batch_size
+    config, gates = model.config, [layer.mlp.gate for layer in model.model.layers]
+    thresholds = [gate.threshold.item() for gate in gates] if config.routing == "threshold" else []
+    shares = [count / config.num_experts for count in experts_per_tok(config, thresholds)]
+    num_held_out = -(-len(corpus.blocks) // HELD_OUT)
+    blocks, held_out = corpus.blocks[:-num_held_out], corpus.blocks[-num_held_out:]
+    model.to(device)
+    teacher = DenseTeacher(checkpoint, device)
+    before = mean_kl(model, teacher, held_out, batch_size, device) if is_first else None
+    last = last_whole_step(Path(arguments.output_dir))
+    with quiet_transformers(), soft_blocks(model, shares) as soft:
+        trainer = DistillationTrainer(model, soft, teacher, blocks, arguments, progress)
+        steps = trainer.train(resume_from_checkpoint=last and str(last)).global_step
+    del trainer
+    leave_group()
+    check_finite(model)
+    if not is_first:
+        return {}
+    _round(model, moe)
+    model.eval()
+    try:
+        active = settle_thresholds(model, blocks, shares, batch_size, device)
+    except ValueError as error:
+        raise diverged("a gate's scores are not finite, or all the same") from error
+    metrics = {
+        "steps": steps,
+        "loss_before": before,
+        "loss_after": mean_kl(model, teacher, held_out, batch_size, device),
+        "active_share": active,
+    }
+    if config.routing == "threshold":
+        metrics["threshold"] = [gate.threshold.item() for gate in gates]
+    return metrics
+
+
+@torch.no_grad()
+def _round(model: LlamaMoEForCausalLM, moe: MoECheckpoint) -> None:
+    """Give the trained parameters the values they will be stored with, which thresholds must fit."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            _, dtype = moe.tensors[name.removeprefix("model.")]
+            parameter.copy_(parameter.to(dtype))

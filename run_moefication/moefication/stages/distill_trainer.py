@@ -1,0 +1,283 @@
+"""The training of a distillation: the transformers `Trainer`, with the dense model's logits as the target."""
+
+import gc
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from llama_moe import LlamaMoEForCausalLM
+
+from ..checkpoints.dense import Checkpoint
+from ..checkpoints.transformers_library import first_line
+from ..errors import MoEficationError
+from ..layers.straight_through import SoftBlock, nudge_thresholds
+from ..progress import Progress
+from ..storage.files import sync, write_json
+from ..storage.manifest import read_json
+
+logger = logging.getLogger(__name__)
+
+WARMUP = 0.05  # of the steps, in which the learning rate rises to --lr; it falls as a cosine afterwards
+WHOLE = "whole.json"  # in a saved step's folder: everything else of it is there, of these sizes
+TRAINED = {
+    "gates": lambda name: ".mlp.gate." in name,
+    "experts": lambda name: ".mlp." in name and ".mlp.gate." not in name,
+    "all": lambda name: ".mlp." in name,
+}
+
+
+class DenseTeacher:
+    """The dense model, for its last hidden states; float32 on CPUs, bfloat16 elsewhere.
+
+    Attributes:
+        head: `[vocabulary, H]`, what makes logits of them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str):
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        self._body = checkpoint.load_model(device, dtype)
+        if checkpoint.config.tie_word_embeddings:
+            self.head = self._body.embed_tokens.weight
+        else:
+            self.head = checkpoint.finite_tensor("lm_head.weight").to(device, dtype)
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[B, N]` -> `[B, N, H]`"""
+        return self._body(input_ids=tokens, use_cache=False).last_hidden_state
+
+
+def padded(blocks: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch: `input_ids [B, N]`, and `kept`, which of them are text. Padding follows it, where causal attention keeps
+    it from changing anything."""
+    blocks = [block.long() for block in blocks]
+    lengths = torch.tensor([len(block) for block in blocks])
+    tokens = pad_sequence(blocks, batch_first=True)
+    return {"input_ids": tokens, "kept": torch.arange(tokens.shape[1]) < lengths[:, None]}
+
+
+class HeadsKL(torch.autograd.Function):
+    """Sum over tokens of KL(teacher || student), in nats, of the logits that their heads make of hidden states.
+
+    Logits of a large vocabulary are larger than all else in a step. Here they exist for `CHUNK` tokens at a time, and
+    the gradient, whose logits' part is the difference of the two distributions, is computed along with the sum.
+    """
+
+    CHUNK = 128
+
+    @staticmethod
+    def forward(ctx, student, teacher, student_head, teacher_head):
+        """Hidden states `[T, H]` of both, heads `[vocabulary, H]` of both, which get no gradient -> a float32 scalar"""
+        total = student.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        device = student.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student.dtype
+        heads = student_head.to(dtype), teacher_head.to(dtype)  # once, not in each chunk
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(student), HeadsKL.CHUNK):
+                chunk = slice(start, start + HeadsKL.CHUNK)
+                log_q, log_p = (
+                    F.linear(hidden[chunk].to(dtype), head).float().log_softmax(-1)
+                    for hidden, head in zip((student, teacher), heads, strict=True)
+                )
+                total += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+                if gradient is not None:
+                    gradient[chunk] = log_q.exp_().sub_(log_p.exp_()).to(dtype) @ heads[0]
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, of_total):
+        (gradient,) = ctx.saved_tensors
+        return of_total.to(gradient.dtype) * gradient, None, None, None
+
+
+@torch.no_grad()
+def mean_kl(
+    model: LlamaMoEForCausalLM, teacher: DenseTeacher, blocks: list[torch.Tensor], batch_size: int, device: torch.device
+) -> float:
+    """KL(dense || MoE) in nats, on average over the tokens of the blocks, the model as it runs, in its own dtype."""
+    model.eval()
+    total = 0.0
+    for index in range(0, len(blocks), batch_size):
+        batch = {name: tensor.to(device) for name, tensor in padded(blocks[index : index + batch_size]).items()}
+        tokens, kept = batch["input_ids"], batch["kept"]
+        # Not through `model` itself: after a training in bfloat16 that would go on in it.
+        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        total += HeadsKL.apply(hidden[kept], teacher(tokens)[kept], model.lm_head.weight, teacher.head).item()
+    return total / sum(map(len, blocks))
+
+
+def training_arguments(seed: int, device: str, **settings) -> TrainingArguments:
+    """What the Trainer needs to know, but for its `output_dir`; `settings` are its own names for the rest. Joins the
+    processes that torchrun started."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "MASTER_ADDR" not in os.environ:
+        raise MoEficationError(
+            "WORLD_SIZE says that there are several processes, but MASTER_ADDR does not say where they meet: "
+            "start them with torchrun, or unset RANK and WORLD_SIZE"
+        )
+    on_cpu = torch.device(device).type == "cpu"
+    try:
+        arguments = TrainingArguments(
+            seed=seed,
+            use_cpu=on_cpu,
+            lr_scheduler_type="cosine",
+            warmup_steps=WARMUP,
+            save_strategy="steps",
+            logging_strategy="no",
+            disable_tqdm=True,
+            report_to="none",
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            dataloader_pin_memory=not on_cpu,
+            **settings,
+        )
+    except ValueError as error:  # such as a GPU without bfloat16
+        raise MoEficationError(f"--device {device} cannot train like this: {first_line(error)}") from error
+    except torch.distributed.DistError as error:
+        raise MoEficationError(f"the other processes of this run did not come ({first_line(error)})") from error
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for torchrun, not for one process's threads
+    return arguments
+
+
+def leave_group() -> None:
+    """Part from the processes that `training_arguments` joined, once nothing refers to the trainer any more.
+
+    DDP's reducer must go before the process group. Were it the last to hold the group, it would wait for gloo's threads
+    with the GIL in hand, and one of them may be waiting for the GIL to free its last tensor (pytorch/pytorch#56297).
+    """
+    gc.collect()  # a trainer and what it wraps refer to each other
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the first process may be the one that hosts the group
+        torch.distributed.destroy_process_group()
+
+
+class DistillationTrainer(Trainer):
+    """The difference: the loss, and thresholds that keep to their budget."""
+
+    def __init__(
+        self,
+        model: LlamaMoEForCausalLM,
+        soft_blocks: list[SoftBlock],
+        teacher: DenseTeacher,
+        blocks: list[torch.Tensor],
+        arguments: TrainingArguments,
+        progress: Progress,
+    ):
+        callbacks = [StepEnd(soft_blocks), Bar(progress), SavedSteps()]
+        super().__init__(model=model, args=arguments, train_dataset=blocks, data_collator=padded, callbacks=callbacks)
+        for printing in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printing)
+        self.model_accepts_loss_kwargs = False  # compute_loss gives each batch's mean, which the Trainer then averages
+        self._soft_blocks, self._teacher = soft_blocks, teacher
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """KL(dense || MoE), on average over the batch's tokens."""
+        tokens, kept = inputs["input_ids"], inputs["kept"]
+        for block in self._soft_blocks:
+            block.kept = kept
+        # The model's hidden states, by way of its wrappers (DDP's, autocast's); it makes logits of the last token only.
+        outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        hidden, head = outputs.hidden_states[-1][kept], self.model.lm_head.weight
+        loss = HeadsKL.apply(hidden, self._teacher(tokens)[kept], head, self._teacher.head) / kept.sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, *args, **kwargs):
+        """A step that cannot be saved is no defect: each of the libraries that write its files says so in its way."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            if self.is_world_process_zero():
+                (folder / WHOLE).unlink(missing_ok=True)  # of a damaged one, of which the training began anew
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+            raise MoEficationError(f"{folder} cannot be saved ({reason})") from error
+
+
+class StepEnd(TrainerCallback):
+    """Keeps thresholds on budget."""
+
+    def __init__(self, soft_blocks: list[SoftBlock]):
+        self._soft_blocks = soft_blocks
+
+    def on_step_end(self, args, state, control, **kwargs):
+        nudge_thresholds(self._soft_blocks)
+
+
+class Bar(TrainerCallback):
+    """Shows how far the training is."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._steps = iter(self._progress(range(state.global_step, state.max_steps), "distill", "step"))
+        next(self._steps, None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        next(self._steps, None)
+
+
+class SavedSteps(TrainerCallback):
+    """Marks a saved step as whole, once it is, and only then removes those before it."""
+
+    def on_save(self, args, state, control, **kwargs):
+        """The step is on the disk, as far as this process goes."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # each process writes a file of its own
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        newest = folder / f"checkpoint-{state.global_step}"
+        for path in newest.iterdir():
+            sync(path)
+        write_json(newest / WHOLE, {"step": state.global_step, "sizes": _sizes(newest)})
+        for step, older in saved_steps(folder).items():
+            if step != state.global_step:
+                shutil.rmtree(older)
+
+
+def saved_steps(folder: Path) -> dict[int, Path]:
+    """Step -> its folder, whole or not."""
+    matches = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
+    return {int(match[1]): path for path, match in matches.items() if match}
+
+
+def last_whole_step(folder: Path) -> Path | None:
+    """The folder of the last step that was saved whole, and still is."""
+    whole = {step: path for step, path in saved_steps(folder).items() if (path / WHOLE).is_file()}
+    if not whole:
+        return None
+    last = whole[max(whole)]
+    sizes = read_json(last / WHOLE).get("sizes")  # None: of an older version
+    if sizes not in (None, _sizes(last)):
+        logger.warning("%s: files are missing or cut short; the training begins anew", last)
+        return None
+    return last
+
+
+def _sizes(step: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(step.iterdir()) if path.name != WHOLE}
+
+
+def check_finite(model: LlamaMoEForCausalLM) -> None:
+    """Refuse what a training that diverged has left."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not math.isfinite(parameter.detach().sum(dtype=torch.float64).item()):
+            raise diverged(f"{name} is not finite")
+
+
+def diverged(why: str) -> MoEficationError:
+    """The error of a training that went wrong."""
+    return MoEficationError(f"the training diverged: {why}; use a smaller --lr, and --overwrite to begin anew")

@@ -1,0 +1,189 @@
+"""Stage 2: what the MLPs see on real text, captured in a forward pass of the dense model and stored in shards.
+
+The unit of work is a shard: `save_interval` batches of `batch_size` blocks, numbered globally. Rank r of W processes
+takes the shards whose number is r modulo W. A shard's bytes depend on its blocks alone, its name on its number and the
+W of the run that began the folder: a run may go on with another number of processes.
+"""
+
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import LlamaModel
+
+from ..artifacts.features import features_folder, shard_file
+from ..artifacts.split import require_template
+from ..checkpoints.dense import DTYPES, Checkpoint
+from ..errors import MoEficationError
+from ..progress import Progress, no_progress
+from ..storage.files import tensor_sha256
+from ..storage.folder import ArtifactWriter, require_place
+from ..storage.manifest import Claim, environment
+from ..text.corpus import Corpus
+
+FORMATS = ("full", "inputs")
+INPUTS, GATE_OUTPUTS = "hidden_inputs", "hidden_gate_outputs"
+
+
+def extract_features(
+    checkpoint: Checkpoint,
+    corpus: Corpus,
+    save_path: str | Path,
+    *,
+    template: str,
+    feature_format: str = "full",
+    batch_size: int = 4,
+    save_interval: int = 1,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> ArtifactWriter:
+    """Run the dense model over the corpus and store, per layer, the MLP's inputs and (format "full") activations.
+
+    Memory: the model, and one shard: `save_interval * batch_size` blocks of tokens times layers times hidden size
+    (plus intermediate size in "full") in `dtype`.
+
+    Args:
+        template: whose activations are stored: SiLU(gate_proj x) for gate_proj, SiLU(gate_proj x) * (up_proj x) for
+            up_proj.
+        rank, world_size: this process among those that share the work.
+        dtype: of the stored features. The model runs in float32 on CPUs and in its own dtype elsewhere.
+
+    Returns: the folder's writer; it is finished once every process of the run has done its part.
+    """
+    require_template(template)
+    if feature_format not in FORMATS:
+        raise MoEficationError(f"--feature_format {feature_format!r} is not one of {', '.join(FORMATS)}")
+    if not 0 <= rank < world_size:
+        raise MoEficationError(f"RANK {rank} is outside of WORLD_SIZE {world_size}")
+    for option, value in (("batch_size", batch_size), ("save_interval", save_interval)):
+        if value < 1:
+            raise MoEficationError(f"--{option} {value} must be at least 1")
+    folder = features_folder(save_path, checkpoint.name)
+    require_place(folder, "hidden_features")
+    options = {
+        "templates": template,
+        "feature_format": feature_format,
+        "batch_size": batch_size,
+        "save_interval": save_interval,
+        "dtype": dtype,
+    }
+    claim = Claim(
+        stage="hidden_features",
+        options=options | corpus.options,
+        source=checkpoint.source,
+        environment=environment(device),
+        inputs={"train_data_path": corpus.digest},
+        facts={"processes": world_size, "mix": [asdict(share) for share in corpus.mix]},
+    )
+    blocks_per_shard = batch_size * save_interval
+    num_shards = math.ceil(len(corpus.blocks) / blocks_per_shard)
+    _require_space(checkpoint, corpus, folder, feature_format, DTYPES[dtype])
+    writer = ArtifactWriter(folder, claim, map(str, range(num_shards)), overwrite=overwrite, shared=world_size > 1)
+    mine = [number for number in map(int, writer.missing()) if number % world_size == rank]
+    if mine:
+        on_cpu = torch.device(device).type == "cpu"
+        model = checkpoint.load_model(device, torch.float32 if on_cpu else checkpoint.dtype)
+        recorder = _Recorder(model, template if feature_format == "full" else None, DTYPES[dtype])
+        for number in progress(mine, "hidden features", "shard"):
+            first = number * blocks_per_shard
+            features = recorder.record(corpus.blocks[first : first + blocks_per_shard], batch_size, first)
+            _write_shard(writer, number, first, features)
+    writer.finish()
+    return writer
+
+
+def _require_space(
+    checkpoint: Checkpoint, corpus: Corpus, folder: Path, feature_format: str, dtype: torch.dtype
+) -> None:
+    config = checkpoint.config
+    width = config.hidden_size + (config.intermediate_size if feature_format == "full" else 0)
+    needed = corpus.num_tokens * config.num_hidden_layers * width * dtype.itemsize
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    # What an interrupted run already wrote counts as room.
+    written = sum(file.stat().st_size for file in folder.rglob("*.pth")) if folder.is_dir() else 0
+    free = shutil.disk_usage(existing).free + written
+    if needed > free:
+        raise MoEficationError(
+            f"{folder} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            f"use --feature_format inputs, --max_tokens or --data_use_percent"
+        )
+
+
+class _Recorder:
+    """Hooks on every MLP of a model that copy what passes into tensors allocated for a whole shard."""
+
+    def __init__(self, model: LlamaModel, template: str | None, dtype: torch.dtype):
+        self._model, self._dtype = model, dtype
+        self._widths = {INPUTS: model.config.hidden_size}
+        if template is not None:
+            self._widths[GATE_OUTPUTS] = model.config.intermediate_size
+        self._rows = slice(0, 0)
+        self._kept = None
+        self._features: dict[str, dict[int, torch.Tensor]] = {}
+        for index, layer in enumerate(model.layers):
+            layer.mlp.register_forward_pre_hook(lambda _, args, i=index: self._keep(INPUTS, i, args[0]))
+            if template is None:
+                continue
+            if "up_proj" in template:  # SiLU(gate) * up is what enters down_proj
+                layer.mlp.down_proj.register_forward_pre_hook(
+                    lambda _, args, i=index: self._keep(GATE_OUTPUTS, i, args[0])
+                )
+            else:
+                layer.mlp.act_fn.register_forward_hook(lambda _, __, out, i=index: self._keep(GATE_OUTPUTS, i, out))
+
+    @torch.inference_mode()
+    def record(
+        self, blocks: list[torch.Tensor], batch_size: int, first_block: int
+    ) -> dict[str, dict[int, torch.Tensor]]:
+        """Kind -> layer -> `[tokens, width]` over the blocks, without padding.
+
+        Raises:
+            MoEficationError: a value is not finite in the stored dtype.
+        """
+        num_tokens = sum(map(len, blocks))
+        layers = range(len(self._model.layers))
+        self._features = {
+            kind: {layer: torch.empty(num_tokens, width, dtype=self._dtype) for layer in layers}
+            for kind, width in self._widths.items()
+        }
+        start = 0
+        for index in range(0, len(blocks), batch_size):
+            batch = blocks[index : index + batch_size]
+            lengths = torch.tensor([len(block) for block in batch])
+            # Padding follows the text, where causal attention keeps it from changing anything before it.
+            tokens = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).long().to(self._model.device)
+            self._kept = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(tokens.device)
+            self._rows = slice(start, start := start + int(lengths.sum()))
+            self._model(input_ids=tokens, use_cache=False)
+        for kind, layer in ((kind, layer) for kind in self._features for layer in layers):
+            if not self._features[kind][layer].sum(dtype=torch.float32).isfinite():
+                raise MoEficationError(
+                    f"{kind} of layer {layer} are not finite in {self._dtype} in blocks {first_block} to "
+                    f"{first_block + len(blocks) - 1}; use --dtype float32, or look at the model's weights"
+                )
+        return self._features
+
+    def _keep(self, kind: str, layer: int, activations: torch.Tensor) -> None:
+        self._features[kind][layer][self._rows] = activations[self._kept].to(self._dtype).cpu()
+
+
+def _write_shard(
+    writer: ArtifactWriter, number: int, first_block: int, features: dict[str, dict[int, torch.Tensor]]
+) -> None:
+    writer.begin()  # another process may have, with its own count of processes
+    index, rank = divmod(number, writer.claim["facts"]["processes"])
+    files = {}
+    for kind, layers in features.items():
+        file = shard_file(kind, rank, index)
+        files[file] = writer.write_tensors(file, layers) | {
+            "shard": number,
+            "tokens": len(layers[0]),
+            "layers": {str(layer): tensor_sha256(tensor) for layer, tensor in layers.items()},
+        }
+    writer.write_piece(str(number), files)

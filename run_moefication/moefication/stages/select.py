@@ -1,0 +1,292 @@
+"""Stage 3: gates that predict which experts a token needs, trained layer by layer on recorded features."""
+
+import logging
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from llama_moe.gates import GATE_CLASSES, Gate, LinearGate
+
+from ..artifacts.features import Features
+from ..artifacts.gate_settings import GATE_NETWORKS, GateSettings, require_rank, require_selects
+from ..artifacts.gates import select_folder
+from ..artifacts.split import Split
+from ..checkpoints.dense import TEMPLATES, Checkpoint
+from ..errors import MoEficationError
+from ..fitting.ridge_gates import fit_ridge_gate
+from ..layers.scores import TOKENS_PER_CHUNK, ExpertScorer, LayerActivations, OutputNorms, routing_quality, top_k_mask
+from ..progress import Progress, no_progress
+from ..storage.folder import ArtifactWriter
+from ..storage.manifest import Claim, environment
+
+logger = logging.getLogger(__name__)
+
+
+def parse_layers(texts: list[str], num_layers: int) -> list[int]:
+    """`["0-7", "9"]` -> the layers, sorted, ends included; nothing means all.
+
+    An end equal to the number of layers is clipped with a warning (`24-32` of 32 layers); beyond that is refused.
+    """
+    if not texts:
+        return list(range(num_layers))
+    layers: set[int] = set()
+    for text in (part for item in texts for part in item.replace(",", " ").split()):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise MoEficationError(f"--specify_layer {text!r} is neither a layer nor a range such as 0-7")
+        if match[2] and last == num_layers and first < num_layers:
+            logger.warning(
+                "--specify_layer %s: the last of %d layers is %d, taken as the end", text, num_layers, last - 1
+            )
+            last -= 1
+        if last >= num_layers:
+            raise MoEficationError(f"--specify_layer {text} goes beyond the model's layers 0-{num_layers - 1}")
+        layers.update(range(first, last + 1))
+    return sorted(layers)
+
+
+# ---------------------------------------------------------------------------------------------------- the stage
+
+
+def train_gates(
+    checkpoint: Checkpoint,
+    split_path: str | Path,
+    features_path: str | Path,
+    save_path: str | Path,
+    settings: GateSettings,
+    *,
+    layers: list[int],
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> ArtifactWriter:
+    """Train and write the gates of the given layers; runs over different layers fill one folder.
+
+    Memory: the inputs of one layer in the dtype they are stored in (all tokens times hidden size), the scores
+    (tokens times experts, float32) and one layer's weights.
+
+    Returns: the folder's writer; it is finished once every layer has its gate.
+    """
+    split = Split(split_path, checkpoint, settings.templates, settings.num_experts)
+    require_selects(settings.num_selects, settings.num_experts, split.num_shared_experts)
+    require_rank(settings.gate_rank, checkpoint.config.hidden_size, split.num_routed_experts)
+    # What concerns a gate: the routed experts, and how many of them run.
+    routed = replace(
+        settings,
+        num_experts=split.num_routed_experts,
+        num_selects=settings.num_selects - split.num_shared_experts,
+    )
+    features = Features(features_path, checkpoint, settings.templates)
+    if features.num_tokens < 2:
+        raise MoEficationError(f"{features_path} holds {features.num_tokens} tokens; at least 2 are needed")
+    num_layers = checkpoint.config.num_hidden_layers
+    names = [settings.templates.format(layer) for layer in range(num_layers)]
+    claim = Claim(
+        stage="select",
+        options=asdict(settings),
+        source=checkpoint.source,
+        environment=environment(device),
+        inputs={"split_file_path": split.artifact.digest, "hidden_features_path": features.artifact.digest},
+    )
+    folder = select_folder(save_path, checkpoint.name, settings.num_experts)
+    # Other runs may be filling other layers of the folder.
+    shared = len(layers) < num_layers
+    writer = ArtifactWriter(folder, claim, names, overwrite=overwrite, shared=shared)
+    missing = set(writer.missing())
+    for layer in progress([layer for layer in layers if names[layer] in missing], "select", "layer"):
+        inputs, scores = _layer_data(checkpoint, split, features, layer, settings, device)
+        if settings.gate_fit == "ridge":
+            gate = ridge_gate(inputs.shape[1], routed)
+        else:
+            rows = checkpoint.finite_tensor(settings.templates.format(layer)).to(device, torch.float32)
+            gate = initial_gate(settings.gate_network, rows, split.routed_neurons(layer))
+        metrics = fit_gate(gate.to(device), inputs, scores, routed)
+        gate.store_score_quantiles(_logits(gate, inputs))
+        state = {name: tensor.cpu().clone() for name, tensor in gate.state_dict().items()}
+        writer.write_piece(names[layer], {names[layer]: writer.write_tensors(names[layer], state)}, metrics)
+    writer.finish()
+    return writer
+
+
+def _layer_data(
+    checkpoint: Checkpoint, split: Split, features: Features, layer: int, settings: GateSettings, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs `[tokens, hidden]` in their stored dtype and scores `[tokens, experts]` in float32, both on the device."""
+    inputs = torch.cat([shard.to(device) for shard in features.inputs(layer)])
+    neurons = split.routed_neurons(layer).to(device)
+    if settings.select_criterion == "output_norm":
+        activations = LayerActivations(checkpoint, layer, TEMPLATES[1], device)  # what enters down_proj
+        norms = OutputNorms(checkpoint.mlp_tensor(layer, "down_proj.weight", device).T, neurons)
+        scores = torch.cat([norms(activations(chunk)) for chunk in inputs.split(TOKENS_PER_CHUNK)])
+    else:
+        scorer = ExpertScorer(neurons, settings.select_criterion)
+        chunks = _activations(checkpoint, features, layer, inputs, settings, device)
+        scores = torch.cat([scorer(chunk.to(device)) for chunk in chunks])
+    if not scores.sum(dtype=torch.float64).isfinite():
+        raise MoEficationError(
+            f"the features of layer {layer} in {features.artifact.folder} hold NaN or infinite values"
+        )
+    return inputs, scores
+
+
+def _activations(
+    checkpoint: Checkpoint,
+    features: Features,
+    layer: int,
+    inputs: torch.Tensor,
+    settings: GateSettings,
+    device: str,
+) -> Iterator[torch.Tensor]:
+    """The activations of a layer's neurons in chunks of tokens: those that were stored, or recomputed."""
+    if features.has_gate_outputs:
+        return (chunk for shard in features.gate_outputs(layer) for chunk in shard.split(TOKENS_PER_CHUNK))
+    activations = LayerActivations(checkpoint, layer, settings.templates, device)
+    return (activations(chunk) for chunk in inputs.split(TOKENS_PER_CHUNK))
+
+
+# ---------------------------------------------------------------------------------------------------- one gate
+
+
+def ridge_gate(hidden_size: int, settings: GateSettings) -> LinearGate:
+    """A linear gate with a bias (and a rank, if asked), its values to be fitted."""
+    return LinearGate(
+        hidden_size, settings.num_experts, rank=settings.gate_rank, has_bias=True, **_all_run(settings.num_experts)
+    )
+
+
+def _all_run(num_experts: int) -> dict[str, Any]:
+    """The budget of a gate without one: conversion sets it. Threshold routing makes room for the score quantiles."""
+    return {"num_experts_per_tok": num_experts, "routing": "threshold"}
+
+
+def initial_gate(gate_network: str, rows: torch.Tensor, neurons: torch.Tensor) -> Gate:
+    """A gate whose (first) layer is the mean normalised row of each expert; the second of an "mlp" is the identity.
+
+    Args:
+        rows: float `[intermediate_size, hidden]`, the template weight.
+        neurons: int64 `[experts, width]`, the neurons of each expert.
+    """
+    centres = F.normalize(rows)[neurons.to(rows.device)].mean(dim=1)  # [experts, hidden]
+    num_experts, hidden_size = centres.shape
+    gate = GATE_CLASSES[GATE_NETWORKS[gate_network]](hidden_size, num_experts, **_all_run(num_experts))
+    first, *second = gate.parameters()
+    with torch.no_grad():
+        first.copy_(centres)
+        for weight in second:
+            weight.copy_(torch.eye(num_experts))
+    return gate
+
+
+def fit_gate(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> dict[str, Any]:
+    """Fit a gate in place: in closed form (`ridge_gates`), or by training (`adam`), which leaves it at its best epoch
+    by held-out mass recall, the untrained gate included.
+
+    The loss of training is the KL divergence to the normalised scores with `use_softmax`, the binary cross-entropy to
+    the true top-k set without. The last `valid_percent` of the tokens (blocks come shuffled) are never trained on.
+
+    Returns: metrics for the manifest, all on held-out tokens: `routing_quality` of the gate and of the best constant
+    choice, expert load, and what the fit says of itself (the loss of every epoch, or the ridge's strength).
+    """
+    num_valid = min(max(1, round(len(inputs) * settings.valid_percent)), len(inputs) - 1)
+    train, valid = slice(0, -num_valid), slice(-num_valid, None)
+    k = settings.num_selects
+    best_constant = top_k_mask(scores[train].mean(dim=0, keepdim=True), k)
+    constant = routing_quality(best_constant.expand(num_valid, -1), scores[valid], k)
+
+    if settings.gate_fit == "ridge":
+        of_fit = fit_ridge_gate(gate, inputs, scores, num_valid)
+    else:
+        of_fit = _train(gate, inputs, scores, train, valid, settings)
+    selected = top_k_mask(_logits(gate, inputs[valid]), k)
+    return {
+        **routing_quality(selected, scores[valid], k),
+        "constant_recall": constant["recall"],
+        "constant_mass_recall": constant["mass_recall"],
+        "train_tokens": len(inputs) - num_valid,
+        "valid_tokens": num_valid,
+        **of_fit,
+        "expert_load": selected.mean(dim=0, dtype=torch.float64).tolist(),
+    }
+
+
+def _train(
+    gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, train: slice, valid: slice, settings: GateSettings
+) -> dict[str, Any]:
+    """Train, and go back to the best epoch. Returns which it was, and the losses of all."""
+    valid_loss, best = _validate(gate, inputs[valid], scores[valid], settings)
+    losses: dict[str, list[float]] = {"train": [], "valid": [valid_loss]}
+    best_epoch, best_state = 0, {name: tensor.clone() for name, tensor in gate.state_dict().items()}
+    for epoch, train_loss in enumerate(_epochs(gate, inputs[train], scores[train], settings), start=1):
+        valid_loss, quality = _validate(gate, inputs[valid], scores[valid], settings)
+        losses["train"].append(train_loss)
+        losses["valid"].append(valid_loss)
+        if quality["mass_recall"] > best["mass_recall"]:
+            best, best_epoch = quality, epoch
+            best_state = {name: tensor.clone() for name, tensor in gate.state_dict().items()}
+        elif epoch - best_epoch >= settings.patience:
+            break
+    gate.load_state_dict(best_state)
+    return {"best_epoch": best_epoch, "loss": losses}
+
+
+def _epochs(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> Iterator[float]:
+    """Train epoch by epoch (AdamW, one-cycle learning rate), yielding the mean training loss of each."""
+    epochs = 0 if settings.gate_network == "similarity" else settings.epochs
+    if not epochs:
+        return
+    generator = torch.Generator().manual_seed(settings.seed)
+    batches_per_epoch = -(-len(inputs) // settings.batch_size)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=epochs * batches_per_epoch)
+    for _ in range(epochs):
+        total = 0.0
+        for batch in torch.randperm(len(inputs), generator=generator).to(inputs.device).split(settings.batch_size):
+            with _one_cpu_thread():
+                loss = _loss(gate.score(inputs[batch].float()), scores[batch], settings)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            total += loss.item() * len(batch)
+        if not math.isfinite(total):
+            raise MoEficationError(f"the loss of a gate did not stay finite; use a smaller --lr than {settings.lr}")
+        yield total / len(inputs)
+
+
+@contextmanager
+def _one_cpu_thread() -> Iterator[None]:
+    """A training step is a few small products: threads gain little there, and on busy cores wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _loss(logits: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> torch.Tensor:
+    if settings.use_softmax:
+        target = scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        return F.kl_div(F.log_softmax(logits, dim=-1), target, reduction="batchmean")
+    return F.binary_cross_entropy_with_logits(logits, top_k_mask(scores, settings.num_selects))
+
+
+@torch.no_grad()
+def _logits(gate: Gate, inputs: torch.Tensor) -> torch.Tensor:
+    return torch.cat([gate.score(chunk.float()) for chunk in inputs.split(TOKENS_PER_CHUNK)])
+
+
+def _validate(
+    gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings
+) -> tuple[float, dict[str, float]]:
+    logits = _logits(gate, inputs)
+    quality = routing_quality(top_k_mask(logits, settings.num_selects), scores, settings.num_selects)
+    return _loss(logits, scores, settings).item(), quality

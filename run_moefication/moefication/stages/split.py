@@ -1,0 +1,95 @@
+"""Stage 1: which expert each neuron of each MLP belongs to."""
+
+from pathlib import Path
+
+import torch
+
+from ..artifacts.split import require_shared, split_folder, write_labels
+from ..checkpoints.dense import Checkpoint
+from ..errors import MoEficationError
+from ..fitting.balanced_kmeans import balanced_kmeans
+from ..progress import Progress, no_progress
+from ..storage.files import digest
+from ..storage.folder import ArtifactWriter
+from ..storage.manifest import Claim, environment
+
+
+def split_by_weights(
+    checkpoint: Checkpoint,
+    save_path: str | Path,
+    *,
+    templates: list[str],
+    num_experts: int,
+    distance: str = "l2",
+    seed: int = 0,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> ArtifactWriter:
+    """Cluster the neurons of every layer by the direction of their weight rows (MoEfication, section 3.1).
+
+    Writes per template and layer an int64 tensor `[intermediate_size]`, the expert of each neuron, and records the
+    assignment cost beside the lower bound that proves it. Holds one weight in float32 at a time.
+
+    Returns: the writer of the folder, finished.
+    """
+    checkpoint.require_experts(num_experts)
+    options = {
+        "cluster_on": "weights",
+        "templates": templates,
+        "num_experts": num_experts,
+        "num_shared_experts": 0,
+        "distance": distance,
+        "seed": seed,
+    }
+    claim = Claim("split", options, checkpoint.source, environment(device))
+    names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
+    folder = split_folder(save_path, checkpoint.name, num_experts)
+    writer = ArtifactWriter(folder, claim, names, overwrite=overwrite)
+    missing = writer.missing()
+    for name in progress(missing, "check", "weight"):
+        if not checkpoint.finite_tensor(name).any():
+            raise MoEficationError(f"{checkpoint.path}: {name} is all zeros, there is nothing to cluster")
+    for name in progress(missing, "split", "layer"):
+        weight = checkpoint.finite_tensor(name).to(device, torch.float32)
+        rows = torch.nn.functional.normalize(weight)
+        clusters = balanced_kmeans(rows, num_experts, distance=distance, seed=seed, device=device)
+        write_labels(writer, name, clusters.labels, clusters)
+    writer.finish()
+    return writer
+
+
+def split_at_random(
+    checkpoint: Checkpoint,
+    save_path: str | Path,
+    *,
+    templates: list[str],
+    num_experts: int,
+    num_shared_experts: int = 0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> ArtifactWriter:
+    """Deal the neurons of every layer out at random: the control that any clustering has to beat.
+
+    Returns: the writer of the folder, finished.
+    """
+    checkpoint.require_experts(num_experts)
+    require_shared(num_shared_experts, num_experts)
+    options = {
+        "templates": templates,
+        "num_experts": num_experts,
+        "num_shared_experts": num_shared_experts,
+        "seed": seed,
+    }
+    claim = Claim("split", options, checkpoint.source, environment("cpu"))
+    names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
+    folder = split_folder(save_path, checkpoint.name, num_experts, "Random")
+    writer = ArtifactWriter(folder, claim, names, overwrite=overwrite)
+    width = checkpoint.config.intermediate_size
+    for name in writer.missing():
+        # Of its own for each weight, so that an interrupted run goes on with the same numbers.
+        generator = torch.Generator().manual_seed(int(digest([seed, name])[:8], 16))
+        labels = torch.arange(num_experts).repeat_interleave(width // num_experts)
+        write_labels(writer, name, labels[torch.randperm(width, generator=generator)])
+    writer.finish()
+    return writer

@@ -1,0 +1,145 @@
+"""What a folder's `manifest.json` says, how two of them differ, and refusing those that cannot be trusted."""
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import MoEficationError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PARTS = "manifest.parts"
+CLAIM = "claim.json"
+LOCK = ".lock"  # in PARTS: held by a run that must be the only one
+TURN = ".turn"  # in PARTS: held by a process while it begins
+CLEARING = "clearing"  # in a claim: the folder is being cleared
+NAMES = "names.txt"  # in PARTS: of all files that were begun, whether finished or not
+SCRATCH = ".scratch"  # how files end that a stage needs only until its folder is finished
+STAGE_SCRIPTS = {
+    "split": "llama_split_clustering.py",
+    "hidden_features": "llama_get_hidden_features.py",
+    "select": "llama_select_mlp.py",
+    "convert": "llama_convert.py",
+    "calibrate": "llama_calibrate.py",
+    "distill": "llama_distill.py",
+}
+VERSIONED_PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "safetensors")
+MOE_STAGES = ("convert", "calibrate", "distill")  # whose folders are LlamaMoE checkpoints
+MAX_MANIFEST_BYTES = 1 << 30
+# What else lies in the folder cannot be told without its manifest, so --overwrite cannot clear it.
+CURE_OF_DAMAGE = "remove its folder and run the stage again"
+
+
+def environment(device: str) -> dict[str, str]:
+    """Versions and device kind: what decides the last bits of a result beside inputs and options."""
+    return {package: version(package) for package in VERSIONED_PACKAGES} | {"device": torch.device(device).type}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a folder is: the stage, every option that shapes its content, and what it is made from.
+
+    `source` describes the dense model (see `Checkpoint.source`), `inputs` maps the name of each artifact read to its
+    digest, `environment` is compared only while the folder is unfinished, `facts` are kept from the run that began the
+    folder and never compared.
+    """
+
+    stage: str
+    options: dict[str, Any]
+    source: dict[str, Any]
+    environment: dict[str, str]
+    inputs: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The claim as it stands in manifests."""
+        return {
+            "format": FORMAT_VERSION,
+            "stage": self.stage,
+            "options": self.options,
+            "source": self.source,
+            "inputs": self.inputs,
+            "environment": self.environment,
+            "facts": self.facts,
+        }
+
+
+def existing_claim(folder: Path) -> tuple[dict[str, Any] | None, bool]:
+    """The claim or manifest in a folder (None: there is none), and whether it is finished."""
+    if folder.exists() and not folder.is_dir():
+        raise MoEficationError(f"{folder} is a file; choose another --save_path")
+    manifest, claim = folder / MANIFEST, folder / PARTS / CLAIM
+    # The manifest once more: another process may just have written it, and taken the claim away.
+    for path in (manifest, claim, manifest):
+        with contextlib.suppress(FileNotFoundError):
+            return read_manifest(path), path is manifest
+    return None, False
+
+
+def difference(existing: dict[str, Any], wanted: dict[str, Any], finished: bool) -> str | None:
+    """What keeps an existing folder from being the wanted one, as the rest of a sentence, or None."""
+    if existing["source"].get("fingerprint") != wanted["source"]["fingerprint"]:
+        return f"was made from another model ({existing['source'].get('name')}: its weights or config differ)"
+    # An option that only one of the two knows (a newer version's) counts as different.
+    for name in sorted({*existing["options"], *wanted["options"]}):
+        before, now = existing["options"].get(name), wanted["options"].get(name)
+        if before != now:
+            return f"was made with --{name} {before}, this run asks for {now}"
+    for name, value in wanted["inputs"].items():
+        if existing["inputs"].get(name) != value:
+            return f"was made from another {name}"
+    if not finished:
+        for name, value in wanted["environment"].items():
+            if existing["environment"].get(name) != value:
+                return f"was begun with {name} {existing['environment'].get(name)}, this run has {value}"
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of our own, refused if it is damaged."""
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError("too large")
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise MoEficationError(f"{path} is damaged ({error}); {CURE_OF_DAMAGE}") from error
+    if not isinstance(content, dict):
+        raise MoEficationError(f"{path} is damaged (not a JSON object); {CURE_OF_DAMAGE}")
+    return content
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest or claim, refused if it is damaged, foreign, or of another format version."""
+    manifest = read_json(path)
+    if manifest.get("stage") not in STAGE_SCRIPTS:
+        raise MoEficationError(f"{path} is not a manifest of this toolkit")
+    if manifest.get("format") != FORMAT_VERSION:
+        raise MoEficationError(
+            f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT_VERSION}; remake the folder"
+        )
+    for name in ("options", "source", "inputs", "environment", "facts"):
+        if not isinstance(manifest.get(name), dict):
+            raise MoEficationError(f"{path} is damaged (no {name}); {CURE_OF_DAMAGE}")
+    if path.name == MANIFEST and not _are_entries(manifest.get("files")):
+        raise MoEficationError(f"{path} is damaged (no list of files with sizes and sums); {CURE_OF_DAMAGE}")
+    return manifest
+
+
+def _are_entries(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    )
+
+
+def inside(folder: Path, relative: str) -> Path:
+    """The path of a file that a manifest names, which must lie in the manifest's folder."""
+    path = Path(relative)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise MoEficationError(f"the manifest of {folder} names {relative}, outside of it")
+    return folder / path

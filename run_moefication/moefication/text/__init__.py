@@ -1,0 +1,1 @@
+"""Files of text to blocks of tokens."""

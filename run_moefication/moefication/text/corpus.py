@@ -1,0 +1,204 @@
+"""Token streams to blocks: packed, drawn, and mixed as LLaMA's pretraining mixed its domains."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..checkpoints.dense import Checkpoint
+from ..errors import MoEficationError
+from ..progress import Progress, no_progress
+from ..storage.files import digest, tensor_sha256
+from .domains import LLAMA_MIX, find_domains, known_domain
+from .tokens import TokenStream, token_stream
+
+EQUAL = "equal"
+DEFAULT_BLOCK_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class DomainShare:
+    """One row of the mix that was applied, in tokens, and the files that were counted for the domain, by their place
+    in the data folder. `skipped_lines` of the text held no document."""
+
+    domain: str
+    weight: float
+    available: int
+    asked: int
+    got: int
+    skipped_lines: int
+    files: list[str] = field(compare=False)
+
+
+@dataclass
+class Corpus:
+    """Token blocks, each an int32 tensor of at most the block size, in the order every stage numbers them.
+
+    They are made when they are first asked for, so that a stage can check all else before text is read.
+
+    Attributes:
+        options: those that choose the blocks, as manifests record them.
+        read: makes the blocks, and the mix of domains that came out.
+    """
+
+    options: dict[str, Any]
+    read: Callable[[], tuple[list[torch.Tensor], list[DomainShare]]]
+
+    @cached_property
+    def _content(self) -> tuple[list[torch.Tensor], list[DomainShare]]:
+        return self.read()
+
+    @property
+    def blocks(self) -> list[torch.Tensor]:
+        """The blocks."""
+        return self._content[0]
+
+    @property
+    def mix(self) -> list[DomainShare]:
+        """How much of each domain there was, was asked for and is in the blocks."""
+        return self._content[1]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.blocks))
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the blocks: stands for the text, the tokenizer and the choice of blocks in manifests."""
+        return digest([tensor_sha256(block) for block in self.blocks])
+
+
+# ---------------------------------------------------------------------------------------------------- blocks
+
+
+def pack(tokens: torch.Tensor, block_size: int) -> list[torch.Tensor]:
+    """Cut a token stream into blocks; the last, shorter one keeps its length."""
+    return list(tokens.split(block_size)) if len(tokens) else []
+
+
+def require_block_size(block_size: int | None, max_positions: int, name: str) -> int:
+    """The block size to use: the one asked for, or 2048, or what the model takes at most."""
+    if block_size is None:
+        return min(DEFAULT_BLOCK_SIZE, max_positions)
+    if not 2 <= block_size <= max_positions:
+        raise MoEficationError(f"--block_size {block_size} is outside of 2 to {max_positions}, the positions of {name}")
+    return block_size
+
+
+# ---------------------------------------------------------------------------------------------------- the mix
+
+
+def parse_domain_weights(text: str | None) -> dict[str, float] | str | None:
+    """`c4=0.5,github=0.5` -> weights by domain; "equal" (all alike) and None (LLaMA's mix) stay as they are."""
+    if text in (None, EQUAL):
+        return text
+    weights: dict[str, float] = {}
+    for item in text.split(","):
+        domain, _, number = item.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        name = known_domain(domain)
+        if not name or not 0 < weight < float("inf"):
+            raise MoEficationError(f"--domain_weights {text!r}: {item!r} is not of the form domain=positive number")
+        if name in weights:
+            raise MoEficationError(f"--domain_weights {text!r} names {domain.strip()} twice")
+        weights[name] = weight
+    return weights
+
+
+def training_corpus(
+    checkpoint: Checkpoint,
+    data_path: str | Path,
+    cache_path: str | Path | None,
+    *,
+    block_size: int,
+    domain_weights: dict[str, float] | str | None = None,
+    data_use_percent: float = 1.0,
+    max_tokens: int | None = None,
+    skip_bad_lines: bool = False,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Corpus:
+    """Blocks of the domains in a folder, in their proportions: as many tokens as the scarcest domain allows.
+
+    Blocks are drawn at random within each domain, the last one cut so that the shares are exact, and shuffled across
+    domains. They are views of the tokens on the disk (4 bytes each); in memory are a few batches of text.
+
+    Args:
+        domain_weights: of domains by name; "equal": every domain alike; None: as LLaMA's pretraining.
+        cache_path: folder that keeps the tokens for the next run; None for a temporary file.
+        data_use_percent: the share of the possible tokens to take, in (0, 1].
+        max_tokens: an upper limit on the tokens taken, all domains together.
+    """
+    if not 0 < data_use_percent <= 1:
+        raise MoEficationError(
+            f"--data_use_percent {data_use_percent} is not a fraction in (0, 1]; one percent is 0.01"
+        )
+    if max_tokens is not None and max_tokens < 1:
+        raise MoEficationError(f"--max_tokens {max_tokens} must be at least 1")
+    options = {
+        "block_size": block_size,
+        "domain_weights": domain_weights,
+        "data_use_percent": data_use_percent,
+        "max_tokens": max_tokens,
+        "skip_bad_lines": skip_bad_lines,
+        "seed": seed,
+    }
+    domains = find_domains(data_path, None if domain_weights == EQUAL else domain_weights)
+
+    def read() -> tuple[list[torch.Tensor], list[DomainShare]]:
+        streams = {
+            name: token_stream(checkpoint, name, files, cache_path, skip_bad_lines=skip_bad_lines, progress=progress)
+            for name, files in domains.items()
+        }
+        root = data_path if Path(data_path).is_dir() else Path(data_path).parent
+        files = {name: [os.path.relpath(str(file), root) for file in domains[name]] for name in domains}
+        blocks, shares = _mixed(streams, files, options)
+        if not blocks:
+            raise MoEficationError(f"{data_path}: the options leave no token to read")
+        return blocks, shares
+
+    return Corpus(options, read)
+
+
+def _mixed(
+    streams: dict[str, TokenStream], files: dict[str, list[str]], options: dict[str, Any]
+) -> tuple[list[torch.Tensor], list[DomainShare]]:
+    """Blocks of the domains' tokens as the options ask for them, and how much of each domain that is."""
+    mix, max_tokens = options["domain_weights"] or LLAMA_MIX, options["max_tokens"]
+    weights = {name: 1.0 if mix == EQUAL else mix.get(name, 1.0) for name in streams}
+    weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    total = options["data_use_percent"] * min(len(stream.tokens) / weights[name] for name, stream in streams.items())
+    total = min(total, max_tokens or total)
+    left = math.inf if max_tokens is None else max_tokens
+    generator = np.random.default_rng(options["seed"])
+    blocks, shares = [], []
+    for name, stream in streams.items():
+        available = len(stream.tokens)
+        asked = min(available, round(total * weights[name]), left)  # rounded shares may exceed the limit together
+        left -= asked
+        taken = _draw(stream.tokens, options["block_size"], asked, generator)
+        blocks += taken
+        got = sum(map(len, taken))
+        shares.append(DomainShare(name, weights[name], available, asked, got, stream.skipped_lines, files[name]))
+    return [blocks[i] for i in generator.permutation(len(blocks))], shares
+
+
+def _draw(tokens: torch.Tensor, block_size: int, num_tokens: int, generator: np.random.Generator) -> list[torch.Tensor]:
+    """Random blocks of a packed stream, without replacement, of exactly `num_tokens` tokens together."""
+    drawn, left = [], num_tokens
+    for index in generator.permutation(-(-len(tokens) // block_size)):
+        if left == 0:
+            break
+        block = tokens[index * block_size : (index + 1) * block_size]
+        drawn.append(block[:left])
+        left -= len(drawn[-1])
+    return drawn

@@ -1,0 +1,186 @@
+"""Documents to one stream of tokens, kept on the disk, whatever the size of the text."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..checkpoints.dense import Checkpoint
+from ..checkpoints.tokenizers import TOKENIZER_FILES, load_tokenizer
+from ..errors import MoEficationError
+from ..progress import Progress, no_progress
+from ..storage.files import digest, file_sha256, turn, write_atomically, write_json
+from .documents import Document, DocumentReader, TextFile
+
+BATCH_CHARACTERS = 4 << 20  # of text tokenised at once, over all cores: some 200 MB of memory
+CACHE_VERSION = 3
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """A domain's tokens: int32, memory-mapped. `skipped_lines` of its text held no document."""
+
+    tokens: torch.Tensor
+    skipped_lines: int
+
+
+def tokenize(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    bad: Callable[[str, str], None],
+) -> Iterator[np.ndarray]:
+    """The documents as one token stream, int32, piece by piece, with EOS between documents (without one: nothing).
+
+    Args:
+        vocab_size: rows of the model's embedding.
+        bad: called with the place of a document that has a token beyond them, and why it cannot be used; where it
+            returns, the document is left out.
+    """
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if separator and separator[0] >= vocab_size:
+        raise MoEficationError(
+            f"the tokenizer ends documents with token {separator[0]} ({tokenizer.eos_token}), "
+            f"but the model's embedding has {vocab_size} rows"
+        )
+    is_first = True
+    for batch in _batches(documents):
+        parts = []
+        for document, ids in zip(batch, encode([document.text for document in batch], tokenizer), strict=True):
+            tokens = np.asarray(ids, dtype=np.int32)
+            if len(tokens) and (largest := int(tokens.max())) >= vocab_size:
+                token = tokenizer.convert_ids_to_tokens(largest)
+                bad(document.place, f"holds token {largest} ({token!r}), but the embedding has {vocab_size} rows")
+                continue
+            parts += [tokens] if is_first else [np.asarray(separator, dtype=np.int32), tokens]
+            is_first = False
+        if parts:
+            yield np.concatenate(parts)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def encode(batch: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The same ids as `tokenizer(batch)`, on all cores and without the offsets that nobody asks for."""
+    if not tokenizer.is_fast:
+        return tokenizer(batch, verbose=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # which a tokenizer.json may ask for
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return [encoding.ids for encoding in backend.encode_batch_fast(batch)]
+
+
+def token_stream(
+    checkpoint: Checkpoint,
+    domain: str,
+    files: list[TextFile],
+    cache_path: str | Path | None,
+    *,
+    skip_bad_lines: bool = False,
+    progress: Progress = no_progress,
+) -> TokenStream:
+    """The tokens of a domain, from the cache if it holds just this text as this tokenizer cuts it.
+
+    Without a cache they go to a temporary file, which lives as long as they are used. Processes that need the same
+    text make it one after the other, so that all but the first find it there.
+    """
+
+    if cache_path is None:
+        file = tempfile.TemporaryFile()  # noqa: SIM115 (the mapping keeps it)
+        skipped = _write_tokens(checkpoint, domain, files, file, skip_bad_lines, progress)
+        file.flush()
+        return TokenStream(_mapped(file), skipped)
+    cached = Path(cache_path) / f"{domain}-{_cache_key(checkpoint, files, skip_bad_lines)[:32]}.tokens"
+    with turn(cached.with_suffix(".lock")):
+        stream = _read_cache(cached)
+        if stream is None:
+            skipped = 0
+
+            def write(file) -> None:
+                nonlocal skipped
+                skipped = _write_tokens(checkpoint, domain, files, file, skip_bad_lines, progress)
+
+            entry = write_atomically(cached, write)
+            write_json(cached.with_suffix(".json"), entry | {"skipped_lines": skipped})
+            stream = TokenStream(_mapped(cached), skipped)
+    return stream
+
+
+def _write_tokens(
+    checkpoint: Checkpoint, domain: str, files: list[TextFile], file, skip_bad_lines: bool, progress: Progress
+) -> int:
+    """Write the raw tokens of all documents; returns the number of lines skipped."""
+    reader = DocumentReader(files, skip_bad_lines)
+    tokenizer, vocab_size = load_tokenizer(checkpoint.path), checkpoint.config.vocab_size
+    pieces = tokenize(reader, tokenizer, vocab_size, reader.bad)
+    count = 0
+    for piece in _following(reader, pieces, f"tokenise {domain}", progress):
+        file.write(piece.data)
+        count += len(piece)
+    if not count:
+        skipped = f" but for {reader.skipped:,} lines that were skipped" if reader.skipped else ""
+        raise MoEficationError(f"{files[0]} holds no text{skipped}")
+    return reader.skipped
+
+
+def _following(
+    reader: DocumentReader, pieces: Iterator[np.ndarray], what: str, progress: Progress
+) -> Iterator[np.ndarray]:
+    """The pieces, while a bar over the bytes that the reader has to read keeps up with it."""
+    steps = iter(progress(range(-(-reader.total_bytes >> 20)), what, "MiB"))
+    done = 0
+    for piece in pieces:
+        yield piece
+        while done < reader.position >> 20 and next(steps, None) is not None:
+            done += 1
+    for _ in steps:
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------- the cache
+
+
+def _cache_key(checkpoint: Checkpoint, files: list[TextFile], skip_bad_lines: bool) -> str:
+    tokenizer = {n: file_sha256(checkpoint.path / n) for n in TOKENIZER_FILES if (checkpoint.path / n).exists()}
+    # What the class of the tokenizer follows from, and which tokens are refused.
+    model = [checkpoint.raw_config.get(name) for name in ("model_type", "tokenizer_class")]
+    # The names too: they decide how a file is read.
+    contents = [[file.path.suffix, file.member, file.plain_name, file_sha256(file.path)] for file in files]
+    return digest([CACHE_VERSION, tokenizer, model, checkpoint.config.vocab_size, contents, skip_bad_lines])
+
+
+def _mapped(file) -> torch.Tensor:
+    return torch.from_numpy(np.memmap(file, dtype=np.int32, mode="c"))
+
+
+def _read_cache(path: Path) -> TokenStream | None:
+    """The cached tokens, or None if there are none or they are damaged (which is said)."""
+    record_path = path.with_suffix(".json")  # written last
+    if not record_path.exists():
+        return None
+    try:
+        record = json.loads(record_path.read_bytes())
+        if file_sha256(path) == record["sha256"] and isinstance(record["skipped_lines"], int):
+            return TokenStream(_mapped(path), record["skipped_lines"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        logger.debug("%s: %s", path, error)
+    logger.warning("%s is damaged; tokenising again", path)
+    return None

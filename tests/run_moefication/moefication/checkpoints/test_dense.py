@@ -1,0 +1,370 @@
+"""Every kind of LLaMA checkpoint is read exactly; everything else is refused by name before any work."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, VARIANTS, as_bin, change_config, make_llama
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+
+from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.errors import MoEficationError
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_reads(folder: Path, state: dict[str, torch.Tensor]) -> Checkpoint:
+    checkpoint = Checkpoint(str(folder))
+    assert set(checkpoint.tensors) == {name.removeprefix("model.") for name in state}
+    for name, tensor in state.items():
+        read = checkpoint.tensor(name.removeprefix("model."))
+        assert read.dtype == tensor.dtype
+        assert torch.equal(read, tensor)
+    return checkpoint
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant, tmp_path):
+    folder = make_llama(tmp_path / "llama", **VARIANTS[variant])
+    checkpoint = assert_reads(folder, state_of(folder))
+    assert checkpoint.name == "llama"
+    assert checkpoint.lm_head == ("embed_tokens.weight" if checkpoint.config.tie_word_embeddings else "lm_head.weight")
+    assert checkpoint.config.mlp_bias == (variant == "mlp_bias")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, tmp_path):
+    folder = make_llama(tmp_path / "llama", dtype=dtype)
+    assert assert_reads(folder, state_of(folder)).dtype == dtype
+
+
+def test_base_model_and_classifier(tmp_path):
+    base = make_llama(tmp_path / "base", model_class=LlamaModel)
+    assert assert_reads(base, state_of(base)).lm_head is None
+    classifier = make_llama(tmp_path / "classifier", model_class=LlamaForSequenceClassification, num_labels=3)
+    assert assert_reads(classifier, state_of(classifier)).tensors["score.weight"].shape == (3, TINY["hidden_size"])
+
+
+def test_mistral_without_window_is_a_llama(tiny_llama, tmp_path):
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "mistral"))
+    change_config(folder, model_type="mistral", sliding_window=None, architectures=["MistralForCausalLM"])
+    assert_reads(folder, state_of(tiny_llama))
+
+
+def test_precomputed_rotary_tensors_of_old_checkpoints_are_passed_over(tiny_llama, tmp_path):
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "old"))
+    name = "model.layers.2.self_attn.rotary_emb.inv_freq"
+    change_state(lambda state: state.update({name: torch.ones(4)}))(folder)
+    checkpoint = Checkpoint(str(folder))
+    expected = {key.removeprefix("model.") for key in state_of(tiny_llama)} - {"lm_head.weight"}
+    assert set(checkpoint.body_tensors()) == expected
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "base", "classifier", "sharded", "bin", "bins"])
+def test_loaded_model_computes_what_transformers_does(variant, tmp_path):
+    model_class = {"base": LlamaModel, "classifier": LlamaForSequenceClassification}.get(variant, LlamaForCausalLM)
+    shards = {"max_shard_size": "40KB"} if variant == "sharded" else {}
+    folder = make_llama(tmp_path / "llama", model_class=model_class, **shards, **VARIANTS.get(variant, {}))
+    reference = model_class.from_pretrained(folder)
+    if variant in ("bin", "bins"):
+        folder = as_bin(folder, tmp_path / "bin", shards=1 if variant == "bin" else 3)
+    tokens = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        hidden = Checkpoint(str(folder)).load_model("cpu", torch.float32)(tokens).last_hidden_state
+        expected = reference.base_model(tokens).last_hidden_state
+    assert torch.equal(hidden, expected)  # the same code on the same numbers
+
+
+def test_mlp_tensors_come_in_float32(tmp_path):
+    folder = make_llama(tmp_path / "llama", dtype=torch.bfloat16)
+    read = Checkpoint(str(folder)).mlp_tensor(1, "up_proj.weight")
+    assert read.dtype == torch.float32
+    assert torch.equal(read, state_of(folder)["model.layers.1.mlp.up_proj.weight"].float())
+
+
+def test_layout_does_not_matter(tiny_llama, tmp_path):
+    state = state_of(tiny_llama)
+    sharded = make_llama(tmp_path / "sharded", max_shard_size="40KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    layouts = [tiny_llama, sharded, as_bin(tiny_llama, tmp_path / "bin"), as_bin(tiny_llama, tmp_path / "bins", 3)]
+    assert len({assert_reads(folder, state).fingerprint for folder in layouts}) == 1
+
+
+def test_fingerprint_sees_weights_and_config_but_not_noise(tiny_llama, tmp_path):
+    original = Checkpoint(str(tiny_llama)).fingerprint
+    noise = Path(shutil.copytree(tiny_llama, tmp_path / "noise"))
+    change_config(noise, transformers_version="0", _name_or_path="elsewhere", use_cache=False)
+    assert Checkpoint(str(noise)).fingerprint == original
+    config = Path(shutil.copytree(tiny_llama, tmp_path / "config"))
+    change_config(config, rms_norm_eps=1e-3)
+    weights = make_llama(tmp_path / "weights", seed=1)
+    assert len({original, Checkpoint(str(config)).fingerprint, Checkpoint(str(weights)).fingerprint}) == 3
+
+
+def test_fingerprint_sees_every_tensor(tiny_llama, tmp_path):
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
+    fingerprints = {Checkpoint(str(tiny_llama)).fingerprint}
+    for name in (state := state_of(tiny_llama)):
+        save_file(state | {name: state[name] * 2}, folder / "model.safetensors", metadata={"format": "pt"})
+        fingerprints.add(Checkpoint(str(folder)).fingerprint)
+    assert len(fingerprints) == 1 + len(state)
+
+
+def test_fingerprint_samples_all_over_a_tensor(tiny_llama, tmp_path):
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
+    change_state(lambda state: state[GATE][60:].neg_())(folder)  # the last sixteenth of the rows
+    assert Checkpoint(str(folder)).fingerprint != Checkpoint(str(tiny_llama)).fingerprint
+
+
+def test_name_is_the_last_part_of_the_path(tiny_llama, tmp_path, monkeypatch):
+    assert Checkpoint(f"{tiny_llama}/").name == "tiny-llama"
+    monkeypatch.chdir(tiny_llama)
+    assert Checkpoint(".").name == "tiny-llama"
+    below = tmp_path / "llama" / "below"
+    shutil.copytree(tiny_llama, below.parent)
+    below.mkdir()
+    monkeypatch.chdir(below)
+    assert Checkpoint("..").name == "llama"
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def change_state(change) -> None:
+    def damage(folder: Path) -> None:
+        state = state_of(folder)
+        change(state)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def config(**changes):
+    return lambda folder: change_config(folder, **changes)
+
+
+def file(name: str, content: bytes):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut(name: str = "model.safetensors"):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+
+
+def longer(folder: Path) -> None:
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+
+
+def pipe(name: str):
+    return lambda folder: [(folder / name).unlink(), os.mkfifo(folder / name)]
+
+
+def with_tensors(tensors: dict[str, torch.Tensor]):
+    return change_state(lambda state: state.update(tensors))
+
+
+def renamed(old: str, new: str):
+    return change_state(lambda state: state.update({new: state.pop(old)}))
+
+
+def transposed(state: dict[str, torch.Tensor]) -> None:
+    state[GATE] = state[GATE].T.contiguous()
+
+
+def index(weight_map: dict[str, str] | None = None, shards: dict[str, list[str]] | None = None):
+    """Replace the single file by shards (file -> names, None: all the others) and an index of our choice."""
+
+    def damage(folder: Path) -> None:
+        state = state_of(folder)
+        (folder / "model.safetensors").unlink()
+        for name, keys in (shards or {}).items():
+            save_file({key: state[key] for key in keys or state}, folder / name, metadata={"format": "pt"})
+        content = weight_map if weight_map is not None else dict.fromkeys(state, "a.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": content}))
+
+    return damage
+
+
+def bad_index(content: bytes):
+    return lambda folder: [index()(folder), file("model.safetensors.index.json", content)(folder)]
+
+
+GATE = "model.layers.0.mlp.gate_proj.weight"
+NORM = "model.norm.weight"
+SCORE = "score.weight"
+REFUSED = {
+    "gpt2": (config(model_type="gpt2"), "is a 'gpt2' model"),
+    "no model_type": (config(model_type=None), "is a None model"),
+    "window": (config(model_type="mistral", sliding_window=4096), "is a Mistral with sliding_window"),
+    "quantised": (config(quantization_config={"bits": 4}), "is quantised"),
+    "own code": (config(auto_map={"AutoModel": "x.Y"}), "brings code of its own"),
+    "gelu": (config(hidden_act="gelu"), "has hidden_act 'gelu'"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "config not JSON": (file("config.json", b"{"), "is not JSON"),
+    "config a list": (file("config.json", b"[]"), "is not a JSON object"),
+    "config nested": (file("config.json", b"[" * 100_000), "is not JSON"),
+    "config a pipe": (pipe("config.json"), "has no config.json"),
+    "no layers": (config(num_hidden_layers=0), "num_hidden_layers is 0; a positive integer is needed"),
+    "layers below zero": (config(num_hidden_layers=-1), "num_hidden_layers is -1"),
+    "half a layer": (config(num_hidden_layers=1.5), "num_hidden_layers is 1.5"),
+    "layers true": (config(num_hidden_layers=True), "num_hidden_layers is True"),
+    "layers in words": (config(num_hidden_layers="x"), "num_hidden_layers is 'x'"),
+    "no width": (config(intermediate_size=None), "intermediate_size is None"),
+    "a layer more": (config(num_hidden_layers=4), "lacks the tensor model.layers.3."),
+    "a billion layers": (config(num_hidden_layers=10**9), "lacks the tensor model.layers.3."),
+    "a layer less": (config(num_hidden_layers=2), "holds layers.2."),
+    "other width": (config(intermediate_size=128), "layers.0.mlp.gate_proj.weight has shape [64, 32]"),
+    "other heads": (config(num_attention_heads=3), "not a multiple of the number of attention heads"),
+    "no key-value heads": (config(num_key_value_heads=0), "config.json describes no model that can be built"),
+    "head_dim below zero": (config(head_dim=-4), "config.json describes no model that can be built"),
+    "vocabulary beyond any tensor": (config(vocab_size=10**18), "config.json describes no model that can be built"),
+    "width beyond any integer": (config(hidden_size=10**20), "config.json describes no model that can be built"),
+    "rope in words": (config(rope_parameters="x"), "config.json: "),
+    "transposed": (change_state(transposed), f"{GATE.removeprefix('model.')} has shape [32, 64]"),
+    "tensor absent": (change_state(lambda state: state.pop(NORM)), f"lacks the tensor {NORM}"),
+    "integers": (change_state(lambda state: state.update({GATE: state[GATE].to(torch.int8)})), "is I8"),
+    "float64": (change_state(lambda state: state.update({GATE: state[GATE].double()})), "is F64"),
+    "name without prefix": (renamed(NORM, "norm.weight"), "holds norm.weight, which"),
+    "name with and without prefix": (with_tensors({"norm.weight": torch.ones(32)}), "holds norm.weight, which"),
+    "head with prefix": (renamed("lm_head.weight", "model.lm_head.weight"), "holds model.lm_head.weight, which"),
+    "classifier of other width": (with_tensors({SCORE: torch.ones(2, 31)}), "score.weight has shape [2, 31]"),
+    "classifier a vector": (with_tensors({SCORE: torch.ones(32)}), "score.weight has shape [32]"),
+    "classifier of integers": (with_tensors({SCORE: torch.ones(2, 32, dtype=torch.int64)}), "score.weight is I64"),
+    "classifier and another": (with_tensors({SCORE: torch.ones(2, 32), "model.x": torch.ones(1)}), "holds x, which"),
+    "tensor too many": (with_tensors({"x": torch.ones(1)}), "holds x, which"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+    "weights a pipe": (pipe("model.safetensors"), "model.safetensors is missing"),
+    "a byte more": (longer, "model.safetensors is not a whole safetensors file"),
+    "cut": (cut(), "model.safetensors is not a whole safetensors file"),
+    "LFS pointer": (file("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer?"),
+    "web page": (file("model.safetensors", b"<html>not found</html>" * 9), "not a whole safetensors file"),
+    "empty": (file("model.safetensors", b""), "not a whole safetensors file"),
+    "huge header": (file("model.safetensors", b"\xff" * 8), "not a whole safetensors file"),
+    "shard absent": (index(), "a.safetensors is missing"),
+    "shard outside": (index({GATE: "../x/evil.safetensors"}), "names ../x/evil.safetensors, outside"),
+    "shard at an absolute path": (index({GATE: "/x/evil.safetensors"}), "names /x/evil.safetensors, outside"),
+    "index without map": (bad_index(b"{}"), "has no weight_map from tensor to file"),
+    "index a list": (bad_index(b"[]"), "is not a JSON object"),
+    "index of numbers": (index({GATE: 1}), "has no weight_map from tensor to file"),
+    "index cut": (bad_index(b"{"), "is not JSON"),
+    "index of nothing": (index({}, {}), "lacks the tensor"),
+    "index wrong": (index(None, {"a.safetensors": [NORM]}), "where it is not"),
+    "index swapped": (
+        index({GATE: "b.safetensors", NORM: "a.safetensors"}, {"a.safetensors": [GATE], "b.safetensors": [NORM]}),
+        "where it is not",
+    ),
+    "tensor twice": (
+        index({GATE: "a.safetensors", NORM: "b.safetensors"}, {"a.safetensors": [GATE, NORM], "b.safetensors": [NORM]}),
+        f"{NORM} lies in both a.safetensors and b.safetensors",
+    ),
+}
+
+
+BIN = "pytorch_model.bin"
+REFUSED_BINS = {
+    "cut": (1, cut(BIN), f"{BIN} is not a whole file of plain tensors, refused"),
+    "empty": (1, file(BIN, b""), f"{BIN} is not a whole file of plain tensors, refused"),
+    "LFS pointer": (1, file(BIN, b"version https://git-lfs.github.com/spec/v1\n"), f"{BIN} is not a whole file"),
+    "a list": (1, lambda folder: torch.save([torch.ones(1)], folder / BIN), f"{BIN} is not a dict of tensors by name"),
+    "nested": (1, lambda folder: torch.save({"model": {}}, folder / BIN), f"{BIN} is not a dict of tensors by name"),
+    "numbered": (1, lambda folder: torch.save({3: torch.ones(1)}, folder / BIN), "is not a dict of tensors by name"),
+    "shard absent": (3, lambda folder: (folder / "pytorch_model-1.bin").unlink(), "pytorch_model-1.bin is missing"),
+    "shard swapped": (
+        3,
+        lambda folder: shutil.copy(folder / "pytorch_model-0.bin", folder / "pytorch_model-1.bin"),
+        "lies in both pytorch_model-0.bin and pytorch_model-1.bin",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BINS)
+def test_bins_are_refused_by_name(case, tiny_llama, tmp_path):
+    shards, damage, words = REFUSED_BINS[case]
+    folder = as_bin(tiny_llama, tmp_path / "bin", shards)
+    damage(folder)
+    with pytest.raises(MoEficationError) as error:
+        Checkpoint(str(folder))
+    assert words in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def test_what_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for path, words in [
+        (tmp_path / "file", "is a file; name the folder of the checkpoint"),
+        (tmp_path / "nowhere", "is no folder here, and no hub id (owner/name)"),
+        (tmp_path / "dangling", "is no folder here, and no hub id"),
+        ("../nowhere", "is no folder here, and no hub id"),
+        ("nowhere", "is no folder here, and no hub id"),
+        ("nobody/no-such-model", "is no folder here and the hub has no answer"),  # the tests are offline
+    ]:
+        with pytest.raises(MoEficationError) as error:
+            Checkpoint(str(path))
+        assert words in str(error.value)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(case, tiny_llama, tmp_path):
+    damage, words = REFUSED[case]
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
+    damage(folder)
+    start = time.perf_counter()
+    with pytest.raises(MoEficationError) as error:
+        Checkpoint(str(folder))
+    assert words in str(error.value)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert time.perf_counter() - start < 5  # a billion layers included
+
+
+def test_code_in_a_bin_is_never_run(tiny_llama, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "exploded",)
+
+    folder = as_bin(tiny_llama, tmp_path / "bin")
+    torch.save({"model.embed_tokens.weight": Bomb()}, folder / "pytorch_model.bin")
+    with pytest.raises(MoEficationError, match="not a whole file of plain tensors, refused"):
+        Checkpoint(str(folder))
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "nearby"), [(5, "2, 4, 8"), (0, "1, 2, 4, 8, 16"), (-1, "1, 2"), (60, "32, 64"), (128, "64")]
+)
+def test_number_of_experts_must_divide(num_experts, nearby, tiny_llama):
+    with pytest.raises(MoEficationError, match="does not divide the MLP width 64 of tiny-llama") as error:
+        Checkpoint(str(tiny_llama)).require_experts(num_experts)
+    assert nearby in str(error.value)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 8, 64])
+def test_divisors_of_the_width_are_taken(num_experts, tiny_llama):
+    assert TINY["intermediate_size"] % num_experts == 0
+    Checkpoint(str(tiny_llama)).require_experts(num_experts)
+
+
+def test_the_largest_half_precision_values_are_finite(tmp_path):
+    folder = make_llama(tmp_path / "llama", dtype=torch.float16)
+    change_state(lambda state: state[GATE].fill_(65504.0))(folder)  # their sum is beyond float16
+    assert (Checkpoint(str(folder)).finite_tensor("layers.0.mlp.gate_proj.weight") == 65504.0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_must_be_finite(value, tiny_llama, tmp_path):
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
+    change_state(lambda state: state[GATE][3].fill_(value))(folder)
+    checkpoint = Checkpoint(str(folder))
+    with pytest.raises(MoEficationError, match=r"layers.0.mlp.gate_proj.weight holds NaN or infinite values"):
+        checkpoint.finite_tensor("layers.0.mlp.gate_proj.weight")
+    assert checkpoint.finite_tensor("layers.1.mlp.gate_proj.weight").isfinite().all()

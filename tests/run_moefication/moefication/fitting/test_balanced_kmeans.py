@@ -1,0 +1,235 @@
+"""The balanced assignment is the true optimum; the clustering is a fixed point of equal parts."""
+
+from itertools import pairwise, permutations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.fitting.balanced_kmeans import balanced_assignment, balanced_kmeans
+
+# Of the cost: sums of some thousand float64 numbers.
+RELATIVE = 1e-11
+
+
+def optimum(costs: np.ndarray) -> float:
+    """The cheapest balanced assignment by scipy: every cluster's column repeated once per place."""
+    rows, columns = linear_sum_assignment(np.repeat(costs, costs.shape[0] // costs.shape[1], axis=1))
+    return costs[rows, columns // (costs.shape[0] // costs.shape[1])].sum()
+
+
+def assert_optimal(costs: np.ndarray) -> None:
+    before = costs.copy()
+    assignment = balanced_assignment(costs)
+    rows, clusters = costs.shape
+    scale = max(1e-300, np.abs(costs).sum())
+    assert np.bincount(assignment.labels, minlength=clusters).tolist() == [rows // clusters] * clusters
+    assert assignment.cost == pytest.approx(costs[np.arange(rows), assignment.labels].sum())
+    assert abs(assignment.cost - optimum(costs)) <= RELATIVE * scale
+    assert abs(assignment.cost - assignment.lower_bound) <= RELATIVE * scale
+    # The bound is what the prices prove: the dual value, computed here from them alone.
+    dual = (costs + assignment.prices).min(axis=1).sum() - rows // clusters * assignment.prices.sum()
+    assert abs(assignment.lower_bound - dual) <= RELATIVE * scale
+    assert np.array_equal(costs, before)
+
+
+@pytest.mark.parametrize(
+    ("rows", "clusters"), [(1, 1), (7, 1), (7, 7), (6, 3), (64, 8), (300, 2), (240, 60), (512, 64)]
+)
+@pytest.mark.parametrize("scale", [1e-150, 1e-8, 1.0, 1e8, 1e150])
+def test_assignment_is_the_optimum(rows, clusters, scale):
+    assert_optimal(np.random.default_rng(rows).random((rows, clusters)) * scale)
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 3, 6])
+@pytest.mark.parametrize("decimals", [1, 9])
+def test_assignment_is_the_best_of_all_six_row_assignments(clusters, decimals):
+    costs, size = np.random.default_rng(clusters).random((6, clusters)).round(decimals), 6 // clusters
+    best = min(sum(costs[row, place // size] for row, place in enumerate(order)) for order in permutations(range(6)))
+    assert balanced_assignment(costs).cost == pytest.approx(best)
+
+
+def hard_costs(kind: str) -> np.ndarray:
+    """Costs on which smoothed prices alone go wrong."""
+    generator = np.random.default_rng(7)
+    costs = generator.random((120, 6))
+    if kind == "all rows want one cluster":
+        costs[:, 2] -= 10
+    elif kind == "rows of very different scale":
+        costs *= 10.0 ** generator.integers(-6, 6, (120, 1))
+    elif kind == "a large constant":
+        costs += 1e6
+    elif kind == "groups of copies":
+        costs = np.repeat(costs[:6], 20, axis=0)
+    elif kind == "one cluster unaffordable":
+        costs[:, 0] = 1e9
+    return costs
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "all rows want one cluster",
+        "rows of very different scale",
+        "a large constant",
+        "groups of copies",
+        "one cluster unaffordable",
+    ],
+)
+def test_assignment_is_the_optimum_of_hard_costs(kind):
+    assert_optimal(hard_costs(kind))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 8), st.integers(0, 2), st.integers(0, 2**32 - 1))
+def test_assignment_is_the_optimum_with_ties(clusters, capacity, decimals, seed):
+    costs = np.random.default_rng(seed).random((clusters * capacity, clusters)) * 3 - 1
+    assert_optimal(costs.round(decimals))
+
+
+@pytest.mark.parametrize("costs", [np.zeros((60, 6)), np.ones((1200, 12)), np.tile(np.arange(4.0), (400, 1))])
+def test_equal_rows_still_give_equal_parts(costs):
+    assert_optimal(costs)
+
+
+def test_start_prices_change_nothing_but_time():
+    generator = np.random.default_rng(1)
+    costs = generator.random((200, 10))
+    plain = balanced_assignment(costs)
+    for prices in (plain.prices, generator.normal(size=10), np.full(10, 1e6)):
+        assert np.array_equal(balanced_assignment(costs, prices).labels, plain.labels)
+
+
+def test_permuted_rows_give_permuted_labels():
+    generator = np.random.default_rng(2)
+    costs, order = generator.random((120, 6)), generator.permutation(120)
+    assert np.array_equal(balanced_assignment(costs[order]).labels, balanced_assignment(costs).labels[order])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_costs_must_be_finite(value):
+    with pytest.raises(MoEficationError, match="NaN or infinite"):
+        balanced_assignment(np.array([[0.0, 1.0], [1.0, value]]))
+
+
+def test_sizes_must_divide():
+    with pytest.raises(MoEficationError, match="7 rows cannot be cut into 2 equal clusters"):
+        balanced_assignment(np.zeros((7, 2)))
+    with pytest.raises(MoEficationError, match="7 rows cannot be cut into 2 equal clusters"):
+        balanced_kmeans(torch.zeros(7, 3), 2)
+    with pytest.raises(MoEficationError, match="8 rows cannot be cut into 0 equal clusters"):
+        balanced_kmeans(torch.zeros(8, 3), 0)
+
+
+def test_distance_must_be_known():
+    with pytest.raises(MoEficationError, match="--distance 'l1' is not one of l2, cos"):
+        balanced_kmeans(torch.zeros(8, 3), 2, distance="l1")
+
+
+# ---------------------------------------------------------------------------------------------------- clustering
+
+
+def blobs(clusters: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Well separated groups of rows, shuffled, and the group of each."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.arange(clusters).repeat_interleave(size)[torch.randperm(clusters * size, generator=generator)]
+    centres = torch.nn.functional.normalize(torch.randn(clusters, 32, generator=generator))
+    return centres[groups] + 0.02 * torch.randn(clusters * size, 32, generator=generator), groups
+
+
+@pytest.mark.parametrize("distance", ["l2", "cos"])
+@pytest.mark.parametrize(("clusters", "size"), [(2, 30), (5, 8), (16, 4)])
+def test_separated_groups_are_found(distance, clusters, size):
+    rows, groups = blobs(clusters, size)
+    labels = balanced_kmeans(rows, clusters, distance=distance, seed=0).labels
+    together = labels[:, None] == labels[None]
+    assert torch.equal(together, groups[:, None] == groups[None])
+
+
+def test_cos_sees_directions_and_l2_lengths():
+    # Short rows along two axes, near one another; long ones bent towards the diagonal, near one another too.
+    short, long = torch.tensor([[0.1, 0.0], [0.0, 0.1]]), torch.tensor([[5.0, 3.0], [3.0, 5.0]])
+    rows = torch.cat([short, long, short * 2, long * 1.1])
+    labels = {distance: balanced_kmeans(rows, 2, distance=distance).labels for distance in ("cos", "l2")}
+    for distance, groups in (("cos", [0, 1, 0, 1, 0, 1, 0, 1]), ("l2", [0, 0, 1, 1, 0, 0, 1, 1])):
+        expected = torch.tensor(groups)
+        assert torch.equal(labels[distance][:, None] == labels[distance][None], expected[:, None] == expected[None])
+
+
+def naive_cost(rows: torch.Tensor, labels: torch.Tensor, clusters: int, distance: str) -> float:
+    """The sum of distances of every row to its own cluster's centre, in float64."""
+    rows, total = rows.double(), 0.0
+    if distance == "cos":
+        rows = torch.nn.functional.normalize(rows)
+    for cluster in range(clusters):
+        members = rows[labels == cluster]
+        centre = members.mean(0)
+        if distance == "cos":
+            total += (1 - torch.nn.functional.cosine_similarity(members, centre[None])).sum().item()
+        else:
+            total += (members - centre).square().sum().item()
+    return total
+
+
+@pytest.mark.parametrize("distance", ["l2", "cos"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_cost_is_true_and_falls_until_nothing_moves(distance, seed, monkeypatch):
+    rows = torch.randn(160, 12, generator=torch.Generator().manual_seed(seed))
+    rows *= torch.logspace(-1, 1, 160)[:, None]  # of all lengths
+    final = balanced_kmeans(rows, 8, distance=distance, seed=seed)
+    assert final.converged
+    assert final.labels.bincount().tolist() == [20] * 8
+    assert final.cost == pytest.approx(naive_cost(rows, final.labels, 8, distance), rel=1e-5)
+    costs = []
+    for iterations in range(1, final.iterations + 1):
+        monkeypatch.setattr("run_moefication.moefication.fitting.balanced_kmeans.MAX_ITERATIONS", iterations)
+        costs.append(balanced_kmeans(rows, 8, distance=distance, seed=seed).cost)
+    assert costs[-1] == final.cost
+    # float32 distances: a step may seem to climb by their rounding.
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(costs))
+    assert costs[-1] < costs[0]
+
+
+@pytest.mark.parametrize("distance", ["l2", "cos"])
+def test_result_is_a_fixed_point(distance):
+    rows = torch.nn.functional.normalize(torch.randn(96, 6, generator=torch.Generator().manual_seed(4))).double()
+    labels = balanced_kmeans(rows, 6, distance=distance).labels
+    centres = torch.stack([rows[labels == cluster].mean(0) for cluster in range(6)])
+    if distance == "cos":
+        costs = 1 - torch.nn.functional.cosine_similarity(rows[:, None], centres[None], dim=-1)
+    else:
+        costs = (rows[:, None] - centres[None]).square().sum(-1)
+    own = costs[torch.arange(96), labels].sum().item()
+    # Of these centres, scipy finds no cheaper balanced assignment. The clustering works in float32.
+    assert own == pytest.approx(optimum(costs.numpy()), rel=1e-5)
+
+
+def test_iterations_that_did_not_end_are_said(monkeypatch):
+    monkeypatch.setattr("run_moefication.moefication.fitting.balanced_kmeans.MAX_ITERATIONS", 1)
+    clustering = balanced_kmeans(torch.randn(96, 6, generator=torch.Generator().manual_seed(4)), 6)
+    assert (clustering.iterations, clustering.converged) == (1, False)
+    assert clustering.labels.bincount().tolist() == [16] * 6
+
+
+def test_same_seed_same_labels_other_seed_others():
+    rows = torch.randn(96, 8, generator=torch.Generator().manual_seed(3))
+    first, again, other = (balanced_kmeans(rows, 8, seed=seed).labels for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_one_and_two_threads_agree():
+    rows, _ = blobs(8, 40)
+    threads = torch.get_num_threads()
+    try:
+        labels = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            labels.append(balanced_kmeans(rows, 8).labels)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*labels)

@@ -1,0 +1,644 @@
+"""Distillation: what is trained and by which gradient, the budget, resuming, and what the stage refuses."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, make_llama
+from pipeline import Pipeline, contents, load_dense
+from safetensors.torch import load_file
+
+from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, record_routing
+from run_moefication import llama_calibrate, llama_distill
+from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.layers import straight_through as soft_routing
+from run_moefication.moefication.layers.straight_through import NUDGE, TEMPERATURE, settle_thresholds, soft_blocks
+from run_moefication.moefication.stages import distill_trainer as distillation_trainer
+from run_moefication.moefication.stages.distill import DistillationSettings, distill
+from run_moefication.moefication.stages.distill_trainer import HeadsKL
+from run_moefication.moefication.text.corpus import training_corpus
+
+ALIKE = 1e-5  # float32 sums of the same terms in another order
+
+
+def make_pipeline(model: Path, text: Path, save: Path, routing: str = "threshold") -> Pipeline:
+    """A converted model of 8 experts, one of them shared, of which 4 run."""
+    activations = ["--cluster_on", "activations", "--train_data_path", text, "--block_size", 32]
+    return Pipeline(
+        model,
+        text,
+        save,
+        num_experts=8,
+        num_selects=4,
+        split_options=[*activations, "--num_shared_experts", 1],
+        select_options=["--gate_network", "linear", "--select_criterion", "output_norm"],
+        convert_options=["--routing", routing],
+    ).run()
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama, text_folder, tmp_path_factory) -> Pipeline:
+    """Threshold routing; read-only."""
+    return make_pipeline(tiny_llama, text_folder, tmp_path_factory.mktemp("finished"))
+
+
+def arguments_of(pipeline: Pipeline, save: Path, **changes: object) -> list[str]:
+    options = {
+        "model_path": pipeline.model,
+        "moe_path": pipeline.moe,
+        "save_path": save,
+        "train_data_path": pipeline.text,
+        "train_data_cache_path": pipeline.save / "cache",
+        "block_size": 32,
+        "lr": 1e-3,
+    } | changes
+    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def calibrate(pipeline: Pipeline, save: Path, **options: object) -> None:
+    paths = ["--model_path", pipeline.model, "--moe_path", pipeline.moe, "--save_path", save]
+    text = ["--train_data_path", pipeline.text, "--block_size", 32, "--max_tokens", 1200]
+    others = [part for name, value in options.items() for part in (f"--{name}", value)]
+    assert llama_calibrate.main([*map(str, [*paths, *text, *others])]) == 0
+
+
+SHORT = {"max_tokens": 1200, "save_steps": 5}  # 37 blocks, 3 held out: 17 steps
+
+
+@pytest.fixture(scope="module")
+def distilled(finished, tmp_path_factory) -> Path:
+    """The whole text, all parameters trained."""
+    folder = tmp_path_factory.mktemp("distilled") / "moe"
+    assert llama_distill.main(arguments_of(finished, folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short(finished, tmp_path_factory) -> Path:
+    """A few steps."""
+    folder = tmp_path_factory.mktemp("short") / "moe"
+    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+    return folder
+
+
+def load(folder: Path) -> LlamaMoEForCausalLM:
+    return LlamaMoEForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def metrics_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())["metrics"]["distillation"]
+
+
+def blocks_of(pipeline: Pipeline, **options: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The blocks that a run with these options trains on, and the sixteenth that it holds out."""
+    corpus = training_corpus(Checkpoint(str(pipeline.model)), pipeline.text, None, block_size=32, **options)
+    blocks = corpus.blocks
+    num_trained_on = len(blocks) * 15 // 16
+    return blocks[:num_trained_on], blocks[num_trained_on:]
+
+
+# ---------------------------------------------------------------------------------------------------- the blocks
+
+KINDS = {
+    "top_k": {"num_experts_per_tok": 3},
+    "threshold": {"routing": "threshold"},
+    "bounded": {"routing": "threshold", "min_experts_per_tok": 1, "max_experts_per_tok": 4},
+    "no_shared": {"routing": "threshold", "num_experts": 8, "num_shared_experts": 0},
+    "output_bias": {"routing": "threshold", "output_bias": True, "gate_rank": 2},
+    "mlp_bias": {"routing": "threshold", "mlp_bias": True},
+    "mlp_gate": {"gate_network": "mlp", "gate_bias": False},
+}
+
+
+def random_moe(**fields) -> LlamaMoEForCausalLM:
+    """A random model with every bias random too; thresholds such that some experts run and some do not."""
+    torch.manual_seed(0)
+    moe = {"num_experts": 6, "num_shared_experts": 2, "gate_network": "linear", "gate_bias": True}
+    model = LlamaMoEForCausalLM(LlamaMoEConfig(**(TINY | moe | fields))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+        for layer in model.model.layers:
+            if model.config.routing == "threshold":
+                layer.mlp.gate.store_score_quantiles(layer.mlp.gate.score(torch.randn(500, TINY["hidden_size"])))
+                layer.mlp.gate.set_active_share(0.5)
+    return model
+
+
+def some_tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(3, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_computes_what_the_model_computes(kind):
+    model, tokens = random_moe(**KINDS[kind]), some_tokens(2, 40)
+    with torch.no_grad(), record_routing(model) as routing:
+        expected = model(tokens).logits
+    ran = [layer.experts_per_tok / model.config.num_experts for layer in routing]
+    assert all(0.1 < share < 0.9 for share in ran)  # the choice matters
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    with soft_blocks(model, [0.5] * 3):
+        model.train()
+        assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+        logits = model(tokens).logits
+    assert expected.std() > 0.1
+    assert logits.requires_grad
+    assert (logits - expected).abs().max() < ALIKE * expected.abs().max()
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, expected)  # the model's own blocks are back
+
+
+@pytest.mark.parametrize("kind", ["top_k", "threshold", "mlp_bias"])
+def test_gates_hear_of_every_expert(kind):
+    """The gradient of a gate's bias against one written out token by token, expert by expert: what an expert would
+    give beyond what those near the boundary, which it would push out, give on average."""
+    model = random_moe(**KINDS[kind])
+    block, hidden = model.model.layers[1].mlp, TINY["hidden_size"]
+    x, direction = torch.randn(1, 9, hidden), torch.randn(hidden)
+    with soft_blocks(model, [0.5] * 3) as soft:
+        soft[1].train()
+        (soft[1](x) @ direction).sum().backward()
+    experts, gate = block.experts, block.gate
+    slopes, gains, idle = (torch.zeros(9, 6) for _ in range(3))
+    with torch.no_grad():
+        scores = gate.score(x[0])
+        width = TEMPERATURE * scores.std()
+        for t, (token, of_token) in enumerate(zip(x[0], scores, strict=True)):
+            boundary = gate.threshold.item() if gate.routing == "threshold" else of_token.sort().values[-3].item()
+            for expert in range(6):
+                both = experts.gate_up_proj[expert] @ token
+                if kind == "mlp_bias":
+                    both += experts.gate_up_proj_bias[expert]
+                of_gate, of_up = both.chunk(2)
+                output = experts.down_proj[expert] @ (torch.nn.functional.silu(of_gate) * of_up)
+                soft_choice = torch.sigmoid((of_token[expert] - boundary) / width)
+                slopes[t, expert] = soft_choice * (1 - soft_choice) / width
+                gains[t, expert] = output @ direction
+                idle[t, expert] = of_token[expert] < boundary
+    rivals = [(slopes[t], gains[t]) for t in range(9)] if kind == "top_k" else [(slopes, gains)] * 9
+    others = torch.stack([(slope * gain).sum() / slope.sum() for slope, gain in rivals])[:, None]
+    gradients = slopes * (gains - others)
+    assert ((gradients * idle).sum(dim=0) != 0).all()
+    torch.testing.assert_close(gate.bias.grad, gradients.sum(dim=0), rtol=1e-4, atol=1e-5)
+    # A shift of all scores changes nothing.
+    assert gate.bias.grad.sum().abs() < 1e-4 * gate.bias.grad.abs().max()
+
+
+def test_padding_counts_neither_for_thresholds_nor_for_gradients():
+    whole, cut = some_tokens(1, 30), some_tokens(1, 30)[:, :11]
+    results = []
+    for tokens, kept in [(cut, None), (whole, torch.arange(30)[None] < 11)]:
+        model = random_moe(**KINDS["threshold"])
+        with soft_blocks(model, [0.3] * 3) as soft:
+            for block in soft:
+                block.kept = kept
+            model.train()
+            model(tokens).logits[:, :11].square().sum().backward()
+            wanted = torch.cat([block.wanted_threshold() for block in soft])
+        results.append((wanted, model.model.layers[0].mlp.gate.weight.grad))
+    (wanted, gradient), (of_padded, gradient_of_padded) = results
+    torch.testing.assert_close(of_padded, wanted, rtol=ALIKE, atol=ALIKE)
+    torch.testing.assert_close(gradient_of_padded, gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+
+
+def test_thresholds_follow_the_text_of_each_step():
+    model, batches = random_moe(**KINDS["threshold"]), some_tokens(2, 2, 40)
+    gate = model.model.layers[0].mlp.gate
+    before, seen = gate.threshold.item(), []
+    with soft_blocks(model, [0.25] * 3) as soft:
+        hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda _, x: seen.append(gate.score(x[0])))
+        model.train()
+        for batch in batches:  # two batches a step, as with gradient accumulation
+            model(batch)
+        hook.remove()
+        soft_routing.nudge_thresholds(soft)
+    wanted = torch.stack([scores.flatten().quantile(0.75) for scores in seen]).mean().item()
+    assert abs(wanted - before) > 0.05  # the budget was another one
+    assert gate.threshold.item() == pytest.approx(before + NUDGE * (wanted - before), abs=0.01 * abs(wanted - before))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.4])
+def test_the_text_of_a_step_knows_the_bounds_of_a_token(share):
+    model = random_moe(**KINDS["threshold"] | {"min_experts_per_tok": 1, "max_experts_per_tok": 3})
+    gate, seen = model.model.layers[0].mlp.gate, []
+    with soft_blocks(model, [share] * 3) as soft:
+        hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda _, x: seen.append(gate.score(x[0])))
+        model.train()
+        model(some_tokens(4, 200))
+        hook.remove()
+        gate.threshold.copy_(soft[0].wanted_threshold())
+    ran = gate.selected(seen[0].detach().flatten(0, 1))
+    assert ran.float().mean().item() == pytest.approx(share, abs=0.001)
+    assert set(ran.sum(dim=1).tolist()) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("bounds", [{}, {"min_experts_per_tok": 1, "max_experts_per_tok": 5}])
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_settled_thresholds_meet_the_budget_in_the_whole_model(share, bounds):
+    model = random_moe(**KINDS["threshold"] | bounds)
+    blocks = [*some_tokens(30, 32).int(), some_tokens(7).int()]
+    active = settle_thresholds(model, blocks, [share] * 3, 4, torch.device("cpu"))
+    with torch.no_grad(), record_routing(model) as routing:
+        for block in blocks:
+            model(block[None].long())
+    assert [layer.experts_per_tok / 6 for layer in routing] == pytest.approx(active, abs=1e-3)
+    assert active == pytest.approx([share] * 3, rel=0.01)
+
+
+def test_a_text_too_large_to_hold_is_read_in_part(monkeypatch):
+    model, blocks = random_moe(**KINDS["threshold"]), list(some_tokens(8, 32).int())
+    settle_thresholds(model, blocks[:3], [0.4] * 3, 4, torch.device("cpu"))
+    expected = [layer.mlp.gate.threshold.item() for layer in model.model.layers]
+    monkeypatch.setattr(soft_routing, "MOST_SCORES", 6 * (3 * 32 + 31))
+    settle_thresholds(model, blocks, [0.4] * 3, 4, torch.device("cpu"))
+    assert [layer.mlp.gate.threshold.item() for layer in model.model.layers] == expected
+
+
+# ---------------------------------------------------------------------------------------------------- the stage
+
+
+def kl(pipeline: Pipeline, folder: Path, blocks: list[torch.Tensor]) -> float:
+    """Mean KL of a checkpoint to the dense model, one block at a time, straight from the definition."""
+    dense, moe, total = load_dense(pipeline.model), load(folder), 0.0
+    with torch.no_grad():
+        for block in blocks:
+            p, q = (model(block[None].long()).logits.double().softmax(-1) for model in (dense, moe))
+            total += (p * (p / q).log()).sum().item()
+    return total / sum(map(len, blocks))
+
+
+def test_the_loss_is_the_divergence_of_the_logits_with_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    tokens, vocabulary = 2 * HeadsKL.CHUNK + 44, 50
+    student, teacher, of_student, of_teacher = (
+        torch.randn(shape, generator=generator)
+        for shape in ((tokens, 24), (tokens, 16), (vocabulary, 24), (vocabulary, 16))
+    )
+    straight, ours = student.clone().requires_grad_(), student.clone().requires_grad_()
+    distributions = [(straight @ of_student.T).softmax(-1), (teacher @ of_teacher.T).softmax(-1)]
+    expected = (distributions[1] * (distributions[1] / distributions[0]).log()).sum()
+    loss = HeadsKL.apply(ours, teacher, of_student, of_teacher)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (3 * expected).backward()
+    (3 * loss).backward()
+    assert (ours.grad - straight.grad).norm() < 1e-5 * straight.grad.norm()
+    with torch.autocast("cpu", torch.bfloat16):  # the products are rounded, the sums are not
+        rounded = HeadsKL.apply(student, teacher, of_student, of_teacher)
+    assert rounded.dtype == torch.float32
+    assert 0 < abs(rounded.item() / expected.item() - 1) < 0.01
+
+
+def test_predictions_come_nearer_to_the_dense_model(finished, distilled):
+    metrics, held_out = metrics_of(distilled), blocks_of(finished)[1]
+    before, after = kl(finished, finished.moe, held_out), kl(finished, distilled, held_out)
+    assert (metrics["loss_before"], metrics["loss_after"]) == pytest.approx((before, after), rel=1e-4)
+    assert after < 0.9 * before
+
+
+def test_the_distilled_model_is_on_budget(finished, distilled):
+    blocks, _ = blocks_of(finished)
+    model = load(distilled)
+    with torch.no_grad(), record_routing(model) as routing:
+        for block in blocks:
+            model(block[None].long())
+    ran = [layer.experts_per_tok / 7 for layer in routing]
+    assert ran == pytest.approx([3 / 7] * 3, rel=0.01)
+    assert metrics_of(distilled)["active_share"] == pytest.approx(ran, abs=1e-3)
+    model.set_num_experts_per_tok(5)  # quantiles are those of the trained gates
+    with torch.no_grad(), record_routing(model) as routing:
+        for block in blocks:
+            model(block[None].long())
+    assert routing[0].experts_per_tok == pytest.approx(5, rel=0.01)
+
+
+def test_another_budget_can_be_asked_for(finished, tmp_path):
+    folder = tmp_path / "moe"
+    assert llama_distill.main(arguments_of(finished, folder, num_selects=6, **SHORT)) == 0
+    assert metrics_of(folder)["active_share"] == pytest.approx([5 / 7] * 3, rel=0.01)
+    assert json.loads((folder / "config.json").read_text())["num_experts_per_tok"] == 5
+
+
+def test_a_calibrated_model_keeps_the_budgets_of_its_layers(finished, tmp_path):
+    calibrated, folder = tmp_path / "calibrated", tmp_path / "moe"
+    calibrate(finished, calibrated, layer_budgets="sensitivity")
+    assert llama_distill.main(arguments_of(finished, folder, moe_path=calibrated, **SHORT)) == 0
+    before, after = (json.loads((moe / "config.json").read_text()) for moe in (calibrated, folder))
+    assert after == before
+    budgets = before["layer_num_experts_per_tok"]
+    assert len({round(budget, 1) for budget in budgets}) > 1
+    assert metrics_of(folder)["active_share"] == pytest.approx([budget / 7 for budget in budgets], rel=0.01)
+
+
+def test_a_model_that_runs_its_shared_experts_only_goes_on_doing_so(finished, tmp_path):
+    calibrated, folder = tmp_path / "calibrated", tmp_path / "moe"
+    calibrate(finished, calibrated, num_selects=1)
+    assert llama_distill.main(arguments_of(finished, folder, moe_path=calibrated)) == 0
+    metrics = metrics_of(folder)
+    assert metrics["active_share"] == [0.0] * 3
+    assert metrics["loss_after"] < 0.95 * metrics["loss_before"]  # an eighth of the neurons has no more to give
+    before, after = (load(moe).model.layers[1].mlp for moe in (calibrated, folder))
+    assert after.gate.threshold == before.gate.threshold == -after.gate.LOWEST_THRESHOLD
+    assert torch.equal(after.experts.down_proj, before.experts.down_proj)  # they have no part in what is predicted
+
+
+@pytest.mark.parametrize("train", ["gates", "experts", "all"])
+def test_only_what_was_asked_for_changes(train, finished, short, tmp_path):
+    folder = tmp_path / "moe"
+    if train == "all":
+        folder = short
+    else:
+        assert llama_distill.main(arguments_of(finished, folder, train=train, **SHORT)) == 0
+    before, after = (load_file(moe / "model.safetensors") for moe in (finished.moe, folder))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        of_gate, of_expert = ".mlp.gate." in name, ".experts." in name or ".shared_experts." in name
+        changes = (of_gate and train != "experts") or (of_expert and train != "gates")
+        changes |= name.endswith(("threshold", "score_quantiles"))  # set again whatever was trained
+        assert torch.equal(tensor, after[name]) != changes, name
+
+
+@pytest.mark.parametrize("variant", ["mlp_bias", "tied_bfloat16"])
+def test_other_models_are_distilled_too(variant, text_folder, tmp_path):
+    fields = {"mlp_bias": True} if variant == "mlp_bias" else {"tie_word_embeddings": True, "dtype": torch.bfloat16}
+    pipeline = make_pipeline(make_llama(tmp_path / "llama", **fields), text_folder, tmp_path / "out", "top_k")
+    folder = tmp_path / "moe"
+    assert llama_distill.main(arguments_of(pipeline, folder, max_tokens=2400)) == 0
+    before, after = (load_file(moe / "model.safetensors") for moe in (pipeline.moe, folder))
+    assert {name: tensor.dtype for name, tensor in before.items()} == {n: t.dtype for n, t in after.items()}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".mlp." in name}
+    metrics = metrics_of(folder)
+    assert metrics["active_share"] == [3 / 7] * 3
+    assert metrics["loss_after"] < metrics["loss_before"]
+    stored = kl(pipeline, folder, blocks_of(pipeline, max_tokens=2400)[1])
+    assert metrics["loss_after"] == pytest.approx(stored, rel=1e-5)  # of the rounded weights
+
+
+def test_bfloat16_training_keeps_float32_weights(finished, short, tmp_path):
+    folder = tmp_path / "moe"
+    assert llama_distill.main([*arguments_of(finished, folder, **SHORT), "--bf16"]) == 0
+    in_float32, in_bfloat16 = (load_file(moe / "model.safetensors") for moe in (short, folder))
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert not torch.equal(in_bfloat16[name], in_float32[name])
+    assert not torch.equal(in_bfloat16[name], in_bfloat16[name].bfloat16().float())
+    torch.testing.assert_close(metrics_of(folder)["loss_after"], metrics_of(short)["loss_after"], rtol=0.05, atol=0)
+
+
+def test_the_summary_says_what_was_gained(finished, short, run_script):
+    status, out, err = run_script(llama_distill.main, *arguments_of(finished, short, **SHORT))
+    metrics = metrics_of(short)
+    assert (status, err) == (0, "")
+    assert f"held out: {metrics['loss_before']:.4f} before, {metrics['loss_after']:.4f} after" in out
+    assert "already finished" in out
+    assert f"{metrics['loss_after']:.4f} after it" in (short / "README.md").read_text()
+
+
+def test_progress_counts_the_steps(finished, short, tmp_path):
+    checkpoint = Checkpoint(str(finished.model))
+    corpus = training_corpus(checkpoint, finished.text, None, block_size=32, max_tokens=SHORT["max_tokens"])
+    done = []
+
+    def progress(items, what, unit):
+        for item in items:
+            yield item
+            done.append((item, what, unit))
+
+    settings = DistillationSettings(lr=1e-3)
+    writer = distill(checkpoint, finished.moe, corpus, tmp_path / "moe", settings, progress=progress)
+    assert writer.finished
+    steps = [item for item in done if item[1] != "check"]
+    assert steps == [(step, "distill", "step") for step in range(metrics_of(short)["steps"])]
+    assert contents(tmp_path / "moe") == contents(short)
+
+
+# ---------------------------------------------------------------------------------------------------- the same bytes
+
+
+class Killed(BaseException):
+    """Stands in for the process's end."""
+
+
+def die_at(monkeypatch, step: int) -> list[int]:
+    """Have training stop dead before the end of a step; returns the list that counts the steps."""
+    real, steps = soft_routing.nudge_thresholds, []
+
+    def nudge(blocks):
+        steps.append(len(steps) + 1)
+        if len(steps) == step:
+            raise Killed
+        real(blocks)
+
+    monkeypatch.setattr(distillation_trainer, "nudge_thresholds", nudge)
+    return steps
+
+
+def test_the_same_seed_gives_the_same_bytes(finished, short, tmp_path):
+    assert llama_distill.main(arguments_of(finished, tmp_path / "moe", **SHORT)) == 0
+    assert contents(tmp_path / "moe") == contents(short)
+    assert llama_distill.main(arguments_of(finished, tmp_path / "other", seed=1, **SHORT)) == 0
+    name = "model.safetensors"
+    assert (tmp_path / "other" / name).read_bytes() != (short / name).read_bytes()
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bytes(finished, short, tmp_path, monkeypatch):
+    folder = tmp_path / "moe"
+    die_at(monkeypatch, 13)
+    with pytest.raises(Killed):
+        llama_distill.main(arguments_of(finished, folder, **SHORT))
+    saved = folder / "manifest.parts" / "training.scratch"
+    assert [path.name for path in saved.iterdir()] == ["checkpoint-10"]  # older ones are gone
+    half_written = Path(shutil.copytree(saved / "checkpoint-10", saved / "checkpoint-12"))
+    (half_written / "whole.json").unlink()
+    (half_written / "optimizer.pt").write_bytes(b"cut")
+    steps = die_at(monkeypatch, 0)
+    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+    assert len(steps) == metrics_of(short)["steps"] - 10
+    assert contents(folder) == contents(short)
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_a_damaged_saved_step_is_not_gone_on_from(harm, finished, short, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "moe"
+    die_at(monkeypatch, 8)
+    with pytest.raises(Killed):
+        llama_distill.main(arguments_of(finished, folder, **SHORT))
+    state = folder / "manifest.parts" / "training.scratch" / "checkpoint-5" / "optimizer.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    if harm == "gone":
+        state.unlink()
+    steps = die_at(monkeypatch, 0)
+    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+    assert "checkpoint-5: files are missing or cut short; the training begins anew" in caplog.text
+    assert len(steps) == metrics_of(short)["steps"]
+    assert contents(folder) == contents(short)
+
+
+def test_a_step_that_cannot_be_saved_is_one_line(finished, short, tmp_path, run_script):
+    """A full disk, as far as files larger than 20 kB go; with room again, it goes on to the same bytes."""
+    folder = tmp_path / "moe"
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
+    try:
+        status, _, err = run_script(llama_distill.main, *arguments_of(finished, folder, **SHORT))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert status == 2
+    assert f"{folder}/manifest.parts/training.scratch/checkpoint-5 cannot be saved (" in err.splitlines()[-1]
+    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+    assert contents(folder) == contents(short)
+
+
+def test_killed_while_a_step_is_saved(finished, short, tmp_path, monkeypatch):
+    folder, real = tmp_path / "moe", distillation_trainer.write_json
+
+    def write_json(path, content):
+        if content["step"] == 10:
+            raise Killed
+        return real(path, content)
+
+    monkeypatch.setattr(distillation_trainer, "write_json", write_json)
+    with pytest.raises(Killed):
+        llama_distill.main(arguments_of(finished, folder, **SHORT))
+    monkeypatch.setattr(distillation_trainer, "write_json", real)
+    steps = die_at(monkeypatch, 0)
+    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+    assert len(steps) == metrics_of(short)["steps"] - 5
+    assert contents(folder) == contents(short)
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json"])
+def test_killed_while_the_checkpoint_is_written(name, finished, short, tmp_path, monkeypatch):
+    folder, real_replace = tmp_path / "moe", os.replace
+
+    def replace(source, target):
+        if Path(target) == folder / name:
+            raise Killed
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(Killed):
+        llama_distill.main(arguments_of(finished, folder, **SHORT))
+    monkeypatch.setattr(os, "replace", real_replace)
+    steps = die_at(monkeypatch, 0)
+    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+    assert steps == []  # the training was over
+    assert contents(folder) == contents(short)
+
+
+def test_overwrite_begins_anew_and_spares_foreign_files(finished, short, tmp_path, monkeypatch):
+    folder = tmp_path / "moe"
+    die_at(monkeypatch, 8)
+    with pytest.raises(Killed):
+        llama_distill.main(arguments_of(finished, folder, **SHORT))
+    (folder / "notes.txt").write_text("mine")
+    steps = die_at(monkeypatch, 0)
+    assert llama_distill.main([*arguments_of(finished, folder, **SHORT), "--overwrite"]) == 0
+    assert len(steps) == metrics_of(short)["steps"]
+    assert contents(folder) == contents(short) | {"notes.txt": b"mine"}
+
+
+# Processes hang now and then as they part, unless DDP goes first.
+PARTING = """
+import gc
+import sys
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from run_moefication import llama_distill
+
+def checked(*arguments):
+    assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
+    destroy(*arguments)
+    print("parted")
+
+destroy, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, checked
+sys.exit(llama_distill.main())
+"""
+
+
+def test_two_processes_share_the_work(finished, short, tmp_path):
+    folder, script = tmp_path / "moe", tmp_path / "distill.py"
+    script.write_text(PARTING)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    result = subprocess.run(
+        [*launch, *arguments_of(finished, folder, device="cpu", **SHORT)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("parted") == 2
+    assert result.stdout.count("written: ") == 1
+    metrics = metrics_of(folder)
+    assert metrics["steps"] == -(-metrics_of(short)["steps"] // 2)
+    assert metrics["loss_after"] < metrics["loss_before"]
+    assert metrics["active_share"] == pytest.approx([3 / 7] * 3, rel=0.01)
+    assert contents(folder).keys() == contents(short).keys()
+
+
+# ---------------------------------------------------------------------------------------------------- bad inputs
+
+WRONG = [
+    ({"moe_path": "{save}/nowhere"}, "nowhere is not a folder; run llama_convert.py first"),
+    ({"moe_path": "{model}"}, "has no manifest.json: not a folder written by llama_convert.py"),
+    ({"moe_path": "{base}"}, "is a LlamaMoEModel; only a LlamaMoEForCausalLM can be distilled"),
+    ({"model_path": "{other}"}, "was made from another model (tiny-llama) than other-llama"),
+    ({"train": "attention"}, "argument --train: invalid choice"),
+    ({"lr": 0}, "--lr 0.0 must be a positive number"),
+    ({"lr": "nan"}, "--lr nan must be a positive number"),
+    ({"epochs": 0}, "--epochs 0 must be at least 1"),
+    ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
+    ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be at least 1"),
+    ({"save_steps": 0}, "--save_steps 0 must be at least 1"),
+    ({"num_selects": 1}, "--num_selects 1 is outside of 2 to 8, the model's experts"),
+    ({"num_selects": 9}, "--num_selects 9 is outside of 2 to 8"),
+    ({"max_tokens": 1}, "the corpus is a single block, and one is held out"),
+    ({"save_path": "{model}"}, "is one of the source checkpoints; choose another folder"),
+    ({"save_path": "{moe}"}, "is one of the source checkpoints"),
+    ({"save_path": "{text}"}, "holds files but no manifest.json: not ours to fill"),
+    ({"save_path": "{base}"}, "was written by llama_convert.py; choose another --save_path"),
+    ({"save_path": "{short}"}, "was made with --lr 0.001, this run asks for 0.002"),
+]
+
+
+@pytest.fixture(scope="module")
+def places(finished, short, tmp_path_factory) -> dict[str, Path]:
+    """What the table may name in braces."""
+    root = tmp_path_factory.mktemp("places")
+    base = Pipeline(finished.model, finished.text, finished.save, num_experts=8, num_selects=4, moe=root / "base")
+    base.convert_options = ["--convert_type", "LlamaMoEModel"]
+    assert base.convert() == 0
+    other = make_llama(root / "other-llama", seed=1)
+    named = {"model": finished.model, "moe": finished.moe, "text": finished.text, "short": short}
+    return named | {"base": base.moe, "other": other, "save": root / "save"}
+
+
+@pytest.mark.parametrize(("changes", "words"), WRONG)
+def test_wrong_input_is_refused(changes, words, finished, places, run_script):
+    if changes.get("save_path") == "{short}":
+        changes = changes | SHORT | {"lr": 2e-3}
+    changes = {name: str(value).format(**places) for name, value in changes.items()}
+    before = {name: contents(path) for name, path in places.items()}
+    status, out, err = run_script(llama_distill.main, *arguments_of(finished, places["save"], **changes))
+    assert (status, out) == (2, "")
+    assert words in err
+    assert len(err.splitlines()) == 1, err
+    assert {name: contents(path) for name, path in places.items()} == before
+
+
+def test_a_training_that_diverges_is_refused(finished, tmp_path, run_script):
+    arguments = arguments_of(finished, tmp_path / "moe", **(SHORT | {"lr": 1e30}))
+    status, _, err = run_script(llama_distill.main, *arguments)
+    assert status == 2
+    assert "is not finite; use a smaller --lr, and --overwrite to begin anew" in err
+    assert not (tmp_path / "moe" / "model.safetensors").exists()

@@ -1,0 +1,145 @@
+"""Perplexity against a straight computation, and the expert load against the gates' own choices."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import SENTENCES, TINY, make_tokenizer, write_jsonl
+from pipeline import Pipeline, load_dense, load_moe
+
+from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
+from run_moefication import llama_evaluate
+from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.stages.evaluate import evaluate
+
+# float32 sums over other batches.
+RELATIVE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def moe(tiny_llama, text_folder, tmp_path_factory):
+    return Pipeline(tiny_llama, text_folder, tmp_path_factory.mktemp("out")).run().moe
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(SENTENCES * 3))
+    return path
+
+
+def naive_perplexity(model, token_ids, block_size) -> float:
+    """exp of the mean loss over every token but the first of each block, one block at a time."""
+    loss, count = 0.0, 0
+    for start in range(0, len(token_ids), block_size):
+        block = torch.tensor([token_ids[start : start + block_size]])
+        if block.shape[1] > 1:
+            with torch.no_grad():
+                loss += model(block, labels=block).loss.item() * (block.shape[1] - 1)
+            count += block.shape[1] - 1
+    return math.exp(loss / count)
+
+
+@pytest.mark.parametrize(("block_size", "batch_size"), [(16, 1), (16, 5), (50, 2), (128, 4)])
+def test_perplexity_is_the_straight_computation(block_size, batch_size, tiny_llama, text):
+    ids = make_tokenizer()(text.read_text())["input_ids"]
+    (row,) = evaluate([str(tiny_llama)], text, block_size=block_size, batch_size=batch_size)
+    assert row.perplexity == pytest.approx(naive_perplexity(load_dense(tiny_llama), ids, block_size), rel=RELATIVE)
+    assert row.predicted_tokens == len(ids) - math.ceil(len(ids) / block_size)
+    assert row.expert_load is None
+
+
+def test_budgets_of_one_checkpoint(tiny_llama, moe, text):
+    dense, *budgets = evaluate([str(tiny_llama), str(moe)], text, num_selects=[4, 1, 2], block_size=32)
+    ids = make_tokenizer()(text.read_text())["input_ids"]
+    assert [row.num_selects for row in budgets] == [4, 1, 2]
+    assert budgets[0].perplexity == pytest.approx(dense.perplexity, rel=RELATIVE)
+    for row in budgets:
+        assert row.perplexity == pytest.approx(naive_perplexity(load_moe(moe, row.num_selects), ids, 32), rel=RELATIVE)
+        assert len(row.expert_load) == 3
+        assert all(sum(load) == pytest.approx(row.num_selects) for load in row.expert_load)
+    assert budgets[1].perplexity != pytest.approx(dense.perplexity, rel=0.01)
+
+
+def test_expert_load_counts_the_gates_choices(moe, text):
+    ids = make_tokenizer()(text.read_text())["input_ids"][:64]
+    (row,) = evaluate([str(moe)], text, num_selects=[2], block_size=32, max_tokens=64)
+    model = load_moe(moe, 2)
+    with torch.no_grad():
+        logits = model(torch.tensor(ids).view(2, 32), output_router_logits=True).router_logits
+    for load, scores in zip(row.expert_load, logits, strict=True):
+        assert load == pytest.approx((scores.topk(2).indices.flatten().bincount(minlength=4) / 64).tolist())
+
+
+@pytest.mark.parametrize("routing", ["top_k", "threshold"])
+def test_shared_experts_and_thresholds(routing, text, tmp_path):
+    torch.manual_seed(0)
+    model = LlamaMoEForCausalLM(
+        LlamaMoEConfig(
+            **TINY, num_experts=6, num_shared_experts=2, num_experts_per_tok=2, routing=routing, gate_network="linear"
+        )
+    ).eval()
+    ids = make_tokenizer()(text.read_text())["input_ids"]
+    if routing == "threshold":
+        with torch.no_grad():
+            scores = model(torch.tensor([ids[:128]]), output_router_logits=True).router_logits
+        for layer, layer_scores in zip(model.model.layers, scores, strict=True):
+            layer.mlp.gate.store_score_quantiles(layer_scores)
+        model.set_active_fraction(0.5)
+    model.save_pretrained(tmp_path / "moe")
+    make_tokenizer().save_pretrained(tmp_path / "moe")
+    own, more = evaluate([str(tmp_path / "moe")], text, num_selects=[4, 7], block_size=32)
+    assert (own.num_experts, own.num_selects, own.label) == (8, 4, "moe, 4 of 8")
+    assert own.perplexity == pytest.approx(naive_perplexity(model, ids, 32), rel=RELATIVE)
+    model.set_num_experts_per_tok(5)
+    assert more.perplexity == pytest.approx(naive_perplexity(model, ids, 32), rel=RELATIVE)
+    for wrong in (2, 9):
+        with pytest.raises(MoEficationError, match=f"--num_selects {wrong} is outside of 3 to 8"):
+            evaluate([str(tmp_path / "moe")], text, num_selects=[wrong])
+
+
+def test_a_budget_asked_for_replaces_those_of_single_layers(text, tmp_path):
+    torch.manual_seed(0)
+    model = LlamaMoEForCausalLM(LlamaMoEConfig(**TINY, num_experts=4)).eval()
+    model.set_num_experts_per_tok([1, 4, 3])
+    model.save_pretrained(tmp_path / "moe")
+    make_tokenizer().save_pretrained(tmp_path / "moe")
+    (own,) = evaluate([str(tmp_path / "moe")], text, block_size=32)
+    (asked,) = evaluate([str(tmp_path / "moe")], text, num_selects=[4], block_size=32)
+    assert [sum(load) for load in own.expert_load] == pytest.approx([1, 4, 3])
+    assert [sum(load) for load in asked.expert_load] == pytest.approx([4, 4, 4])
+
+
+def test_thresholds_without_quantiles_have_no_other_budget(text, tmp_path):
+    LlamaMoEForCausalLM(LlamaMoEConfig(**TINY, routing="threshold")).save_pretrained(tmp_path / "moe")
+    make_tokenizer().save_pretrained(tmp_path / "moe")
+    with pytest.raises(MoEficationError, match="cannot run --num_selects 3: no score quantiles are stored"):
+        evaluate([str(tmp_path / "moe")], text, num_selects=[3], block_size=32)
+
+
+def test_documents_of_a_jsonl_are_joined_with_eos(tiny_llama, tmp_path):
+    path = write_jsonl(tmp_path / "text.jsonl", SENTENCES)
+    tokenizer = make_tokenizer()
+    ids = [i for sentence in SENTENCES for i in [*tokenizer(sentence)["input_ids"], tokenizer.eos_token_id]][:-1]
+    (row,) = evaluate([str(tiny_llama)], path, block_size=64)
+    assert row.perplexity == pytest.approx(naive_perplexity(load_dense(tiny_llama), ids, 64), rel=RELATIVE)
+
+
+def test_table_and_json(tiny_llama, moe, text, run_script, tmp_path):
+    arguments = ["--model_path", tiny_llama, moe, "--text_path", text, "--block_size", 32, "--num_selects", 4, 2]
+    status, out, _ = run_script(llama_evaluate.main, *arguments, "--json", tmp_path / "rows.json")
+    assert status == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["model"], row["num_selects"]) for row in rows] == [
+        ("tiny-llama", None),
+        ("tiny-llama-MoE", 4),
+        ("tiny-llama-MoE", 2),
+    ]
+    table = out.splitlines()[-3:]
+    labels = ["tiny-llama", "tiny-llama-MoE, 4 of 4", "tiny-llama-MoE, 2 of 4"]
+    assert [line.rsplit(maxsplit=4)[0] for line in table] == labels
+    for row, line in zip(rows, table, strict=True):
+        assert line.split()[-3:-1] == [f"{row['perplexity']:.3f}", f"{row['perplexity'] / rows[0]['perplexity']:.4f}"]
+    _, out, _ = run_script(llama_evaluate.main, *arguments, "--json")
+    assert json.loads(out) == rows

@@ -1,0 +1,293 @@
+"""Recall means what it says, and training improves it without ever looking at the held-out tokens."""
+
+import dataclasses
+import io
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from run_moefication.moefication.artifacts.gate_settings import GateSettings
+from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.layers.scores import routing_quality, top_k_mask
+from run_moefication.moefication.stages.select import fit_gate, initial_gate, parse_layers
+
+EXPERTS, K, HIDDEN, WIDTH = 8, 2, 24, 5
+SETTINGS = GateSettings(
+    "layers.{}.mlp.gate_proj.weight", num_experts=EXPERTS, num_selects=K, use_softmax=True, epochs=20, batch_size=128
+)
+
+
+# ---------------------------------------------------------------------------------------------------- recall
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 20), st.integers(0, 2**31), st.data())
+def test_quality_is_the_straight_computation_and_perfect_is_one(experts, tokens, seed, data):
+    k = data.draw(st.integers(1, experts))
+    generator = torch.Generator().manual_seed(seed)
+    scores, guess = (torch.rand(tokens, experts, generator=generator) for _ in range(2))
+    assert routing_quality(top_k_mask(scores, k), scores, k) == {"recall": 1.0, "mass_recall": 1.0}
+    recall = mass = 0.0
+    for token in range(tokens):
+        best = sorted(range(experts), key=lambda e, t=token: -scores[t, e])[:k]
+        chosen = sorted(range(experts), key=lambda e, t=token: -guess[t, e])[:k]
+        recall += len({*best} & {*chosen}) / k / tokens
+        mass += sum(scores[token, chosen].tolist()) / sum(scores[token, best].tolist()) / tokens
+    quality = routing_quality(top_k_mask(guess, k), scores, k)
+    assert quality["recall"] == pytest.approx(recall)
+    assert quality["mass_recall"] == pytest.approx(mass, rel=1e-5)
+
+
+def test_random_choice_recalls_k_over_n():
+    generator = torch.Generator().manual_seed(0)
+    scores, guess = (torch.rand(20_000, 16, generator=generator) for _ in range(2))
+    # The mean of 20,000 tokens' recalls has a standard deviation below 0.5 / sqrt(20,000) = 0.0035.
+    assert routing_quality(top_k_mask(guess, 4), scores, 4)["recall"] == pytest.approx(4 / 16, abs=4 * 0.0035)
+
+
+def test_tokens_without_any_score_count_as_right():
+    scores = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 3.0]])
+    assert routing_quality(torch.tensor([[0.0, 1, 0], [1, 0, 0]]), scores, 1)["mass_recall"] == (1 + 1 / 3) / 2
+    nothing = torch.zeros(5, 4)
+    assert routing_quality(top_k_mask(nothing, 2), nothing, 2) == {"recall": 1.0, "mass_recall": 1.0}
+
+
+def test_quality_by_hand():
+    scores = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    for chosen, recall, mass in [([0, 1], 1.0, 1.0), ([0, 2], 0.5, 6 / 7), ([2, 3], 0.0, 3 / 7)]:
+        selected = torch.zeros(1, 4).index_fill_(1, torch.tensor(chosen), 1)
+        assert routing_quality(selected, scores, 2) == {"recall": recall, "mass_recall": pytest.approx(mass)}
+
+
+# ---------------------------------------------------------------------------------------------------- gates
+
+
+def problem(tokens: int = 1500, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weight rows, neurons of experts, inputs and scores as a layer would give them."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(EXPERTS * WIDTH, HIDDEN, generator=generator)
+    neurons = torch.randperm(EXPERTS * WIDTH, generator=generator).view(EXPERTS, WIDTH)
+    inputs = torch.randn(tokens, HIDDEN, generator=generator)
+    scores = torch.nn.functional.silu(inputs @ rows.T)[:, neurons].square().sum(-1)
+    return rows, neurons, inputs, scores
+
+
+@pytest.mark.parametrize("network", ["mlp", "linear", "similarity"])
+def test_initial_gate_is_the_mean_normalised_row(network):
+    rows, neurons, inputs, _ = problem()
+    gate = initial_gate(network, rows, neurons)
+    first, *second = gate.parameters()
+    for expert in range(EXPERTS):
+        expected = sum(rows[neuron] / rows[neuron].norm() for neuron in neurons[expert]) / WIDTH
+        torch.testing.assert_close(first[expert].detach(), expected, rtol=1e-5, atol=1e-6)
+    assert [torch.equal(weight, torch.eye(EXPERTS)) for weight in second] == [True] * (network == "mlp")
+    hidden = inputs @ first.T
+    torch.testing.assert_close(gate.score(inputs), hidden.tanh() if network == "mlp" else hidden)
+
+
+@pytest.mark.parametrize("network", ["mlp", "linear"])
+@pytest.mark.parametrize("use_softmax", [True, False])
+def test_training_beats_the_start_and_the_constant_choice(network, use_softmax):
+    rows, neurons, inputs, scores = problem()
+    settings_ = dataclasses.replace(SETTINGS, gate_network=network, use_softmax=use_softmax)
+    untrained = dataclasses.replace(settings_, epochs=0)
+    start = fit_gate(initial_gate(network, rows, neurons), inputs, scores, untrained)
+    metrics = fit_gate(gate := initial_gate(network, rows, neurons), inputs, scores, settings_)
+    assert metrics["mass_recall"] >= start["mass_recall"]
+    assert metrics["mass_recall"] > metrics["constant_mass_recall"] + 0.1
+    assert metrics["recall"] > metrics["constant_recall"] + 0.1
+    assert metrics["loss"]["valid"][metrics["best_epoch"]] < metrics["loss"]["valid"][0]
+    # What is reported is what the gate that was left behind does on the last tenth of the tokens.
+    valid = slice(-150, None)
+    quality = routing_quality(top_k_mask(gate.score(inputs[valid]).detach(), K), scores[valid], K)
+    assert quality == {name: metrics[name] for name in quality}
+    assert metrics["train_tokens"] == 1350
+    assert sum(metrics["expert_load"]) == pytest.approx(K)
+
+
+def straight_loss(logits: torch.Tensor, scores: torch.Tensor, use_softmax: bool) -> float:
+    """The losses as their formulas stand in textbooks, token by token, in float64."""
+    total = 0.0
+    for guess, score in zip(logits.double(), scores.double(), strict=True):
+        if use_softmax:
+            target, predicted = score / score.sum(), guess.exp() / guess.exp().sum()
+            total += (target * (target / predicted).log()).sum().item()  # KL(target || predicted)
+        else:
+            best = set(score.topk(K).indices.tolist())
+            chances = 1 / (1 + (-guess).exp())
+            total -= sum((chances[e] if e in best else 1 - chances[e]).log().item() for e in range(EXPERTS)) / EXPERTS
+    return total / len(logits)
+
+
+@pytest.mark.parametrize("network", ["mlp", "linear"])
+@pytest.mark.parametrize("use_softmax", [True, False])
+def test_losses_are_the_formulas(network, use_softmax):
+    rows, neurons, inputs, scores = problem(350)
+    # A step too small to change a weight: the first epoch's loss is that of the gate as it starts, over all batches.
+    changes = dict(gate_network=network, use_softmax=use_softmax, epochs=1, lr=1e-30)
+    gate = initial_gate(network, rows, neurons)
+    losses = fit_gate(gate, inputs, scores, dataclasses.replace(SETTINGS, **changes))["loss"]
+    logits = gate.score(inputs).detach()
+    # float32 against float64.
+    assert losses["train"] == [pytest.approx(straight_loss(logits[:-35], scores[:-35], use_softmax), rel=1e-5)]
+    assert losses["valid"] == [pytest.approx(straight_loss(logits[-35:], scores[-35:], use_softmax), rel=1e-5)] * 2
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 99), st.sampled_from([1e-4, 0.01, 1.0, 30.0]), st.booleans(), st.sampled_from(["mlp", "linear"]))
+def test_a_gate_never_ends_below_its_start(seed, lr, use_softmax, network):
+    rows, neurons, inputs, scores = problem(120, seed)
+    options = dataclasses.replace(SETTINGS, epochs=4, lr=lr, use_softmax=use_softmax, gate_network=network, seed=seed)
+    start = fit_gate(initial_gate(network, rows, neurons), inputs, scores, dataclasses.replace(options, epochs=0))
+    end = fit_gate(gate := initial_gate(network, rows, neurons), inputs, scores, options)
+    assert end["mass_recall"] >= start["mass_recall"]
+    left = routing_quality(top_k_mask(gate.score(inputs[-12:]).detach(), K), scores[-12:], K)
+    assert left["mass_recall"] == end["mass_recall"]  # the gate left behind is the one reported
+    assert (end["mass_recall"] > start["mass_recall"]) == (end["best_epoch"] > 0)
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    rows, neurons, inputs, scores = problem(200)
+    inputs[7, 3] = float("inf")
+    with pytest.raises(MoEficationError, match="loss of a gate did not stay finite; use a smaller --lr than"):
+        fit_gate(
+            initial_gate("linear", rows, neurons),
+            inputs,
+            scores,
+            dataclasses.replace(SETTINGS, gate_network="linear", gate_fit="adam"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "valid_percent", "held_out"), [(2, 0.1, 1), (2, 0.99, 1), (10, 0.1, 1), (10, 0.99, 9), (200, 0.25, 50)]
+)
+def test_held_out_tokens_are_the_share_asked_for_and_never_all_or_none(tokens, valid_percent, held_out):
+    rows, neurons, inputs, scores = problem(tokens)
+    options = dataclasses.replace(SETTINGS, epochs=1, valid_percent=valid_percent)
+    metrics = fit_gate(initial_gate("mlp", rows, neurons), inputs, scores, options)
+    assert (metrics["train_tokens"], metrics["valid_tokens"]) == (tokens - held_out, held_out)
+
+
+def test_a_learnable_rule_is_learned():
+    _, neurons, inputs, _ = problem(4000)
+    rule = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(9))
+    scores = (inputs @ rule.T).softmax(-1)
+    gate = initial_gate("linear", torch.randn(EXPERTS * WIDTH, HIDDEN), neurons)
+    # A linear gate can be perfect here; twenty epochs bring it close.
+    assert (
+        fit_gate(gate, inputs, scores, dataclasses.replace(SETTINGS, gate_network="linear", gate_fit="adam"))["recall"]
+        > 0.95
+    )
+
+
+def test_best_constant_choice_is_the_highest_mean_of_the_training_tokens():
+    rows, neurons, inputs, scores = problem()
+    scores[:, 3] += 1e6
+    scores[:, 5] += 1e5
+    metrics = fit_gate(initial_gate("mlp", rows, neurons), inputs, scores, dataclasses.replace(SETTINGS, epochs=0))
+    assert metrics["constant_recall"] == 1.0
+    scores[-150:, [0, 1]] += 1e7  # what only the held-out tokens show, a choice made before them cannot know
+    metrics = fit_gate(initial_gate("mlp", rows, neurons), inputs, scores, dataclasses.replace(SETTINGS, epochs=0))
+    assert metrics["constant_recall"] == 0.0
+
+
+def test_held_out_tokens_do_not_train():
+    rows, neurons, inputs, scores = problem()
+    changed = scores.clone()
+    changed[-150:] = changed[-150:].flip(-1)
+    losses = [
+        fit_gate(initial_gate("mlp", rows, neurons), inputs, s, dataclasses.replace(SETTINGS, patience=100))["loss"]
+        for s in (scores, changed)
+    ]
+    assert losses[0]["train"] == losses[1]["train"]
+    assert losses[0]["valid"] != losses[1]["valid"]
+
+
+def test_training_stops_early_and_keeps_the_best():
+    rows, neurons, inputs, scores = problem(300)
+    noise = torch.rand_like(scores)  # nothing to learn: held-out recall soon stops improving
+    settings_ = dataclasses.replace(SETTINGS, epochs=200, patience=3)
+    metrics = fit_gate(initial_gate("mlp", rows, neurons), inputs, noise, settings_)
+    assert len(metrics["loss"]["train"]) == metrics["best_epoch"] + 3 < 200
+
+
+def test_same_seed_same_gate():
+    rows, neurons, inputs, scores = problem()
+    results = []
+    for seed in (0, 0, 1):
+        metrics = fit_gate(
+            gate := initial_gate("mlp", rows, neurons), inputs, scores, dataclasses.replace(SETTINGS, seed=seed)
+        )
+        torch.save(gate.state_dict(), file := io.BytesIO())
+        results.append((file.getvalue(), metrics))
+    assert results[0] == results[1]
+    assert results[0][0] != results[2][0]
+
+
+def test_similarity_gate_is_not_trained():
+    rows, neurons, inputs, scores = problem()
+    gate = initial_gate("similarity", rows, neurons)
+    before = gate.weight.clone()
+    metrics = fit_gate(gate, inputs, scores, dataclasses.replace(SETTINGS, gate_network="similarity"))
+    assert torch.equal(gate.weight, before)
+    assert metrics["loss"]["train"] == []
+    assert metrics["best_epoch"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_selects": 0}, "--num_selects 0 is outside of 1 to --num_experts 8"),
+        ({"num_selects": 9}, "--num_selects 9 is outside of 1 to --num_experts 8"),
+        ({"select_criterion": "l3"}, "--select_criterion 'l3' is not one of plain, positive, l2_norm"),
+        ({"gate_network": "deep"}, "--gate_network 'deep' is not one of mlp, linear, similarity"),
+        ({"epochs": -1}, "--epochs -1 must not be negative"),
+        ({"batch_size": 0}, "--batch_size 0 at least 1"),
+        *[
+            ({"lr": value}, f"--lr {value} must be a positive number")
+            for value in (0.0, -1.0, float("nan"), float("inf"))
+        ],
+        *[
+            ({"valid_percent": value}, f"--valid_percent {value} is not a fraction")
+            for value in (0.0, 1.0, -0.5, float("nan"))
+        ],
+    ],
+)
+def test_wrong_settings_are_refused(change, words):
+    with pytest.raises(MoEficationError) as error:
+        dataclasses.replace(SETTINGS, **change)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("texts", "layers"),
+    [
+        ([], list(range(32))),
+        (["0-7"], list(range(8))),
+        (["0", "1", "2"], [0, 1, 2]),
+        (["8-9", "3", "30-31"], [3, 8, 9, 30, 31]),
+        (["5,4", "4-5"], [4, 5]),
+        (["31"], [31]),
+    ],
+)
+def test_layers(texts, layers, caplog):
+    assert parse_layers(texts, 32) == layers
+    assert not caplog.text
+
+
+def test_an_end_equal_to_the_layer_count_is_clipped_with_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert parse_layers(["24-32"], 32) == list(range(24, 32))
+    assert "the last of 32 layers is 31" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["32", "0-33", "32-32", "7-0", "a", "-1", "1-", "1.5", "0--3"])
+def test_other_layers_are_refused(text):
+    with pytest.raises(MoEficationError, match=f"--specify_layer '?{text}'?"):
+        parse_layers([text], 32)

@@ -1,0 +1,363 @@
+"""A split by what neurons do: statistics against a loop, planted groups found, the dense model's own activations."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import VARIANTS, make_llama
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from pipeline import contents
+from sklearn.linear_model import Ridge
+from transformers import LlamaForCausalLM
+
+from run_moefication.moefication.artifacts.features import Features
+from run_moefication.moefication.artifacts.split import Split
+from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.fitting.ridge import token_weights
+from run_moefication.moefication.stages.features import extract_features
+from run_moefication.moefication.stages.split_on_activations import NeuronStatistics, split_by_activations
+from run_moefication.moefication.text.corpus import Corpus, training_corpus
+
+GATE, UP = "layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"
+NEURONS = 24
+# The same float32 products in another batch shape.
+TOLERANCE = dict(rtol=1e-4, atol=1e-5)
+
+
+def statistics_of(
+    activations: torch.Tensor, keep_fraction: float = 0.25, norms=None, weights=None, size: int = 1000
+) -> NeuronStatistics:
+    """Of tokens whose inputs are what their neurons do: a linear map foresees it."""
+    norms = torch.ones(activations.shape[1]) if norms is None else norms
+    inputs = activations.abs().split(size)
+    weights = [None] * len(inputs) if weights is None else weights.split(size)
+    statistics = NeuronStatistics(norms, activations.shape[1])
+    for chunk in zip(inputs, activations.split(size), weights, strict=True):
+        statistics.add(*chunk)
+    statistics.count(list(inputs), keep_fraction)
+    return statistics
+
+
+def loop_over_tokens(activations, norms, keep_fraction, weights):
+    """Importance and counts, a token and a neuron at a time; what is foreseen is scikit-learn's, of the right mean."""
+    num_tokens, num_neurons = activations.shape
+    added = activations.abs() * norms
+    inputs, targets, w = activations.abs().double().numpy(), added.double().numpy(), weights.double().numpy()
+    features = np.pad(inputs, ((0, 0), (0, 1)), constant_values=1)
+    alpha = 0.01 * (features**2 * w[:, None]).sum(0).mean()
+    ridge = Ridge(alpha=alpha, fit_intercept=False, solver="cholesky").fit(features, targets, sample_weight=w)
+    centred = inputs - np.average(inputs, axis=0, weights=w)
+    foreseen = centred @ ridge.coef_[:, :-1].T + np.average(targets, axis=0, weights=w)
+    scores = sorted(foreseen.flatten())
+    place = int((1 - keep_fraction) * (len(scores) - 1))
+    least = scores[place]
+    assume(least - scores[max(place - 1, 0)] > 1e-5 or place == 0)  # float32 may swap what lies nearer
+    assume(scores[place + 1] - least > 1e-5)
+    importance = torch.zeros(num_neurons, dtype=torch.float64)
+    together = torch.zeros(num_neurons, num_neurons)
+    for token in range(num_tokens):
+        for i in range(num_neurons):
+            importance[i] += float(weights[token]) * float(added[token, i]) ** 2
+        needed = [i for i in range(num_neurons) if foreseen[token, i] >= max(least, 1e-9)]
+        for i in needed:
+            for j in needed:
+                together[i, j] += 1
+    return importance, together
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 12), st.sampled_from([0.05, 0.25, 0.5, 0.9]), st.integers(0, 2**31))
+def test_statistics_are_those_of_a_loop_over_tokens(tokens, keep_fraction, seed):
+    generator = torch.Generator().manual_seed(seed)
+    activations = torch.randn(tokens, NEURONS, generator=generator)
+    norms, weights = (torch.rand(size, generator=generator) + 0.1 for size in (NEURONS, tokens))
+    statistics = statistics_of(activations, keep_fraction, norms, weights)
+    importance, together = loop_over_tokens(activations, norms, keep_fraction, weights)
+    torch.testing.assert_close(statistics.importance, importance, rtol=1e-5, atol=1e-7)
+    assert torch.equal(statistics.together, together)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 41), st.integers(0, 2**31))
+def test_how_tokens_come_in_chunks_changes_no_count(tokens, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    activations, weights = torch.randn(tokens, NEURONS, generator=generator), torch.rand(tokens, generator=generator)
+    whole, chunked = (statistics_of(activations, weights=weights, size=s) for s in (1000, size))
+    assert torch.equal(whole.together, chunked.together)
+    torch.testing.assert_close(whole.importance, chunked.importance, rtol=1e-6, atol=0)
+
+
+def test_what_no_linear_map_foresees_counts_for_nothing():
+    """Two neurons fire by a coin that the inputs do not show, two others by one that they show."""
+    generator = torch.Generator().manual_seed(0)
+    shown, hidden = torch.randint(2, (2, 4000), generator=generator).float()
+    inputs = torch.stack([shown, torch.rand(4000, generator=generator)], dim=1)
+    noise = 0.1 * torch.rand(4000, 4, generator=generator)
+    activations = torch.stack([hidden, shown, hidden, shown], dim=1) + noise
+    statistics = NeuronStatistics(torch.ones(4), 2)
+    statistics.add(inputs, activations)
+    statistics.count([inputs], 0.25)
+    together = statistics.together / 4000
+    assert together[1, 3] == pytest.approx(0.5, abs=0.03)
+    assert together[0, 2] < 0.02
+
+
+def test_without_weights_a_massive_token_counts_like_others():
+    activations = torch.randn(50, NEURONS, generator=torch.Generator().manual_seed(0))
+    massive = activations.clone()
+    massive[7] *= 1e4
+    calm, wild = statistics_of(activations).importance, statistics_of(massive).importance
+    torch.testing.assert_close(wild / wild.sum(), calm / calm.sum(), rtol=0.2, atol=0)
+    torch.testing.assert_close(calm.sum().item(), 50.0, rtol=0.05, atol=0)  # 1 for each token, but for the clamp
+
+
+def planted(num_groups: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations of neurons in hidden groups, one of which fires at each token; and the group of each neuron."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.arange(num_groups).repeat_interleave(width)[torch.randperm(num_groups * width, generator=generator)]
+    fires = torch.randint(num_groups, (400,), generator=generator)
+    size = torch.where(groups == fires[:, None], 3.0, 0.1)
+    return size * (torch.rand(400, len(groups), generator=generator) + 0.5), groups
+
+
+@pytest.mark.parametrize("distance", ["l2", "cos"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_neurons_that_fire_together_land_together(distance, seed):
+    activations, groups = planted(num_groups=6, width=5, seed=seed)
+    labels, clusters = statistics_of(activations, keep_fraction=1 / 6).split(6, 0, distance, seed)
+    assert clusters.converged
+    for expert in range(6):
+        assert len(groups[labels == expert].unique()) == 1
+    assert labels.bincount().tolist() == [5] * 6
+
+
+def test_the_hottest_neurons_are_the_shared_experts():
+    """Hot in what they add, not in their activations; and the others are still clustered as if these were not there."""
+    activations, groups = planted(num_groups=4, width=6)
+    hot = torch.tensor([3, 8, 11, 17, 20, 26, 29, 30, 31, 33, 34, 35])
+    cold = torch.tensor([i for i in range(36) if i not in hot.tolist()])
+    both = torch.empty(400, 36)
+    both[:, cold] = activations
+    both[:, hot] = 0.01 * (torch.rand(400, 12, generator=torch.Generator().manual_seed(1)) + 1)
+    norms = torch.ones(36)
+    norms[hot] = torch.arange(2000.0, 800.0, -100.0)
+    # Hot neurons take 12 of the places of each token, the group that fires the other 6.
+    labels, _ = statistics_of(both, keep_fraction=0.5, norms=norms).split(6, 2, "l2", 0)
+    assert labels.bincount().tolist() == [6] * 6
+    assert labels[hot].tolist() == [4] * 6 + [5] * 6  # by heat, the hottest first
+    for expert in range(4):
+        assert len(groups[labels[cold] == expert].unique()) == 1
+
+
+@pytest.mark.parametrize("num_shared", [0, 1, 5])
+def test_dead_neurons_and_ties_still_give_equal_experts(num_shared):
+    ties = torch.ones(10, NEURONS)
+    dead = torch.zeros(10, NEURONS)
+    half_dead = torch.cat([torch.zeros(10, 12), torch.randn(10, 12)], dim=1)
+    for activations in (ties, dead, half_dead):
+        labels, _ = statistics_of(activations).split(6, num_shared, "l2", 0)
+        assert labels.bincount(minlength=6).tolist() == [4] * 6
+    assert (statistics_of(dead).together == 0).all()  # what adds nothing is needed by none
+    # Equal importance goes by place.
+    assert (statistics_of(ties).split(6, num_shared, "l2", 0)[0][: 4 * num_shared] >= 6 - num_shared).all()
+
+
+# ---------------------------------------------------------------------------------------------------- the stage
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama) -> Checkpoint:
+    return Checkpoint(str(tiny_llama))
+
+
+@pytest.fixture(scope="module")
+def corpus(checkpoint, text_folder) -> Corpus:
+    corpus = training_corpus(checkpoint, text_folder, None, block_size=16, max_tokens=500)
+    assert len({len(block) for block in corpus.blocks}) > 1  # shorter blocks sit among the others
+    return corpus
+
+
+def split(checkpoint, text, folder, **options) -> Path:
+    options = {"num_experts": 8, "num_shared_experts": 2} | options
+    writer = split_by_activations(checkpoint, text, folder, **options)
+    assert writer.finished
+    return writer.folder
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, corpus, tmp_path_factory) -> Path:
+    return split(checkpoint, corpus, tmp_path_factory.mktemp("finished"))
+
+
+def seen_by_hooks(folder: Path, blocks: list[torch.Tensor], layer: int) -> tuple[torch.Tensor, ...]:
+    """What enters the MLP in a plain forward pass, what enters its down_proj, and the stream its output is added to."""
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    inputs, hidden, streams = [], [], []
+    block_of = model.model.layers[layer]
+    block_of.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
+    block_of.mlp.down_proj.register_forward_pre_hook(lambda _, args: hidden.append(args[0][0]))
+    block_of.post_attention_layernorm.register_forward_pre_hook(lambda _, args: streams.append(args[0][0]))
+    with torch.no_grad():
+        for block in blocks:
+            model(block[None].long())
+    return torch.cat(inputs), torch.cat(hidden), torch.cat(streams)
+
+
+@pytest.mark.parametrize("variant", ["grouped_query", "mlp_bias", "llama3_rope"])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_the_pass_sees_what_the_dense_model_sees(variant, batch_size, corpus, tmp_path, monkeypatch):
+    checkpoint = Checkpoint(str(make_llama(tmp_path / "llama", **VARIANTS[variant])))
+    seen = []
+    add = NeuronStatistics.add
+    monkeypatch.setattr(
+        NeuronStatistics, "add", lambda self, *args: (seen.append([self, *map(torch.clone, args)]), add(self, *args))
+    )
+    split(checkpoint, corpus, tmp_path / "out", batch_size=batch_size)
+    by_layer = {}
+    for statistics, *parts in seen:
+        by_layer.setdefault(id(statistics), []).append(parts)
+    assert len(by_layer) == 3
+    for layer, parts in enumerate(by_layer.values()):
+        *expected, stream = seen_by_hooks(checkpoint.path, corpus.blocks, layer)
+        inputs, hidden, weights = map(torch.cat, zip(*parts, strict=True))
+        assert hidden.std() > 0.01
+        torch.testing.assert_close([inputs, hidden], expected, **TOLERANCE)
+        # Each token weighs 1 over the square of its stream, batch by batch clamped.
+        squares = stream.square().sum(1).split([len(part[0]) for part in parts])
+        torch.testing.assert_close(weights, torch.cat([token_weights(part) for part in squares]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("num_shared", [0, 2])
+@pytest.mark.parametrize("source", ["corpus", "full", "inputs"])
+def test_corpus_and_features_give_a_split_of_every_layer(source, num_shared, checkpoint, corpus, tmp_path):
+    text = corpus
+    if source != "corpus":
+        extract_features(checkpoint, corpus, tmp_path, template=GATE, feature_format=source, dtype="float32")
+        text = Features(tmp_path / "tiny-llama-Hidden-Features", checkpoint, GATE)
+    folder = split(checkpoint, text, tmp_path / "out", num_shared_experts=num_shared)
+    opened = Split(folder, checkpoint, GATE, 8)
+    assert opened.num_shared_experts == num_shared
+    for layer in range(3):
+        _, hidden, _ = seen_by_hooks(checkpoint.path, corpus.blocks, layer)
+        norms = checkpoint.mlp_tensor(layer, "down_proj.weight").norm(dim=0)
+        added = (hidden * norms).square()
+        heat = (added / added.sum(1, keepdim=True)).sum(0)
+        shared = opened.shared_neurons(layer)
+        assert len(shared) == num_shared * 8
+        if num_shared:  # weights of tokens differ a little between the two sources, so near the edge may the choice
+            rank = heat.argsort(descending=True).argsort()
+            assert rank[shared].max() < 8 * num_shared + 6
+        together = torch.cat([opened.routed_neurons(layer).flatten(), shared])
+        assert sorted(together.tolist()) == list(range(64))
+
+
+def test_nothing_but_labels_and_a_manifest_is_left(finished):
+    assert {path.name for path in finished.rglob("*")} == {GATE.format(i) for i in range(3)} | {"manifest.json"}
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["options"]["cluster_on"] == "activations"
+    assert set(manifest["files"]) == {GATE.format(i) for i in range(3)}
+    assert all(layer["converged"] for layer in manifest["metrics"].values())
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_another(finished, checkpoint, corpus, tmp_path):
+    assert contents(split(checkpoint, corpus, tmp_path / "same")) == contents(finished)
+    other = contents(split(checkpoint, corpus, tmp_path / "other", seed=1))
+    assert any(other[GATE.format(i)] != contents(finished)[GATE.format(i)] for i in range(3))
+
+
+def test_templates_name_the_files_and_change_no_label(finished, checkpoint, corpus, tmp_path):
+    folder = split(checkpoint, corpus, tmp_path, template=UP)
+    for layer in range(3):
+        assert (folder / UP.format(layer)).read_bytes() == (finished / GATE.format(layer)).read_bytes()
+
+
+class Killed(BaseException):
+    """Stands in for the process's end."""
+
+
+def test_interrupted_at_any_rename_and_resumed_gives_the_same_bytes(finished, checkpoint, corpus, tmp_path):
+    real_replace = os.replace
+    for deaths in range(1, 30):
+        renames = 0
+
+        def replace(source, target, limit=deaths):
+            nonlocal renames
+            renames += 1
+            if renames == limit:
+                raise Killed
+            real_replace(source, target)
+
+        folder = tmp_path / str(deaths)
+        killed = False
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            try:
+                split(checkpoint, corpus, folder)
+            except Killed:
+                killed = True
+        if killed:
+            split(checkpoint, corpus, folder)
+        assert contents(folder / finished.name) == contents(finished)
+        if not killed:
+            break
+    assert deaths > 8  # claim, streams before each of 3 layers, labels and records of each
+    assert not killed
+
+
+def test_a_resumed_run_reads_no_layer_twice(finished, checkpoint, corpus, tmp_path, monkeypatch):
+    split(checkpoint, corpus, tmp_path / "out")
+    layers = []
+    real = Checkpoint.mlp_tensor
+    monkeypatch.setattr(Checkpoint, "mlp_tensor", lambda self, i, *args: (layers.append(i), real(self, i, *args))[1])
+    renames, real_replace = [], os.replace
+
+    def replace(source, target):
+        renames.append(Path(target).name)
+        if renames[-1] == f"{GATE.format(1)}.json":
+            raise Killed
+        real_replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(Killed):
+            split(checkpoint, corpus, tmp_path / "cut")
+    assert set(layers) == {0, 1}
+    layers.clear()
+    assert contents(split(checkpoint, corpus, tmp_path / "cut")) == contents(finished)
+    assert set(layers) == {1, 2}
+
+
+@pytest.mark.parametrize("lost", ["manifest.parts/streams.1.scratch", GATE.format(0)])
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_what_an_interrupted_run_has_lost_is_walked_again(
+    harm, lost, finished, checkpoint, corpus, tmp_path, monkeypatch
+):
+    real_replace = os.replace
+
+    def replace(source, target):
+        if Path(target).name == f"{GATE.format(1)}.json":
+            raise Killed
+        real_replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(Killed):
+            split(checkpoint, corpus, tmp_path)
+    path = tmp_path / finished.name / lost
+    path.write_bytes(path.read_bytes()[:-1])
+    if harm == "gone":
+        path.unlink()
+    assert contents(split(checkpoint, corpus, tmp_path)) == contents(finished)
+
+
+def test_a_neuron_of_massive_activations_alone_is_not_shared():
+    """A neuron that is huge at one token in a hundred is not among the hottest."""
+    activations = torch.rand(1000, NEURONS, generator=torch.Generator().manual_seed(0)) + 1
+    activations[::100, 5] = 1e4
+    activations[:, 5][activations[:, 5] < 1e4] = 0.01
+    labels, _ = statistics_of(activations).split(6, 1, "l2", 0)
+    assert labels[5] != 5

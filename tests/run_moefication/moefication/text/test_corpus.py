@@ -1,0 +1,250 @@
+"""Blocks of a text, and the mix of its domains."""
+
+import gzip
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SENTENCES, VOCABULARY, make_tokenizer, write_jsonl
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.text.corpus import (
+    pack,
+    parse_domain_weights,
+    require_block_size,
+    training_corpus,
+)
+from run_moefication.moefication.text.documents import DocumentReader, TextFile, zstd
+from run_moefication.moefication.text.domains import LLAMA_MIX
+from run_moefication.moefication.text.tokens import tokenize
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama) -> Checkpoint:
+    return Checkpoint(str(tiny_llama))
+
+
+def tokens_of(file: Path) -> torch.Tensor:
+    """The token stream of a file."""
+    reader = DocumentReader([TextFile(file)])
+    pieces = tokenize(reader, make_tokenizer(), VOCABULARY, reader.bad)
+    return torch.cat([torch.from_numpy(piece) for piece in pieces])
+
+
+@pytest.mark.parametrize(("asked", "positions", "used"), [(None, 128, 128), (None, 4096, 2048), (64, 128, 64)])
+def test_block_size(asked, positions, used):
+    assert require_block_size(asked, positions, "x") == used
+
+
+@pytest.mark.parametrize("asked", [129, 1, 0, -5])
+def test_block_size_beyond_the_model_is_refused(asked):
+    with pytest.raises(MoEficationError, match=f"--block_size {asked} is outside of 2 to 128, the positions of x"):
+        require_block_size(asked, 128, "x")
+
+
+def make_text(folder, **domains: int) -> None:
+    """`name.jsonl` of so many sentences each, all different."""
+    for name, count in domains.items():
+        write_jsonl(folder / f"{name}.jsonl", [f"{name} {i}: {SENTENCES[i % 6]}" for i in range(count)])
+
+
+def draw(checkpoint, folder, **options):
+    return training_corpus(checkpoint, folder, None, **({"block_size": 16} | options))
+
+
+def assert_blocks_of(corpus, checkpoint, folder, block_size) -> None:
+    """Every block is (the start of) a block of its domain's packed stream, and none is there twice."""
+    streams = [tokens_of(file) for file in sorted(folder.glob("*.jsonl"))]
+    pool = [tuple(block.tolist()) for stream in streams for block in pack(stream, block_size)]
+    # Whole blocks first, so that one cut short cannot take the place of a whole one that begins alike.
+    for block in sorted((tuple(block.tolist()) for block in corpus.blocks), key=len, reverse=True):
+        matches = [one for one in pool if one[: len(block)] == block]
+        assert matches, f"{block} is no block of the text, or was drawn twice"
+        pool.remove(block if block in matches else matches[0])
+
+
+def test_shares_are_exact_and_the_scarcest_domain_is_used_up(checkpoint, tmp_path):
+    make_text(tmp_path, c4=40, github=30, arxiv=20)
+    corpus = draw(checkpoint, tmp_path)
+    total_weight = LLAMA_MIX["c4"] + LLAMA_MIX["github"] + LLAMA_MIX["arxiv"]
+    rows = {row.domain: row for row in corpus.mix}
+    possible = min(row.available * total_weight / LLAMA_MIX[name] for name, row in rows.items())
+    for name, row in rows.items():
+        assert row.got == row.asked == round(possible * LLAMA_MIX[name] / total_weight)
+    assert rows["c4"].got == rows["c4"].available  # it has the largest share of the three
+    assert corpus.num_tokens == sum(row.got for row in corpus.mix)
+    assert_blocks_of(corpus, checkpoint, tmp_path, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [({"data_use_percent": 0.5}, 0.5), ({"data_use_percent": 0.01}, 0.01), ({"max_tokens": 100}, None)],
+)
+def test_less_text_in_the_same_shares(options, share, checkpoint, tmp_path):
+    make_text(tmp_path, c4=60, github=60)
+    everything, part = draw(checkpoint, tmp_path), draw(checkpoint, tmp_path, **options)
+    expected = 100 if share is None else everything.num_tokens * share
+    assert part.num_tokens == pytest.approx(expected, abs=len(part.mix))
+    for whole, some in zip(everything.mix, part.mix, strict=True):
+        assert some.got / part.num_tokens == pytest.approx(whole.got / everything.num_tokens, abs=2 / part.num_tokens)
+    assert_blocks_of(part, checkpoint, tmp_path, 16)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    st.lists(st.integers(1, 9), min_size=4, max_size=4),
+    st.sampled_from([1.0, 0.7, 0.05]),
+    st.one_of(st.none(), st.integers(1, 300)),
+    st.integers(8, 40),
+)
+def test_shares_are_exact_for_any_sizes_weights_and_limits(
+    checkpoint, counts, weights, percent, max_tokens, block_size
+):
+    names = ["c4", "github", "book", "arxiv"][: len(counts)]
+    weights = dict(zip(names, weights, strict=False))
+    with tempfile.TemporaryDirectory() as root:
+        make_text(Path(root, "text"), **dict(zip(names, counts, strict=True)))
+        options = dict(domain_weights=weights, data_use_percent=percent, max_tokens=max_tokens, block_size=block_size)
+        available = {name: len(tokens_of(Path(root, "text", f"{name}.jsonl"))) for name in names}
+        total = percent * min(available[name] * sum(weights.values()) / weights[name] for name in names)
+        wanted = min(total, max_tokens or total)
+        exact = {name: wanted * weights[name] / sum(weights.values()) for name in names}
+        assume(wanted >= len(names))  # with less, there may be no token to take
+        corpus = draw(checkpoint, Path(root, "text"), **options)
+        got = {row.domain: row.got for row in corpus.mix}
+        assert {row.domain: row.available for row in corpus.mix} == available
+        # Each share is rounded; what that adds up to beyond the limit is taken back.
+        slack = 0.5 if max_tokens is None else len(names) / 2
+        assert all(abs(got[name] - exact[name]) <= slack + 1e-6 for name in names)
+        assert sum(got.values()) == corpus.num_tokens
+        assert max_tokens is None or corpus.num_tokens <= max_tokens
+        assert_blocks_of(corpus, checkpoint, Path(root, "text"), block_size)
+
+
+@pytest.mark.parametrize("max_tokens", [2, 5, 11, 101])
+def test_the_limit_on_tokens_holds_where_shares_are_rounded_up(max_tokens, checkpoint, tmp_path):
+    make_text(tmp_path, c4=30, github=30, book=30)
+    weights = dict.fromkeys(["c4", "github", "book"], 1.0)
+    corpus = draw(checkpoint, tmp_path, domain_weights=weights, max_tokens=max_tokens)
+    assert corpus.num_tokens == max_tokens  # each third ends in .67
+
+
+@pytest.mark.parametrize("name", ["c4.jsonl", "notes.txt"])
+def test_a_single_file_is_a_corpus(name, checkpoint, tmp_path):
+    write_jsonl(tmp_path / name, SENTENCES)
+    corpus = draw(checkpoint, tmp_path / name)
+    stream = tokens_of(tmp_path / name)
+    assert sorted(block.tolist() for block in corpus.blocks) == sorted(block.tolist() for block in pack(stream, 16))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        *[
+            ({"data_use_percent": value}, "is not a fraction in (0, 1]; one percent is 0.01")
+            for value in (0, -1, 1.01, 101, float("nan"))
+        ],
+        ({"max_tokens": 0}, "--max_tokens 0 must be at least 1"),
+        ({"max_tokens": -3}, "--max_tokens -3 must be at least 1"),
+        ({"data_use_percent": 1e-9}, "the options leave no token to read"),
+    ],
+)
+def test_wrong_amounts_are_refused(options, words, checkpoint, tmp_path):
+    make_text(tmp_path, c4=5)
+    with pytest.raises(MoEficationError) as error:
+        _ = draw(checkpoint, tmp_path, **options).blocks
+    assert words in str(error.value)
+
+
+def test_text_that_is_not_there_is_refused(checkpoint, tmp_path):
+    with pytest.raises(MoEficationError, match="nowhere does not exist"):
+        draw(checkpoint, tmp_path / "nowhere")
+    write_jsonl(tmp_path / "c4.jsonl", ["", "  "])
+    with pytest.raises(MoEficationError, match=r"c4.jsonl holds no text"):
+        _ = draw(checkpoint, tmp_path).blocks
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(tiny_llama, tmp_path):
+    make_text(tmp_path / "text", c4=5)
+    ignored = shutil.ignore_patterns("tokenizer*", "special_tokens*")
+    bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=ignored)
+    with pytest.raises(MoEficationError, match="bare has no usable tokenizer"):
+        _ = draw(Checkpoint(str(bare)), tmp_path / "text").blocks
+
+
+def test_weights_of_the_users_own(checkpoint, tmp_path):
+    make_text(tmp_path, c4=60, github=60, notes=60)
+    corpus = draw(checkpoint, tmp_path, domain_weights={"github": 1.0, "notes": 3.0}, max_tokens=400)
+    assert {row.domain: row.got for row in corpus.mix} == {"github": 100, "notes": 300}
+
+
+def test_same_seed_same_blocks_other_seed_others(checkpoint, tmp_path):
+    make_text(tmp_path, c4=60, github=60)
+    first, again, other = (draw(checkpoint, tmp_path, max_tokens=300, seed=seed) for seed in (0, 0, 1))
+    assert first.digest == again.digest
+    assert first.digest != other.digest
+    assert [row.got for row in first.mix] == [row.got for row in other.mix]
+
+
+def test_domains_are_shuffled_together(checkpoint, tmp_path):
+    make_text(tmp_path, c4=60, github=60)
+    corpus = draw(checkpoint, tmp_path, domain_weights={"c4": 1.0, "github": 1.0})
+    stream = tokens_of(tmp_path / "c4.jsonl")
+    of_c4 = {tuple(block.tolist()) for block in pack(stream, 16)}
+    first, second = corpus.blocks[: len(corpus.blocks) // 2], corpus.blocks[len(corpus.blocks) // 2 :]
+    for half in (first, second):
+        share = sum(tuple(block.tolist()) in of_c4 for block in half) / len(half)
+        # A half of more than 60 blocks: its share of c4 has a standard deviation below 0.5 / sqrt(60) = 0.065.
+        assert len(half) > 60
+        assert share == pytest.approx(0.5, abs=4 * 0.065)
+
+
+def test_a_domain_is_weighed_once():
+    with pytest.raises(MoEficationError, match="names C4 twice"):
+        parse_domain_weights("c4=0.5,C4=0.2")
+
+
+def test_domain_weights_are_parsed():
+    assert parse_domain_weights("c4=0.5, My_Notes=2") == {"c4": 0.5, "mynotes": 2.0}
+    assert parse_domain_weights(None) is None
+    for text in ("c4", "c4=", "=1", "c4=-1", "c4=0", "c4=nan", "c4=inf", "c4=1,,"):
+        with pytest.raises(MoEficationError, match="is not of the form domain=positive number"):
+            parse_domain_weights(text)
+
+
+def test_vocabulary_beyond_the_embedding_is_refused(checkpoint, tmp_path, monkeypatch):
+    make_text(tmp_path, c4=5)
+    monkeypatch.setattr(checkpoint.config, "vocab_size", 10)
+    with pytest.raises(MoEficationError, match="the embedding has 10 rows"):
+        _ = draw(checkpoint, tmp_path).blocks
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "zip", "gz", "zst", "zip of all", "unpacked beside its zip"])
+def test_the_same_documents_give_the_same_blocks_whatever_holds_them(kind, checkpoint, tmp_path):
+    make_text(tmp_path / "plain", c4=50, **({} if kind == "file" else {"github": 40}))
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    for file in (tmp_path / "plain").iterdir():
+        content = file.read_bytes()
+        if kind in ("zip", "zip of all", "unpacked beside its zip"):
+            name = "all.zip" if kind == "zip of all" else f"{file.stem}.zip"
+            with zipfile.ZipFile(folder / name, "a", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr(file.name, content)
+        if kind == "gz":
+            (folder / f"{file.name}.gz").write_bytes(gzip.compress(content))
+        if kind == "zst":
+            (folder / f"{file.name}.zst").write_bytes(zstd.compress(content))
+        if kind in ("folder", "file", "unpacked beside its zip"):
+            (folder / file.name).write_bytes(content)
+    path = folder / "c4.jsonl" if kind == "file" else folder
+    expected = draw(checkpoint, tmp_path / "plain", max_tokens=400)
+    found = draw(checkpoint, path, max_tokens=400)
+    assert found.digest == expected.digest
+    assert found.mix == expected.mix

@@ -1,0 +1,373 @@
+"""Files to documents: whatever holds them, in whatever shape, and nothing else."""
+
+import gzip
+import json
+import struct
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import SENTENCES, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.text import documents
+from run_moefication.moefication.text.documents import DocumentReader, TextFile, find_text_files, zstd
+
+
+def read(path: Path, skip_bad_lines: bool = False) -> list[str]:
+    return texts_of(DocumentReader(find_text_files(path), skip_bad_lines))
+
+
+def texts_of(reader: DocumentReader) -> list[str]:
+    return [document.text for document in reader]
+
+
+def write_zip(path: Path, members: dict[str, bytes | str], **options) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, **options) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (b'{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
+        (b'{"text": "a"}\n{"text": "b"}', ["a", "b"]),  # no final newline
+        (b'{"text": "a"}\r\n{"text": "b"}\r\n', ["a", "b"]),
+        (b'\xef\xbb\xbf{"text": "a"}\n', ["a"]),  # byte order mark
+        (b'\xef\xbb\xbf\r\n{"text": "a"}\n', ["a"]),
+        (b"\xef\xbb\xbf", []),
+        ('{"text": "a\u2028b\x85c"}\n'.encode(), ["a\u2028b\x85c"]),  # line separators of Unicode are text
+        (b'{"text": "a"}\n\n  \n{"text": "b", "more": [1]}\n', ["a", "b"]),
+        (b'{"text": ""}\n{"text": " \\n"}\n{"text": "b"}\n', ["b"]),
+        ('{"text": "雪"}\n'.encode(), ["雪"]),
+        (b'{"text": "a\\u0000b", "text": "c\\ud83d\\ude00"}\n', ["c\U0001f600"]),  # the last of two keys; a pair
+        (b"", []),
+    ],
+)
+def test_documents_of_a_jsonl(content, texts, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert read(tmp_path / "a.jsonl") == texts
+
+
+# Text as files hold it: anything but lone surrogates, which UTF-8 cannot hold.
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(TEXTS, max_size=6),
+    st.booleans(),
+    st.sampled_from(["\n", "\r\n", "\n\n", "\n \n"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_any_text_comes_back(texts, escaped, line_end, bom, final_line_end):
+    lines = [json.dumps({"text": text}, ensure_ascii=escaped) for text in texts]
+    content = line_end.join(lines) + line_end * final_line_end
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.jsonl")
+        path.write_bytes(content.encode("utf-8-sig" if bom else "utf-8"))
+        assert read(path) == [text for text in texts if text.strip()]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"text": "cut', "not valid JSON"),
+        (b'{"text": "a"} {"text": "b"}', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "not valid JSON"),
+        (b'{"text": "a"}\r{"text": "b"}', "not valid JSON"),  # lone CR does not end a line
+        (b'["text"]', 'not a JSON object with a string "text"'),
+        (b"3", 'not a JSON object with a string "text"'),
+        (b'"text"', 'not a JSON object with a string "text"'),
+        (b'{"text": null}', 'not a JSON object with a string "text"'),
+        (b"null", 'not a JSON object with a string "text"'),
+        (b'{"text": ["a"]}', 'not a JSON object with a string "text"'),
+        (b'{"content": "a"}', 'no "text" field'),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"text": "\\ud800"}', "not UTF-8"),
+        ('{"text": "a"}'.encode("utf-16"), "not UTF-8"),
+    ],
+)
+def test_a_broken_line_is_named(line, words, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
+    with pytest.raises(MoEficationError) as error:
+        read(tmp_path / "a.jsonl")
+    assert str(error.value).startswith(f"{tmp_path / 'a.jsonl'}:3: {words}")
+
+
+def test_a_line_beyond_the_limit_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1 << 20)
+    write_jsonl(tmp_path / "a.jsonl", ["short", "x" * (1 << 20)])
+    with pytest.raises(MoEficationError, match=r"a.jsonl:2: line longer than 1 MiB"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_other_files_are_one_document(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    assert read(tmp_path / "a.txt") == ["one\n\ntwo\n"]
+    (tmp_path / "b.txt").write_bytes(b"abc\xff")
+    with pytest.raises(MoEficationError, match=r"b.txt is not UTF-8 text \(byte 3\)"):
+        read(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize(
+    ("line", "bad"), [(b"{", 1), (b'{"text": "\\ud800"}', 1), (b"[1]", 1), (b"\xff", 1), (b"  ", 0)]
+)
+def test_bad_lines_can_be_skipped_and_are_counted(line, bad, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n' + line)
+    reader = DocumentReader([TextFile(tmp_path / "a.jsonl")], skip_bad_lines=True)
+    assert texts_of(reader) == ["a", "b"]
+    assert reader.skipped == 2 * bad
+
+
+def test_a_line_beyond_the_limit_can_be_skipped_however_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 100)
+    lines = [b'{"text": "a"}', b"x" * 101, b'{"text": "b"}', b"x" * 5000, b"x" * 99, b'{"text": "c"}', b"x" * 200]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    reader = DocumentReader([TextFile(tmp_path / "a.jsonl")], skip_bad_lines=True)
+    assert (texts_of(reader), reader.skipped) == (["a", "b", "c"], 4)
+
+
+# ---------------------------------------------------------------------------------------------------- plain text
+
+
+def test_long_plain_text_is_cut_at_line_ends_and_nothing_lost(tmp_path, monkeypatch):
+    text = "\ufeff" + "".join(f"line {i} Zürich\r\n" * (i % 3) + "\n" for i in range(500))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    monkeypatch.setattr(documents, "PLAIN_TEXT_BYTES", 1000)
+    parts = read(tmp_path / "a.txt")
+    assert "".join(parts) == text[1:].replace("\r\n", "\n")
+    assert len(parts) > 5
+    assert all(part.endswith("\n") and 800 <= len(part.encode()) < 1100 for part in parts[:-1])
+
+
+def test_a_line_of_plain_text_beyond_the_limit_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 100)
+    (tmp_path / "a.txt").write_text("short\n" + "x" * 101)
+    with pytest.raises(MoEficationError, match=r"a.txt:2: line longer than"):
+        read(tmp_path / "a.txt")
+
+
+# ---------------------------------------------------------------------------------------------------- kinds of files
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50), max_size=8))
+def test_the_same_documents_come_out_of_every_kind_of_file(texts):
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        (folder / "a.jsonl").write_bytes(content)
+        expected = read(folder / "a.jsonl")
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress(content))
+        (folder / "a.jsonl.zst").write_bytes(zstd.compress(content[:20]) + zstd.compress(content[20:]))  # two frames
+        write_zip(folder / "a.zip", {"a.jsonl": content, "README.md": "not text"})
+        write_zip(folder / "stored.zip", {"deep/er/a.jsonl": content}, strict_timestamps=False)
+        for name in ("a.jsonl.gz", "a.jsonl.zst", "a.zip", "stored.zip"):
+            reader = DocumentReader(find_text_files(folder / name))
+            assert texts_of(reader) == expected
+            assert reader.position == reader.total_bytes > 0 or not content
+
+
+@pytest.mark.parametrize("name", ["A.JSONL", "a.json", "c4-train.00000-of-01024.json.gz", "a.JSONL.ZST"])
+def test_json_lines_are_known_by_any_of_their_names(name, tmp_path):
+    """Alone, in a folder, and in a zip."""
+    content = b'{"text": "a"}\n{"text": "b"}\n'
+    pack = {"gz": gzip.compress, "st": zstd.compress}.get(name.lower()[-2:], bytes)
+    (tmp_path / name).write_bytes(pack(content))
+    (tmp_path / "manifest.json").write_text("{}")
+    assert read(tmp_path / name) == read(tmp_path) == ["a", "b"]
+    write_zip(tmp_path / "other.ZIP", {name: pack(content), "dataset_info.json": "{}"})
+    assert read(tmp_path / "other.ZIP") == ["a", "b"]
+    assert read(tmp_path) == ["a", "b"]
+
+
+def test_plain_text_may_be_compressed(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\ntwo"))
+    write_zip(tmp_path / "b.zip", {"b.txt": "three"})
+    assert read(tmp_path) == ["one\ntwo", "three"]
+
+
+def test_what_is_unpacked_goes_before_what_is_not(tmp_path):
+    """In any combination of the four, each document is read once."""
+    line = '{"text": "%s"}\n'
+    write_zip(tmp_path / "a.zip", {"a.jsonl": line % "zip"})
+    assert read(tmp_path) == ["zip"]
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress((line % "zst").encode()))
+    assert read(tmp_path) == ["zst"]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((line % "gz").encode()))
+    assert read(tmp_path) == ["gz"]
+    (tmp_path / "a.jsonl").write_text(line % "plain")
+    assert read(tmp_path) == ["plain"]
+
+
+def test_a_zip_half_unpacked_is_read_in_its_rest(tmp_path):
+    write_zip(tmp_path / "all.zip", {f"{name}.jsonl": json.dumps({"text": f"zipped {name}"}) for name in "abc"})
+    write_jsonl(tmp_path / "b.jsonl", ["unpacked b"])
+    assert read(tmp_path) == ["zipped a", "unpacked b", "zipped c"]
+
+
+def test_what_is_held_out_is_not_read_from_a_zip_either(tmp_path):
+    members = {"a.jsonl": '{"text": "a"}', "heldout/a.jsonl": '{"text": "held out"}', "__MACOSX/._a.jsonl": b"\0\5"}
+    write_zip(tmp_path / "a.zip", members)
+    assert read(tmp_path) == ["a"]
+
+
+# ---------------------------------------------------------------------------------------------------- damage
+
+
+def flip(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :]
+
+
+LONG = "".join(json.dumps({"text": f"{i} {SENTENCES[i % 6]} {i * i}"}) + "\n" for i in range(2000)).encode()
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda c: c[:-1], lambda c: flip(c, len(c) // 2)])
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "zip"])
+def test_damaged_files_are_named(kind, damage, tmp_path):
+    path = tmp_path / f"a.{kind}"
+    options = [(zstd.CompressionParameter.checksum_flag, 1)]  # as the command-line tool does
+    if kind == "zip":
+        write_zip(path, {"a.jsonl": LONG})
+    else:
+        path.write_bytes(gzip.compress(LONG) if kind == "jsonl.gz" else zstd.compress(LONG, options=dict(options)))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(MoEficationError) as error:
+        read(path, skip_bad_lines=True)  # which does not mean damage
+    assert str(path) in str(error.value)
+    assert "again" in str(error.value)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "zip"])
+@pytest.mark.parametrize("line", [b"\n", b" ", b'{"text": "a"}\n'])
+def test_what_expands_beyond_reason_is_refused(kind, line, skip, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "FREE_EXPANSION_BYTES", 1 << 16)
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1 << 16)
+    content, path = (line * (4 << 20))[: 4 << 20], tmp_path / f"a.{kind}"
+    if kind == "zip":
+        write_zip(path, {"a.jsonl": content})
+    else:
+        path.write_bytes(gzip.compress(content) if kind == "jsonl.gz" else zstd.compress(content))
+    with pytest.raises(MoEficationError, match="as no text does"):
+        read(path, skip)
+
+
+UNSAFE = ["../a.jsonl", "/a.jsonl", "x/../../a.jsonl", "C:/a.jsonl", "x\\a.jsonl"]
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_zips_that_reach_out_of_their_place_are_refused(name, tmp_path):
+    write_zip(tmp_path / "a.zip", {"fine.jsonl": '{"text": "a"}', name: '{"text": "b"}'})
+    with pytest.raises(MoEficationError, match="leads out of its place"):
+        read(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_links_in_zips_are_refused(tmp_path):
+    link = zipfile.ZipInfo("a.jsonl")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(MoEficationError, match="a link; refused"):
+        read(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("names", [["a.jsonl", "a.jsonl"], ["a.jsonl", "A.JSONL"]])
+def test_names_given_twice_are_refused(names, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, '{"text": "a"}')
+    with pytest.raises(MoEficationError, match="twice; refused"):
+        read(tmp_path)
+
+
+def test_encrypted_zips_are_refused(tmp_path):
+    content = bytearray(write_zip(tmp_path / "a.zip", {"a.jsonl": '{"text": "a"}'}).read_bytes())
+    central = content.index(b"PK\x01\x02")
+    content[6] |= 1
+    content[central + 8] |= 1
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(MoEficationError, match="is encrypted"):
+        read(tmp_path)
+
+
+def test_a_zip_that_lies_about_a_size_is_refused(tmp_path):
+    content = bytearray(write_zip(tmp_path / "a.zip", {"a.jsonl": LONG}).read_bytes())
+    central = content.index(b"PK\x01\x02")
+    content[central + 24 : central + 28] = struct.pack("<I", len(LONG) - 1000)
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(MoEficationError, match=r"a.zip/a.jsonl.* (is damaged or cut short|not valid JSON)"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>"])
+def test_what_is_no_zip_is_refused(content, tmp_path):
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(MoEficationError, match="is not a whole zip file"):
+        read(tmp_path)
+
+
+def test_a_zip_without_text_is_refused(tmp_path):
+    write_zip(tmp_path / "a.zip", {"a.png": b"\x89PNG"})
+    with pytest.raises(MoEficationError, match=r"holds no .jsonl or .txt file"):
+        read(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- parquet, zstd
+
+
+def test_a_long_window_of_zstd_is_read(tmp_path):
+    """What `zstd --long=31` writes."""
+    options = {zstd.CompressionParameter.window_log: 31, zstd.CompressionParameter.enable_long_distance_matching: 1}
+    compressor = zstd.ZstdCompressor(options=options)
+    content = b'{"text": "a"}\n' * 50
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(content) + compressor.flush())
+    assert read(tmp_path) == ["a"] * 50
+
+
+def write_parquet(path: Path, **columns: list) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=3)
+    return path
+
+
+def test_rows_of_parquet_are_documents(tmp_path):
+    pytest.importorskip("pyarrow.parquet")
+    texts = [*SENTENCES, "", "雪"]
+    file = write_parquet(tmp_path / "a.parquet", id=list(range(8)), text=texts)
+    reader = DocumentReader(find_text_files(tmp_path))
+    assert [(document.text, document.place) for document in reader] == [
+        (text, f"{file}:{row}") for row, text in enumerate(texts, start=1) if text
+    ]
+    assert reader.position == reader.total_bytes == file.stat().st_size
+
+
+def test_what_is_wrong_with_a_parquet_file_is_said(tmp_path):
+    pytest.importorskip("pyarrow.parquet")
+    with pytest.raises(MoEficationError, match=r"a.parquet has no column text, but content, id"):
+        read(write_parquet(tmp_path / "a.parquet", content=["x"], id=[1]))
+    file = write_parquet(tmp_path / "b.parquet", text=["a", None, "b"])
+    with pytest.raises(MoEficationError, match=r"b.parquet:2: its text is no string; --skip_bad_lines"):
+        read(file)
+    assert read(file, skip_bad_lines=True) == ["a", "b"]
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(MoEficationError, match=r"b.parquet is damaged or cut short"):
+        read(file)
+
+
+def test_a_parquet_file_that_no_package_reads_names_the_cure(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"x")
+    monkeypatch.setattr(documents, "reads_parquet", lambda: False)
+    with pytest.raises(MoEficationError, match=r"a.parquet is not read: pip install datasets"):
+        find_text_files(tmp_path / "a.parquet")
+    assert find_text_files(tmp_path) == []

@@ -1,0 +1,199 @@
+"""Which domain a file is of: by the words of its name, or else of the folders around it, and never by a part of one."""
+
+import json
+import logging
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import SENTENCES, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from run_moefication import llama_split_clustering
+from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.text.corpus import training_corpus
+from run_moefication.moefication.text.domains import LLAMA_MIX, domain_of, find_domains, known_domain
+
+MD5 = "0c4f0c41d5d5b21bc4e1c4b1d7c4a9e2"  # with c4 in it
+UUID = "c4c4c4c4-00c4-4bc4-9c4a-0123456789ab"
+
+
+def make_text(folder: Path, *names: str) -> None:
+    for name in names:
+        write_jsonl(folder / f"{name}.jsonl", [f"{name}: {sentence}" for sentence in SENTENCES])
+
+
+def found_in(folder: Path, weights: dict[str, float] | None = None) -> dict[str, list[str]]:
+    """The files of each domain, by their place in the folder."""
+    return {
+        domain: sorted(str(file).removeprefix(f"{folder}/") for file in files)
+        for domain, files in find_domains(folder, weights).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "domain"),
+    [
+        ("c4.jsonl", "c4"),
+        ("c4-train.00000-of-01024.json.gz", "c4"),
+        ("common_crawl", "commoncrawl"),
+        ("CommonCrawl.zip", "commoncrawl"),
+        ("cc_2019-30_sample.jsonl", "commoncrawl"),  # RedPajama's sample
+        ("CC-MAIN-2023-14", "commoncrawl"),
+        ("stack-exchange.txt", "stackexchange"),
+        ("stackexchange_sample.jsonl", "stackexchange"),
+        ("RedPajamaStackExchange", "stackexchange"),
+        ("Books3.jsonl", "book"),
+        ("my_GitHub-part1.jsonl", "github"),
+        ("github2.jsonl", "github"),
+        ("wiki.jsonl", "wikipedia"),
+        ("enwiki-20220301-pages.jsonl.zst", "wikipedia"),
+        (f"arxiv_{UUID}.jsonl", "arxiv"),
+        (f"filtered_{MD5}.sampled.jsonl", None),
+        (f"{UUID}.jsonl", None),
+        ("c4b1d7c4.jsonl", None),
+        ("facebook_comments.jsonl", None),
+        ("wikibooks.jsonl", None),
+        ("rustc4all.jsonl", None),
+        ("part-c-4.jsonl", None),
+        ("c42.jsonl", None),
+        ("cc_by_sa.jsonl", None),
+        ("2019-30", None),
+    ],
+)
+def test_a_domain_is_a_word_of_a_name(name, domain):
+    assert domain_of(name) == domain
+
+
+@given(st.binary(min_size=16, max_size=32))
+def test_no_checksum_speaks_of_a_domain(checksum):
+    assert domain_of(f"filtered_{checksum.hex()}.sampled.jsonl") is None
+
+
+def test_every_domain_is_known_by_its_own_name():
+    assert [known_domain(name) for name in LLAMA_MIX] == list(LLAMA_MIX)
+    assert known_domain("Stack Exchange") == "stackexchange"
+    assert known_domain("my notes") == "mynotes"
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "domains"),
+    [
+        (["a", "b"], None, {"text": ["a.jsonl", "b.jsonl"]}),
+        (["c4", "other"], {"c4": 1.0}, {"c4": ["c4.jsonl"]}),
+        (["c4", "my notes"], {"mynotes": 1.0}, {"mynotes": ["my notes.jsonl"]}),
+    ],
+)
+def test_what_a_folder_without_domains_or_with_weights_gives(names, weights, domains, tmp_path):
+    make_text(tmp_path, *names)
+    assert found_in(tmp_path, weights) == domains
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "words"),
+    [
+        (["c4", "other"], None, "other.jsonl names none of the domains"),
+        (["c4", f"filtered_{MD5}"], None, f"filtered_{MD5}.jsonl names none of the domains"),
+        (["c4", "wikibooks"], None, "wikibooks.jsonl names none of the domains"),
+        (["c4_github"], None, "c4_github.jsonl names several domains (c4, github)"),
+        (["c4"], {"c4": 1.0, "github": 1.0}, "--domain_weights names github"),
+        ([], None, "holds no .jsonl, .txt"),
+    ],
+)
+def test_unclear_domains_are_refused(names, weights, words, tmp_path):
+    make_text(tmp_path, *names)
+    with pytest.raises(MoEficationError) as error:
+        find_domains(tmp_path, weights)
+    assert words in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+
+def test_redpajamas_own_layout(tmp_path):
+    make_text(tmp_path / "github", f"filtered_{MD5}.sampled", "filtered_d41d8cd98f00b204e9800998ecf8427e.sampled")
+    make_text(tmp_path / "common_crawl" / "2019-30", "en_head_0000.json.gz.dedup.classifier")
+    make_text(tmp_path / "common_crawl" / "2020-05", "en_middle_0001.json.gz.dedup.classifier")
+    make_text(tmp_path / "arxiv", f"arxiv_{UUID}")
+    make_text(tmp_path / "c4", "c4-train.00000-of-01024")
+    make_text(tmp_path / "c4" / "heldout", "c4-train.00001-of-01024")
+    make_text(tmp_path / "heldout", "c4", "github")
+    assert found_in(tmp_path) == {
+        "github": [
+            f"github/filtered_{MD5}.sampled.jsonl",
+            "github/filtered_d41d8cd98f00b204e9800998ecf8427e.sampled.jsonl",
+        ],
+        "commoncrawl": [
+            "common_crawl/2019-30/en_head_0000.json.gz.dedup.classifier.jsonl",
+            "common_crawl/2020-05/en_middle_0001.json.gz.dedup.classifier.jsonl",
+        ],
+        "arxiv": [f"arxiv/arxiv_{UUID}.jsonl"],
+        "c4": ["c4/c4-train.00000-of-01024.jsonl"],
+    }
+
+
+def test_a_files_own_name_goes_before_its_folders(tmp_path):
+    make_text(tmp_path / "github", "wiki_of_a_project", "code")
+    with zipfile.ZipFile(tmp_path / "c4.zip", "w") as archive:
+        archive.writestr("arxiv/a.jsonl", json.dumps({"text": "x"}))
+        archive.writestr("b.jsonl", json.dumps({"text": "y"}))
+    assert found_in(tmp_path) == {
+        "wikipedia": ["github/wiki_of_a_project.jsonl"],
+        "github": ["github/code.jsonl"],
+        "arxiv": ["c4.zip/arxiv/a.jsonl"],
+        "c4": ["c4.zip/b.jsonl"],
+    }
+
+
+def test_links_that_lead_in_a_circle_are_followed_once(tmp_path):
+    make_text(tmp_path / "book" / "one", "a")
+    (tmp_path / "book" / "one" / "again").symlink_to(tmp_path / "book")
+    assert found_in(tmp_path) == {"book": ["book/one/a.jsonl"]}
+
+
+def test_the_table_names_the_files_counted_for_each_domain(tiny_llama, tmp_path, run_script):
+    make_text(tmp_path / "text", "c4")
+    make_text(tmp_path / "text" / "github", f"filtered_{MD5}", "b", "c", "d")
+    arguments = ["--model_path", tiny_llama, "--save_path", tmp_path / "out", "--num_experts", 4, "--block_size", 16]
+    activations = ["--cluster_on", "activations", "--train_data_path", tmp_path / "text"]
+    corpus = training_corpus(Checkpoint(str(tiny_llama)), tmp_path / "text", None, block_size=16)
+    assert {row.domain: row.files for row in corpus.mix}["github"] == [
+        "github/b.jsonl",
+        "github/c.jsonl",
+        "github/d.jsonl",
+        f"github/filtered_{MD5}.jsonl",
+    ]
+    status, out, _ = run_script(llama_split_clustering.main, *arguments, *activations)
+    assert status == 0
+    assert "  c4.jsonl\n" in out
+    assert "  github/b.jsonl, github/c.jsonl, github/d.jsonl and 1 more\n" in out
+
+
+# ---------------------------------------------------------------------------------------------------- what is not read
+
+
+def test_data_that_is_not_read_is_said_in_one_line(tmp_path, caplog, monkeypatch):
+    make_text(tmp_path, "c4", "github")
+    make_text(tmp_path / "extra", "book")
+    make_text(tmp_path / "heldout", "c4")
+    for name in ("wiki.jsonl.xz", "book.jsonl.bz2", "notes.csv", "arxiv.parquet", "README.md", ".hidden.xz"):
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setattr("run_moefication.moefication.text.documents.reads_parquet", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        assert sorted(find_domains(tmp_path)) == ["c4", "github"]
+    (line,) = caplog.messages
+    assert line == (
+        f"{tmp_path}: not read: arxiv.parquet (pip install datasets, with which it is read); "
+        'book.jsonl.bz2, wiki.jsonl.xz (unpack it); notes.csv (write it as .jsonl, with a "text" in each line); '
+        "extra/ (name it after a domain to have it read)"
+    )
+
+
+def test_a_folder_or_file_of_nothing_else_names_the_cure(tmp_path):
+    (tmp_path / "c4.jsonl.xz").write_bytes(b"x")
+    with pytest.raises(MoEficationError, match=r"makes some; not read: c4.jsonl.xz \(unpack it\)"):
+        find_domains(tmp_path)
+    with pytest.raises(MoEficationError, match=r"c4.jsonl.xz is not read: unpack it"):
+        find_domains(tmp_path / "c4.jsonl.xz")

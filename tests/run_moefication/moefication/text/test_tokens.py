@@ -1,0 +1,261 @@
+"""Documents to tokens, and the cache that keeps them."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SENTENCES, make_tokenizer, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.checkpoints.tokenizers import load_tokenizer
+from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.text import tokens as tokens_module
+from run_moefication.moefication.text.corpus import pack, training_corpus
+from run_moefication.moefication.text.documents import Document
+from run_moefication.moefication.text.tokens import tokenize
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama) -> Checkpoint:
+    return Checkpoint(str(tiny_llama))
+
+
+def joined(texts: list[str], tokenizer) -> torch.Tensor:
+    """All pieces of the stream."""
+    pieces = tokenize((Document(text, "somewhere") for text in texts), tokenizer, len(tokenizer), pytest.fail)
+    return torch.cat([torch.from_numpy(piece) for piece in pieces] or [torch.empty(0).int()])
+
+
+def make_text(folder: Path, **domains: int) -> None:
+    """`name.jsonl` of so many sentences each, all different."""
+    for name, count in domains.items():
+        write_jsonl(folder / f"{name}.jsonl", [f"{name} {i}: {SENTENCES[i % 6]}" for i in range(count)])
+
+
+def draw(checkpoint, folder, **options):
+    return training_corpus(checkpoint, folder, None, **({"block_size": 16} | options))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(min_size=1, max_size=30).filter(str.strip), max_size=12), st.integers(2, 9))
+def test_tokens_are_the_documents_joined_with_eos_and_cut(texts, block_size):
+    tokenizer = make_tokenizer()
+    tokens = joined(texts, tokenizer)
+    expected = []
+    for text in texts:
+        expected += ([tokenizer.eos_token_id] if expected else []) + tokenizer(text)["input_ids"]
+    assert tokens.dtype == torch.int32
+    assert tokens.tolist() == expected
+    blocks = pack(tokens, block_size)
+    assert [token for block in blocks for token in block.tolist()] == expected
+    assert all(len(block) == block_size for block in blocks[:-1])
+    assert all(0 < len(block) <= block_size for block in blocks)
+
+
+def test_documents_beyond_one_batch_keep_their_order(monkeypatch):
+    texts = [f"{i}. {sentence}" for i, sentence in enumerate(SENTENCES * 4)]
+    whole = joined(texts, make_tokenizer())
+    monkeypatch.setattr(tokens_module, "BATCH_CHARACTERS", 100)
+    assert torch.equal(joined(texts, make_tokenizer()), whole)
+
+
+def test_tokens_with_bos_where_the_tokenizer_adds_one_and_without_eos_where_it_has_none():
+    tokenizer = make_tokenizer()
+    plain = [tokenizer(text)["input_ids"] for text in SENTENCES[:2]]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert joined(SENTENCES[:2], tokenizer).tolist() == [1, *plain[0], tokenizer.eos_token_id, 1, *plain[1]]
+    tokenizer.eos_token = None
+    assert joined(SENTENCES[:2], tokenizer).tolist() == [1, *plain[0], 1, *plain[1]]
+
+
+def test_truncation_and_padding_of_the_tokenizers_own_are_not_applied(tiny_llama, tmp_path):
+    """Some tokenizer.json ask for both."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<unk>",
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert torch.equal(joined(SENTENCES, load_tokenizer(folder)), joined(SENTENCES, make_tokenizer()))
+
+
+def test_real_text_gives_what_the_tokenizer_itself_gives(smollm2, sample_data):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    for path in (sample_data / "heldout").glob("*.jsonl"):
+        texts = [json.loads(line)["text"] for line in path.read_bytes().split(b"\n")[:20] if line]
+        expected = []
+        for text in texts:
+            expected += ([tokenizer.eos_token_id] if expected else []) + tokenizer(text)["input_ids"]
+        assert joined(texts, load_tokenizer(smollm2)).tolist() == expected
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_bad_lines_are_counted_each_time(use_cache, checkpoint, tmp_path):
+    make_text(tmp_path / "text", c4=20)
+    good = draw(checkpoint, tmp_path / "text").digest
+    with (tmp_path / "text" / "c4.jsonl").open("a") as file:
+        file.write("{\n[]\n")
+    cache = tmp_path / "cache" if use_cache else None
+    for _ in range(2):
+        corpus = training_corpus(checkpoint, tmp_path / "text", cache, block_size=16, skip_bad_lines=True)
+        assert [row.skipped_lines for row in corpus.mix] == [2]
+        assert corpus.digest == good
+
+
+def test_processes_that_need_the_same_text_tokenise_it_once(tiny_llama, tmp_path):
+    """Each writes a line whenever it really tokenises."""
+    make_text(tmp_path / "text", c4=2000)
+    code = (
+        "import sys; from run_moefication.moefication.text import tokens, corpus, checkpoints; real = tokens.tokenize\n"
+        "def tokenize(*a): print('tokenised', flush=True); return real(*a)\n"
+        "tokens.tokenize = tokenize\n"
+        "made = corpus.training_corpus(dense.Checkpoint(sys.argv[1]), sys.argv[2], sys.argv[3], block_size=16)\n"
+        "print(made.digest)"
+    )
+    command = [sys.executable, "-c", code, tiny_llama, tmp_path / "text", tmp_path / "cache"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    lines = [line for process in processes for line in process.communicate()[0].split()]
+    assert all(process.returncode == 0 for process in processes)
+    assert lines.count("tokenised") == 1
+    assert len(set(lines)) == 2
+    assert len(lines) == 4
+
+
+# ---------------------------------------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def tokenised(monkeypatch) -> list[str]:
+    """The domains that were really tokenised, in order."""
+    seen, real = [], tokens_module._write_tokens
+
+    def counted(checkpoint, domain, *rest):
+        seen.append(domain)
+        return real(checkpoint, domain, *rest)
+
+    monkeypatch.setattr(tokens_module, "_write_tokens", counted)
+    return seen
+
+
+def cached(checkpoint, folder, **options) -> str:
+    cache = folder.parent / "cache"
+    return training_corpus(checkpoint, folder, cache, **({"block_size": 16} | options)).digest
+
+
+def test_text_is_tokenised_once(checkpoint, tmp_path, tokenised):
+    folder = tmp_path / "text"
+    make_text(folder, c4=20, github=20)
+    first = cached(checkpoint, folder)
+    assert tokenised == ["c4", "github"]
+    assert cached(checkpoint, folder) == first
+    assert tokenised == ["c4", "github"]
+
+
+def test_a_changed_input_is_never_served_from_the_cache(checkpoint, tiny_llama, tmp_path, tokenised):
+    folder = tmp_path / "text"
+    make_text(folder, c4=20)
+    cached(checkpoint, folder)
+    cached(checkpoint, folder, block_size=8)  # blocks are cut anew
+    assert tokenised == ["c4"]
+    text = (folder / "c4.jsonl").read_text()
+    (folder / "c4.jsonl").write_text(text.replace("cat", "dog"))  # same name, same size
+    changed = cached(checkpoint, folder)
+    assert tokenised == ["c4"] * 2
+    assert changed == draw(checkpoint, folder).digest
+    other = shutil.copytree(tiny_llama, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert cached(Checkpoint(str(other)), folder) != changed
+    assert tokenised == ["c4"] * 4  # draw has no cache
+
+
+def test_the_same_bytes_as_lines_and_as_one_text_are_two_texts(checkpoint, tmp_path, tokenised):
+    folder = tmp_path / "text"
+    make_text(folder, c4=5)
+    shutil.copy(folder / "c4.jsonl", tmp_path / "c4.txt")
+    lines, whole = (
+        training_corpus(checkpoint, path, tmp_path / "cache", block_size=16).digest
+        for path in (folder / "c4.jsonl", tmp_path / "c4.txt")
+    )
+    assert tokenised == ["c4"] * 2
+    assert whole == draw(checkpoint, tmp_path / "c4.txt").digest != lines
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_damaged_cache_is_rebuilt_and_said(damage, checkpoint, tmp_path, tokenised, caplog):
+    folder = tmp_path / "text"
+    make_text(folder, c4=20)
+    good = cached(checkpoint, folder)
+    (path,) = (tmp_path / "cache").glob("*.tokens")
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[-10] ^= 1
+    path.write_bytes({"flip": data, "cut": data[:-1], "empty": b""}[damage])
+    with caplog.at_level(logging.WARNING):
+        assert cached(checkpoint, folder) == good
+    assert f"{path} is damaged; tokenising again" in caplog.text
+    caplog.clear()
+    assert cached(checkpoint, folder) == good
+    assert not caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------- refused text
+
+
+def with_added_token(model: Path, folder: Path) -> Checkpoint:
+    """A tokenizer with a [PAD] added by hand, and a model whose embedding was not made longer."""
+    shutil.copytree(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    return Checkpoint(str(folder))
+
+
+def test_a_token_outside_of_the_embedding_is_named_by_file_and_line(tiny_llama, tmp_path):
+    checkpoint = with_added_token(tiny_llama, tmp_path / "model")
+    write_jsonl(tmp_path / "text" / "c4.jsonl", [SENTENCES[0], f"{SENTENCES[1]} [PAD]", SENTENCES[2]])
+    words = r"c4.jsonl:2: holds token 300 \('\[PAD\]'\), but the embedding has 300 rows; --skip_bad_lines goes on"
+    with pytest.raises(MoEficationError, match=words):
+        _ = draw(checkpoint, tmp_path / "text").blocks
+    corpus = draw(checkpoint, tmp_path / "text", skip_bad_lines=True, domain_weights="equal")
+    assert [row.skipped_lines for row in corpus.mix] == [1]
+    write_jsonl(tmp_path / "without" / "c4.jsonl", [SENTENCES[0], SENTENCES[2]])
+    assert corpus.digest == draw(checkpoint, tmp_path / "without", domain_weights="equal").digest
+
+
+def test_an_end_of_documents_outside_of_the_embedding_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "[END]"})
+    with pytest.raises(MoEficationError, match=r"ends documents with token 300 \(\[END\]\), but .* has 300 rows"):
+        next(tokenize([Document("a", "x")], tokenizer, 300, pytest.fail))
+
+
+def test_refused_text_leaves_nothing(checkpoint, tmp_path):
+    write_jsonl(tmp_path / "text" / "c4.jsonl", [""])
+    corpus = training_corpus(checkpoint, tmp_path / "text", tmp_path / "new" / "cache", block_size=16)
+    assert not (tmp_path / "new").exists()  # until its blocks are asked for
+    with pytest.raises(MoEficationError, match="holds no text"):
+        _ = corpus.blocks
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_cache_keeps_no_locks(checkpoint, tmp_path):
+    make_text(tmp_path / "text", c4=20)
+    cached(checkpoint, tmp_path / "text")
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".tokens"]
