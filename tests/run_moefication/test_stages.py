@@ -15,10 +15,10 @@ from pipeline import Pipeline, contents, load_dense, load_moe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, LlamaForSequenceClassification, LlamaModel
 
+from run_moefication import llama_convert
 from run_moefication.moefication.stages import convert as conversion
-from run_moefication.moefication.storage import folder as artifacts
 
-SCRIPTS = Path(artifacts.__file__).parents[1]
+SCRIPTS = Path(llama_convert.__file__).parent
 # float32 sums of the same terms in another order: the design's bound for "the dense model" (invariant 1).
 DENSE_TOLERANCE = 1e-4
 

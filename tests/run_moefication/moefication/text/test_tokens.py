@@ -121,7 +121,8 @@ def test_processes_that_need_the_same_text_tokenise_it_once(tiny_llama, tmp_path
     """Each writes a line whenever it really tokenises."""
     make_text(tmp_path / "text", c4=2000)
     code = (
-        "import sys; from run_moefication.moefication.text import tokens, corpus, checkpoints; real = tokens.tokenize\n"
+        "import sys; from run_moefication.moefication.text import tokens, corpus; real = tokens.tokenize\n"
+        "from run_moefication.moefication.checkpoints import dense\n"
         "def tokenize(*a): print('tokenised', flush=True); return real(*a)\n"
         "tokens.tokenize = tokenize\n"
         "made = corpus.training_corpus(dense.Checkpoint(sys.argv[1]), sys.argv[2], sys.argv[3], block_size=16)\n"
