@@ -215,11 +215,16 @@ def this_process(arguments: argparse.Namespace, what_alone: str) -> Process:
 
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": getattr(arguments, "local_rank", None) or 0}
     try:
-        process = Process(*(int(os.environ.get(name, default)) for name, default in names.items()))
+        process = Process(*(int(os.environ.get(name) or default) for name, default in names.items()))
     except ValueError as error:
-        raise MoEficationError(f"{', '.join(names)} must be integers; torchrun sets them") from error
+        raise MoEficationError(
+            f"{', '.join(names)} in the environment must be integers; torchrun sets them, else unset them"
+        ) from error
     if not 0 <= process.rank < process.world_size:
-        raise MoEficationError(f"RANK {process.rank} is outside of WORLD_SIZE {process.world_size}")
+        raise MoEficationError(
+            f"the environment says RANK {process.rank}, which is outside of WORLD_SIZE {process.world_size}: "
+            f"start the processes with torchrun, or unset RANK and WORLD_SIZE"
+        )
     if process.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         print(
             f"the environment says RANK {process.rank} of WORLD_SIZE {process.world_size}: {what_alone}; "

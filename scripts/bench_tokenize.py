@@ -46,7 +46,8 @@ def bench(arguments: argparse.Namespace) -> None:
 
     from run_moefication.moefication.checkpoints.dense import Checkpoint
     from run_moefication.moefication.checkpoints.tokenizers import load_tokenizer
-    from run_moefication.moefication.text.documents import DocumentReader, find_text_files
+    from run_moefication.moefication.text.documents import DocumentReader
+    from run_moefication.moefication.text.text_files import find_text_files
     from run_moefication.moefication.text.tokens import tokenize
 
     if arguments.rounds < 1:

@@ -280,7 +280,7 @@ WRONG = [
     ("calibrate", {"train_data_path": "{tmp}/no_text"}, "no_text/c4.jsonl holds no text"),
     ("evaluate", {"model_path": "{tmp}/nowhere"}, "no folder here, and no hub id"),
     ("evaluate", {"model_path": "{tmp}/empty"}, "empty has no config.json"),
-    ("evaluate", {"model_path": "{cut}"}, "does not load as a causal LM"),
+    ("evaluate", {"model_path": "{cut}"}, "not a whole safetensors file"),
     ("evaluate", {"text_path": "{tmp}/nowhere"}, "nowhere is not a file"),
     ("evaluate", {"text_path": "{tmp}/no_text/c4.jsonl"}, "holds fewer than 2 tokens"),
     ("evaluate", {"num_selects": 5}, "--num_selects 5 is outside of 1 to 4"),

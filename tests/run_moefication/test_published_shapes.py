@@ -123,6 +123,26 @@ def sharded(folder: Path) -> None:
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
+def head_in_index_alone(folder: Path) -> None:
+    """A tied model whose index was written before its head was left out."""
+    sharded(folder)
+    index = folder / f"{WEIGHTS}.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.weight"] = content["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(content))
+
+
+def more_chat_templates(folder: Path) -> None:
+    """As transformers saves a tokenizer with several."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(folder)
+
+
+def only_tokenizer_model(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
 def stale_index(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
@@ -274,6 +294,11 @@ SHAPES = {
     ),
     "tied, stored as its head": Shape({"tie_word_embeddings": True}, files=only_head),
     "a stale index": Shape(files=stale_index),
+    "tied, its head in the index alone": Shape({"tie_word_embeddings": True}, files=head_in_index_alone),
+    "several chat templates": Shape(tokenizer=save_byte_level, files=more_chat_templates),
+    "Mistral with tokenizer.model alone": Shape(
+        {}, MISTRAL | {"sliding_window": None}, tokenizer_config=LLAMA2, files=only_tokenizer_model
+    ),
     "torch's old format": Shape(files=as_bin(old=True)),
     "trainable parameters": Shape(files=as_bin(parameters=True)),
     "rotary tables by layer": Shape(
@@ -387,6 +412,8 @@ def test_published_shape(name, text, tmp_path, capfd, caplog):
     dense_tokenizer, moe_tokenizer = AutoTokenizer.from_pretrained(dense), AutoTokenizer.from_pretrained(moe)
     texts = [*PLAIN_TEXTS, *MARKUP_TEXTS, *dense_tokenizer.all_special_tokens]
     assert moe_tokenizer(texts)["input_ids"] == dense_tokenizer(texts)["input_ids"]
+    assert moe_tokenizer.padding_side == dense_tokenizer.padding_side
+    assert moe_tokenizer.chat_template == dense_tokenizer.chat_template
 
 
 def test_evaluation_of_a_shape_agrees_with_its_source(text, tmp_path, run_script):
@@ -400,6 +427,34 @@ def test_evaluation_of_a_shape_agrees_with_its_source(text, tmp_path, run_script
     dense, everything = json.loads(out)
     assert everything["predicted_tokens"] == dense["predicted_tokens"]
     assert everything["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ({"pad_token_id": 9999}, "describes no model that can be built (Padding_idx must be within num_embeddings)"),
+        ({"id2label": ["a", "b"]}, "config.json: "),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; a positive integer is needed"),
+        ({"is_causal": False}, "is no causal model"),
+        ({"model_type": "foo"}, "transformers knows no model_type 'foo'"),
+        ({"model_type": "gpt2", "n_head": 0}, ""),
+    ],
+)
+def test_a_wrong_config_is_one_line_in_evaluations_too(field, words, text, tmp_path, run_script):
+    folder = write(Shape(), tmp_path / "model")
+    change_config(folder, **field)
+    status, out, err = run_script(
+        llama_evaluate.main, "--model_path", folder, "--text_path", text / "c4.jsonl", "--max_tokens", 64
+    )
+    assert (status, out) == (2, "")
+    assert_one_line(err, words)
+
+
+@pytest.mark.parametrize("field", [{"dtype": "fp8"}, {"text_config": {"hidden_size": 64}}, {"use_return_dict": False}])
+def test_a_config_field_that_says_nothing_of_the_weights_is_passed_over(field, text, tmp_path):
+    folder = write(Shape(), tmp_path / "model")
+    change_config(folder, **field)
+    assert llama_evaluate.main(["--model_path", str(folder), "--text_path", str(text / "c4.jsonl")]) == 0
 
 
 def test_a_mistrals_own_defaults_reach_the_new_config(text, tmp_path):

@@ -387,7 +387,10 @@ def test_left_over_names_of_processes_are_told(finished, tmp_path, monkeypatch, 
     assert "environment" not in capfd.readouterr().err
     monkeypatch.setenv("RANK", "2")
     assert Pipeline(finished.model, finished.text, tmp_path).features() == 2
-    assert "RANK 2 is outside of WORLD_SIZE 2" in capfd.readouterr().err
+    assert "RANK 2, which is outside of WORLD_SIZE 2: start the processes with torchrun" in capfd.readouterr().err
+    monkeypatch.setenv("RANK", "")  # as good as unset
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert Pipeline(finished.model, finished.text, tmp_path).features() == 0
 
 
 def test_more_processes_may_finish_what_one_began(finished, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ HEADS = (HEAD, "score.weight")
 # Tables of rotary embeddings, which older releases stored and today's compute from the config; and the value head of a
 # reinforcement learning, which reads the hidden states and changes none.
 UNUSED_TENSORS = re.compile(
-    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|v_head\..+"
+    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|(v_head|value_head)\..+"
 )
 COMPARED_ROWS = 4096  # of two matrices at a time
 # What the hub client raises: for an answer of the hub, for a file, a name, and (as the base of the first) the network.
@@ -226,7 +226,8 @@ class Checkpoint:
     def _refuse_surplus(self, names: Collection[str]) -> None:
         if names:
             raise MoEficationError(
-                f"{self.path} holds {min(names)}, which its config.json has no place for: is it this model's config?"
+                f"{self.path} holds {min(names)}, which its config.json has no place for: "
+                f"is it this model's config, or a tensor to be removed from the file?"
             )
 
     def _check_tensors(self) -> None:

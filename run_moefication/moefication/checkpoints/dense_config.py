@@ -62,6 +62,12 @@ def read_dense_config(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
     return raw, config
 
 
+def is_convertible(raw: dict[str, Any]) -> bool:
+    """Whether config.json is of a kind that `read_dense_config` takes: a plain LLaMA, or Mistral without a window."""
+    window = raw.get("sliding_window", MistralConfig().sliding_window) if raw.get("model_type") == "mistral" else None
+    return raw.get("model_type") in ("llama", "mistral") and window is None and not raw.get("quantization_config")
+
+
 def _described(fields: dict[str, Any]) -> dict[str, Any]:
     # Copies, since transformers writes defaults into the dict of rope parameters that it is given.
     return {name: deepcopy(fields[name]) for name in DESCRIPTION if name in fields}
@@ -107,7 +113,7 @@ def expected_shapes(path: Path, config: LlamaConfig) -> Iterator[tuple[str, tupl
         _require_fitting_heads(config, 2 * model.model.rotary_emb.inv_freq.numel())
         tensors = model.state_dict()
     # Sizes that no tensor has (2^63, -1, no key-value heads), and rope of fields that do not go together.
-    except (RuntimeError, AssertionError, ArithmeticError, *CONFIG_ERRORS) as error:
+    except (RuntimeError, *CONFIG_ERRORS) as error:
         raise MoEficationError(
             f"{path / 'config.json'} describes no model that can be built ({first_line(error)})"
         ) from error

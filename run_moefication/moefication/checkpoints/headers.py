@@ -61,6 +61,8 @@ def _indexed_headers(path: Path, index: Path) -> dict[str, TensorInfo]:
                 raise MoEficationError(f"{path}: {name} lies in both {infos[name].file} and {file}")
             infos[name] = info
     for name, file in weight_map.items():
+        if name == "lm_head.weight" and name not in infos:
+            continue  # of a tied model, which needs none; where one is needed, its absence is told there
         if name not in infos or infos[name].file != file:
             raise MoEficationError(f"{index} says that {name} lies in {file}, where it is not; download both again")
     return infos

@@ -11,13 +11,15 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from llama_moe import LlamaMoEConfig
+
 from ..errors import MoEficationError
 from ..storage.files import read_json_object
 from .transformers_library import CONFIG_ERRORS, first_line, quiet_transformers
 
 # What holds a vocabulary: a tokenizer has at least one of these.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-# What else makes a tokenizer; not every checkpoint has all.
+# What else makes a tokenizer, as patterns; not every checkpoint has all.
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "tokenizer_config.json",
@@ -25,6 +27,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )
 # Texts on which tokenizers of the same vocabulary part: spaces and line ends at either side and in a row, what
 # normalisers change, scripts without spaces, and code.
@@ -50,7 +53,12 @@ MARKUP_TEXTS = (
         "<|begin_of_text|>a<|eot_id|>",
     ),
 )
+COMPARED_ATTRIBUTES = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"),
+    *("padding_side", "truncation_side", "model_max_length"),
+)
 AUTO_MAP = "auto_map"
+MOE_TYPE = LlamaMoEConfig.model_type
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -70,10 +78,15 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     _require_readable(path / "tokenizer.json")
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(path, config=_config_beside(path), trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(path, config=_config_beside(path), trust_remote_code=False)
     # Files that lack something, classes that do not exist, and packages that a class needs.
     except (OSError, RuntimeError, ImportError, AttributeError, *CONFIG_ERRORS) as error:
         raise MoEficationError(f"{path} has no usable tokenizer ({first_line(error)})") from error
+    try:
+        tokenizer([*PLAIN_TEXTS])
+    except Exception as error:  # the library has no class of its own for a vocabulary that lacks what is needed
+        raise MoEficationError(f"{path} has a tokenizer that cannot read text ({first_line(error)})") from error
+    return tokenizer
 
 
 def _config_beside(path: Path) -> PreTrainedConfig | None:
@@ -106,14 +119,14 @@ def provoking_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
     """What two tokenizers make differently, as the rest of a sentence, or None: ids of texts, text of ids, the ids of
-    their special tokens, and the form of a chat."""
+    their special tokens, the form of a chat, and the side and length of batches."""
     texts = provoking_texts(one)
     for text, ids, other_ids in zip(texts, one(texts)["input_ids"], other(texts)["input_ids"], strict=True):
         if ids != other_ids:
             return f"makes {other_ids[:8]} of {text!r} instead of {ids[:8]}"
         if one.decode(ids) != other.decode(ids):
             return f"makes {other.decode(ids)!r} of the ids {ids[:8]} instead of {one.decode(ids)!r}"
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"):
+    for name in COMPARED_ATTRIBUTES:
         if getattr(one, name) != getattr(other, name):
             return f"has {name} {getattr(other, name)!r} instead of {getattr(one, name)!r}"
     return None
@@ -121,11 +134,12 @@ def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The files of a checkpoint's tokenizer by name, as they are."""
-    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    files = sorted(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
-def carried_over(source: Path, model_type: str) -> dict[str, bytes]:
-    """The files by name that make, beside a model of that type, the tokenizer of the checkpoint folder `source`.
+def carried_over(source: Path) -> dict[str, bytes]:
+    """The files by name that make, beside a LlamaMoE model, the tokenizer of the checkpoint folder `source`.
 
     They are the source's own, as they are, if these behave the same there; else the tokenizer as it was resolved, saved
     anew, beside the other files or alone. None, where the source has no tokenizer.
@@ -139,13 +153,17 @@ def carried_over(source: Path, model_type: str) -> dict[str, bytes]:
     tokenizer = load_tokenizer(source)
     with tempfile.TemporaryDirectory() as saved:
         tokenizer.save_pretrained(saved)
-        resolved = {file.name: file.read_bytes() for file in sorted(Path(saved).iterdir()) if file.is_file()}
+        resolved = tokenizer_files(Path(saved))
     found = None
     for files in (copies, copies | resolved, resolved):
         with tempfile.TemporaryDirectory() as folder:
-            for name, content in {**files, "config.json": json.dumps({"model_type": model_type}).encode()}.items():
+            for name, content in {**files, "config.json": json.dumps({"model_type": MOE_TYPE}).encode()}.items():
+                Path(folder, name).parent.mkdir(exist_ok=True)
                 Path(folder, name).write_bytes(content)
             found = difference(tokenizer, load_tokenizer(Path(folder)))
         if found is None:
             return files
-    raise MoEficationError(f"{source}: beside a {model_type} model its tokenizer {found}; it cannot be carried over")
+    raise MoEficationError(
+        f"{source}: its tokenizer would change with the conversion (beside a {MOE_TYPE} model it {found}); "
+        f"save it anew with transformers (AutoTokenizer.from_pretrained, save_pretrained) and use that"
+    )

@@ -9,19 +9,24 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging
 
 # What the library raises for a wrong config, beside the errors of files; the last is of its validated fields.
-CONFIG_ERRORS = (ValueError, TypeError, KeyError, StrictDataclassError)
+CONFIG_ERRORS = (
+    *(ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
+    StrictDataclassError,
+)
 # Fields of config.json that change what a model returns or how it computes, not what.
 STEERING_FIELDS = {
-    *("return_dict", "output_attentions", "output_hidden_states"),
+    *("return_dict", "use_return_dict", "output_attentions", "output_hidden_states"),
     *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
 }
 
 
 def plain_config(raw: dict[str, Any]) -> PreTrainedConfig:
     """The content of a config.json, of a type that transformers knows, without what steers the library."""
+    if raw.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(f"transformers knows no model_type {raw.get('model_type')!r}")
     fields = {name: value for name, value in raw.items() if name not in STEERING_FIELDS}
     with quiet_transformers():
-        return CONFIG_MAPPING[raw.get("model_type")].from_dict(fields)
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(fields)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from ..layers.decoder import batches_of, embed
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import Claim, environment
-from ..text.corpus import Corpus
+from ..text.corpus import Corpus, require_held_out_block
 from .calibrate_layer import LayerCalibration
 from .layer_budgets import allocate, measure_sensitivity
 
@@ -81,8 +81,7 @@ def calibrate(
     if Path(save_path).resolve() in (checkpoint.path, moe.artifact.folder.resolve()):
         raise MoEficationError(f"--save_path {save_path} is one of the source checkpoints; choose another folder")
     require_place(Path(save_path), "calibrate")
-    if len(corpus.blocks) < 2:
-        raise MoEficationError("the corpus is a single block, and one is held out; use a smaller --block_size")
+    require_held_out_block(corpus)
     claim = Claim(
         stage="calibrate",
         options=asdict(settings) | corpus.options,

@@ -101,7 +101,7 @@ def convert(
         raise MoEficationError(f"--save_path {save_path} is the source checkpoint itself; choose another folder")
     writer = ArtifactWriter(Path(save_path), claim, [*shards, "config"], overwrite=overwrite)
     missing = writer.missing()
-    tokenizer = carried_over(checkpoint.path, config.model_type) if missing else {}
+    tokenizer = carried_over(checkpoint.path) if missing else {}
     for name in progress(checkpoint.tensors if missing else [], "check", "tensor"):
         _require_fit(checkpoint, name, settings.dtype)
     for file in progress([file for file in shards if file in missing], "convert", "shard"):
@@ -231,7 +231,10 @@ def _num_labels(checkpoint: Checkpoint, settings: ConversionSettings) -> int | N
     """Labels of the classification head; None for the other two classes, whose heads are checked here too."""
     convert_type, num_labels = settings.convert_type, settings.num_labels
     if convert_type == "LlamaMoEForCausalLM" and checkpoint.lm_head is None:
-        raise MoEficationError(f"{checkpoint.path} has no lm_head.weight; use --convert_type LlamaMoEModel")
+        raise MoEficationError(
+            f"{checkpoint.path} has no lm_head.weight: use --convert_type LlamaMoEModel, or, if its "
+            f"embedding is its head, set tie_word_embeddings to true in its config.json"
+        )
     if convert_type != "LlamaMoEForSequenceClassification":
         if num_labels is not None:
             raise MoEficationError(f"--num_labels is for LlamaMoEForSequenceClassification, not for {convert_type}")

@@ -27,7 +27,7 @@ from ..layers.straight_through import settle_thresholds, soft_blocks
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import Claim, environment
-from ..text.corpus import Corpus
+from ..text.corpus import Corpus, require_held_out_block
 from .distill_trainer import (
     TRAINED,
     DenseTeacher,
@@ -155,8 +155,7 @@ def _check(
     if Path(save_path).resolve() in (checkpoint.path, folder.resolve()):
         raise MoEficationError(f"--save_path {save_path} is one of the source checkpoints; choose another folder")
     require_place(Path(save_path), "distill")
-    if len(corpus.blocks) < 2:
-        raise MoEficationError("the corpus is a single block, and one is held out; use a smaller --block_size")
+    require_held_out_block(corpus)
 
 
 def _training_arguments(settings: DistillationSettings, seed: int, save_steps: int, device: str) -> TrainingArguments:

@@ -8,22 +8,23 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 # Importing it registers LlamaMoE with the Auto classes.
 from llama_moe import LlamaMoEConfig, RoutingStatistics, record_routing
 from llama_moe.moe_layers import MoEBlock
 
 from ..checkpoints.dense import DTYPES, Checkpoint, resolve_model_path
-from ..checkpoints.headers import ADAPTER
+from ..checkpoints.dense_config import is_convertible, read_dense_config
 from ..checkpoints.moe import experts_per_tok, require_num_selects
 from ..checkpoints.tokenizers import load_tokenizer
-from ..checkpoints.transformers_library import CONFIG_ERRORS, first_line, plain_config, quiet_transformers
+from ..checkpoints.transformers_library import CONFIG_ERRORS, first_line, last_line, plain_config, quiet_transformers
 from ..errors import MoEficationError
 from ..progress import Progress, no_progress
 from ..storage.files import read_json_object
 from ..text.corpus import pack, require_block_size
-from ..text.documents import DocumentReader, find_text_files
+from ..text.documents import DocumentReader
+from ..text.text_files import find_text_files
 from ..text.tokens import tokenize
 
 
@@ -132,14 +133,15 @@ def first_tokens(text_path: Path, model_path: Path, max_tokens: int | None, voca
 
 def _read_config(path: Path) -> PreTrainedConfig:
     """The config of a checkpoint, without what steers the library; that of a model with code of its own is refused."""
-    file = path / "config.json"
-    raw = read_json_object(file, "is this the folder of a transformers checkpoint?")
+    raw = read_json_object(path / "config.json", "is this the folder of a transformers checkpoint?")
+    if is_convertible(raw):
+        return read_dense_config(path)[1]
     if raw.get("auto_map") and raw.get("model_type") != LlamaMoEConfig.model_type:  # whose code is the installed one
         raise MoEficationError(f"{path} brings code of its own (auto_map in config.json), which is not run here")
     try:
         return plain_config(raw)
     except CONFIG_ERRORS as error:
-        raise MoEficationError(f"{path} has no usable config.json ({first_line(error)})") from error
+        raise MoEficationError(f"{path} has no usable config.json ({last_line(error)})") from error
 
 
 def _budgets(config, num_selects: list[int] | None) -> list[int | None]:
@@ -153,7 +155,7 @@ def _budgets(config, num_selects: list[int] | None) -> list[int | None]:
 def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) -> PreTrainedModel:
     default = torch.float32 if torch.device(device).type == "cpu" else "auto"
     torch_dtype = DTYPES[dtype] if dtype else default
-    if (path / ADAPTER).exists():  # transformers would apply it, which the conversion does not
+    if type(config) is LlamaConfig:  # as the stages read it
         checkpoint = Checkpoint(str(path))
         return checkpoint.load_causal_lm(device, checkpoint.dtype if torch_dtype == "auto" else torch_dtype)
     try:

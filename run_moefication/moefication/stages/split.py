@@ -6,6 +6,7 @@ import torch
 
 from ..artifacts.split import require_shared, split_folder, write_labels
 from ..checkpoints.dense import Checkpoint
+from ..checkpoints.tokenizers import carried_over
 from ..errors import MoEficationError
 from ..fitting.balanced_kmeans import balanced_kmeans
 from ..progress import Progress, no_progress
@@ -47,6 +48,8 @@ def split_by_weights(
     folder = split_folder(save_path, checkpoint.name, num_experts)
     writer = ArtifactWriter(folder, claim, names, overwrite=overwrite)
     missing = writer.missing()
+    if missing:
+        carried_over(checkpoint.path)  # what the last stage needs is better refused in the first
     for name in progress(missing, "check", "weight"):
         if not checkpoint.finite_tensor(name).any():
             raise MoEficationError(f"{checkpoint.path}: {name} is all zeros, there is nothing to cluster")
@@ -86,7 +89,10 @@ def split_at_random(
     folder = split_folder(save_path, checkpoint.name, num_experts, "Random")
     writer = ArtifactWriter(folder, claim, names, overwrite=overwrite)
     width = checkpoint.config.intermediate_size
-    for name in writer.missing():
+    missing = writer.missing()
+    if missing:
+        carried_over(checkpoint.path)
+    for name in missing:
         # Of its own for each weight, so that an interrupted run goes on with the same numbers.
         generator = torch.Generator().manual_seed(int(digest([seed, name])[:8], 16))
         labels = torch.arange(num_experts).repeat_interleave(width // num_experts)

@@ -21,6 +21,7 @@ from ..artifacts.features import Features
 from ..artifacts.split import require_shared, require_template, split_folder, write_labels
 from ..artifacts.streams import Streams
 from ..checkpoints.dense import TEMPLATES, Checkpoint
+from ..checkpoints.tokenizers import carried_over
 from ..errors import MoEficationError
 from ..fitting.balanced_kmeans import Clustering, balanced_kmeans
 from ..fitting.ridge import NormalEquations, gram, low_rank_map, token_weights
@@ -158,6 +159,7 @@ def split_by_activations(
     missing = writer.missing()
     layers = [layer for layer, name in enumerate(names) if name in missing]
     if layers:
+        carried_over(checkpoint.path)  # what the last stage needs is better refused in the first
         checkpoint.check_finite(progress)  # before anything is written
     if from_corpus and layers:
         streams = Streams(writer, (1, text.num_tokens, checkpoint.config.hidden_size))

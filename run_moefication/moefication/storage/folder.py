@@ -10,6 +10,7 @@ last piece finishes.
 import contextlib
 import fcntl
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,11 @@ def require_place(folder: Path, stage: str) -> tuple[dict[str, Any] | None, bool
     """The claim or manifest in a folder (None: there is none), and whether it is finished; refused where the folder
     holds anything but what that stage left."""
     existing, finished = existing_claim(folder)
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not finished and not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise MoEficationError(
+            f"{folder} cannot be made: {nearest} is no folder to write to; choose another --save_path"
+        )
     if existing is None:
         # A run that died before its claim leaves an empty folder of parts, which is ours.
         if folder.exists() and any(path.name != PARTS for path in folder.iterdir()):

@@ -1,18 +1,15 @@
-"""Files of text to documents: jsonl, plain text, either compressed or in a zip, which is never unpacked; parquet."""
+"""Files of text to documents: jsonl, plain text, either compressed or in a zip; parquet."""
 
 import codecs
 import contextlib
 import gzip
-import importlib.util
 import json
-import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
 
 try:
     from compression import zstd  # Python 3.14
@@ -20,66 +17,16 @@ except ImportError:
     from backports import zstd
 
 from ..errors import MoEficationError
+from .text_files import TextFile
 
-LINES = (".jsonl", ".json")  # the second is what C4 calls such files
-TEXT = ".txt"
-OF_DATASETS = ("manifest.json", "redpajama.json", "dataset_info.json", "dataset_infos.json")  # no text
-PARQUET = ".parquet"
-COMPRESSED = (".gz", ".zst")
-# Data that is not read, by what it ends with, and what to do about it.
-UNREAD = {
-    "unpack it": (".xz", ".bz2", ".lzma", ".lz4", ".7z", ".rar", ".tar", ".tgz", ".tar.gz", ".tar.zst"),
-    'write it as .jsonl, with a "text" in each line': (".csv", ".tsv", ".arrow", ".feather", ".pkl", ".warc.gz"),
-}
-NO_PARQUET = "pip install datasets, with which it is read"
 MAX_LINE_BYTES = 64 << 20
 PLAIN_TEXT_BYTES = 4 << 20  # plain text beyond it is read as several documents, cut at line ends
 # Real text shrinks to a tenth, hardly ever to a hundredth: what expands further than this is no text.
 MAX_EXPANSION = 200
 FREE_EXPANSION_BYTES = 64 << 20
-LONGEST_WINDOW = {zstd.DecompressionParameter.window_log_max: 31}  # what `zstd --long=31` needs: up to 2 GiB of memory
+# What readers of archives and compressed files raise for damaged ones.
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile, zstd.ZstdError, NotImplementedError)
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """A file of documents, on the disk or in a zip on the disk."""
-
-    path: Path
-    member: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.path}/{self.member}" if self.member else str(self.path)
-
-    @property
-    def plain_name(self) -> str:
-        """The file's name without folder and compression: what it would be called unpacked."""
-        name = PurePosixPath(self.member or self.path.name)
-        return name.stem if name.suffix.lower() in COMPRESSED else name.name
-
-    @property
-    def holds_lines(self) -> bool:
-        """Whether each line is a document; else the whole file is one."""
-        return self.plain_name.lower().endswith(LINES)
-
-    @property
-    def is_parquet(self) -> bool:
-        """Whether each row of its column "text" is a document."""
-        return self.member is None and self.path.suffix.lower() == PARQUET
-
-    @property
-    def is_text(self) -> bool:
-        """Whether a folder or zip that holds the file is meant to be read with it."""
-        is_named_so = (
-            self.holds_lines or self.plain_name.lower().endswith(TEXT) or (self.is_parquet and reads_parquet())
-        )
-        return is_named_so and self.plain_name not in OF_DATASETS and not self.plain_name.startswith(".")
-
-    @property
-    def names(self) -> list[str]:
-        """The names that may say which domain it is of: its own, and within a zip those of the folders and the zip."""
-        inside = PurePosixPath(self.member).parts if self.member else ()
-        return [*reversed(inside), self.path.name]
+LONGEST_WINDOW = {zstd.DecompressionParameter.window_log_max: 31}  # what `zstd --long=31` needs: up to 2 GiB of memory
 
 
 class Document(NamedTuple):
@@ -87,71 +34,6 @@ class Document(NamedTuple):
 
     text: str
     place: str
-
-
-def reads_parquet() -> bool:
-    """Whether the package that reads parquet is installed; `datasets` brings it."""
-    return importlib.util.find_spec("pyarrow") is not None
-
-
-def cure_of_unread(file: Path) -> str | None:
-    """What to do about a file that looks like data, but is not read; None for any other file."""
-    cures = UNREAD if reads_parquet() else UNREAD | {NO_PARQUET: (PARQUET,)}
-    return next((cure for cure, ends in cures.items() if file.name.lower().endswith(ends)), None)
-
-
-def find_text_files(path: Path) -> list[TextFile]:
-    """The files of a folder (not below it), or a single file, in the order of their plain names.
-
-    An unpacked file goes before a compressed one of that name, and before a zip that holds one or is called like it.
-
-    Raises:
-        MoEficationError: nothing there, or a zip that is damaged or reaches out of its place.
-    """
-    if path.is_file():
-        if cure := cure_of_unread(path):
-            raise MoEficationError(f"{path} is not read: {cure}")
-        return zip_members(path) if path.suffix.lower() == ".zip" else [TextFile(path)]
-    if not path.is_dir():
-        raise MoEficationError(f"{path} does not exist")
-    names: dict[str, TextFile] = {}
-    zips = []
-    for file in sorted(path.iterdir(), key=lambda file: (file.suffix.lower() in COMPRESSED, file.name)):
-        if file.suffix.lower() == ".zip" and file.is_file():
-            zips.append(file)
-        elif TextFile(file).is_text and file.is_file():
-            names.setdefault(TextFile(file).plain_name, TextFile(file))
-    found = list(names.values())
-    for file in zips:
-        if not any(file.stem + suffix in names for suffix in LINES):
-            found += [member for member in zip_members(file) if member.plain_name not in names]
-    return sorted(found, key=lambda file: (file.plain_name, str(file)))
-
-
-def zip_members(path: Path) -> list[TextFile]:
-    """The text in a zip, but for what lies in a folder `heldout`; refused as a whole if any name in it is unsafe."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if not info.is_dir()]
-    except (*DAMAGE, OSError) as error:
-        raise MoEficationError(f"{path} is not a whole zip file ({error}); download it again") from error
-    seen: set[str] = set()
-    for info in members:
-        name, parts = info.orig_filename, PurePosixPath(info.orig_filename).parts
-        if name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name) or set(name) & {"\\", "\0"}:
-            raise MoEficationError(f"{path} holds {name!r}, which leads out of its place; refused")
-        if info.external_attr >> 28 == 0o12:
-            raise MoEficationError(f"{path} holds {name!r}, a link; refused")
-        if info.flag_bits & 1:
-            raise MoEficationError(f"{path}: {name} is encrypted; unpack it yourself")
-        if name.casefold() in seen:
-            raise MoEficationError(f"{path} holds {name!r} twice; refused")
-        seen.add(name.casefold())
-    texts = [TextFile(path, info.filename) for info in members]
-    texts = [file for file in texts if file.is_text and "heldout" not in PurePosixPath(file.member).parts]
-    if not texts:
-        raise MoEficationError(f"{path} holds no .jsonl or .txt file")
-    return texts
 
 
 class DocumentReader:
@@ -200,6 +82,8 @@ class DocumentReader:
         for number, line in self._lines(file):
             if line is not None and not line.removeprefix(codecs.BOM_UTF8).strip():
                 continue
+            if number == 1 and _begins_array(line):
+                raise MoEficationError(f"{file} is one JSON array; write each of its elements in a line: jq -c '.[]'")
             try:
                 text = _text_of_line(line)
             except ValueError as error:
@@ -241,12 +125,15 @@ class DocumentReader:
                 raise MoEficationError(f"{file} has no column text, but {', '.join(table.schema_arrow.names)}")
             self._position = lambda: size * number // max(1, table.metadata.num_rows)
             for batch in table.iter_batches(columns=["text"]):
-                for text in batch.column(0).to_pylist():
+                for value in batch.column(0):
                     number += 1
-                    if not isinstance(text, str):
-                        self.bad(f"{file}:{number}", "its text is no string")
-                    elif text.strip():
-                        limit -= len(text)
+                    try:
+                        text = _text_of_value(value)
+                    except ValueError as error:
+                        self.bad(f"{file}:{number}", str(error), error)
+                        continue
+                    limit -= len(text)
+                    if text.strip():
                         yield Document(text, f"{file}:{number}")
                 if limit < 0:
                     raise _expands(file)
@@ -268,6 +155,23 @@ class DocumentReader:
                     raise _expands(file)
                 yield number, None if too_long else line
                 number += 1
+
+
+def _begins_array(line: bytes | None) -> bool:
+    line = (line or b"").removeprefix(codecs.BOM_UTF8).strip()
+    return line == b"[" or line.startswith(b"[{")
+
+
+def _text_of_value(value: Any) -> str:
+    """The document of a value of a parquet file. Raises ValueError saying what is wrong with it."""
+    try:
+        text = value.as_py()
+        text = text.decode() if isinstance(text, bytes) else text
+    except UnicodeError as error:
+        raise ValueError("not UTF-8 text") from error
+    if not isinstance(text, str):
+        raise ValueError("its text is no string")
+    return text
 
 
 def _text_of_line(line: bytes | None) -> str:
@@ -310,6 +214,7 @@ def _open(file: TextFile) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
             raw = stack.enter_context(file.path.open("rb"))
         else:
             raw = stack.enter_context(stack.enter_context(zipfile.ZipFile(file.path)).open(file.member))
-        openers = {".gz": gzip.open, ".zst": partial(zstd.open, options=LONGEST_WINDOW)}
+        openers = dict.fromkeys((".gz", ".gzip"), gzip.open)
+        openers |= dict.fromkeys((".zst", ".zstd"), partial(zstd.open, options=LONGEST_WINDOW))
         opener = openers.get(PurePosixPath(file.member or file.path.name).suffix.lower())
         yield (stack.enter_context(opener(raw, "rb")) if opener else raw), raw.tell

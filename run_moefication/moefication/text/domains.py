@@ -4,11 +4,11 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import MoEficationError
-from .documents import TextFile, cure_of_unread, find_text_files
+from .text_files import TextFile, find_text_files
+from .unread import HELD_OUT, unread_data
 
 logger = logging.getLogger(__name__)
 
@@ -33,33 +33,18 @@ ALIASES = {
     "arxiv": r"arxiv|redpajamaarxiv",
     "stackexchange": r"stack ?exchange|redpajamastackexchange",
 }
+# A UUID, a checksum, and one in pieces, as content-addressed stores name their folders and files.
 HASH = re.compile(
-    r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"  # a UUID
+    r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"
     r"|(?<![^\W_])(?=[0-9]*[a-f])(?=[a-f]*[0-9])[0-9a-f]{8,}(?![^\W_])"
+    r"|(?<![^\W_])([0-9]*[a-f][0-9a-f]*[\W_]+){2,}[0-9]*[a-f][0-9a-f]*(?![^\W_])"
 )
-HELD_OUT = "heldout"  # a folder whose text is never for training
-SHOWN_FILES = 3
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A text file below a data folder, and the names that may say its domain, the ones that count most first."""
-
-    file: TextFile
-    names: list[str]
-
-
-def domain_of(name: str, aliases: Mapping[str, str] = ALIASES) -> str | None:
-    """The domain that a file's or folder's name speaks of, if any: one of its aliases among the words of the name.
-
-    Raises:
-        MoEficationError: the name speaks of several.
-    """
+def domains_in(name: str, aliases: Mapping[str, str] = ALIASES) -> list[str]:
+    """The domains that a file's or folder's name speaks of: those with an alias among the words of the name."""
     words = _words(name)
-    domains = [domain for domain, alias in aliases.items() if re.search(_pattern(alias), words)]
-    if len(domains) > 1:
-        raise MoEficationError(f"{name} names several domains ({', '.join(domains)}); rename it")
-    return domains[0] if domains else None
+    return [domain for domain, alias in aliases.items() if re.search(_pattern(alias), words)]
 
 
 def known_domain(name: str) -> str:
@@ -72,22 +57,24 @@ def known_domain(name: str) -> str:
 def find_domains(data_path: str | Path, weights: Mapping[str, float] | None = None) -> dict[str, list[TextFile]]:
     """The files of each domain in a folder, or a single file.
 
-    A file's own name says its domain, or else the name of the nearest folder around it. Folders below the data folder
-    are read (to their end) if their name speaks of a domain.
+    A file's own name says its domain, or else the name of the folder below the data folder in which it lies, however
+    deep. Folders are read if their name speaks of a domain.
 
     Args:
         weights: by domain, as `known_domain` calls it: only files of these are taken. None: those of LLaMA's mix; a
             folder where no name speaks of any is one domain of its own, and one where only some do is refused.
     """
     data_path = Path(data_path)
-    # Of other domains the words may be apart: the domain "mynotes" is what "my_notes.jsonl" speaks of.
+    # The words of other domains may be apart: "my_notes.jsonl" speaks of the domain "mynotes".
     aliases = {name: ALIASES.get(name) or " ?".join(map(re.escape, name)) for name in weights or ALIASES}
     found: dict[str, list[TextFile]] = {}
     unnamed = []
-    for text in _text_below(data_path, aliases):
-        domain = next(filter(None, (domain_of(name, aliases) for name in text.names)), None)
-        (found.setdefault(domain, []) if domain else unnamed).append(text.file)
-    unread = _unread(data_path, aliases) if data_path.is_dir() else ""
+    folders = list(_domain_folders(data_path, aliases)) if data_path.is_dir() else []
+    for folder, names in [(data_path, []), *folders]:
+        for file in find_text_files(folder):
+            domain = _decided([*file.names, *names], file, aliases)
+            (found.setdefault(domain, []) if domain else unnamed).append(file)
+    unread = unread_data(data_path, [folder for folder, _ in folders]) if data_path.is_dir() else ""
     if not found and not unnamed:
         raise MoEficationError(
             f"--train_data_path {data_path} holds no .jsonl, .txt or .parquet (nor .gz, .zst of the first two) or .zip "
@@ -106,6 +93,19 @@ def find_domains(data_path: str | Path, weights: Mapping[str, float] | None = No
     return found or {"text": unnamed}
 
 
+def _decided(names: list[str], file: TextFile, aliases: Mapping[str, str]) -> str | None:
+    """The domain of the first name that speaks of one; a name that speaks of several is decided by those after it."""
+    candidates: list[str] = []
+    for name in names:
+        found = [domain for domain in domains_in(name, aliases) if not candidates or domain in candidates]
+        if len(found) == 1:
+            return found[0]
+        candidates = candidates or found
+    if candidates:
+        raise MoEficationError(f"{file} names several domains ({', '.join(candidates)}); rename it")
+    return None
+
+
 def _pattern(alias: str) -> str:
     return rf"(?<!\S)(?:{alias})((?<=[^\W\d])\d+)?(?!\S)"
 
@@ -114,47 +114,24 @@ def _words(name: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", HASH.sub(" ", name.lower())))
 
 
-def _text_below(path: Path, aliases: Mapping[str, str]) -> Iterator[_Found]:
-    for file in find_text_files(path):
-        yield _Found(file, file.names)
-    for folder in _domain_folders(path, aliases):
-        around = [folder, *(parent for parent in folder.parents if path in parent.parents)]
-        for file in find_text_files(folder):
-            yield _Found(file, [*file.names, *(parent.name for parent in around)])
-
-
-def _domain_folders(path: Path, aliases: Mapping[str, str]) -> Iterator[Path]:
-    """The folders below `path` that are read: those of a domain with all below them, but for `HELD_OUT`."""
-    if not path.is_dir():
-        return
+def _domain_folders(path: Path, aliases: Mapping[str, str]) -> Iterator[tuple[Path, list[str]]]:
+    """The folders that are read below `path`: those named after a domain, and all below them but for `HELD_OUT`; each
+    with the name that counts."""
+    tops = sorted(folder for folder in path.iterdir() if folder.is_dir() and folder.name != HELD_OUT)
+    # Folders of a store that spreads its files by the start of their checksum: 3f, c4, c5.
+    of_checksums = {folder for folder in tops if re.fullmatch(r"[0-9a-f]{2}", folder.name)}
     seen = set()  # links may lead in circles
-    for top in sorted(folder for folder in path.iterdir() if folder.is_dir() and folder.name != HELD_OUT):
-        if domain_of(top.name, aliases) is None:
+    for top in tops:
+        if len(domains_in(top.name, aliases)) != 1 or (top in of_checksums and len(of_checksums) > 2):
             continue
-        for place, folders, _ in os.walk(top, followlinks=True):
+        for place, folders, _ in os.walk(top, followlinks=True, onerror=_raise):
             folders[:] = sorted(name for name in folders if name != HELD_OUT and not name.startswith("."))
             if (real := os.path.realpath(place)) in seen:
                 folders.clear()
                 continue
             seen.add(real)
-            yield Path(place)
+            yield Path(place), [top.name]
 
 
-def _unread(path: Path, aliases: Mapping[str, str]) -> str:
-    """What in the folders that are read looks like data, but is not read, and the cure."""
-    read = [path, *_domain_folders(path, aliases)]
-    files: dict[str, list[str]] = {}
-    for folder in read:
-        for file in sorted(folder.iterdir()):
-            if file.is_file() and not file.name.startswith(".") and (cure := cure_of_unread(file)):
-                files.setdefault(cure, []).append(str(file.relative_to(path)))
-    for folder in sorted(set(filter(Path.is_dir, path.iterdir())) - set(read)):
-        if folder.name != HELD_OUT and any(TextFile(file).is_text for file in folder.iterdir()):
-            files.setdefault("name it after a domain to have it read", []).append(f"{folder.name}/")
-    return "; ".join(f"{some(names)} ({cure})" for cure, names in files.items())
-
-
-def some(names: list[str]) -> str:
-    """The first few of them, and how many more there are."""
-    more = len(names) - SHOWN_FILES
-    return ", ".join(names[:SHOWN_FILES]) + (f" and {more} more" if more > 0 else "")
+def _raise(error: OSError) -> None:
+    raise error

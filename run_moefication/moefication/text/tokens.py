@@ -12,11 +12,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.dense import Checkpoint
-from ..checkpoints.tokenizers import TOKENIZER_FILES, load_tokenizer
+from ..checkpoints.tokenizers import load_tokenizer, tokenizer_files
 from ..errors import MoEficationError
 from ..progress import Progress, no_progress
 from ..storage.files import digest, file_sha256, turn, write_atomically, write_json
-from .documents import Document, DocumentReader, TextFile
+from .documents import Document, DocumentReader
+from .text_files import TextFile
 
 BATCH_CHARACTERS = 4 << 20  # of text tokenised at once, over all cores: some 200 MB of memory
 CACHE_VERSION = 3
@@ -159,7 +160,7 @@ def _following(
 
 
 def _cache_key(checkpoint: Checkpoint, files: list[TextFile], skip_bad_lines: bool) -> str:
-    tokenizer = {n: file_sha256(checkpoint.path / n) for n in TOKENIZER_FILES if (checkpoint.path / n).exists()}
+    tokenizer = {name: digest(content.hex()) for name, content in tokenizer_files(checkpoint.path).items()}
     # What the class of the tokenizer follows from, and which tokens are refused.
     model = [checkpoint.raw_config.get(name) for name in ("model_type", "tokenizer_class")]
     # The names too: they decide how a file is read.

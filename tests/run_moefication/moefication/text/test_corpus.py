@@ -20,8 +20,9 @@ from run_moefication.moefication.text.corpus import (
     require_block_size,
     training_corpus,
 )
-from run_moefication.moefication.text.documents import DocumentReader, TextFile, zstd
+from run_moefication.moefication.text.documents import DocumentReader, zstd
 from run_moefication.moefication.text.domains import LLAMA_MIX
+from run_moefication.moefication.text.text_files import TextFile
 from run_moefication.moefication.text.tokens import tokenize
 
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.text import documents
-from run_moefication.moefication.text.documents import DocumentReader, TextFile, find_text_files, zstd
+from run_moefication.moefication.text import documents, text_files
+from run_moefication.moefication.text.documents import DocumentReader, zstd
+from run_moefication.moefication.text.text_files import TextFile, find_text_files
 
 
 def read(path: Path, skip_bad_lines: bool = False) -> list[str]:
@@ -176,11 +177,13 @@ def test_the_same_documents_come_out_of_every_kind_of_file(texts):
             assert reader.position == reader.total_bytes > 0 or not content
 
 
-@pytest.mark.parametrize("name", ["A.JSONL", "a.json", "c4-train.00000-of-01024.json.gz", "a.JSONL.ZST"])
+@pytest.mark.parametrize(
+    "name", ["A.JSONL", "a.json", "c4-train.00000-of-01024.json.gz", "a.JSONL.ZST", "a.ndjson.zstd"]
+)
 def test_json_lines_are_known_by_any_of_their_names(name, tmp_path):
     """Alone, in a folder, and in a zip."""
     content = b'{"text": "a"}\n{"text": "b"}\n'
-    pack = {"gz": gzip.compress, "st": zstd.compress}.get(name.lower()[-2:], bytes)
+    pack = {"gz": gzip.compress, "st": zstd.compress}.get(name.lower().replace("zstd", "zst")[-2:], bytes)
     (tmp_path / name).write_bytes(pack(content))
     (tmp_path / "manifest.json").write_text("{}")
     assert read(tmp_path / name) == read(tmp_path) == ["a", "b"]
@@ -365,9 +368,31 @@ def test_what_is_wrong_with_a_parquet_file_is_said(tmp_path):
         read(file)
 
 
+def test_bytes_in_a_parquet_file_are_text_if_they_are_utf8(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    file = write_parquet(tmp_path / "a.parquet", text=pyarrow.array(["雪".encode(), b"\xff"], pyarrow.binary()))
+    with pytest.raises(MoEficationError, match=r"a.parquet:2: not UTF-8 text; --skip_bad_lines"):
+        read(file)
+    assert read(file, skip_bad_lines=True) == ["雪"]
+
+
+def test_lines_go_before_a_parquet_file_of_their_name(tmp_path):
+    pytest.importorskip("pyarrow.parquet")
+    write_parquet(tmp_path / "a.parquet", text=["of parquet"])
+    write_jsonl(tmp_path / "a.jsonl", ["of lines"])
+    assert read(tmp_path) == ["of lines"]
+
+
+@pytest.mark.parametrize("content", ['[{"text": "a"}, {"text": "b"}]', '[\n  {"text": "a"}\n]'])
+def test_one_json_array_is_told_from_broken_lines(content, tmp_path):
+    (tmp_path / "c4.json").write_text(content)
+    with pytest.raises(MoEficationError, match=r"c4.json is one JSON array; .* in a line: jq -c"):
+        read(tmp_path, skip_bad_lines=True)
+
+
 def test_a_parquet_file_that_no_package_reads_names_the_cure(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"x")
-    monkeypatch.setattr(documents, "reads_parquet", lambda: False)
+    monkeypatch.setattr(text_files, "reads_parquet", lambda: False)
     with pytest.raises(MoEficationError, match=r"a.parquet is not read: pip install datasets"):
         find_text_files(tmp_path / "a.parquet")
     assert find_text_files(tmp_path) == []

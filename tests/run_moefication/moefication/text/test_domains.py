@@ -14,7 +14,7 @@ from run_moefication import llama_split_clustering
 from run_moefication.moefication.checkpoints.dense import Checkpoint
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.text.corpus import training_corpus
-from run_moefication.moefication.text.domains import LLAMA_MIX, domain_of, find_domains, known_domain
+from run_moefication.moefication.text.domains import LLAMA_MIX, domains_in, find_domains, known_domain
 
 MD5 = "0c4f0c41d5d5b21bc4e1c4b1d7c4a9e2"  # with c4 in it
 UUID = "c4c4c4c4-00c4-4bc4-9c4a-0123456789ab"
@@ -61,15 +61,18 @@ def found_in(folder: Path, weights: dict[str, float] | None = None) -> dict[str,
         ("c42.jsonl", None),
         ("cc_by_sa.jsonl", None),
         ("2019-30", None),
+        ("part-00000-c4-aa-bb.jsonl", None),  # a checksum in pieces
+        ("f3-c4-aa.jsonl", None),
+        ("c4-de.jsonl", "c4"),
     ],
 )
 def test_a_domain_is_a_word_of_a_name(name, domain):
-    assert domain_of(name) == domain
+    assert domains_in(name) == ([domain] if domain else [])
 
 
 @given(st.binary(min_size=16, max_size=32))
 def test_no_checksum_speaks_of_a_domain(checksum):
-    assert domain_of(f"filtered_{checksum.hex()}.sampled.jsonl") is None
+    assert domains_in(f"filtered_{checksum.hex()}.sampled.jsonl") == []
 
 
 def test_every_domain_is_known_by_its_own_name():
@@ -147,6 +150,27 @@ def test_a_files_own_name_goes_before_its_folders(tmp_path):
     }
 
 
+def test_a_store_of_folders_named_after_checksums_names_no_domain(tmp_path):
+    make_text(tmp_path / "github" / "3f", f"3f{MD5}")
+    make_text(tmp_path / "github" / "c4", f"c4{MD5}")
+    assert found_in(tmp_path) == {"github": [f"github/3f/3f{MD5}.jsonl", f"github/c4/c4{MD5}.jsonl"]}
+    for name in ("3f", "c4", "c5"):
+        make_text(tmp_path / "store" / name, f"{name}{MD5}")
+    with pytest.raises(MoEficationError, match=r"holds no .jsonl.* not read: 3f/, c4/, c5/ \(name it after a domain"):
+        find_domains(tmp_path / "store")
+
+
+def test_a_name_of_two_domains_is_decided_by_its_folder(tmp_path):
+    make_text(tmp_path / "stackexchange", "books.stackexchange.com")
+    make_text(tmp_path, "c4")
+    (tmp_path / "github-wiki-notes").mkdir()  # holds no text, so that its name does not matter
+    (tmp_path / "github-wiki-notes" / "README.md").touch()
+    assert found_in(tmp_path) == {
+        "stackexchange": ["stackexchange/books.stackexchange.com.jsonl"],
+        "c4": ["c4.jsonl"],
+    }
+
+
 def test_links_that_lead_in_a_circle_are_followed_once(tmp_path):
     make_text(tmp_path / "book" / "one", "a")
     (tmp_path / "book" / "one" / "again").symlink_to(tmp_path / "book")
@@ -176,17 +200,23 @@ def test_the_table_names_the_files_counted_for_each_domain(tiny_llama, tmp_path,
 
 def test_data_that_is_not_read_is_said_in_one_line(tmp_path, caplog, monkeypatch):
     make_text(tmp_path, "c4", "github")
-    make_text(tmp_path / "extra", "book")
+    make_text(tmp_path / "extra" / "chunk1", "book")
     make_text(tmp_path / "heldout", "c4")
+    (tmp_path / "arxiv.jsonl").symlink_to("nowhere")
+    with zipfile.ZipFile(tmp_path / "github.zip", "w") as archive:
+        archive.writestr("a.jsonl", json.dumps({"text": "x"}))
+        archive.writestr("b.jsonl.xz", "x")
     for name in ("wiki.jsonl.xz", "book.jsonl.bz2", "notes.csv", "arxiv.parquet", "README.md", ".hidden.xz"):
         (tmp_path / name).write_bytes(b"x")
-    monkeypatch.setattr("run_moefication.moefication.text.documents.reads_parquet", lambda: False)
+    monkeypatch.setattr("run_moefication.moefication.text.text_files.reads_parquet", lambda: False)
     with caplog.at_level(logging.WARNING):
         assert sorted(find_domains(tmp_path)) == ["c4", "github"]
     (line,) = caplog.messages
     assert line == (
-        f"{tmp_path}: not read: arxiv.parquet (pip install datasets, with which it is read); "
-        'book.jsonl.bz2, wiki.jsonl.xz (unpack it); notes.csv (write it as .jsonl, with a "text" in each line); '
+        f"{tmp_path}: not read: arxiv.jsonl (its link leads nowhere); "
+        "arxiv.parquet (pip install datasets, with which it is read); "
+        "book.jsonl.bz2, wiki.jsonl.xz (unpack it); github.zip/b.jsonl.xz (unpack the zip); "
+        'notes.csv (write it as .jsonl, with a "text" in each line); '
         "extra/ (name it after a domain to have it read)"
     )
 
