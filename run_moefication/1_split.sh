@@ -4,7 +4,7 @@
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=run_moefication/recipe.sh
-. "$HERE/recipe.sh" # NUM_EXPERTS, NUM_SHARED_EXPERTS and CLUSTER_ON
+. "$HERE/recipe.sh" # NUM_EXPERTS, NUM_SHARED_EXPERTS, CLUSTER_ON and SPLIT_TOKENS, the tokens to look at
 
 MODEL_PATH="${MODEL_PATH:-}"                            # dense LLaMA in transformers format, or a hub id
 SAVE_PATH="${SAVE_PATH:-$HERE/../llama_moe_temp_files}" # where the stages keep their files
@@ -14,7 +14,6 @@ SEED="${SEED:-0}"
 TRAIN_DATA_PATH="${TRAIN_DATA_PATH:-$HERE/../llama_data}" # folder of jsonl files
 TRAIN_DATA_CACHE_PATH="${TRAIN_DATA_CACHE_PATH:-$HERE/../llama_data_cache}"
 DOMAIN_WEIGHTS="${DOMAIN_WEIGHTS:-equal}"               # or domain=weight,...
-SPLIT_TOKENS="${SPLIT_TOKENS:-32768}"                   # tokens to look at
 BLOCK_SIZE="${BLOCK_SIZE:-}"                            # empty: 2048, or what the model takes
 
 ON=(--cluster_on "$CLUSTER_ON")

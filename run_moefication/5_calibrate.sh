@@ -14,7 +14,7 @@ CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}" # the new checkpoint
 TRAIN_DATA_PATH="${TRAIN_DATA_PATH:-$HERE/../llama_data}" # folder of jsonl files
 TRAIN_DATA_CACHE_PATH="${TRAIN_DATA_CACHE_PATH:-$HERE/../llama_data_cache}"
 DOMAIN_WEIGHTS="${DOMAIN_WEIGHTS:-equal}"                 # or domain=weight,...
-MAX_TOKENS="${MAX_TOKENS:-131072}"                        # more is better, and longer
+MAX_TOKENS="${MAX_TOKENS:-$CALIBRATION_TOKENS}"           # more is better, and longer
 BLOCK_SIZE="${BLOCK_SIZE:-}"                              # empty: 2048, or what the model takes
 BATCH_SIZE="${BATCH_SIZE:-4}"                             # blocks at a time
 SEED="${SEED:-0}"

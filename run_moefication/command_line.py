@@ -6,14 +6,16 @@ Nothing heavy is imported at the top: `--help` and a typo must answer at once.
 import argparse
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, NoReturn, get_args
 
-DEFAULT_TEMPLATE = "layers.{}.mlp.gate_proj.weight"
+from run_moefication.settings import TEMPLATES, CorpusSettings
+
 TRACEBACK = "MOEFICATION_TRACEBACK"  # set in the environment, errors of one line come after their traceback
 SHOWN_FILES = 3  # of a domain, in the table of the mix
 
@@ -56,6 +58,29 @@ def seed_number(text: str) -> int:
     return int(text)
 
 
+def add_settings(parser: Any, settings: type, leave_out: Collection[str] = ()) -> None:
+    """An option for each field of a stage's settings (see `run_moefication.settings`) that has none yet."""
+    taken = {action.dest for action in parser._actions}  # argparse has no public list of them
+    for one in fields(settings):
+        if one.name in taken or one.name in leave_out:
+            continue
+        kind = next(kind for kind in (bool, int, float, str) if kind is one.type or kind in get_args(one.type))
+        options = {"help": one.metadata["help"]}
+        if kind is bool:
+            options |= {"action": "store_true"}
+        else:
+            is_required = one.default is MISSING
+            options |= {"type": seed_number if one.name == "seed" else kind, "choices": one.metadata["choices"]}
+            options |= {"required": True} if is_required else {"default": one.default}
+        parser.add_argument(f"--{one.name}", **options)
+
+
+def settings_of(arguments: argparse.Namespace, settings: type) -> Any:
+    """The settings that the options give, checked."""
+    given = vars(arguments)
+    return settings(**{one.name: given[one.name] for one in fields(settings) if one.name in given})
+
+
 def add_model_path(parser: argparse.ArgumentParser) -> None:
     """`--model_path`."""
     parser.add_argument(
@@ -76,17 +101,16 @@ def add_templates(parser: argparse.ArgumentParser, several: bool = False) -> Non
     count = "one or several, comma-separated" if several else "one"
     parser.add_argument(
         "--templates",
-        default=DEFAULT_TEMPLATE,
+        default=TEMPLATES[0],
         help=f"weight whose rows are the neurons, {{}} standing for the layer ({count}; gate_proj or up_proj)",
     )
 
 
 def add_split(parser: argparse.ArgumentParser) -> None:
-    """`--split_file_path` and the `--num_experts` it must have been made for."""
+    """`--split_file_path`."""
     parser.add_argument(
         "--split_file_path", type=path, required=True, help="folder that llama_split_clustering.py wrote"
     )
-    parser.add_argument("--num_experts", type=int, required=True, help="experts per layer, those of the split")
 
 
 def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -104,41 +128,16 @@ def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
         type=path,
         help="folder that keeps tokenised text, so that it is tokenised once; without it nothing is kept",
     )
-    group.add_argument(
-        "--data_use_percent",
-        type=float,
-        default=1.0,
-        help="fraction, in (0, 1], of the tokens that the domain mix allows; 0.01 is one percent",
-    )
-    group.add_argument("--block_size", type=int, help="tokens per block (default: 2048, or what the model takes)")
-    group.add_argument("--max_tokens", type=int, help="upper limit on tokens, all domains together (default: none)")
-    group.add_argument(
-        "--domain_weights",
-        help="domain=weight,..., each a word of the names of files or folders; or equal, every domain alike (default: "
-        "the mix of LLaMA's pretraining)",
-    )
-    group.add_argument(
-        "--skip_bad_lines", action="store_true", help="count lines that hold no document, and go on without them"
-    )
+    add_settings(group, CorpusSettings)
 
 
 def read_corpus(arguments: argparse.Namespace, checkpoint: Any, progress: Callable) -> Any:
     """The corpus that the options of `add_corpus` and `--seed` choose, as this dense model's tokenizer cuts it."""
-    from run_moefication.moefication.text.corpus import parse_domain_weights, require_block_size, training_corpus
+    from run_moefication.moefication.text.corpus import training_corpus
 
-    domain_weights = parse_domain_weights(arguments.domain_weights)
-    positions = checkpoint.config.max_position_embeddings
+    settings = settings_of(arguments, CorpusSettings)
     return training_corpus(
-        checkpoint,
-        arguments.train_data_path,
-        arguments.train_data_cache_path,
-        block_size=require_block_size(arguments.block_size, positions, checkpoint.name),
-        domain_weights=domain_weights,
-        data_use_percent=arguments.data_use_percent,
-        max_tokens=arguments.max_tokens,
-        skip_bad_lines=arguments.skip_bad_lines,
-        seed=arguments.seed,
-        progress=progress,
+        checkpoint, arguments.train_data_path, arguments.train_data_cache_path, settings, progress=progress
     )
 
 
@@ -155,12 +154,10 @@ def print_mix(checkpoint: Any, corpus: Any) -> None:
     print(f"{checkpoint.name}: {corpus.num_tokens:,} tokens in {len(corpus.blocks):,} blocks")
 
 
-def add_common(parser: argparse.ArgumentParser, device: bool = True, seed: str | None = None) -> None:
-    """`--device`, `--seed` (with what it seeds) and `--overwrite`."""
+def add_common(parser: argparse.ArgumentParser, device: bool = True) -> None:
+    """`--device` and `--overwrite`."""
     if device:
         add_device(parser)
-    if seed:
-        parser.add_argument("--seed", type=seed_number, default=0, help=f"seed of {seed}, 0 to 2^32 - 1")
     parser.add_argument(
         "--overwrite", action="store_true", help="redo a finished stage, or one made with other options"
     )
@@ -250,12 +247,14 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         parser.print_help()  # before any other option is looked at: the shell scripts pass some that may be empty
         return 0
     arguments = parser.parse_args(argv)
-    from run_moefication.moefication.errors import MoEficationError
+    from run_moefication.moefication.errors import MoEficationError, SettingError
 
     try:
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about their own plans
         work(arguments)
+    except SettingError as error:
+        return fail(parser.prog, with_dashes(str(error), vars(arguments)))
     except MoEficationError as error:
         return fail(parser.prog, str(error))
     except OSError as error:
@@ -269,6 +268,12 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         print(f"{parser.prog}: interrupted; run again to go on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def with_dashes(message: str, options: Collection[str]) -> str:
+    """A message that speaks of fields as the command line does: `num_experts 5` becomes `--num_experts 5`."""
+    names = "|".join(sorted(options, key=len, reverse=True))
+    return re.sub(rf"(?<![\w/.-])({names})(?![\w/.-])", r"--\1", message)
 
 
 def fail(program: str, message: str) -> int:

@@ -13,6 +13,7 @@ import argparse
 import sys
 
 from run_moefication import command_line
+from run_moefication.settings import CalibrateSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,28 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="folder of the new checkpoint itself, absent or empty",
     )
-    parser.add_argument(
-        "--num_selects",
-        type=int,
-        help="experts that run per token, shared ones included, while fitting and afterwards (default: as converted)",
-    )
-    parser.add_argument(
-        "--refit_gates", action="store_true", help="fit linear gates anew, on what the calibrated layers before produce"
-    )
-    parser.add_argument(
-        "--output_bias",
-        action="store_true",
-        help="fit a bias on each MLP's output as well; engines for other MoE architectures have no place for it",
-    )
-    parser.add_argument(
-        "--layer_budgets",
-        default="equal",
-        choices=("equal", "sensitivity"),
-        help="equal: every layer runs as many experts; sensitivity: more where the loss rises most without them",
-    )
-    parser.add_argument("--batch_size", type=int, default=4, help="blocks at a time")
+    command_line.add_settings(parser, CalibrateSettings)
     command_line.add_corpus(parser)
-    command_line.add_common(parser, seed="the choice and order of blocks")
+    command_line.add_common(parser)
     return parser
 
 
@@ -60,16 +42,10 @@ def calibrate(arguments: argparse.Namespace) -> None:
     """Run the stage and print what each layer's fit gained."""
     device = command_line.pick_device(arguments)
     from run_moefication.moefication.checkpoints.dense import Checkpoint
-    from run_moefication.moefication.stages.calibrate import CalibrationSettings, final_norm_metrics, layer_metrics
     from run_moefication.moefication.stages.calibrate import calibrate as calibrate_checkpoint
+    from run_moefication.moefication.stages.calibrate import final_norm_metrics, layer_metrics
 
-    settings = CalibrationSettings(
-        num_selects=arguments.num_selects,
-        refit_gates=arguments.refit_gates,
-        output_bias=arguments.output_bias,
-        layer_budgets=arguments.layer_budgets,
-        batch_size=arguments.batch_size,
-    )
+    settings = command_line.settings_of(arguments, CalibrateSettings)
     checkpoint = Checkpoint(arguments.model_path)
     corpus = command_line.read_corpus(arguments, checkpoint, command_line.progress_bar)
     writer = calibrate_checkpoint(

@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from run_moefication import command_line
+from run_moefication.settings import ConvertSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,34 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="folder of the new checkpoint itself, absent or empty",
     )
-    command_line.add_templates(parser)
-    parser.add_argument(
-        "--num_selects",
-        type=int,
-        required=True,
-        help="experts that run per token, shared ones included; need not be what gates were trained for",
-    )
-    parser.add_argument(
-        "--routing",
-        default="top_k",
-        choices=("top_k", "threshold"),
-        help="top_k: so many for every token; threshold: those whose score reaches the layer's threshold, so many on "
-        "average",
-    )
-    parser.add_argument("--min_selects", type=int, help="with threshold routing, the least for any token (default: 0)")
-    parser.add_argument("--max_selects", type=int, help="with threshold routing, the most for any token (default: all)")
-    parser.add_argument(
-        "--convert_type",
-        default="LlamaMoEForCausalLM",
-        choices=("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification"),
-        help="class of the new checkpoint",
-    )
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the new weights (default: as in the source)"
-    )
-    parser.add_argument(
-        "--num_labels", type=int, help="labels of a new classification head, where the source has none (default: 2)"
-    )
+    command_line.add_settings(parser, ConvertSettings)
     command_line.add_common(parser, device=False)
     return parser
 
@@ -62,20 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
 def convert(arguments: argparse.Namespace) -> None:
     """Run the stage and print what kind of checkpoint came out."""
     from run_moefication.moefication.checkpoints.dense import Checkpoint
-    from run_moefication.moefication.stages.convert import ConversionSettings
     from run_moefication.moefication.stages.convert import convert as convert_checkpoint
 
-    settings = ConversionSettings(
-        num_experts=arguments.num_experts,
-        num_selects=arguments.num_selects,
-        templates=arguments.templates,
-        routing=arguments.routing,
-        min_selects=arguments.min_selects,
-        max_selects=arguments.max_selects,
-        convert_type=arguments.convert_type,
-        dtype=arguments.dtype,
-        num_labels=arguments.num_labels,
-    )
+    settings = command_line.settings_of(arguments, ConvertSettings)
     checkpoint = Checkpoint(arguments.model_path)
     writer = convert_checkpoint(
         checkpoint,

@@ -13,6 +13,7 @@ import os
 import sys
 
 from run_moefication import command_line
+from run_moefication.settings import DistillSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,32 +32,15 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="folder of the new checkpoint itself, absent or empty",
     )
-    parser.add_argument(
-        "--num_selects",
-        type=int,
-        help="experts that run per token, shared ones included, in training and afterwards (default: as given)",
-    )
     group = parser.add_argument_group("training")
-    group.add_argument(
-        "--train",
-        default="all",
-        choices=("gates", "experts", "all"),
-        help="what is trained: the gates; the experts, shared ones and output biases included; or both",
-    )
-    group.add_argument("--lr", type=float, default=1e-4, help="learning rate of Adam, at the top of its cosine")
-    group.add_argument("--epochs", type=int, default=1, help="passes over the text")
-    group.add_argument("--batch_size", type=int, default=2, help="blocks at a time in each process")
-    group.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="batches of each process in a training step"
-    )
-    group.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights stay in float32 meanwhile")
+    command_line.add_settings(group, DistillSettings)
     group.add_argument(
         "--save_steps", type=int, default=100, help="training steps after which an interrupted run can go on"
     )
     command_line.add_corpus(parser)
     # The old launcher still passes this; torchrun says it by LOCAL_RANK.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    command_line.add_common(parser, seed="the choice and order of blocks")
+    command_line.add_common(parser)
     return parser
 
 
@@ -67,18 +51,10 @@ def distill(arguments: argparse.Namespace) -> None:
     device = command_line.pick_device(arguments, process.local_rank)
     from run_moefication.moefication.checkpoints.dense import Checkpoint
     from run_moefication.moefication.progress import no_progress
-    from run_moefication.moefication.stages.distill import RESULT, DistillationSettings
+    from run_moefication.moefication.stages.distill import RESULT
     from run_moefication.moefication.stages.distill import distill as distill_checkpoint
 
-    settings = DistillationSettings(
-        num_selects=arguments.num_selects,
-        train=arguments.train,
-        lr=arguments.lr,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        bf16=arguments.bf16,
-    )
+    settings = command_line.settings_of(arguments, DistillSettings)
     progress = command_line.progress_bar if rank == 0 else no_progress
     checkpoint = Checkpoint(arguments.model_path)
     corpus = command_line.read_corpus(arguments, checkpoint, progress)

@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from run_moefication import command_line
+from run_moefication.settings import FeatureSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,27 +19,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
     command_line.add_model_path(parser)
     command_line.add_save_path(parser, "NAME-Hidden-Features")
-    command_line.add_templates(parser)
-    parser.add_argument("--batch_size", type=int, default=4, help="blocks per forward pass; limits device memory")
-    parser.add_argument(
-        "--save_interval",
-        type=int,
-        default=1,
-        help="batches per file; more means fewer, larger files and more host memory",
-    )
-    parser.add_argument(
-        "--feature_format",
-        default="full",
-        choices=("full", "inputs"),
-        help="full: MLP inputs and activations; inputs: the inputs alone, the rest is recomputed from the weights",
-    )
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"), help="of the stored features"
-    )
+    command_line.add_settings(parser, FeatureSettings)
     command_line.add_corpus(parser)
     # The old launcher still passes this; torchrun says it by LOCAL_RANK.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    command_line.add_common(parser, seed="the choice and order of blocks")
+    command_line.add_common(parser)
     return parser
 
 
@@ -47,12 +32,11 @@ def get_hidden_features(arguments: argparse.Namespace) -> None:
     process = command_line.this_process(arguments, "it records its share, and the others must be started, too")
     rank = process.rank
     device = command_line.pick_device(arguments, process.local_rank)
-    from run_moefication.moefication.artifacts.split import require_template
     from run_moefication.moefication.checkpoints.dense import Checkpoint
     from run_moefication.moefication.progress import no_progress
     from run_moefication.moefication.stages.features import extract_features
 
-    require_template(arguments.templates)
+    settings = command_line.settings_of(arguments, FeatureSettings)
     progress = command_line.progress_bar if rank == 0 else no_progress
     checkpoint = Checkpoint(arguments.model_path)
     corpus = command_line.read_corpus(arguments, checkpoint, progress)
@@ -60,11 +44,7 @@ def get_hidden_features(arguments: argparse.Namespace) -> None:
         checkpoint,
         corpus,
         arguments.save_path,
-        template=arguments.templates,
-        feature_format=arguments.feature_format,
-        batch_size=arguments.batch_size,
-        save_interval=arguments.save_interval,
-        dtype=arguments.dtype,
+        settings,
         device=device,
         rank=rank,
         world_size=process.world_size,

@@ -12,6 +12,7 @@ import argparse
 import sys
 
 from run_moefication import command_line
+from run_moefication.settings import GateSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,77 +27,24 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder that llama_get_hidden_features.py wrote",
     )
     command_line.add_save_path(parser, "NAME-nExpert-Select-MLP")
-    command_line.add_templates(parser)
-    parser.add_argument(
-        "--select_criterion",
-        default="l2_norm",
-        choices=("plain", "positive", "l2_norm", "output_norm"),
-        help="score of an expert: from its neurons' activations a |sum a|, sum max(a, 0), or sum a^2; or the norm of "
-        "what it adds to the MLP's output",
-    )
-    parser.add_argument(
-        "--num_selects",
-        type=int,
-        required=True,
-        help="experts per token that gates are trained and measured for; conversion may choose another number",
-    )
+    command_line.add_settings(parser, GateSettings, leave_out=("patience",))
     parser.add_argument(
         "--specify_layer",
         nargs="*",
         default=[],
         help="layers to train: 0-7 (ends included), 0 1 2, or both (default: all)",
     )
-    parser.add_argument(
-        "--use_softmax",
-        action="store_true",
-        help="learn the normalised scores (KL divergence) instead of the top-k set (binary cross-entropy); recommended",
-    )
-    parser.add_argument(
-        "--gate_network",
-        default="mlp",
-        choices=("mlp", "linear", "similarity"),
-        help="mlp: Linear-Tanh-Linear; linear: one Linear; similarity: a linear gate of expert centres, not trained",
-    )
-    parser.add_argument(
-        "--gate_fit",
-        choices=("ridge", "adam"),
-        help="ridge: linear gates in closed form, with a bias; adam: training (default: ridge for linear, else adam)",
-    )
-    parser.add_argument(
-        "--gate_rank", type=int, help="of a linear gate as two factors: cheaper with many experts (default: full)"
-    )
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the tokens, at most")
-    parser.add_argument("--batch_size", type=int, default=1024, help="tokens per step")
-    parser.add_argument("--lr", type=float, default=0.01, help="peak of the one-cycle learning rate")
-    parser.add_argument(
-        "--valid_percent", type=float, default=0.1, help="fraction of the tokens held out to measure on"
-    )
-    command_line.add_common(parser, seed="the order of tokens in training")
+    command_line.add_common(parser)
     return parser
 
 
 def select(arguments: argparse.Namespace) -> None:
     """Run the stage and print how good the gates are."""
     device = command_line.pick_device(arguments)
-    from run_moefication.moefication.artifacts.gate_settings import GateSettings
     from run_moefication.moefication.checkpoints.dense import Checkpoint
     from run_moefication.moefication.stages.select import parse_layers, train_gates
 
-    settings = GateSettings(
-        templates=arguments.templates,
-        num_experts=arguments.num_experts,
-        num_selects=arguments.num_selects,
-        select_criterion=arguments.select_criterion,
-        gate_network=arguments.gate_network,
-        gate_fit=arguments.gate_fit,
-        gate_rank=arguments.gate_rank,
-        use_softmax=arguments.use_softmax,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        lr=arguments.lr,
-        valid_percent=arguments.valid_percent,
-        seed=arguments.seed,
-    )
+    settings = command_line.settings_of(arguments, GateSettings)
     checkpoint = Checkpoint(arguments.model_path)
     writer = train_gates(
         checkpoint,

@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from run_moefication import command_line
+from run_moefication.settings import SplitSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,39 +22,14 @@ def build_parser() -> argparse.ArgumentParser:
     command_line.add_model_path(parser)
     command_line.add_save_path(parser, "NAME-nExpert-Split-Clustering")
     command_line.add_templates(parser, several=True)
-    parser.add_argument("--num_experts", type=int, required=True, help="experts per layer; must divide the MLP's width")
-    parser.add_argument(
-        "--cluster_on",
-        default="weights",
-        choices=("weights", "activations"),
-        help="what is clustered: rows of the template's weight, or which tokens of a text need which neurons",
-    )
-    parser.add_argument(
-        "--num_shared_experts",
-        type=int,
-        default=0,
-        help="experts that always run, of the neurons that add most (with --cluster_on activations); --num_experts "
-        "counts them",
-    )
-    parser.add_argument(
-        "--keep_fraction",
-        type=float,
-        help="share of the neurons a token is said to need, on average (default: 0.3; with --cluster_on activations)",
-    )
-    parser.add_argument(
-        "--distance",
-        default="l2",
-        choices=("l2", "cos"),
-        help="between a normalised row and a centre: squared Euclidean, or one minus the cosine",
-    )
+    command_line.add_settings(parser, SplitSettings)
     parser.add_argument(
         "--hidden_features_path",
         type=command_line.path,
         help="activations from what llama_get_hidden_features.py recorded, instead of --train_data_path",
     )
-    parser.add_argument("--batch_size", type=int, default=4, help="blocks of --train_data_path at a time")
     command_line.add_corpus(parser, required=False)
-    command_line.add_common(parser, seed="k-means++, and the choice of blocks")
+    command_line.add_common(parser)
     return parser
 
 
@@ -63,10 +39,11 @@ def split(arguments: argparse.Namespace) -> None:
     from run_moefication.moefication.artifacts.split import parse_templates
     from run_moefication.moefication.checkpoints.dense import Checkpoint
 
+    settings = command_line.settings_of(arguments, SplitSettings)
     templates = parse_templates(arguments.templates)
     checkpoint = Checkpoint(arguments.model_path)
-    by = _by_activations if arguments.cluster_on == "activations" else _by_weights
-    writer = by(arguments, checkpoint, templates, device)
+    by = _by_activations if settings.cluster_on == "activations" else _by_weights
+    writer = by(arguments, checkpoint, templates, settings, device)
     num_layers, width = checkpoint.config.num_hidden_layers, checkpoint.config.intermediate_size
     shared = f", {arguments.num_shared_experts} of them shared" if arguments.num_shared_experts else ""
     experts = f"{arguments.num_experts} experts of {width // arguments.num_experts} neurons{shared}"
@@ -79,51 +56,47 @@ def split(arguments: argparse.Namespace) -> None:
     command_line.report(writer, "llama_get_hidden_features.py (2_get_hidden_features.sh)")
 
 
-def _by_weights(arguments: argparse.Namespace, checkpoint: Any, templates: list[str], device: str) -> Any:
-    from run_moefication.moefication.errors import MoEficationError
+def _by_weights(
+    arguments: argparse.Namespace, checkpoint: Any, templates: list[str], settings: SplitSettings, device: str
+) -> Any:
+    from run_moefication.moefication.errors import SettingError
     from run_moefication.moefication.stages.split import split_by_weights
 
-    for name in ("num_shared_experts", "keep_fraction", "train_data_path", "hidden_features_path"):
+    for name in ("train_data_path", "hidden_features_path"):
         if getattr(arguments, name):
-            raise MoEficationError(f"--{name} is for --cluster_on activations")
+            raise SettingError(f"{name} is for cluster_on activations")
     return split_by_weights(
         checkpoint,
         arguments.save_path,
-        templates=templates,
-        num_experts=arguments.num_experts,
-        distance=arguments.distance,
-        seed=arguments.seed,
+        templates,
+        settings,
         device=device,
         overwrite=arguments.overwrite,
         progress=command_line.progress_bar,
     )
 
 
-def _by_activations(arguments: argparse.Namespace, checkpoint: Any, templates: list[str], device: str) -> Any:
+def _by_activations(
+    arguments: argparse.Namespace, checkpoint: Any, templates: list[str], settings: SplitSettings, device: str
+) -> Any:
     from run_moefication.moefication.artifacts.features import Features
-    from run_moefication.moefication.errors import MoEficationError
+    from run_moefication.moefication.errors import SettingError
     from run_moefication.moefication.stages.split_on_activations import split_by_activations
 
     if bool(arguments.train_data_path) == bool(arguments.hidden_features_path):
-        raise MoEficationError("--cluster_on activations needs either --train_data_path or --hidden_features_path")
+        raise SettingError("cluster_on activations needs either train_data_path or hidden_features_path")
     if len(templates) > 1:
-        raise MoEficationError("--cluster_on activations takes one of --templates: the split is the same for both")
+        raise SettingError("cluster_on activations takes one of templates: the split is the same for both")
     if arguments.hidden_features_path:
         text = Features(arguments.hidden_features_path, checkpoint, templates[0])
     else:
         text = command_line.read_corpus(arguments, checkpoint, command_line.progress_bar)
-    keep = {} if arguments.keep_fraction is None else {"keep_fraction": arguments.keep_fraction}
     writer = split_by_activations(
         checkpoint,
         text,
         arguments.save_path,
-        template=templates[0],
-        num_experts=arguments.num_experts,
-        num_shared_experts=arguments.num_shared_experts,
-        **keep,
-        distance=arguments.distance,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
+        templates[0],
+        settings,
         device=device,
         overwrite=arguments.overwrite,
         progress=command_line.progress_bar,

@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from run_moefication import command_line
+from run_moefication.settings import RandomSplitSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -17,11 +18,8 @@ def build_parser() -> argparse.ArgumentParser:
     command_line.add_model_path(parser)
     command_line.add_save_path(parser, "NAME-nExpert-Split-Random")
     command_line.add_templates(parser, several=True)
-    parser.add_argument("--num_experts", type=int, required=True, help="experts per layer; must divide the MLP's width")
-    parser.add_argument(
-        "--num_shared_experts", type=int, default=0, help="experts that always run; --num_experts counts them"
-    )
-    command_line.add_common(parser, device=False, seed="the deal")
+    command_line.add_settings(parser, RandomSplitSettings)
+    command_line.add_common(parser, device=False)
     return parser
 
 
@@ -31,16 +29,10 @@ def split(arguments: argparse.Namespace) -> None:
     from run_moefication.moefication.checkpoints.dense import Checkpoint
     from run_moefication.moefication.stages.split import split_at_random
 
+    settings = command_line.settings_of(arguments, RandomSplitSettings)
+    templates = parse_templates(arguments.templates)
     checkpoint = Checkpoint(arguments.model_path)
-    writer = split_at_random(
-        checkpoint,
-        arguments.save_path,
-        templates=parse_templates(arguments.templates),
-        num_experts=arguments.num_experts,
-        num_shared_experts=arguments.num_shared_experts,
-        seed=arguments.seed,
-        overwrite=arguments.overwrite,
-    )
+    writer = split_at_random(checkpoint, arguments.save_path, templates, settings, overwrite=arguments.overwrite)
     width = checkpoint.config.intermediate_size // arguments.num_experts
     layers = checkpoint.config.num_hidden_layers
     print(f"{checkpoint.name}: {layers} layers, {arguments.num_experts} experts of {width} neurons")

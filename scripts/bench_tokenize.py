@@ -89,6 +89,7 @@ def bench(arguments: argparse.Namespace) -> None:
 def memory(checkpoint, texts: list[str], gigabytes: float) -> dict[str, object]:
     """Peak anonymous memory of this process, above what it had, while a generated file becomes blocks."""
     from run_moefication.moefication.text.corpus import training_corpus
+    from run_moefication.settings import CorpusSettings
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "text.jsonl")
@@ -97,8 +98,8 @@ def memory(checkpoint, texts: list[str], gigabytes: float) -> dict[str, object]:
             while file.tell() < gigabytes * 1e9:
                 file.writelines(lines)
         size = path.stat().st_size
-        options = dict(block_size=512, max_tokens=100_000, progress=command_line.progress_bar)
-        corpus = training_corpus(checkpoint, path, folder, **options)
+        settings = CorpusSettings(block_size=512, max_tokens=100_000)
+        corpus = training_corpus(checkpoint, path, folder, settings, progress=command_line.progress_bar)
         start = time.perf_counter()
         before, peak, mix = peak_anonymous_bytes(lambda: corpus.mix)
     tokens = mix[0].available

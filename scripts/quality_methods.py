@@ -18,19 +18,29 @@ from transformers import AutoModelForCausalLM
 from llama_moe import record_routing
 from run_moefication.command_line import pick_device, progress_bar
 from run_moefication.moefication.artifacts.features import Features
-from run_moefication.moefication.artifacts.gate_settings import GateSettings
-from run_moefication.moefication.checkpoints.dense import TEMPLATES, Checkpoint
+from run_moefication.moefication.checkpoints.dense import Checkpoint
 from run_moefication.moefication.checkpoints.transformers_library import quiet_transformers
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.stages.calibrate import CalibrationSettings, calibrate
-from run_moefication.moefication.stages.convert import ConversionSettings, convert
-from run_moefication.moefication.stages.distill import DistillationSettings, distill
+from run_moefication.moefication.stages.calibrate import calibrate
+from run_moefication.moefication.stages.convert import convert
+from run_moefication.moefication.stages.distill import distill
 from run_moefication.moefication.stages.evaluate import active_share, first_tokens
 from run_moefication.moefication.stages.features import extract_features
 from run_moefication.moefication.stages.select import train_gates
 from run_moefication.moefication.stages.split import split_at_random, split_by_weights
 from run_moefication.moefication.stages.split_on_activations import split_by_activations
 from run_moefication.moefication.text.corpus import Corpus, training_corpus
+from run_moefication.settings import (
+    TEMPLATES,
+    CalibrateSettings,
+    ConvertSettings,
+    CorpusSettings,
+    DistillSettings,
+    FeatureSettings,
+    GateSettings,
+    RandomSplitSettings,
+    SplitSettings,
+)
 
 BLOCK = 512
 BATCH = 8  # blocks at a time
@@ -76,9 +86,7 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         checkpoint,
         _corpus(checkpoint, arguments, FEATURE_TOKENS),
         _work(arguments),
-        template=TEMPLATES[0],
-        feature_format="inputs",
-        batch_size=BATCH,
+        FeatureSettings(feature_format="inputs", batch_size=BATCH),
         device=device,
         progress=progress_bar,
     )
@@ -92,15 +100,10 @@ def _work(arguments: argparse.Namespace) -> Path:
 
 
 def _corpus(checkpoint: Checkpoint, arguments: argparse.Namespace, tokens: int) -> Corpus:
+    # Every domain alike, as the table weighs them.
+    settings = CorpusSettings(block_size=BLOCK, domain_weights="equal", max_tokens=tokens, seed=arguments.seed)
     return training_corpus(
-        checkpoint,
-        arguments.train_data_path,
-        arguments.work / "cache",
-        block_size=BLOCK,
-        domain_weights="equal",  # as the table weighs them
-        max_tokens=tokens,
-        seed=arguments.seed,
-        progress=progress_bar,
+        checkpoint, arguments.train_data_path, arguments.work / "cache", settings, progress=progress_bar
     )
 
 
@@ -180,18 +183,11 @@ def measure_oracle(setup: Setup, budget: float) -> dict[str, Any]:
 def measure_plain(setup: Setup, budget: float) -> dict[str, Any]:
     """The description's recipe: 8 experts clustered on weights, MLP gates on l2_norm, top-k."""
     work, checkpoint, seed = setup.work / "plain", setup.checkpoint, setup.arguments.seed
-    split = split_by_weights(
-        checkpoint,
-        work,
-        templates=[TEMPLATES[0]],
-        num_experts=8,
-        seed=seed,
-        device=setup.device,
-        progress=progress_bar,
-    )
-    settings = GateSettings(TEMPLATES[0], num_experts=8, num_selects=2, use_softmax=True, seed=seed)
+    settings = SplitSettings(num_experts=8, seed=seed)
+    split = split_by_weights(checkpoint, work, [TEMPLATES[0]], settings, device=setup.device, progress=progress_bar)
+    settings = GateSettings(num_experts=8, num_selects=2, use_softmax=True, seed=seed)
     gates = _gates(setup, split.folder, work, settings)
-    conversion = ConversionSettings(num_experts=8, num_selects=round(8 * budget))
+    conversion = ConvertSettings(num_experts=8, num_selects=round(8 * budget))
     moe = convert(checkpoint, split.folder, gates, work / f"{budget:g}", conversion, progress=progress_bar)
     return measure_moe(setup, moe.folder)
 
@@ -286,18 +282,19 @@ def _converted(setup: Setup, recipe: Recipe, num_selects: int) -> Path:
     """The folder of a recipe's checkpoint, with ridge gates, before calibration."""
     checkpoint, seed = setup.checkpoint, setup.arguments.seed
     work = setup.work / f"{recipe.split}-{recipe.experts}-{recipe.shared}-{recipe.rank or 'full'}"
-    common = dict(seed=seed, device=setup.device)
+    common = dict(device=setup.device, progress=progress_bar)
     if recipe.split == "activations":
         features = Features(setup.features, checkpoint, TEMPLATES[0])
         counts = dict(num_experts=recipe.experts, num_shared_experts=recipe.shared)
-        split = split_by_activations(checkpoint, features, work, **counts, **common, progress=progress_bar)
+        settings = SplitSettings(cluster_on="activations", seed=seed, **counts)
+        split = split_by_activations(checkpoint, features, work, TEMPLATES[0], settings, **common)
     elif recipe.split == "weights":
-        options = dict(templates=[TEMPLATES[0]], num_experts=recipe.experts)
-        split = split_by_weights(checkpoint, work, **options, **common, progress=progress_bar)
+        settings = SplitSettings(num_experts=recipe.experts, seed=seed)
+        split = split_by_weights(checkpoint, work, [TEMPLATES[0]], settings, **common)
     else:
-        split = split_at_random(checkpoint, work, templates=[TEMPLATES[0]], num_experts=recipe.experts, seed=seed)
+        settings = RandomSplitSettings(num_experts=recipe.experts, seed=seed)
+        split = split_at_random(checkpoint, work, [TEMPLATES[0]], settings)
     settings = GateSettings(
-        TEMPLATES[0],
         num_experts=recipe.experts,
         num_selects=recipe.shared + 1,
         select_criterion="output_norm",
@@ -305,7 +302,7 @@ def _converted(setup: Setup, recipe: Recipe, num_selects: int) -> Path:
         gate_rank=recipe.rank,
     )
     gates = _gates(setup, split.folder, work, settings)
-    conversion = ConversionSettings(num_experts=recipe.experts, num_selects=num_selects, routing=recipe.routing)
+    conversion = ConvertSettings(num_experts=recipe.experts, num_selects=num_selects, routing=recipe.routing)
     folder = work / f"{recipe.routing}-{num_selects}"
     return convert(checkpoint, split.folder, gates, folder, conversion, progress=progress_bar).folder
 
@@ -319,7 +316,7 @@ def _gates(setup: Setup, split: Path, work: Path, settings: GateSettings) -> Pat
 
 def _calibrated(setup: Setup, moe: Path, num_selects: int, refit_gates: bool = True) -> Path:
     """The folder of the checkpoint calibrated at a budget."""
-    settings = CalibrationSettings(num_selects=num_selects, refit_gates=refit_gates, output_bias=True, batch_size=BATCH)
+    settings = CalibrateSettings(num_selects=num_selects, refit_gates=refit_gates, output_bias=True, batch_size=BATCH)
     folder = moe.with_name(f"{moe.name}-{'calibrated' if refit_gates else 'refitted'}")
     inputs = (setup.checkpoint, moe, setup.corpus, folder, settings)
     return calibrate(*inputs, device=setup.device, progress=progress_bar).folder
@@ -328,7 +325,7 @@ def _calibrated(setup: Setup, moe: Path, num_selects: int, refit_gates: bool = T
 def _distilled(setup: Setup, moe: Path) -> Path:
     """The folder of the checkpoint distilled at its budget."""
     tokens, bf16 = setup.arguments.distillation_tokens, setup.arguments.bf16
-    settings = DistillationSettings(lr=DISTILLATION_LR, bf16=bf16)
+    settings = DistillSettings(lr=DISTILLATION_LR, bf16=bf16)
     corpus = _corpus(setup.checkpoint, setup.arguments, tokens)
     folder = moe.with_name(f"{moe.name}-distilled-{tokens}{'-bf16' if bf16 else ''}")
     inputs = (setup.checkpoint, moe, corpus, folder, settings)

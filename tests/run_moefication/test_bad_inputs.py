@@ -231,7 +231,7 @@ WRONG = [
     ("select", {"templates": "layers.{}.mlp.up_proj.weight"}, "was not made on layers.{{}}.mlp.up_proj.weight"),
     ("select", {"lr": 0}, "--lr 0.0 must be a positive number"),
     ("select", {"valid_percent": 1}, "--valid_percent 1.0 is not a fraction"),
-    ("select", {"epochs": -1}, "--epochs -1 must not be negative"),
+    ("select", {"epochs": -1}, "--epochs -1 must be at least 0"),
     ("select", {"select_criterion": "l3"}, "--select_criterion: invalid choice"),
     (
         "convert",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VARIANTS, make_llama
-from pipeline import LINEAR, Pipeline, contents, load, load_dense, shared_pipeline
+from pipeline import LINEAR, Pipeline, contents, corpus_of, load, load_dense, shared_pipeline
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 from torch.nn import functional as F
@@ -25,8 +25,9 @@ from run_moefication.moefication.checkpoints.dense import Checkpoint
 from run_moefication.moefication.layers.decoder import batches_of
 from run_moefication.moefication.stages import calibrate as calibration
 from run_moefication.moefication.stages import calibrate_layer as layer_calibration
-from run_moefication.moefication.stages.calibrate import CalibrationSettings, calibrate
-from run_moefication.moefication.text.corpus import Corpus, training_corpus
+from run_moefication.moefication.stages.calibrate import calibrate
+from run_moefication.moefication.text.corpus import Corpus
+from run_moefication.settings import CalibrateSettings
 
 BLOCK, TOKENS = 32, 1500
 CORPUS = ["--block_size", BLOCK, "--max_tokens", TOKENS]
@@ -49,7 +50,7 @@ def corpus(tiny_llama, text_folder) -> Corpus:
 
 
 def read_corpus(model: Path, text: Path, max_tokens: int = TOKENS) -> Corpus:
-    corpus = training_corpus(Checkpoint(str(model)), text, None, block_size=BLOCK, max_tokens=max_tokens)
+    corpus = corpus_of(Checkpoint(str(model)), text, None, block_size=BLOCK, max_tokens=max_tokens)
     assert len({len(block) for block in corpus.blocks}) > 1  # shorter blocks sit among the others
     return corpus
 
@@ -612,7 +613,7 @@ def test_interrupted_at_any_rename_and_resumed_gives_the_same_bytes(text_folder,
     model = make_llama(tmp_path / "llama", num_hidden_layers=2)
     pipeline = shared_pipeline(model, text_folder, tmp_path / "out").run()
     checkpoint, corpus = Checkpoint(str(model)), read_corpus(model, text_folder, max_tokens=200)
-    settings = CalibrationSettings(refit_gates=True, output_bias=True)
+    settings = CalibrateSettings(refit_gates=True, output_bias=True)
 
     def run(name: str) -> Path:
         writer = calibrate(checkpoint, pipeline.moe, corpus, tmp_path / name, settings)

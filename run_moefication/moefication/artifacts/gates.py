@@ -7,10 +7,10 @@ import torch
 from llama_moe import LlamaMoEConfig
 from llama_moe.gates import make_gate
 
+from ...settings import GATE_NETWORKS
 from ..checkpoints.dense import Checkpoint
 from ..errors import MoEficationError
 from ..storage.folder import open_finished
-from .gate_settings import GATE_NETWORKS
 from .split import Split
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.dense import TEMPLATES, Checkpoint
-from ..errors import MoEficationError
+from ...settings import template
+from ..checkpoints.dense import Checkpoint
+from ..errors import MoEficationError, SettingError
 from ..fitting.balanced_kmeans import Clustering
 from ..storage.folder import ArtifactWriter, open_finished
 
@@ -17,18 +18,18 @@ def split_folder(save_path: str | Path, model_name: str, num_experts: int, metho
 
 def parse_templates(text: str) -> list[str]:
     """Comma-separated templates, each one that names neurons by rows."""
-    templates = [template.strip() for template in text.split(",")]
-    for template in templates:
-        require_template(template)
+    templates = [name.strip() for name in text.split(",")]
+    for name in templates:
+        require_template(name)
     if len(set(templates)) < len(templates):
-        raise MoEficationError(f"--templates names {max(templates, key=templates.count)} twice")
+        raise SettingError(f"templates names {max(templates, key=templates.count)} twice")
     return templates
 
 
-def require_template(template: str) -> None:
+def require_template(name: str) -> None:
     """Refuse a template that is not one of the two whose rows are the neurons."""
-    if template not in TEMPLATES:
-        raise MoEficationError(f"--templates {template!r} is not one of {', '.join(TEMPLATES)}")
+    if wrong := template(name):
+        raise SettingError(f"templates {name!r} {wrong}")
 
 
 def write_labels(writer: ArtifactWriter, name: str, labels: torch.Tensor, clusters: Clustering | None = None) -> None:
@@ -40,15 +41,6 @@ def write_labels(writer: ArtifactWriter, name: str, labels: torch.Tensor, cluste
         "converged": clusters.converged,
     }
     writer.write_piece(name, {name: writer.write_tensors(name, labels)}, metrics)
-
-
-def require_shared(num_shared_experts: int, num_experts: int) -> None:
-    """Refuse shared experts that leave none to route, or none to share."""
-    if not 0 <= num_shared_experts < num_experts:
-        raise MoEficationError(
-            f"--num_shared_experts {num_shared_experts} is outside of 0 to {num_experts - 1}: they are some of the "
-            f"--num_experts {num_experts}, and one at least is routed"
-        )
 
 
 class Split:

@@ -17,7 +17,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
 
-from ..errors import MoEficationError
+from ...settings import TEMPLATES
+from ..errors import MoEficationError, SettingError
 from ..progress import Progress, no_progress
 from ..storage.files import digest
 from .dense_config import expected_shapes, read_dense_config
@@ -27,8 +28,6 @@ from .transformers_library import first_line, quiet_transformers
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# The rows of these weights are the neurons of the MLP: what `--templates` may name.
-TEMPLATES = ("layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight")
 FINGERPRINT_SAMPLES = 16
 # Fields of config.json that say nothing about what the weights compute.
 CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
@@ -50,14 +49,14 @@ def resolve_model_path(model_path: str) -> Path:
     if path.is_dir():
         return path.resolve()
     if path.exists():
-        raise MoEficationError(f"--model_path {model_path} is a file; name the folder of the checkpoint")
+        raise SettingError(f"model_path {model_path} is a file; name the folder of the checkpoint")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) or model_path.startswith("."):
-        raise MoEficationError(f"--model_path {model_path!r} is no folder here, and no hub id (owner/name)")
+        raise SettingError(f"model_path {model_path!r} is no folder here, and no hub id (owner/name)")
     try:
         return Path(snapshot_download(model_path, ignore_patterns=["*.gguf", "*.pth", "original/*", "onnx/*"]))
     except HUB_ERRORS as error:
-        raise MoEficationError(
-            f"--model_path {model_path} is no folder here and the hub has no answer ({first_line(error)})"
+        raise SettingError(
+            f"model_path {model_path} is no folder here and the hub has no answer ({first_line(error)})"
         ) from error
 
 
@@ -166,8 +165,8 @@ class Checkpoint:
             return
         divisors = [n for n in range(1, width + 1) if width % n == 0]
         nearby = sorted(sorted(divisors, key=lambda n: abs(n - num_experts))[:5])
-        raise MoEficationError(
-            f"--num_experts {num_experts} does not divide the MLP width {width} of {self.name}; "
+        raise SettingError(
+            f"num_experts {num_experts} does not divide the MLP width {width} of {self.name}; "
             f"near it, {', '.join(map(str, nearby))} do"
         )
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from llama_moe import LlamaMoEConfig
 from llama_moe.gates import Gate
 
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..storage.files import file_sha256
 from ..storage.folder import open_finished
 from ..storage.manifest import MOE_STAGES
@@ -32,7 +32,7 @@ def require_num_selects(num_selects: int, config: LlamaMoEConfig, least_routed: 
     least = config.num_shared_experts + max(least_routed, config.min_experts_per_tok)
     most = config.num_shared_experts + config.most_experts_per_tok
     if not least <= num_selects <= most:
-        raise MoEficationError(f"--num_selects {num_selects} is outside of {least} to {most}, the model's experts")
+        raise SettingError(f"num_selects {num_selects} is outside of {least} to {most}, the model's experts")
 
 
 class MoECheckpoint:

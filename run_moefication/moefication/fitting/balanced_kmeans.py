@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from sklearn.cluster import kmeans_plusplus
 
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 
 DISTANCES = ("l2", "cos")
 MAX_ITERATIONS = 300
@@ -57,7 +57,7 @@ def balanced_kmeans(
         MoEficationError: sizes that do not divide, an unknown distance.
     """
     if distance not in DISTANCES:
-        raise MoEficationError(f"--distance {distance!r} is not one of {', '.join(DISTANCES)}")
+        raise SettingError(f"distance {distance!r} is not one of {', '.join(DISTANCES)}")
     if num_clusters < 1 or len(rows) % num_clusters:
         raise MoEficationError(f"{len(rows)} rows cannot be cut into {num_clusters} equal clusters")
     rows = rows.to(device, torch.float32)

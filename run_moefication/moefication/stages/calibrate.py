@@ -6,7 +6,7 @@ layers repair what earlier ones lost. The final norm comes last.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 from llama_moe import LlamaMoEConfig
 
+from ...settings import CalibrateSettings
 from ..artifacts.streams import Streams
 from ..checkpoints.dense import Checkpoint
 from ..checkpoints.model_card import calibration_card
 from ..checkpoints.moe import MoECheckpoint, require_num_selects
 from ..checkpoints.tokenizers import tokenizer_files
 from ..checkpoints.writer import PlannedTensor, write_checkpoint_files, write_shard
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..fitting.final_norm import Divergence, fit_final_norm
 from ..layers.decoder import batches_of, embed
 from ..progress import Progress, no_progress
@@ -31,7 +32,6 @@ from ..text.corpus import Corpus, require_held_out_block
 from .calibrate_layer import LayerCalibration
 from .layer_budgets import allocate, measure_sensitivity
 
-LAYER_BUDGETS = ("equal", "sensitivity")
 BUDGETS = "budgets"  # the piece that says how many experts each layer runs
 HELD_OUT = 6  # one block of so many is held out to choose strengths on
 FINAL_NORM = "norm.weight"
@@ -40,29 +40,12 @@ FINAL_NORM = "norm.weight"
 LEAST_FINAL_TOKENS, MOST_FINAL_TOKENS = 8192, 16384
 
 
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """Options of the calibrate stage; see `llama_calibrate.py --help`."""
-
-    num_selects: int | None = None  # counts shared experts, and may be them alone; None: as converted
-    refit_gates: bool = False
-    output_bias: bool = False
-    layer_budgets: str = "equal"
-    batch_size: int = 4
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise MoEficationError(f"--batch_size {self.batch_size} must be at least 1")
-        if self.layer_budgets not in LAYER_BUDGETS:
-            raise MoEficationError(f"--layer_budgets {self.layer_budgets!r} is not one of {', '.join(LAYER_BUDGETS)}")
-
-
 def calibrate(
     checkpoint: Checkpoint,
     moe_path: str | Path,
     corpus: Corpus,
     save_path: str | Path,
-    settings: CalibrationSettings,
+    settings: CalibrateSettings,
     *,
     device: str = "cpu",
     overwrite: bool = False,
@@ -79,7 +62,7 @@ def calibrate(
     moe = MoECheckpoint(moe_path, checkpoint)
     config = _new_config(moe, settings)
     if Path(save_path).resolve() in (checkpoint.path, moe.artifact.folder.resolve()):
-        raise MoEficationError(f"--save_path {save_path} is one of the source checkpoints; choose another folder")
+        raise SettingError(f"save_path {save_path} is one of the source checkpoints; choose another folder")
     require_place(Path(save_path), "calibrate")
     require_held_out_block(corpus)
     claim = Claim(
@@ -126,15 +109,15 @@ def final_norm_metrics(writer: ArtifactWriter) -> dict[str, float] | None:
     return next((piece for piece in writer.metrics().values() if "divergence_after" in piece), None)
 
 
-def _new_config(moe: MoECheckpoint, settings: CalibrationSettings) -> LlamaMoEConfig:
+def _new_config(moe: MoECheckpoint, settings: CalibrateSettings) -> LlamaMoEConfig:
     """The config of the calibrated checkpoint."""
     config = moe.config
     if config.multiply_gate_scores or config.score_scale_factor != 1:
         raise MoEficationError(f"{moe.artifact.folder} weighs its experts by gate scores; that is not calibrated")
     if settings.layer_budgets == "sensitivity" and moe.model_class != "LlamaMoEForCausalLM":
-        raise MoEficationError(f"--layer_budgets sensitivity needs a loss, which a {moe.model_class} has not")
+        raise SettingError(f"layer_budgets sensitivity needs a loss, which a {moe.model_class} has not")
     if settings.refit_gates and config.gate_network != "linear":
-        raise MoEficationError(f"--refit_gates is for linear gates, not for the {config.gate_network!r} ones given")
+        raise SettingError(f"refit_gates is for linear gates, not for the {config.gate_network!r} ones given")
     some = config.routing == "top_k" or not config.num_shared_experts  # with shared experts, these may be all that run
     num_selects = _num_selects(moe, settings)
     require_num_selects(num_selects, config, least_routed=int(some))
@@ -148,7 +131,7 @@ def _new_config(moe: MoECheckpoint, settings: CalibrationSettings) -> LlamaMoECo
     return LlamaMoEConfig.from_dict(fields)
 
 
-def _num_selects(moe: MoECheckpoint, settings: CalibrationSettings) -> int:
+def _num_selects(moe: MoECheckpoint, settings: CalibrateSettings) -> int:
     """The budget, shared experts included: as asked for, or else the mean of the checkpoint's layers."""
     if settings.num_selects is not None:
         return settings.num_selects
@@ -161,7 +144,7 @@ def _budgets(
     moe: MoECheckpoint,
     config: LlamaMoEConfig,
     corpus: Corpus,
-    settings: CalibrationSettings,
+    settings: CalibrateSettings,
     device: str,
     progress: Progress,
 ) -> dict[str, list[float]]:
@@ -241,7 +224,7 @@ def _walk(
     corpus: Corpus,
     writer: ArtifactWriter,
     layers: list[int],
-    settings: CalibrationSettings,
+    settings: CalibrateSettings,
     fitted: dict[str, torch.Tensor],
     device: str,
     progress: Progress,

@@ -1,72 +1,27 @@
 """Stage 4: dense tensors, a split and gates become a LlamaMoE checkpoint, tensor by tensor."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama_moe import LlamaMoEConfig
-from llama_moe.configuration_llama_moe import ROUTINGS
 from llama_moe.gates import Gate
 
-from ..artifacts.gate_settings import require_selects
+from ...settings import ConvertSettings, require_selects
 from ..artifacts.gates import TrainedGates
 from ..artifacts.split import Split
-from ..checkpoints.dense import DTYPES, TEMPLATES, Checkpoint
+from ..checkpoints.dense import DTYPES, Checkpoint
 from ..checkpoints.model_card import conversion_card
 from ..checkpoints.tokenizers import carried_over
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter
 from ..storage.manifest import Claim, environment
 
-CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
 GATE_BUFFERS = ("gate.threshold", "gate.score_quantiles")  # of threshold routing, in float32 whatever the weights are
-
-
-@dataclass(frozen=True)
-class ConversionSettings:
-    """Options of the convert stage; see `llama_convert.py --help`. Counts of experts include shared ones."""
-
-    num_experts: int
-    num_selects: int
-    templates: str = TEMPLATES[0]
-    routing: str = "top_k"
-    min_selects: int | None = None
-    max_selects: int | None = None
-    convert_type: str = "LlamaMoEForCausalLM"
-    dtype: str | None = None  # of the new weights; None keeps that of the source
-    num_labels: int | None = None  # of a new classification head (zeros, to be trained), where the source has none
-
-    def __post_init__(self) -> None:
-        if self.convert_type not in CONVERT_TYPES:
-            raise MoEficationError(f"--convert_type {self.convert_type!r} is not one of {', '.join(CONVERT_TYPES)}")
-        if self.routing not in ROUTINGS:
-            raise MoEficationError(f"--routing {self.routing!r} is not one of {', '.join(ROUTINGS)}")
-        require_selects(self.num_selects, self.num_experts)
-        if self.routing != "threshold" and (self.min_selects, self.max_selects) != (None, None):
-            raise MoEficationError("--min_selects and --max_selects are for --routing threshold")
-
-    def budget_fields(self, num_shared_experts: int) -> dict[str, Any]:
-        """The config's fields that say which experts run, in routed experts."""
-        require_selects(self.num_selects, self.num_experts, num_shared_experts)
-        least = num_shared_experts if self.min_selects is None else self.min_selects
-        most = self.num_experts if self.max_selects is None else self.max_selects
-        if not num_shared_experts <= least <= self.num_selects <= most <= self.num_experts:
-            raise MoEficationError(
-                f"--min_selects {least}, --num_selects {self.num_selects} and --max_selects {most} must not decrease, "
-                f"from {num_shared_experts} shared experts to {self.num_experts}"
-            )
-        return {
-            "num_experts": self.num_experts - num_shared_experts,
-            "num_experts_per_tok": self.num_selects - num_shared_experts,
-            "num_shared_experts": num_shared_experts,
-            "routing": self.routing,
-            "min_experts_per_tok": least - num_shared_experts,
-            "max_experts_per_tok": None if self.max_selects is None else most - num_shared_experts,
-        }
 
 
 def convert(
@@ -74,7 +29,7 @@ def convert(
     split_path: str | Path,
     select_path: str | Path,
     save_path: str | Path,
-    settings: ConversionSettings,
+    settings: ConvertSettings,
     *,
     overwrite: bool = False,
     progress: Progress = no_progress,
@@ -98,7 +53,7 @@ def convert(
         inputs={"split_file_path": split.artifact.digest, "select_file_path": gates.artifact.digest},
     )
     if Path(save_path).resolve() == checkpoint.path:
-        raise MoEficationError(f"--save_path {save_path} is the source checkpoint itself; choose another folder")
+        raise SettingError(f"save_path {save_path} is the source checkpoint itself; choose another folder")
     writer = ArtifactWriter(Path(save_path), claim, [*shards, "config"], overwrite=overwrite)
     missing = writer.missing()
     tokenizer = carried_over(checkpoint.path) if missing else {}
@@ -122,7 +77,7 @@ def _plan(
     split: Split,
     gates: TrainedGates,
     config: LlamaMoEConfig,
-    settings: ConversionSettings,
+    settings: ConvertSettings,
 ) -> list[PlannedTensor]:
     """All tensors of the new checkpoint, in the order they are written."""
     new_dtype = settings.dtype and DTYPES[settings.dtype]  # None keeps each tensor's own
@@ -227,7 +182,7 @@ def _require_fit(checkpoint: Checkpoint, name: str, dtype: str | None) -> None:
 # ---------------------------------------------------------------------------------------------------- config
 
 
-def _num_labels(checkpoint: Checkpoint, settings: ConversionSettings) -> int | None:
+def _num_labels(checkpoint: Checkpoint, settings: ConvertSettings) -> int | None:
     """Labels of the classification head; None for the other two classes, whose heads are checked here too."""
     convert_type, num_labels = settings.convert_type, settings.num_labels
     if convert_type == "LlamaMoEForCausalLM" and checkpoint.lm_head is None:
@@ -237,26 +192,46 @@ def _num_labels(checkpoint: Checkpoint, settings: ConversionSettings) -> int | N
         )
     if convert_type != "LlamaMoEForSequenceClassification":
         if num_labels is not None:
-            raise MoEficationError(f"--num_labels is for LlamaMoEForSequenceClassification, not for {convert_type}")
+            raise SettingError(f"num_labels is for LlamaMoEForSequenceClassification, not for {convert_type}")
         return None
     if "score.weight" in checkpoint.tensors:
         found = checkpoint.tensors["score.weight"].shape[0]
         if num_labels not in (None, found):
-            raise MoEficationError(f"--num_labels {num_labels}, but the source's score.weight has {found} labels")
+            raise SettingError(f"num_labels {num_labels}, but the source's score.weight has {found} labels")
         return found
     if num_labels is not None and num_labels < 1:
-        raise MoEficationError(f"--num_labels {num_labels} must be at least 1")
+        raise SettingError(f"num_labels {num_labels} must be at least 1")
     return checkpoint.config.num_labels if num_labels is None else num_labels
 
 
+def _budget_fields(settings: ConvertSettings, num_shared_experts: int) -> dict[str, Any]:
+    """The config's fields that say which experts run, in routed experts."""
+    require_selects(settings.num_selects, settings.num_experts, num_shared_experts)
+    least = num_shared_experts if settings.min_selects is None else settings.min_selects
+    most = settings.num_experts if settings.max_selects is None else settings.max_selects
+    if not num_shared_experts <= least <= settings.num_selects <= most <= settings.num_experts:
+        raise SettingError(
+            f"min_selects {least}, num_selects {settings.num_selects} and max_selects {most} must not decrease, "
+            f"from {num_shared_experts} shared experts to {settings.num_experts}"
+        )
+    return {
+        "num_experts": settings.num_experts - num_shared_experts,
+        "num_experts_per_tok": settings.num_selects - num_shared_experts,
+        "num_shared_experts": num_shared_experts,
+        "routing": settings.routing,
+        "min_experts_per_tok": least - num_shared_experts,
+        "max_experts_per_tok": None if settings.max_selects is None else most - num_shared_experts,
+    }
+
+
 def _moe_config(
-    checkpoint: Checkpoint, gates: TrainedGates, settings: ConversionSettings, num_shared_experts: int
+    checkpoint: Checkpoint, gates: TrainedGates, settings: ConvertSettings, num_shared_experts: int
 ) -> LlamaMoEConfig:
     dtype = settings.dtype or str(checkpoint.dtype).removeprefix("torch.")
     fields = checkpoint.config.to_dict() | {
         "architectures": [settings.convert_type],
         "dtype": dtype,
-        **settings.budget_fields(num_shared_experts),
+        **_budget_fields(settings, num_shared_experts),
         **gates.config_fields,
     }
     for name in ("model_type", "transformers_version", "_name_or_path"):

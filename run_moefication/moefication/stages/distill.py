@@ -5,9 +5,8 @@ walk through the layers, so that the model ends on its budget.
 """
 
 import importlib.util
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from transformers import TrainingArguments
 
 from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
 
+from ...settings import DistillSettings
 from ..checkpoints.dense import Checkpoint
 from ..checkpoints.model_card import distillation_card
 from ..checkpoints.moe import MoECheckpoint, experts_per_tok, require_num_selects
 from ..checkpoints.tokenizers import tokenizer_files
 from ..checkpoints.transformers_library import quiet_transformers
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..layers.straight_through import settle_thresholds, soft_blocks
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter, require_place
@@ -44,34 +44,12 @@ HELD_OUT = 16  # one block of so many is not trained on: the loss before and aft
 RESULT = "distillation"  # the last piece: config, code, card, and what the training gained
 
 
-@dataclass(frozen=True)
-class DistillationSettings:
-    """Options of the distill stage; see `llama_distill.py --help`."""
-
-    num_selects: int | None = None  # counts shared experts; None: the checkpoint's budget
-    train: str = "all"
-    lr: float = 1e-4
-    epochs: int = 1
-    batch_size: int = 2
-    gradient_accumulation_steps: int = 1
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        if self.train not in TRAINED:
-            raise MoEficationError(f"--train {self.train!r} is not one of {', '.join(TRAINED)}")
-        if not 0 < self.lr < math.inf:
-            raise MoEficationError(f"--lr {self.lr} must be a positive number")
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise MoEficationError(f"--{name} {getattr(self, name)} must be at least 1")
-
-
 def distill(
     checkpoint: Checkpoint,
     moe_path: str | Path,
     corpus: Corpus,
     save_path: str | Path,
-    settings: DistillationSettings,
+    settings: DistillSettings,
     *,
     save_steps: int = 100,
     device: str = "cpu",
@@ -137,7 +115,7 @@ def _check(
     moe: MoECheckpoint,
     corpus: Corpus,
     save_path: str | Path,
-    settings: DistillationSettings,
+    settings: DistillSettings,
     save_steps: int,
 ) -> None:
     """Refuse what cannot be distilled, before any work."""
@@ -151,14 +129,14 @@ def _check(
     if settings.num_selects is not None:
         require_num_selects(settings.num_selects, config)
     if save_steps < 1:
-        raise MoEficationError(f"--save_steps {save_steps} must be at least 1")
+        raise SettingError(f"save_steps {save_steps} must be at least 1")
     if Path(save_path).resolve() in (checkpoint.path, folder.resolve()):
-        raise MoEficationError(f"--save_path {save_path} is one of the source checkpoints; choose another folder")
+        raise SettingError(f"save_path {save_path} is one of the source checkpoints; choose another folder")
     require_place(Path(save_path), "distill")
     require_held_out_block(corpus)
 
 
-def _training_arguments(settings: DistillationSettings, seed: int, save_steps: int, device: str) -> TrainingArguments:
+def _training_arguments(settings: DistillSettings, seed: int, save_steps: int, device: str) -> TrainingArguments:
     """The settings in the Trainer's words; under torchrun this joins the other processes."""
     arguments = training_arguments(
         seed,
@@ -186,7 +164,7 @@ def _plan(moe: MoECheckpoint, trained: dict[str, torch.Tensor]) -> list[PlannedT
     ]
 
 
-def _load(moe: MoECheckpoint, settings: DistillationSettings) -> LlamaMoEForCausalLM:
+def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
     """The model to train, in float32, on its budget."""
     with quiet_transformers():
         model = LlamaMoEForCausalLM.from_pretrained(moe.artifact.folder, dtype=torch.float32)
@@ -238,7 +216,7 @@ def _train(
     moe: MoECheckpoint,
     model: LlamaMoEForCausalLM,
     corpus: Corpus,
-    settings: DistillationSettings,
+    settings: DistillSettings,
     arguments: TrainingArguments,
     progress: Progress,
 ) -> dict[str, Any]:

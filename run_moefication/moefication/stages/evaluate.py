@@ -19,7 +19,7 @@ from ..checkpoints.dense_config import is_convertible, read_dense_config
 from ..checkpoints.moe import experts_per_tok, require_num_selects
 from ..checkpoints.tokenizers import load_tokenizer
 from ..checkpoints.transformers_library import CONFIG_ERRORS, first_line, last_line, plain_config, quiet_transformers
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..progress import Progress, no_progress
 from ..storage.files import read_json_object
 from ..text.corpus import pack, require_block_size
@@ -76,16 +76,16 @@ def evaluate(
     """
     text_path = Path(text_path)
     if not text_path.is_file():
-        raise MoEficationError(f"--text_path {text_path} is not a file")
+        raise SettingError(f"text_path {text_path} is not a file")
     if batch_size < 1:
-        raise MoEficationError(f"--batch_size {batch_size} must be at least 1")
+        raise SettingError(f"batch_size {batch_size} must be at least 1")
     if max_tokens is not None and max_tokens < 2:
-        raise MoEficationError(f"--max_tokens {max_tokens} must be at least 2")
+        raise SettingError(f"max_tokens {max_tokens} must be at least 2")
     paths = [resolve_model_path(path) for path in model_paths]
     configs = [_read_config(path) for path in paths]
     budgets = [_budgets(config, num_selects) for config in configs]
     if num_selects and not any(config.model_type == "llama_moe" for config in configs):
-        raise MoEficationError("--num_selects is for MoE checkpoints, none of --model_path is one")
+        raise SettingError("num_selects is for MoE checkpoints, none of model_path is one")
     positions = min(config.max_position_embeddings for config in configs)
     block_size = require_block_size(block_size, positions, "the smallest model" if len(paths) > 1 else paths[0].name)
 

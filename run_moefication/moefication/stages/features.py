@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaModel
 
+from ...settings import FeatureSettings
 from ..artifacts.features import features_folder, shard_file
-from ..artifacts.split import require_template
 from ..checkpoints.dense import DTYPES, Checkpoint
 from ..errors import MoEficationError
 from ..progress import Progress, no_progress
@@ -23,7 +23,6 @@ from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import Claim, environment
 from ..text.corpus import Corpus
 
-FORMATS = ("full", "inputs")
 INPUTS, GATE_OUTPUTS = "hidden_inputs", "hidden_gate_outputs"
 
 
@@ -31,12 +30,8 @@ def extract_features(
     checkpoint: Checkpoint,
     corpus: Corpus,
     save_path: str | Path,
+    settings: FeatureSettings,
     *,
-    template: str,
-    feature_format: str = "full",
-    batch_size: int = 4,
-    save_interval: int = 1,
-    dtype: str = "bfloat16",
     device: str = "cpu",
     rank: int = 0,
     world_size: int = 1,
@@ -49,47 +44,34 @@ def extract_features(
     (plus intermediate size in "full") in `dtype`.
 
     Args:
-        template: whose activations are stored: SiLU(gate_proj x) for gate_proj, SiLU(gate_proj x) * (up_proj x) for
-            up_proj.
+        settings: `templates` says which activations are stored: SiLU(gate_proj x) for gate_proj, SiLU(gate_proj x) *
+            (up_proj x) for up_proj. The model runs in float32 on CPUs and in its own dtype elsewhere.
         rank, world_size: this process among those that share the work.
-        dtype: of the stored features. The model runs in float32 on CPUs and in its own dtype elsewhere.
 
     Returns: the folder's writer; it is finished once every process of the run has done its part.
     """
-    require_template(template)
-    if feature_format not in FORMATS:
-        raise MoEficationError(f"--feature_format {feature_format!r} is not one of {', '.join(FORMATS)}")
     if not 0 <= rank < world_size:
         raise MoEficationError(f"RANK {rank} is outside of WORLD_SIZE {world_size}")
-    for option, value in (("batch_size", batch_size), ("save_interval", save_interval)):
-        if value < 1:
-            raise MoEficationError(f"--{option} {value} must be at least 1")
     folder = features_folder(save_path, checkpoint.name)
     require_place(folder, "hidden_features")
-    options = {
-        "templates": template,
-        "feature_format": feature_format,
-        "batch_size": batch_size,
-        "save_interval": save_interval,
-        "dtype": dtype,
-    }
+    batch_size, dtype = settings.batch_size, DTYPES[settings.dtype]
     claim = Claim(
         stage="hidden_features",
-        options=options | corpus.options,
+        options=asdict(settings) | corpus.options,
         source=checkpoint.source,
         environment=environment(device),
         inputs={"train_data_path": corpus.digest},
         facts={"processes": world_size, "mix": [asdict(share) for share in corpus.mix]},
     )
-    blocks_per_shard = batch_size * save_interval
+    blocks_per_shard = batch_size * settings.save_interval
     num_shards = math.ceil(len(corpus.blocks) / blocks_per_shard)
-    _require_space(checkpoint, corpus, folder, feature_format, DTYPES[dtype])
+    _require_space(checkpoint, corpus, folder, settings.feature_format, dtype)
     writer = ArtifactWriter(folder, claim, map(str, range(num_shards)), overwrite=overwrite, shared=world_size > 1)
     mine = [number for number in map(int, writer.missing()) if number % world_size == rank]
     if mine:
         on_cpu = torch.device(device).type == "cpu"
         model = checkpoint.load_model(device, torch.float32 if on_cpu else checkpoint.dtype)
-        recorder = _Recorder(model, template if feature_format == "full" else None, DTYPES[dtype])
+        recorder = _Recorder(model, settings.templates if settings.feature_format == "full" else None, dtype)
         for number in progress(mine, "hidden features", "shard"):
             first = number * blocks_per_shard
             features = recorder.record(corpus.blocks[first : first + blocks_per_shard], batch_size, first)

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from llama_moe.gates import GATE_CLASSES, Gate, LinearGate
 
+from ...settings import GATE_NETWORKS, GateSettings, require_rank, require_selects
 from ..artifacts.features import Features
-from ..artifacts.gate_settings import GATE_NETWORKS, GateSettings, require_rank, require_selects
 from ..artifacts.gates import select_folder
 from ..artifacts.split import Split
 from ..checkpoints.dense import TEMPLATES, Checkpoint
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..fitting.ridge_gates import fit_ridge_gate
 from ..layers.scores import TOKENS_PER_CHUNK, ExpertScorer, LayerActivations, OutputNorms, routing_quality, top_k_mask
 from ..progress import Progress, no_progress
@@ -41,14 +41,14 @@ def parse_layers(texts: list[str], num_layers: int) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise MoEficationError(f"--specify_layer {text!r} is neither a layer nor a range such as 0-7")
+            raise SettingError(f"specify_layer {text!r} is neither a layer nor a range such as 0-7")
         if match[2] and last == num_layers and first < num_layers:
             logger.warning(
                 "--specify_layer %s: the last of %d layers is %d, taken as the end", text, num_layers, last - 1
             )
             last -= 1
         if last >= num_layers:
-            raise MoEficationError(f"--specify_layer {text} goes beyond the model's layers 0-{num_layers - 1}")
+            raise SettingError(f"specify_layer {text} goes beyond the model's layers 0-{num_layers - 1}")
         layers.update(range(first, last + 1))
     return sorted(layers)
 

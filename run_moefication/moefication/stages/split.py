@@ -1,10 +1,12 @@
 """Stage 1: which expert each neuron of each MLP belongs to."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ..artifacts.split import require_shared, split_folder, write_labels
+from ...settings import RandomSplitSettings, SplitSettings, require_shared
+from ..artifacts.split import split_folder, write_labels
 from ..checkpoints.dense import Checkpoint
 from ..checkpoints.tokenizers import carried_over
 from ..errors import MoEficationError
@@ -18,11 +20,9 @@ from ..storage.manifest import Claim, environment
 def split_by_weights(
     checkpoint: Checkpoint,
     save_path: str | Path,
-    *,
     templates: list[str],
-    num_experts: int,
-    distance: str = "l2",
-    seed: int = 0,
+    settings: SplitSettings,
+    *,
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress = no_progress,
@@ -34,15 +34,10 @@ def split_by_weights(
 
     Returns: the writer of the folder, finished.
     """
+    num_experts = settings.num_experts
     checkpoint.require_experts(num_experts)
-    options = {
-        "cluster_on": "weights",
-        "templates": templates,
-        "num_experts": num_experts,
-        "num_shared_experts": 0,
-        "distance": distance,
-        "seed": seed,
-    }
+    recorded = ("cluster_on", "num_experts", "num_shared_experts", "distance", "seed")
+    options = {name: getattr(settings, name) for name in recorded} | {"templates": templates}
     claim = Claim("split", options, checkpoint.source, environment(device))
     names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
     folder = split_folder(save_path, checkpoint.name, num_experts)
@@ -56,7 +51,7 @@ def split_by_weights(
     for name in progress(missing, "split", "layer"):
         weight = checkpoint.finite_tensor(name).to(device, torch.float32)
         rows = torch.nn.functional.normalize(weight)
-        clusters = balanced_kmeans(rows, num_experts, distance=distance, seed=seed, device=device)
+        clusters = balanced_kmeans(rows, num_experts, distance=settings.distance, seed=settings.seed, device=device)
         write_labels(writer, name, clusters.labels, clusters)
     writer.finish()
     return writer
@@ -65,25 +60,19 @@ def split_by_weights(
 def split_at_random(
     checkpoint: Checkpoint,
     save_path: str | Path,
-    *,
     templates: list[str],
-    num_experts: int,
-    num_shared_experts: int = 0,
-    seed: int = 0,
+    settings: RandomSplitSettings,
+    *,
     overwrite: bool = False,
 ) -> ArtifactWriter:
     """Deal the neurons of every layer out at random: the control that any clustering has to beat.
 
     Returns: the writer of the folder, finished.
     """
+    num_experts = settings.num_experts
     checkpoint.require_experts(num_experts)
-    require_shared(num_shared_experts, num_experts)
-    options = {
-        "templates": templates,
-        "num_experts": num_experts,
-        "num_shared_experts": num_shared_experts,
-        "seed": seed,
-    }
+    require_shared(settings.num_shared_experts, num_experts)
+    options = asdict(settings) | {"templates": templates}
     claim = Claim("split", options, checkpoint.source, environment("cpu"))
     names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
     folder = split_folder(save_path, checkpoint.name, num_experts, "Random")
@@ -94,7 +83,7 @@ def split_at_random(
         carried_over(checkpoint.path)
     for name in missing:
         # Of its own for each weight, so that an interrupted run goes on with the same numbers.
-        generator = torch.Generator().manual_seed(int(digest([seed, name])[:8], 16))
+        generator = torch.Generator().manual_seed(int(digest([settings.seed, name])[:8], 16))
         labels = torch.arange(num_experts).repeat_interleave(width // num_experts)
         write_labels(writer, name, labels[torch.randperm(width, generator=generator)])
     writer.finish()

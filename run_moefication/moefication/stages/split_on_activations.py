@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ...settings import SplitSettings
 from ..artifacts.features import Features
-from ..artifacts.split import require_shared, require_template, split_folder, write_labels
+from ..artifacts.split import require_template, split_folder, write_labels
 from ..artifacts.streams import Streams
 from ..checkpoints.dense import TEMPLATES, Checkpoint
 from ..checkpoints.tokenizers import carried_over
-from ..errors import MoEficationError
 from ..fitting.balanced_kmeans import Clustering, balanced_kmeans
 from ..fitting.ridge import NormalEquations, gram, low_rank_map, token_weights
 from ..layers.decoder import Batch, DenseLayer, batches_of, embed
@@ -106,14 +106,9 @@ def split_by_activations(
     checkpoint: Checkpoint,
     text: Corpus | Features,
     save_path: str | Path,
+    template: str,
+    settings: SplitSettings,
     *,
-    template: str = TEMPLATES[0],
-    num_experts: int,
-    num_shared_experts: int = 0,
-    keep_fraction: float = 0.3,
-    distance: str = "l2",
-    seed: int = 0,
-    batch_size: int = 4,
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress = no_progress,
@@ -126,18 +121,12 @@ def split_by_activations(
     Args:
         text: a corpus, which the dense model reads layer by layer, or recorded features.
         template: gives the files their names; the activations are those that enter down_proj.
-        keep_fraction: share of the neurons that a token is said to need, on average.
-        batch_size: blocks of the corpus at a time.
 
     Returns: the writer of the folder, finished.
     """
+    num_experts, num_shared_experts, keep_fraction = settings.num_experts, settings.num_shared_experts, settings.kept
     checkpoint.require_experts(num_experts)
-    require_shared(num_shared_experts, num_experts)
     require_template(template)
-    if not 0 < keep_fraction < 1:
-        raise MoEficationError(f"--keep_fraction {keep_fraction} is not a fraction between 0 and 1")
-    if batch_size < 1:
-        raise MoEficationError(f"--batch_size {batch_size} must be at least 1")
     from_corpus = isinstance(text, Corpus)
     folder = split_folder(save_path, checkpoint.name, num_experts)
     require_place(folder, "split")
@@ -147,12 +136,12 @@ def split_by_activations(
         "num_experts": num_experts,
         "num_shared_experts": num_shared_experts,
         "keep_fraction": keep_fraction,
-        "distance": distance,
-        "seed": seed,
+        "distance": settings.distance,
+        "seed": settings.seed,
     }
     inputs = {"train_data_path": text.digest} if from_corpus else {"hidden_features_path": text.artifact.digest}
     if from_corpus:
-        options |= {"batch_size": batch_size} | text.options
+        options |= {"batch_size": settings.batch_size} | text.options
     claim = Claim("split", options, checkpoint.source, environment(device), inputs)
     names = [template.format(layer) for layer in range(checkpoint.config.num_hidden_layers)]
     writer = ArtifactWriter(folder, claim, names, overwrite=overwrite, exclusive=True)
@@ -164,11 +153,11 @@ def split_by_activations(
     if from_corpus and layers:
         streams = Streams(writer, (1, text.num_tokens, checkpoint.config.hidden_size))
         layers = streams.layers_to_walk(layers, len(names))
-        filled = _walk(checkpoint, text, streams, layers, keep_fraction, batch_size, device)
+        filled = _walk(checkpoint, text, streams, layers, keep_fraction, settings.batch_size, device)
     else:
         filled = (_from_features(checkpoint, text, layer, keep_fraction, device) for layer in layers)
     for layer, statistics in zip(progress(layers, "split", "layer"), filled, strict=True):
-        labels, clusters = statistics.split(num_experts, num_shared_experts, distance, seed)
+        labels, clusters = statistics.split(num_experts, num_shared_experts, settings.distance, settings.seed)
         write_labels(writer, names[layer], labels, clusters)
     writer.finish()
     return writer

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...settings import EQUAL, CorpusSettings
 from ..checkpoints.dense import Checkpoint
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..progress import Progress, no_progress
 from ..storage.files import digest, tensor_sha256
 from .domains import LLAMA_MIX, find_domains, known_domain
 from .tokens import TokenStream, token_stream
 
-EQUAL = "equal"
 DEFAULT_BLOCK_SIZE = 2048
 
 
@@ -87,7 +87,7 @@ def require_block_size(block_size: int | None, max_positions: int, name: str) ->
     if block_size is None:
         return min(DEFAULT_BLOCK_SIZE, max_positions)
     if not 2 <= block_size <= max_positions:
-        raise MoEficationError(f"--block_size {block_size} is outside of 2 to {max_positions}, the positions of {name}")
+        raise SettingError(f"block_size {block_size} is outside of 2 to {max_positions}, the positions of {name}")
     return block_size
 
 
@@ -100,9 +100,9 @@ def require_held_out_block(corpus: Corpus) -> None:
 # ---------------------------------------------------------------------------------------------------- the mix
 
 
-def parse_domain_weights(text: str | None) -> dict[str, float] | str | None:
-    """`c4=0.5,github=0.5` -> weights by domain; "equal" (all alike) and None (LLaMA's mix) stay as they are."""
-    if text in (None, EQUAL):
+def parse_domain_weights(text: dict[str, float] | str | None) -> dict[str, float] | str | None:
+    """`c4=0.5,github=0.5` -> weights by domain; weights, "equal" (all alike) and None (LLaMA's mix) stay themselves."""
+    if not isinstance(text, str) or text == EQUAL:
         return text
     weights: dict[str, float] = {}
     for item in text.split(","):
@@ -113,9 +113,9 @@ def parse_domain_weights(text: str | None) -> dict[str, float] | str | None:
             weight = -1.0
         name = known_domain(domain)
         if not name or not 0 < weight < float("inf"):
-            raise MoEficationError(f"--domain_weights {text!r}: {item!r} is not of the form domain=positive number")
+            raise SettingError(f"domain_weights {text!r}: {item!r} is not of the form domain=positive number")
         if name in weights:
-            raise MoEficationError(f"--domain_weights {text!r} names {domain.strip()} twice")
+            raise SettingError(f"domain_weights {text!r} names {domain.strip()} twice")
         weights[name] = weight
     return weights
 
@@ -124,13 +124,8 @@ def training_corpus(
     checkpoint: Checkpoint,
     data_path: str | Path,
     cache_path: str | Path | None,
+    settings: CorpusSettings,
     *,
-    block_size: int,
-    domain_weights: dict[str, float] | str | None = None,
-    data_use_percent: float = 1.0,
-    max_tokens: int | None = None,
-    skip_bad_lines: bool = False,
-    seed: int = 0,
     progress: Progress = no_progress,
 ) -> Corpus:
     """Blocks of the domains in a folder, in their proportions: as many tokens as the scarcest domain allows.
@@ -139,26 +134,15 @@ def training_corpus(
     domains. They are views of the tokens on the disk (4 bytes each); in memory are a few batches of text.
 
     Args:
-        domain_weights: of domains by name; "equal": every domain alike; None: as LLaMA's pretraining.
         cache_path: folder that keeps the tokens for the next run; None for a temporary file.
-        data_use_percent: the share of the possible tokens to take, in (0, 1].
-        max_tokens: an upper limit on the tokens taken, all domains together.
     """
-    if not 0 < data_use_percent <= 1:
-        raise MoEficationError(
-            f"--data_use_percent {data_use_percent} is not a fraction in (0, 1]; one percent is 0.01"
-        )
-    if max_tokens is not None and max_tokens < 1:
-        raise MoEficationError(f"--max_tokens {max_tokens} must be at least 1")
-    options = {
-        "block_size": block_size,
-        "domain_weights": domain_weights,
-        "data_use_percent": data_use_percent,
-        "max_tokens": max_tokens,
-        "skip_bad_lines": skip_bad_lines,
-        "seed": seed,
+    positions = checkpoint.config.max_position_embeddings
+    options = asdict(settings) | {
+        "block_size": require_block_size(settings.block_size, positions, checkpoint.name),
+        "domain_weights": parse_domain_weights(settings.domain_weights),
     }
-    domains = find_domains(data_path, None if domain_weights == EQUAL else domain_weights)
+    weights, skip_bad_lines = options["domain_weights"], settings.skip_bad_lines
+    domains = find_domains(data_path, None if weights == EQUAL else weights)
 
     def read() -> tuple[list[torch.Tensor], list[DomainShare]]:
         streams = {

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from .text_files import TextFile, find_text_files
 from .unread import HELD_OUT, unread_data
 
@@ -82,7 +82,7 @@ def find_domains(data_path: str | Path, weights: Mapping[str, float] | None = No
         )
     absent = [domain for domain in weights or () if domain not in found]
     if absent:
-        raise MoEficationError(f"--domain_weights names {absent[0]}, but no file name in {data_path} carries that word")
+        raise SettingError(f"domain_weights names {absent[0]}, but no file name in {data_path} carries that word")
     if unnamed and found and not weights:
         raise MoEficationError(
             f"{unnamed[0]} names none of the domains {', '.join(LLAMA_MIX)}, as other files there do; "

@@ -126,7 +126,7 @@ def test_sizes_must_divide():
 
 
 def test_distance_must_be_known():
-    with pytest.raises(MoEficationError, match="--distance 'l1' is not one of l2, cos"):
+    with pytest.raises(MoEficationError, match="distance 'l1' is not one of l2, cos"):
         balanced_kmeans(torch.zeros(8, 3), 2, distance="l1")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, make_llama
-from pipeline import Pipeline, contents, load_dense
+from pipeline import Pipeline, contents, corpus_of, load_dense
 from safetensors.torch import load_file
 
 from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, record_routing
@@ -21,9 +21,9 @@ from run_moefication.moefication.checkpoints.dense import Checkpoint
 from run_moefication.moefication.layers import straight_through as soft_routing
 from run_moefication.moefication.layers.straight_through import NUDGE, TEMPERATURE, settle_thresholds, soft_blocks
 from run_moefication.moefication.stages import distill_trainer as distillation_trainer
-from run_moefication.moefication.stages.distill import DistillationSettings, distill
+from run_moefication.moefication.stages.distill import distill
 from run_moefication.moefication.stages.distill_trainer import HeadsKL
-from run_moefication.moefication.text.corpus import training_corpus
+from run_moefication.settings import DistillSettings
 
 ALIKE = 1e-5  # float32 sums of the same terms in another order
 
@@ -98,7 +98,7 @@ def metrics_of(folder: Path) -> dict:
 
 def blocks_of(pipeline: Pipeline, **options: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The blocks that a run with these options trains on, and the sixteenth that it holds out."""
-    corpus = training_corpus(Checkpoint(str(pipeline.model)), pipeline.text, None, block_size=32, **options)
+    corpus = corpus_of(Checkpoint(str(pipeline.model)), pipeline.text, None, block_size=32, **options)
     blocks = corpus.blocks
     num_trained_on = len(blocks) * 15 // 16
     return blocks[:num_trained_on], blocks[num_trained_on:]
@@ -404,7 +404,7 @@ def test_the_summary_says_what_was_gained(finished, short, run_script):
 
 def test_progress_counts_the_steps(finished, short, tmp_path):
     checkpoint = Checkpoint(str(finished.model))
-    corpus = training_corpus(checkpoint, finished.text, None, block_size=32, max_tokens=SHORT["max_tokens"])
+    corpus = corpus_of(checkpoint, finished.text, None, block_size=32, max_tokens=SHORT["max_tokens"])
     done = []
 
     def progress(items, what, unit):
@@ -412,7 +412,7 @@ def test_progress_counts_the_steps(finished, short, tmp_path):
             yield item
             done.append((item, what, unit))
 
-    settings = DistillationSettings(lr=1e-3)
+    settings = DistillSettings(lr=1e-3)
     writer = distill(checkpoint, finished.moe, corpus, tmp_path / "moe", settings, progress=progress)
     assert writer.finished
     steps = [item for item in done if item[1] != "check"]

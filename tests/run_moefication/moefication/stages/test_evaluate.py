@@ -95,7 +95,7 @@ def test_shared_experts_and_thresholds(routing, text, tmp_path):
     model.set_num_experts_per_tok(5)
     assert more.perplexity == pytest.approx(naive_perplexity(model, ids, 32), rel=RELATIVE)
     for wrong in (2, 9):
-        with pytest.raises(MoEficationError, match=f"--num_selects {wrong} is outside of 3 to 8"):
+        with pytest.raises(MoEficationError, match=f"num_selects {wrong} is outside of 3 to 8"):
             evaluate([str(tmp_path / "moe")], text, num_selects=[wrong])
 
 

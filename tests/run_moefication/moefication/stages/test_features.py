@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_llama
+from pipeline import corpus_of
 from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.artifacts.features import Features
@@ -10,7 +11,8 @@ from run_moefication.moefication.checkpoints.dense import Checkpoint
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.layers.scores import LayerActivations
 from run_moefication.moefication.stages.features import extract_features
-from run_moefication.moefication.text.corpus import Corpus, training_corpus
+from run_moefication.moefication.text.corpus import Corpus
+from run_moefication.settings import FeatureSettings
 
 GATE, UP = "layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"
 # The same float32 products in another batch shape.
@@ -24,12 +26,13 @@ def checkpoint(tiny_llama) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def corpus(checkpoint, text_folder) -> Corpus:
-    return training_corpus(checkpoint, text_folder, None, block_size=16, max_tokens=200)
+    return corpus_of(checkpoint, text_folder, None, block_size=16, max_tokens=200)
 
 
 def extract(checkpoint, corpus, folder, **options) -> None:
-    options = {"template": GATE, "dtype": "float32"} | options
-    assert extract_features(checkpoint, corpus, folder, **options).finished
+    processes = {name: options.pop(name) for name in ("rank", "world_size") if name in options}
+    settings = FeatureSettings(**({"dtype": "float32"} | options))
+    assert extract_features(checkpoint, corpus, folder, settings, **processes).finished
 
 
 def naive_features(folder, blocks, layer, template) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +53,7 @@ def naive_features(folder, blocks, layer, template) -> tuple[torch.Tensor, torch
 @pytest.mark.parametrize(("batch_size", "save_interval"), [(1, 1), (4, 1), (3, 2), (100, 1)])
 def test_features_are_the_models_own(template, batch_size, save_interval, checkpoint, corpus, tmp_path):
     assert len({len(block) for block in corpus.blocks}) > 1  # shorter blocks sit among the others
-    extract(checkpoint, corpus, tmp_path, template=template, batch_size=batch_size, save_interval=save_interval)
+    extract(checkpoint, corpus, tmp_path, templates=template, batch_size=batch_size, save_interval=save_interval)
     features = Features(tmp_path / "tiny-llama-Hidden-Features", checkpoint, template)
     assert features.num_tokens == 200
     for layer in (0, 2):
@@ -63,9 +66,9 @@ def test_features_are_the_models_own(template, batch_size, save_interval, checkp
 @pytest.mark.parametrize("template", [GATE, UP])
 def test_inputs_alone_give_the_same_activations(template, tmp_path, text_folder):
     checkpoint = Checkpoint(str(make_llama(tmp_path / "biased", mlp_bias=True)))
-    corpus = training_corpus(checkpoint, text_folder, None, block_size=16, max_tokens=100)
-    extract(checkpoint, corpus, tmp_path / "full", template=template)
-    extract(checkpoint, corpus, tmp_path / "inputs", template=template, feature_format="inputs")
+    corpus = corpus_of(checkpoint, text_folder, None, block_size=16, max_tokens=100)
+    extract(checkpoint, corpus, tmp_path / "full", templates=template)
+    extract(checkpoint, corpus, tmp_path / "inputs", templates=template, feature_format="inputs")
     full = Features(tmp_path / "full" / "biased-Hidden-Features", checkpoint, template)
     inputs = Features(tmp_path / "inputs" / "biased-Hidden-Features", checkpoint, template)
     assert not (inputs.artifact.folder / "hidden_gate_outputs").exists()
@@ -91,7 +94,7 @@ def test_values_beyond_the_stored_dtype_are_refused(text_folder, tmp_path):
         model.model.layers[1].post_attention_layernorm.weight.fill_(1e6)
     model.save_pretrained(folder)
     checkpoint = Checkpoint(str(folder))
-    corpus = training_corpus(checkpoint, text_folder, None, block_size=16, max_tokens=100)
+    corpus = corpus_of(checkpoint, text_folder, None, block_size=16, max_tokens=100)
     with pytest.raises(
         MoEficationError, match=r"hidden_inputs of layer 1 are not finite in torch.float16 in blocks 0 to"
     ):

@@ -9,14 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from run_moefication.moefication.artifacts.gate_settings import GateSettings
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.layers.scores import routing_quality, top_k_mask
 from run_moefication.moefication.stages.select import fit_gate, initial_gate, parse_layers
+from run_moefication.settings import GateSettings
 
 EXPERTS, K, HIDDEN, WIDTH = 8, 2, 24, 5
 SETTINGS = GateSettings(
-    "layers.{}.mlp.gate_proj.weight", num_experts=EXPERTS, num_selects=K, use_softmax=True, epochs=20, batch_size=128
+    templates="layers.{}.mlp.gate_proj.weight",
+    num_experts=EXPERTS,
+    num_selects=K,
+    use_softmax=True,
+    epochs=20,
+    batch_size=128,
 )
 
 
@@ -243,18 +248,18 @@ def test_similarity_gate_is_not_trained():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"num_selects": 0}, "--num_selects 0 is outside of 1 to --num_experts 8"),
-        ({"num_selects": 9}, "--num_selects 9 is outside of 1 to --num_experts 8"),
-        ({"select_criterion": "l3"}, "--select_criterion 'l3' is not one of plain, positive, l2_norm"),
-        ({"gate_network": "deep"}, "--gate_network 'deep' is not one of mlp, linear, similarity"),
-        ({"epochs": -1}, "--epochs -1 must not be negative"),
-        ({"batch_size": 0}, "--batch_size 0 at least 1"),
+        ({"num_selects": 0}, "num_selects 0 is outside of 1 to num_experts 8"),
+        ({"num_selects": 9}, "num_selects 9 is outside of 1 to num_experts 8"),
+        ({"select_criterion": "l3"}, "select_criterion 'l3' is not one of plain, positive, l2_norm"),
+        ({"gate_network": "deep"}, "gate_network 'deep' is not one of mlp, linear, similarity"),
+        ({"epochs": -1}, "epochs -1 must be at least 0"),
+        ({"batch_size": 0}, "batch_size 0 must be at least 1"),
         *[
-            ({"lr": value}, f"--lr {value} must be a positive number")
+            ({"lr": value}, f"lr {value} must be a positive number")
             for value in (0.0, -1.0, float("nan"), float("inf"))
         ],
         *[
-            ({"valid_percent": value}, f"--valid_percent {value} is not a fraction")
+            ({"valid_percent": value}, f"valid_percent {value} is not a fraction")
             for value in (0.0, 1.0, -0.5, float("nan"))
         ],
     ],
@@ -289,5 +294,5 @@ def test_an_end_equal_to_the_layer_count_is_clipped_with_a_warning(caplog):
 
 @pytest.mark.parametrize("text", ["32", "0-33", "32-32", "7-0", "a", "-1", "1-", "1.5", "0--3"])
 def test_other_layers_are_refused(text):
-    with pytest.raises(MoEficationError, match=f"--specify_layer '?{text}'?"):
+    with pytest.raises(MoEficationError, match=f"specify_layer '?{text}'?"):
         parse_layers([text], 32)

@@ -10,7 +10,7 @@ import torch
 from conftest import VARIANTS, make_llama
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from pipeline import contents
+from pipeline import contents, corpus_of
 from sklearn.linear_model import Ridge
 from transformers import LlamaForCausalLM
 
@@ -20,7 +20,8 @@ from run_moefication.moefication.checkpoints.dense import Checkpoint
 from run_moefication.moefication.fitting.ridge import token_weights
 from run_moefication.moefication.stages.features import extract_features
 from run_moefication.moefication.stages.split_on_activations import NeuronStatistics, split_by_activations
-from run_moefication.moefication.text.corpus import Corpus, training_corpus
+from run_moefication.moefication.text.corpus import Corpus
+from run_moefication.settings import FeatureSettings, SplitSettings
 
 GATE, UP = "layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"
 NEURONS = 24
@@ -176,14 +177,14 @@ def checkpoint(tiny_llama) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def corpus(checkpoint, text_folder) -> Corpus:
-    corpus = training_corpus(checkpoint, text_folder, None, block_size=16, max_tokens=500)
+    corpus = corpus_of(checkpoint, text_folder, None, block_size=16, max_tokens=500)
     assert len({len(block) for block in corpus.blocks}) > 1  # shorter blocks sit among the others
     return corpus
 
 
-def split(checkpoint, text, folder, **options) -> Path:
-    options = {"num_experts": 8, "num_shared_experts": 2} | options
-    writer = split_by_activations(checkpoint, text, folder, **options)
+def split(checkpoint, text, folder, template=GATE, **options) -> Path:
+    settings = SplitSettings(**({"num_experts": 8, "num_shared_experts": 2, "cluster_on": "activations"} | options))
+    writer = split_by_activations(checkpoint, text, folder, template, settings)
     assert writer.finished
     return writer.folder
 
@@ -236,7 +237,7 @@ def test_the_pass_sees_what_the_dense_model_sees(variant, batch_size, corpus, tm
 def test_corpus_and_features_give_a_split_of_every_layer(source, num_shared, checkpoint, corpus, tmp_path):
     text = corpus
     if source != "corpus":
-        extract_features(checkpoint, corpus, tmp_path, template=GATE, feature_format=source, dtype="float32")
+        extract_features(checkpoint, corpus, tmp_path, FeatureSettings(feature_format=source, dtype="float32"))
         text = Features(tmp_path / "tiny-llama-Hidden-Features", checkpoint, GATE)
     folder = split(checkpoint, text, tmp_path / "out", num_shared_experts=num_shared)
     opened = Split(folder, checkpoint, GATE, 8)

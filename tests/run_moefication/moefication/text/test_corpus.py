@@ -11,6 +11,7 @@ import torch
 from conftest import SENTENCES, VOCABULARY, make_tokenizer, write_jsonl
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from pipeline import corpus_of
 
 from run_moefication.moefication.checkpoints.dense import Checkpoint
 from run_moefication.moefication.errors import MoEficationError
@@ -18,7 +19,6 @@ from run_moefication.moefication.text.corpus import (
     pack,
     parse_domain_weights,
     require_block_size,
-    training_corpus,
 )
 from run_moefication.moefication.text.documents import DocumentReader, zstd
 from run_moefication.moefication.text.domains import LLAMA_MIX
@@ -45,7 +45,7 @@ def test_block_size(asked, positions, used):
 
 @pytest.mark.parametrize("asked", [129, 1, 0, -5])
 def test_block_size_beyond_the_model_is_refused(asked):
-    with pytest.raises(MoEficationError, match=f"--block_size {asked} is outside of 2 to 128, the positions of x"):
+    with pytest.raises(MoEficationError, match=f"block_size {asked} is outside of 2 to 128, the positions of x"):
         require_block_size(asked, 128, "x")
 
 
@@ -56,7 +56,7 @@ def make_text(folder, **domains: int) -> None:
 
 
 def draw(checkpoint, folder, **options):
-    return training_corpus(checkpoint, folder, None, **({"block_size": 16} | options))
+    return corpus_of(checkpoint, folder, None, **({"block_size": 16} | options))
 
 
 def assert_blocks_of(corpus, checkpoint, folder, block_size) -> None:
@@ -152,8 +152,8 @@ def test_a_single_file_is_a_corpus(name, checkpoint, tmp_path):
             ({"data_use_percent": value}, "is not a fraction in (0, 1]; one percent is 0.01")
             for value in (0, -1, 1.01, 101, float("nan"))
         ],
-        ({"max_tokens": 0}, "--max_tokens 0 must be at least 1"),
-        ({"max_tokens": -3}, "--max_tokens -3 must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens 0 must be at least 1"),
+        ({"max_tokens": -3}, "max_tokens -3 must be at least 1"),
         ({"data_use_percent": 1e-9}, "the options leave no token to read"),
     ],
 )

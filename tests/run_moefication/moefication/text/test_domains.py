@@ -9,11 +9,11 @@ import pytest
 from conftest import SENTENCES, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
+from pipeline import corpus_of
 
 from run_moefication import llama_split_clustering
 from run_moefication.moefication.checkpoints.dense import Checkpoint
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.text.corpus import training_corpus
 from run_moefication.moefication.text.domains import LLAMA_MIX, domains_in, find_domains, known_domain
 
 MD5 = "0c4f0c41d5d5b21bc4e1c4b1d7c4a9e2"  # with c4 in it
@@ -101,7 +101,7 @@ def test_what_a_folder_without_domains_or_with_weights_gives(names, weights, dom
         (["c4", f"filtered_{MD5}"], None, f"filtered_{MD5}.jsonl names none of the domains"),
         (["c4", "wikibooks"], None, "wikibooks.jsonl names none of the domains"),
         (["c4_github"], None, "c4_github.jsonl names several domains (c4, github)"),
-        (["c4"], {"c4": 1.0, "github": 1.0}, "--domain_weights names github"),
+        (["c4"], {"c4": 1.0, "github": 1.0}, "domain_weights names github"),
         ([], None, "holds no .jsonl, .txt"),
     ],
 )
@@ -182,7 +182,7 @@ def test_the_table_names_the_files_counted_for_each_domain(tiny_llama, tmp_path,
     make_text(tmp_path / "text" / "github", f"filtered_{MD5}", "b", "c", "d")
     arguments = ["--model_path", tiny_llama, "--save_path", tmp_path / "out", "--num_experts", 4, "--block_size", 16]
     activations = ["--cluster_on", "activations", "--train_data_path", tmp_path / "text"]
-    corpus = training_corpus(Checkpoint(str(tiny_llama)), tmp_path / "text", None, block_size=16)
+    corpus = corpus_of(Checkpoint(str(tiny_llama)), tmp_path / "text", None, block_size=16)
     assert {row.domain: row.files for row in corpus.mix}["github"] == [
         "github/b.jsonl",
         "github/c.jsonl",

@@ -12,6 +12,7 @@ import torch
 from conftest import SENTENCES, make_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipeline import corpus_of
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -19,7 +20,7 @@ from run_moefication.moefication.checkpoints.dense import Checkpoint
 from run_moefication.moefication.checkpoints.tokenizers import load_tokenizer
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.text import tokens as tokens_module
-from run_moefication.moefication.text.corpus import pack, training_corpus
+from run_moefication.moefication.text.corpus import pack
 from run_moefication.moefication.text.documents import Document
 from run_moefication.moefication.text.tokens import tokenize
 
@@ -42,7 +43,7 @@ def make_text(folder: Path, **domains: int) -> None:
 
 
 def draw(checkpoint, folder, **options):
-    return training_corpus(checkpoint, folder, None, **({"block_size": 16} | options))
+    return corpus_of(checkpoint, folder, None, **({"block_size": 16} | options))
 
 
 @settings(max_examples=30, deadline=None)
@@ -112,7 +113,7 @@ def test_bad_lines_are_counted_each_time(use_cache, checkpoint, tmp_path):
         file.write("{\n[]\n")
     cache = tmp_path / "cache" if use_cache else None
     for _ in range(2):
-        corpus = training_corpus(checkpoint, tmp_path / "text", cache, block_size=16, skip_bad_lines=True)
+        corpus = corpus_of(checkpoint, tmp_path / "text", cache, block_size=16, skip_bad_lines=True)
         assert [row.skipped_lines for row in corpus.mix] == [2]
         assert corpus.digest == good
 
@@ -123,9 +124,10 @@ def test_processes_that_need_the_same_text_tokenise_it_once(tiny_llama, tmp_path
     code = (
         "import sys; from run_moefication.moefication.text import tokens, corpus; real = tokens.tokenize\n"
         "from run_moefication.moefication.checkpoints import dense\n"
+        "from run_moefication.settings import CorpusSettings\n"
         "def tokenize(*a): print('tokenised', flush=True); return real(*a)\n"
         "tokens.tokenize = tokenize\n"
-        "made = corpus.training_corpus(dense.Checkpoint(sys.argv[1]), sys.argv[2], sys.argv[3], block_size=16)\n"
+        "made = corpus.training_corpus(dense.Checkpoint(sys.argv[1]), *sys.argv[2:], CorpusSettings(block_size=16))\n"
         "print(made.digest)"
     )
     command = [sys.executable, "-c", code, tiny_llama, tmp_path / "text", tmp_path / "cache"]
@@ -155,7 +157,7 @@ def tokenised(monkeypatch) -> list[str]:
 
 def cached(checkpoint, folder, **options) -> str:
     cache = folder.parent / "cache"
-    return training_corpus(checkpoint, folder, cache, **({"block_size": 16} | options)).digest
+    return corpus_of(checkpoint, folder, cache, **({"block_size": 16} | options)).digest
 
 
 def test_text_is_tokenised_once(checkpoint, tmp_path, tokenised):
@@ -191,7 +193,7 @@ def test_the_same_bytes_as_lines_and_as_one_text_are_two_texts(checkpoint, tmp_p
     make_text(folder, c4=5)
     shutil.copy(folder / "c4.jsonl", tmp_path / "c4.txt")
     lines, whole = (
-        training_corpus(checkpoint, path, tmp_path / "cache", block_size=16).digest
+        corpus_of(checkpoint, path, tmp_path / "cache", block_size=16).digest
         for path in (folder / "c4.jsonl", tmp_path / "c4.txt")
     )
     assert tokenised == ["c4"] * 2
@@ -249,7 +251,7 @@ def test_an_end_of_documents_outside_of_the_embedding_is_refused():
 
 def test_refused_text_leaves_nothing(checkpoint, tmp_path):
     write_jsonl(tmp_path / "text" / "c4.jsonl", [""])
-    corpus = training_corpus(checkpoint, tmp_path / "text", tmp_path / "new" / "cache", block_size=16)
+    corpus = corpus_of(checkpoint, tmp_path / "text", tmp_path / "new" / "cache", block_size=16)
     assert not (tmp_path / "new").exists()  # until its blocks are asked for
     with pytest.raises(MoEficationError, match="holds no text"):
         _ = corpus.blocks

@@ -1,0 +1,502 @@
+"""Every setting of every stage, and the recipes: the one place of defaults, choices, checks and explanations.
+
+There is a dataclass for each stage. Its fields are the options of the stage's script (`command_line.add_settings`), the
+argument of its function, and what its folder's manifest records. Nothing heavy is imported here.
+
+    python -m run_moefication.settings      # the recipe that the environment asks for, as shell assignments
+"""
+
+import math
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from fractions import Fraction
+from typing import Any
+
+from .moefication.errors import SettingError
+
+# The rows of these weights are the neurons of the MLP.
+TEMPLATES = ("layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight")
+DTYPES = ("float32", "float16", "bfloat16")
+DISTANCES = ("l2", "cos")
+FEATURE_FORMATS = ("full", "inputs")
+CRITERIA = ("plain", "positive", "l2_norm", "output_norm")
+# What a gate computes, and which class of `llama_moe.gates` that is.
+GATE_NETWORKS = {"mlp": "mlp", "linear": "linear", "similarity": "linear"}
+GATE_FITS = ("ridge", "adam")
+ROUTINGS = ("top_k", "threshold")
+CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
+LAYER_BUDGETS = ("equal", "sensitivity")
+TRAINED = ("gates", "experts", "all")
+EQUAL = "equal"
+
+Check = Callable[[Any], str | None]
+
+
+# ---------------------------------------------------------------------------------------------------- one setting
+
+
+def setting(default: Any = MISSING, help: str = "", *, choices: Any = None, check: Check | None = None) -> Any:
+    """A field of a stage's settings.
+
+    Args:
+        default: None where the stage finds a value of its own; without one the setting must be given.
+        help: what it means, with its unit.
+        choices: the values that it may have.
+        check: returns what is wrong with a value, as the rest of a sentence, or None.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices and tuple(choices), "check": check})
+
+
+def at_least(minimum: int) -> Check:
+    """The check of a whole number."""
+    return lambda value: None if value >= minimum else f"must be at least {minimum}"
+
+
+def positive(value: float) -> str | None:
+    """The check of a learning rate."""
+    return None if 0 < value < math.inf else "must be a positive number"
+
+
+def fraction(value: float) -> str | None:
+    """The check of a share that is neither nothing nor all."""
+    return None if 0 < value < 1 else "is not a fraction between 0 and 1"
+
+
+def fraction_or_all(value: float) -> str | None:
+    """The check of a share that may be all."""
+    return None if 0 < value <= 1 else "is not a fraction in (0, 1]; one percent is 0.01"
+
+
+def template(value: str) -> str | None:
+    """The check of a weight whose rows are neurons."""
+    return None if value in TEMPLATES else f"is not one of {', '.join(TEMPLATES)}"
+
+
+def templates() -> Any:
+    """The one template of a stage."""
+    return setting(
+        TEMPLATES[0],
+        "weight whose rows are the neurons, {} standing for the layer (gate_proj or up_proj)",
+        check=template,
+    )
+
+
+def seed(what: str) -> Any:
+    """The seed of `what`."""
+    in_range = lambda value: None if 0 <= value < 2**32 else "is outside of 0 to 2^32 - 1"  # noqa: E731
+    return setting(0, f"seed of {what}, 0 to 2^32 - 1", check=in_range)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Checks every field by its own rule when it is made, and then, by `check`, what fields say together.
+
+    Raises:
+        SettingError: names the field and the cure.
+    """
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, choices, check = getattr(self, one.name), one.metadata["choices"], one.metadata["check"]
+            if value is None and one.default is None:
+                continue
+            if choices and value not in choices:
+                raise SettingError(f"{one.name} {value!r} is not one of {', '.join(choices)}")
+            wrong = check and check(value)
+            if wrong:
+                raise SettingError(
+                    f"{one.name} {value!r} {wrong}" if isinstance(value, str) else f"{one.name} {value} {wrong}"
+                )
+        self.check()
+
+    def check(self) -> None:
+        """What fields must fulfil together."""
+
+
+# ---------------------------------------------------------------------------------------------------- counts of experts
+
+
+def require_shared(num_shared_experts: int, num_experts: int) -> None:
+    """Refuse shared experts that leave none to route, or none to share."""
+    if not 0 <= num_shared_experts < num_experts:
+        raise SettingError(
+            f"num_shared_experts {num_shared_experts} is outside of 0 to {num_experts - 1}: they are some of the "
+            f"num_experts {num_experts}, and one at least is routed"
+        )
+
+
+def require_selects(num_selects: int, num_experts: int, num_shared_experts: int = 0) -> None:
+    """Refuse a budget that is not between one routed expert beside the shared ones, and all experts."""
+    minimum = num_shared_experts + 1
+    if not minimum <= num_selects <= num_experts:
+        shared = f" ({num_shared_experts} are shared)" if num_shared_experts else ""
+        raise SettingError(f"num_selects {num_selects} is outside of {minimum} to num_experts {num_experts}{shared}")
+
+
+def require_rank(rank: int | None, hidden_size: int, num_routed_experts: int) -> None:
+    """Refuse a rank that no gate of this shape has."""
+    limit = min(hidden_size, num_routed_experts)
+    if rank is not None and not 1 <= rank <= limit:
+        raise SettingError(f"gate_rank {rank} is outside of 1 to {limit}, the smaller side of the gate")
+
+
+EXPERTS_HELP = "experts per layer; must divide the MLP's width"
+
+
+# ---------------------------------------------------------------------------------------------------- text
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSettings(Settings):
+    """Which text a stage reads, and how it is cut into blocks."""
+
+    block_size: int | None = setting(None, "tokens per block (default: 2048, or what the model takes)")
+    domain_weights: Mapping[str, float] | str | None = setting(
+        None,
+        "domain=weight,..., each a word of the names of files or folders; or equal, every domain alike (default: the "
+        "mix of LLaMA's pretraining)",
+    )
+    data_use_percent: float = setting(
+        1.0, "fraction, in (0, 1], of the tokens that the domain mix allows; 0.01 is one percent", check=fraction_or_all
+    )
+    max_tokens: int | None = setting(
+        None, "upper limit on tokens, all domains together (default: none)", check=at_least(1)
+    )
+    skip_bad_lines: bool = setting(False, "count lines that hold no document, and go on without them")
+    seed: int = seed("the choice and order of blocks")
+
+
+# ---------------------------------------------------------------------------------------------------- the stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings(Settings):
+    """Stage 1: how neurons are cut into experts."""
+
+    num_experts: int = setting(help=EXPERTS_HELP)
+    cluster_on: str = setting(
+        "weights",
+        "what is clustered: rows of the template's weight, or which tokens of a text need which neurons",
+        choices=("weights", "activations"),
+    )
+    num_shared_experts: int = setting(
+        0,
+        "experts that always run, of the neurons that add most (with --cluster_on activations); --num_experts counts "
+        "them",
+    )
+    keep_fraction: float | None = setting(
+        None,
+        "share of the neurons a token is said to need, on average (default: 0.3; with --cluster_on activations)",
+        check=fraction,
+    )
+    distance: str = setting(
+        "l2",
+        "between a normalised row and a centre: squared Euclidean, or one minus the cosine",
+        choices=DISTANCES,
+    )
+    batch_size: int = setting(4, "blocks of --train_data_path at a time", check=at_least(1))
+    seed: int = seed("k-means++, and the choice of blocks")
+
+    def check(self) -> None:
+        """Shared experts and the share of needed neurons come from activations."""
+        if self.cluster_on == "weights":
+            for name in ("num_shared_experts", "keep_fraction"):
+                if getattr(self, name):
+                    raise SettingError(f"{name} is for cluster_on activations")
+        else:
+            require_shared(self.num_shared_experts, self.num_experts)
+
+    @property
+    def kept(self) -> float:
+        """The share of the neurons that a token is said to need."""
+        return 0.3 if self.keep_fraction is None else self.keep_fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSplitSettings(Settings):
+    """Stage 1 at random, the control."""
+
+    num_experts: int = setting(help=EXPERTS_HELP)
+    num_shared_experts: int = setting(0, "experts that always run; --num_experts counts them")
+    seed: int = seed("the deal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSettings(Settings):
+    """Stage 2: what is recorded while the dense model reads text."""
+
+    templates: str = templates()
+    feature_format: str = setting(
+        "full",
+        "full: MLP inputs and activations; inputs: the inputs alone, the rest is recomputed from the weights",
+        choices=FEATURE_FORMATS,
+    )
+    batch_size: int = setting(4, "blocks per forward pass; limits device memory", check=at_least(1))
+    save_interval: int = setting(
+        1, "batches per file; more means fewer, larger files and more host memory", check=at_least(1)
+    )
+    dtype: str = setting("bfloat16", "of the stored features", choices=DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSettings(Settings):
+    """Stage 3: what shapes a gate."""
+
+    templates: str = templates()
+    num_experts: int = setting(help="experts per layer, those of the split")
+    num_selects: int = setting(
+        help="experts per token that gates are trained and measured for; conversion may choose another number"
+    )
+    select_criterion: str = setting(
+        "l2_norm",
+        "score of an expert: from its neurons' activations a |sum a|, sum max(a, 0), or sum a^2; or the norm of what "
+        "it adds to the MLP's output",
+        choices=CRITERIA,
+    )
+    gate_network: str = setting(
+        "mlp",
+        "mlp: Linear-Tanh-Linear; linear: one Linear; similarity: a linear gate of expert centres, not trained",
+        choices=GATE_NETWORKS,
+    )
+    gate_fit: str | None = setting(
+        None,
+        "ridge: linear gates in closed form, with a bias; adam: training (default: ridge for linear, else adam)",
+        choices=GATE_FITS,
+    )
+    gate_rank: int | None = setting(None, "of a linear gate as two factors: cheaper with many experts (default: full)")
+    use_softmax: bool = setting(
+        False,
+        "learn the normalised scores (KL divergence) instead of the top-k set (binary cross-entropy); recommended",
+    )
+    epochs: int = setting(30, "passes over the tokens, at most", check=at_least(0))
+    batch_size: int = setting(1024, "tokens per step", check=at_least(1))
+    lr: float = setting(0.01, "peak of the one-cycle learning rate", check=positive)
+    valid_percent: float = setting(0.1, "fraction of the tokens held out to measure on", check=fraction)
+    patience: int = setting(10, "epochs without a gain after which training ends", check=at_least(1))
+    seed: int = seed("the order of tokens in training")
+
+    def check(self) -> None:
+        """A closed form and a rank are for linear gates."""
+        if self.gate_fit is None:
+            object.__setattr__(self, "gate_fit", "ridge" if self.gate_network == "linear" else "adam")
+        if self.gate_network != "linear" and (self.gate_fit == "ridge" or self.gate_rank is not None):
+            raise SettingError("gate_fit ridge and gate_rank are for gate_network linear")
+        if self.gate_rank is not None and self.gate_fit != "ridge":
+            raise SettingError(f"gate_rank {self.gate_rank} needs gate_fit ridge")
+        require_selects(self.num_selects, self.num_experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings(Settings):
+    """Stage 4: which experts run, and what kind of checkpoint is written. Counts of experts include shared ones."""
+
+    num_experts: int = setting(help="experts per layer, those of the split")
+    num_selects: int = setting(
+        help="experts that run per token, shared ones included; need not be what gates were trained for"
+    )
+    templates: str = templates()
+    routing: str = setting(
+        "top_k",
+        "top_k: so many for every token; threshold: those whose score reaches the layer's threshold, so many on "
+        "average",
+        choices=ROUTINGS,
+    )
+    min_selects: int | None = setting(None, "with threshold routing, the least for any token (default: 0)")
+    max_selects: int | None = setting(None, "with threshold routing, the most for any token (default: all)")
+    convert_type: str = setting("LlamaMoEForCausalLM", "class of the new checkpoint", choices=CONVERT_TYPES)
+    dtype: str | None = setting(None, "of the new weights (default: as in the source)", choices=DTYPES)
+    num_labels: int | None = setting(
+        None,
+        "labels of a new classification head (zeros, to be trained), where the source has none (default: 2)",
+    )
+
+    def check(self) -> None:
+        """Bounds on a token's experts are for thresholds."""
+        require_selects(self.num_selects, self.num_experts)
+        if self.routing != "threshold" and (self.min_selects, self.max_selects) != (None, None):
+            raise SettingError("min_selects and max_selects are for routing threshold")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateSettings(Settings):
+    """Stage 5: what is refitted, and for which budget."""
+
+    num_selects: int | None = setting(
+        None,
+        "experts that run per token, shared ones included, while fitting and afterwards (default: as converted)",
+    )
+    refit_gates: bool = setting(False, "fit linear gates anew, on what the calibrated layers before produce")
+    output_bias: bool = setting(
+        False, "fit a bias on each MLP's output as well; engines for other MoE architectures have no place for it"
+    )
+    layer_budgets: str = setting(
+        "equal",
+        "equal: every layer runs as many experts; sensitivity: more where the loss rises most without them",
+        choices=LAYER_BUDGETS,
+    )
+    batch_size: int = setting(4, "blocks at a time", check=at_least(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings(Settings):
+    """Stage 6: what is trained, and how long."""
+
+    num_selects: int | None = setting(
+        None,
+        "experts that run per token, shared ones included, in training and afterwards (default: as given)",
+    )
+    train: str = setting(
+        "all",
+        "what is trained: the gates; the experts, shared ones and output biases included; or both",
+        choices=TRAINED,
+    )
+    lr: float = setting(1e-4, "learning rate of Adam, at the top of its cosine", check=positive)
+    epochs: int = setting(1, "passes over the text", check=at_least(1))
+    batch_size: int = setting(2, "blocks at a time in each process", check=at_least(1))
+    gradient_accumulation_steps: int = setting(1, "batches of each process in a training step", check=at_least(1))
+    bf16: bool = setting(False, "compute in bfloat16; weights stay in float32 meanwhile")
+
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Which settings belong together, from the split to the calibration, as rules over the number of experts.
+
+    Attributes:
+        num_experts: by default.
+        selects: experts that run per token, shared ones included, by default: a number, or a share of all experts.
+        shared: shared experts over all experts, by the active fraction: `(above, share)` pairs, of which the first that
+            holds counts; at or below all of them half of the experts that run are shared. None: none are shared.
+        gate_rank, rank_from: rank of the gates from so many experts on; fewer experts have full gates.
+        split_tokens, feature_tokens, calibration_tokens, distillation_tokens: how much text each stage reads.
+    """
+
+    name: str
+    num_experts: int
+    selects: int | Fraction
+    cluster_on: str
+    shared: tuple[tuple[Fraction, Fraction], ...] | None
+    select_criterion: str
+    gate_network: str
+    gate_rank: int | None
+    rank_from: int
+    routing: str
+    output_bias: bool
+    split_tokens: int = 32_768
+    feature_tokens: int = 65_536
+    calibration_tokens: int = 131_072
+    distillation_tokens: int = 131_072
+
+    def num_selects(self, num_experts: int) -> int:
+        """Experts that run per token, shared ones included."""
+        return self.selects if isinstance(self.selects, int) else int(num_experts * self.selects)
+
+    def num_shared_experts(self, num_experts: int, num_selects: int) -> int:
+        """Experts of these that run for every token."""
+        if self.shared is None:
+            return 0
+        for above, share in self.shared:
+            if num_selects > above * num_experts:
+                return int(num_experts * share)
+        return num_selects // 2
+
+    def rank(self, num_experts: int) -> int | None:
+        """Rank of the gates; None for full ones."""
+        return self.gate_rank if num_experts >= self.rank_from else None
+
+
+CALIBRATED = Recipe(
+    name="calibrated",
+    num_experts=256,
+    selects=Fraction(1, 2),
+    cluster_on="activations",
+    shared=((Fraction(2, 5), Fraction(1, 8)), (Fraction(1, 8), Fraction(1, 16))),
+    select_criterion="output_norm",
+    gate_network="linear",
+    gate_rank=64,
+    rank_from=256,
+    routing="threshold",
+    output_bias=True,
+)
+# The original description's: 8 experts clustered on weights, MLP gates, 2 of 8 for every token.
+PLAIN = Recipe(
+    name="plain",
+    num_experts=8,
+    selects=2,
+    cluster_on="weights",
+    shared=None,
+    select_criterion="l2_norm",
+    gate_network="mlp",
+    gate_rank=None,
+    rank_from=0,
+    routing="top_k",
+    output_bias=False,
+)
+RECIPES = {recipe.name: recipe for recipe in (CALIBRATED, PLAIN)}
+
+
+def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """The shell scripts' settings of the recipe that the environment asks for; what is given there stays as it is.
+
+    Raises:
+        SettingError: an unknown recipe, or counts of experts that are none or do not go together.
+    """
+    name = environment.get("RECIPE") or CALIBRATED.name
+    if name not in RECIPES:
+        raise SettingError(f"RECIPE={name}: {' or '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    num_experts = _whole(environment, "NUM_EXPERTS", 1, recipe.num_experts)
+    num_selects = _whole(environment, "NUM_SELECTS", 1, None)
+    shared = _whole(environment, "NUM_SHARED_EXPERTS", 0, None)
+    if num_selects is None:
+        num_selects = recipe.num_selects(num_experts)
+    if not 1 <= num_selects <= num_experts:
+        raise SettingError(f"NUM_SELECTS={num_selects} is outside of 1 to NUM_EXPERTS={num_experts}")
+    values = {
+        "RECIPE": name,
+        "NUM_EXPERTS": num_experts,
+        "NUM_SELECTS": num_selects,
+        "NUM_SHARED_EXPERTS": recipe.num_shared_experts(num_experts, num_selects) if shared is None else shared,
+        "CLUSTER_ON": recipe.cluster_on,
+        "SELECT_CRITERION": recipe.select_criterion,
+        "GATE_NETWORK": recipe.gate_network,
+        "ROUTING": recipe.routing,
+        "SPLIT_TOKENS": recipe.split_tokens,
+        "FEATURE_TOKENS": recipe.feature_tokens,
+        "CALIBRATION_TOKENS": recipe.calibration_tokens,
+        "DISTILLATION_TOKENS": recipe.distillation_tokens,
+    }
+    given = {key: environment.get(key) or str(value) for key, value in values.items()}
+    # These two may be given as empty, which says none.
+    may_be_empty = {"GATE_RANK": recipe.rank(num_experts), "OUTPUT_BIAS": 1 if recipe.output_bias else None}
+    return given | {key: environment.get(key, str(value or "")) for key, value in may_be_empty.items()}
+
+
+def _whole(environment: Mapping[str, str], name: str, minimum: int, default: int | None) -> int | None:
+    text = environment.get(name)
+    if not text:
+        return default
+    if not re.fullmatch(r"0|[1-9][0-9]{0,17}", text) or int(text) < minimum:
+        raise SettingError(f"{name}={text}: a whole number is needed, {minimum} or more")
+    return int(text)
+
+
+def main() -> int:
+    """Print the assignments; returns the exit status."""
+    try:
+        for name, value in shell_settings(os.environ).items():
+            print(f"{name}={shlex.quote(value)}")
+    except SettingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
