@@ -4,12 +4,11 @@ python scripts/bench_quality.py --model_path .cache/SmolLM2-135M-Instruct --trai
   --heldout_path .cache/llama_data/heldout --work .quality --wikitext_path wiki.test.raw
 
 Active is what ran per token on the evaluation text, over the dense MLPs' parameters: shared experts, gates and biases
-count. A row over its budget is marked with *. Rows are kept in the --json file and checkpoints in --work: run again, it
-goes on where it stopped, and measures no row twice.
+count. A row over its budget is marked with *. Rows are kept in the --json file, one JSON object a line, and checkpoints
+in --work: run again, it goes on where it stopped, and measures no row twice.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,8 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from quality_table import line, plot, read_rows, rounded, row_key, table, write_rows
 
 from run_moefication import command_line
 
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--distillation_tokens", type=int, default=737280, help="one pass over so many")
     parser.add_argument("--bf16", action="store_true", help="distil in bfloat16")
     command_line.add_device(parser)
-    parser.add_argument("--json", type=Path, help="file of the numbers (default: rows.json in --work)")
+    parser.add_argument("--json", type=Path, help="JSON lines, one row each (default: rows.jsonl in --work)")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--plot", type=Path, help="draw perplexity against active fraction into this file")
     parser.add_argument("--seed", type=command_line.seed_number, default=0, help="of blocks, clustering and bootstrap")
@@ -77,7 +78,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        return f"{self.method} at {self.budget:g}"
+        return row_key(self.method, self.budget)
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -87,11 +88,9 @@ def bench(arguments: argparse.Namespace) -> None:
     from quality_methods import prepare
 
     check(arguments)
-    from quality_table import line, plot, table
-
     arguments.work.mkdir(parents=True, exist_ok=True)
     setup = prepare(arguments)
-    store = Store(setup, arguments.json or arguments.work / "rows.json", timing.machine(torch.device(setup.device)))
+    store = Store(setup, arguments.json or arguments.work / "rows.jsonl", timing.machine(torch.device(setup.device)))
     calibration = f"{setup.corpus.num_tokens:,} calibration tokens, seed {arguments.seed}"
     print(f"{setup.checkpoint.name}; {store.machine}; {calibration}")
     results, names_and_seed = {}, (list(setup.texts), arguments.seed)
@@ -100,7 +99,8 @@ def bench(arguments: argparse.Namespace) -> None:
         if len(results) > 1:
             print(line(row.key, results, *names_and_seed), flush=True)
     machines = " or ".join(sorted({numbers["machine"] for numbers in results.values()}))
-    markdown = table(results, *names_and_seed, f"{calibration}; {machines}")
+    caption = f"Perplexity over dense, in brackets the 95 % interval; {calibration}; {machines}"
+    markdown = f"{caption}\n\n{table(results, *names_and_seed)}"
     print(f"\n{markdown}")
     if arguments.markdown:
         arguments.markdown.write_text(markdown + "\n")
@@ -125,20 +125,15 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 class Store:
-    """The JSON file of rows: what an earlier run measured with the same settings is not measured again."""
+    """The file of rows: what an earlier run measured with the same settings is not measured again."""
 
     def __init__(self, setup: Any, path: Path, machine: str):
         import torch
         from quality_methods import FEATURE_TOKENS
 
-        from run_moefication.moefication.errors import MoEficationError
-
         self.machine = machine
         self._path = path
-        try:
-            self._rows = json.loads(path.read_text()) if path.is_file() else {}
-        except ValueError as error:
-            raise MoEficationError(f"--json {path} holds no rows of an earlier run ({error})") from error
+        self._rows = read_rows(path) if path.exists() else {}
         self._settings = {
             "model": setup.checkpoint.fingerprint,
             "corpus": setup.corpus.digest,
@@ -148,16 +143,14 @@ class Store:
 
     def numbers(self, row: Row) -> dict[str, Any]:
         """A row's numbers, measured now unless they are there."""
-        from run_moefication.moefication.storage.files import write_json
-
         settings = self._settings | row.settings
         if self._rows.get(row.key, {}).get("settings") != settings:
             start = time.time()
             numbers = row.measure()
             minutes = (time.time() - start) / 60
             about = {"method": row.method, "budget": row.budget, "minutes": minutes, "machine": self.machine}
-            self._rows[row.key] = {"settings": settings} | about | numbers
-            write_json(self._path, self._rows)
+            self._rows[row.key] = about | {"settings": settings} | rounded(numbers)
+            write_rows(self._path, self._rows)
         return self._rows[row.key]
 
 

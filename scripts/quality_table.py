@@ -1,12 +1,16 @@
 """The quality bench's results as a table and a plot; as a script, those of several files of rows together.
 
-cd scripts; python quality_table.py bench_quality_h200.json bench_quality.json --plot bench_quality.png
+cd scripts/results
+python ../quality_table.py 2026-11-h200.jsonl 2026-11-cpu.jsonl --plot quality.png
+python ../quality_table.py 2026-11-cpu.jsonl --short --budgets 0.5 --methods 'neuron oracle=best neurons' 'plain recipe'
 
 `results`: by row, each text's block losses and shares, as `bench_quality.py --json` writes them, the dense model first;
-`texts`: the names of the texts; `seed`: of the bootstrap.
+`texts`: the names of the texts; `seed`: of the bootstrap. The table gives perplexity over the dense model's, and in
+brackets its 95 % interval; * marks a row that ran more than its budget.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +19,7 @@ from typing import Any
 from run_moefication import command_line
 
 DRAWS = 2000  # of the bootstrap
+DECIMALS = 5  # of the losses in a file of rows
 DENSE = "dense at 1"
 
 
@@ -24,7 +29,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "rows", type=Path, nargs="+", help="files of bench_quality.py --json; the first one's rows count"
     )
-    parser.add_argument("--methods", nargs="+", help="rows to show, in this order (default: all)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD[=NAME]",
+        help="rows to show, in this order, and what to call them (default: all)",
+    )
+    parser.add_argument("--budgets", type=float, nargs="+", help="budgets to show (default: all)")
+    parser.add_argument("--short", action="store_true", help="no intervals, shares of neurons and minutes in the table")
     parser.add_argument("--plot", type=Path, help="draw perplexity against active fraction into this file")
     parser.add_argument("--seed", type=command_line.seed_number, default=0, help="of the bootstrap")
     return parser
@@ -38,26 +50,71 @@ def main(argv: list[str] | None = None) -> int:
 def show(arguments: argparse.Namespace) -> None:
     """Print the table of some files' rows, and draw them."""
     from run_moefication.moefication.errors import MoEficationError
-    from run_moefication.moefication.storage.files import read_json_object
 
-    files = [read_json_object(path, "give files of bench_quality.py --json") for path in arguments.rows]
+    files = [read_rows(path) for path in arguments.rows]
     if any(DENSE not in file for file in files):
         raise MoEficationError("a file without the dense model's row is not one of bench_quality.py --json")
     results = merged(files)
     dense = results.pop(DENSE)
     methods = list(dict.fromkeys(numbers["method"] for numbers in results.values()))
-    for method in (method for method in arguments.methods or () if method not in methods):
+    names = {}
+    for option in arguments.methods or methods:
+        method, _, name = option.partition("=")
+        names[method] = name or method
+    for method in (method for method in names if method not in methods):
         raise MoEficationError(f"--methods {method!r}: there are {', '.join(methods)}")
-    methods = arguments.methods or methods
+    methods = list(names)
+    there = sorted({numbers["budget"] for numbers in results.values()}, reverse=True)
+    budgets = arguments.budgets or there
+    for budget in (budget for budget in budgets if budget not in there):
+        raise MoEficationError(f"--budgets {budget:g}: there are {', '.join(f'{budget:g}' for budget in there)}")
     order = sorted(
-        (key for key, numbers in results.items() if numbers["method"] in methods),
+        (key for key, row in results.items() if row["method"] in methods and row["budget"] in budgets),
         key=lambda key: (-results[key]["budget"], methods.index(results[key]["method"])),
     )
-    results = {DENSE: dense} | {key: results[key] for key in order}
+    results = {DENSE: dense} | {key: results[key] | {"method": names[results[key]["method"]]} for key in order}
     texts = [name for name, numbers in dense.items() if isinstance(numbers, dict) and "losses" in numbers]
-    print(table(results, texts, arguments.seed, " or ".join(sorted({n["machine"] for n in results.values()}))))
+    print(table(results, texts, arguments.seed, short=arguments.short))
     if arguments.plot:
         plot(results, texts, arguments.seed, arguments.plot)
+
+
+def row_key(method: str, budget: float) -> str:
+    """The name of a row among others."""
+    return f"{method} at {budget:g}"
+
+
+def read_rows(path: Path) -> dict[str, Any]:
+    """The rows of a file, one JSON object a line, by their `row_key`."""
+    from run_moefication.moefication.errors import MoEficationError
+
+    what = "give files of bench_quality.py --json"
+    if not path.is_file():
+        raise MoEficationError(f"{path} is not a file; {what}")
+    rows = {}
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            row = json.loads(text)
+            rows[row_key(row["method"], row["budget"])] = row
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise MoEficationError(f"{path}: line {number} is not a row; {what}") from error
+    return rows
+
+
+def write_rows(path: Path, rows: dict[str, Any]) -> None:
+    """Write a file of rows anew, whole or not at all."""
+    from run_moefication.moefication.storage.files import write_atomically
+
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows.values()]
+    write_atomically(path, lambda file: file.write("".join(lines).encode()))
+
+
+def rounded(numbers: dict[str, Any]) -> dict[str, Any]:
+    """A row's numbers with its block losses as a file keeps them."""
+    texts = {name: value for name, value in numbers.items() if isinstance(value, dict) and "losses" in value}
+    return numbers | {
+        name: value | {"losses": [round(loss, DECIMALS) for loss in value["losses"]]} for name, value in texts.items()
+    }
 
 
 def merged(files: list[dict[str, Any]]) -> dict[str, Any]:
@@ -120,20 +177,33 @@ def line(key: str, results: dict[str, Any], texts: Sequence[str], seed: int) -> 
     return f"{key:<42} {cells}  {results[key]['minutes']:.1f} min"
 
 
-def table(results: dict[str, Any], texts: Sequence[str], seed: int, caption: str) -> str:
-    """All rows, in markdown."""
+def table(results: dict[str, Any], texts: Sequence[str], seed: int, *, short: bool = False) -> str:
+    """All rows but the dense model's, in markdown; `short`: active shares and ratios alone."""
     heads = [group for group, *_ in summary(next(iter(results.values())), results, texts, seed)]
-    lines = [f"Perplexity over dense, in brackets the 95 % interval; {caption}", ""]
-    columns = "".join(f" active | neurons | {head} |" for head in heads)
-    lines += [f"| budget | method |{columns} minutes |", "|---|---|" + "---|" * (3 * len(heads) + 1)]
-    for numbers in list(results.values())[1:]:
-        cells = ""
-        for _, names, (ratio, low, high), active in summary(numbers, results, texts, seed):
-            neurons = sum(numbers[name]["neurons"] for name in names) / len(names)
-            over = "*" if active > numbers["budget"] + 1e-9 else ""
-            cells += f" {active:.3f}{over} | {neurons:.3f} | {ratio:.3f} ({low:.3f} to {high:.3f}) |"
-        lines.append(f"| {numbers['budget']:.0%} | {numbers['method']} |{cells} {numbers['minutes']:.0f} |")
+    columns = [column for head in heads for column in (("active", head) if short else ("active", "neurons", head))]
+    columns = ["budget", "method", *columns, *([] if short else ["minutes"])]
+    lines = [_cells(columns), "|" + "---|" * len(columns)]
+    for row in list(results.values())[1:]:
+        cells = [f"{100 * row['budget']:.0f} %", row["method"]]
+        for _, members, (ratio, low, high), active in summary(row, results, texts, seed):
+            neurons = sum(row[name]["neurons"] for name in members) / len(members)
+            cells.append(_percent(active) + ("*" if active > row["budget"] + 1e-9 else ""))
+            interval = f"{_ratio(ratio)} ({_ratio(low)} to {_ratio(high)})"
+            cells += [_ratio(ratio)] if short else [_percent(neurons), interval]
+        lines.append(_cells(cells if short else [*cells, f"{row['minutes']:.0f}"]))
     return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:#.4g}" if ratio < 1000 else f"{ratio:,.0f}"
+
+
+def _cells(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def plot(results: dict[str, Any], texts: Sequence[str], seed: int, path: Path) -> None:

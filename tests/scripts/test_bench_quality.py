@@ -1,6 +1,5 @@
 """The quality bench: its baselines are what they claim, and its table follows from its numbers."""
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import quality_table
 import torch
 from conftest import SENTENCES, make_llama, write_jsonl
 from quality_baselines import block_losses, cmoe, masked, oracle
-from quality_table import merged, ratios
+from quality_table import merged, ratios, read_rows
 from transformers import LlamaForCausalLM
 
 BLOCKS = 3
@@ -99,7 +98,7 @@ def bench(tmp_path_factory):
         "--experts": 16,
         "--chosen": 16,
         "--distillation_tokens": 512,
-        "--json": folder / "quality.json",
+        "--json": folder / "quality.jsonl",
         "--markdown": folder / "quality.md",
         "--plot": folder / "quality.png",
     }
@@ -107,9 +106,7 @@ def bench(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quality_methods, "BLOCK", 32)
         assert bench_quality.main(arguments) == 0
-        yield SimpleNamespace(
-            folder=folder, arguments=arguments, rows=json.loads((folder / "quality.json").read_text())
-        )
+        yield SimpleNamespace(folder=folder, arguments=arguments, rows=read_rows(folder / "quality.jsonl"))
 
 
 def test_the_bench_measures_every_method(bench):
@@ -151,23 +148,42 @@ def test_every_step_is_another_model(bench):
 
 def test_the_rows_of_a_file_make_the_same_table_and_a_plot(bench, tmp_path, run_script):
     options = ("--methods", "neuron oracle", "--plot", tmp_path / "plot.png")
-    status, out, _ = run_script(quality_table.main, bench.folder / "quality.json", *options)
+    status, out, _ = run_script(quality_table.main, bench.folder / "quality.jsonl", *options)
     assert status == 0
-    table = (bench.folder / "quality.md").read_text().splitlines()
-    assert out.splitlines()[-2:] == [line for line in table if "neuron oracle" in line]
+    head, rule, *rows = (bench.folder / "quality.md").read_text().splitlines()[2:]
+    assert out.splitlines() == [head, rule, *(row for row in rows if "neuron oracle" in row)]
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_the_short_table_names_rows_as_it_is_told(bench, run_script):
+    options = ("--short", "--budgets", 0.5, "--methods", "plain recipe", "neuron oracle=best neurons")
+    status, out, _ = run_script(quality_table.main, bench.folder / "quality.jsonl", *options)
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in out.splitlines()]
+    assert status == 0
+    assert rows[0] == ["budget", "method", "active", "held-out", "active", "WikiText-2"]
+    assert [row[:2] for row in rows[2:]] == [["50 %", "plain recipe"], ["50 %", "best neurons"]]
+    assert rows[3][2] == "50.0 %"
+
+
+def test_a_file_of_rows_has_one_a_line_and_losses_of_five_decimals(bench):
+    assert len((bench.folder / "quality.jsonl").read_text().splitlines()) == len(bench.rows)
+    row = bench.rows["static mask at 0.5"]
+    assert list(row)[:5] == ["method", "budget", "minutes", "machine", "settings"]
+    assert row["c4"]["losses"] == [round(loss, 5) for loss in row["c4"]["losses"]]
 
 
 @pytest.mark.parametrize(
     ("rows", "options", "words"),
     [
-        ('{"x at 0.5": {}}', (), "a file without the dense model's row"),
-        ("no rows", (), "is not JSON; give files of bench_quality.py --json"),
+        ('{"method": "x", "budget": 0.5}\n', (), "a file without the dense model's row"),
+        ('{"method": "x", "budget": 0.5}\n{"method": "y"}\n', (), "rows.jsonl: line 2 is not a row; give files of"),
+        ("no rows", (), "rows.jsonl: line 1 is not a row; give files of bench_quality.py --json"),
         (None, ("--methods", "ours"), "--methods 'ours': there are plain recipe"),
+        (None, ("--budgets", 0.6), "--budgets 0.6: there are 0.75, 0.5"),
     ],
 )
 def test_what_makes_no_table_is_refused(rows, options, words, bench, tmp_path, run_script):
-    path = bench.folder / "quality.json" if rows is None else tmp_path / "rows.json"
+    path = bench.folder / "quality.jsonl" if rows is None else tmp_path / "rows.jsonl"
     if rows is not None:
         path.write_text(rows)
     status, out, err = run_script(quality_table.main, path, *options)
@@ -176,11 +192,11 @@ def test_what_makes_no_table_is_refused(rows, options, words, bench, tmp_path, r
 
 
 def test_no_row_is_measured_twice(bench, run_script):
-    path = bench.folder / "quality.json"
+    path = bench.folder / "quality.jsonl"
     written = path.stat().st_mtime_ns
     assert run_script(bench_quality.main, *bench.arguments)[0] == 0
     assert path.stat().st_mtime_ns == written
-    assert json.loads(path.read_text()) == bench.rows
+    assert read_rows(path) == bench.rows
 
 
 @pytest.mark.parametrize(
