@@ -98,7 +98,7 @@ def memory(checkpoint, texts: list[str], gigabytes: float) -> dict[str, object]:
             while file.tell() < gigabytes * 1e9:
                 file.writelines(lines)
         size = path.stat().st_size
-        settings = CorpusSettings(block_size=512, max_tokens=100_000)
+        settings = CorpusSettings(max_tokens=100_000)
         corpus = training_corpus(checkpoint, path, folder, settings, progress=command_line.progress_bar)
         start = time.perf_counter()
         before, peak, mix = peak_anonymous_bytes(lambda: corpus.mix)
