@@ -3,8 +3,8 @@
 # directory; each setting can be given in the environment instead:  MODEL_PATH=/models/llama_7B NUM_GPUS=4 bash ...
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-# shellcheck source=run_moefication/common.sh
-. "$HERE/common.sh"
+# shellcheck source=run_moefication/recipe.sh
+. "$HERE/recipe.sh" # FEATURE_TOKENS
 
 MODEL_PATH="${MODEL_PATH:-}"                                      # dense LLaMA in transformers format, or a hub id
 SAVE_PATH="${SAVE_PATH:-$HERE/../llama_moe_temp_files}"           # where the stages keep their files
@@ -13,7 +13,7 @@ TRAIN_DATA_CACHE_PATH="${TRAIN_DATA_CACHE_PATH:-$HERE/../llama_data_cache}"
 TEMPLATES="${TEMPLATES:-"layers.{}.mlp.gate_proj.weight"}"
 FEATURE_FORMAT="${FEATURE_FORMAT:-inputs}"                        # inputs: the rest is recomputed; full: store it all
 DATA_USE_PERCENT="${DATA_USE_PERCENT:-1.0}"                       # fraction of what the domain mix allows
-MAX_TOKENS="${MAX_TOKENS:-65536}"                                 # LLaMA-7B: 17 GB with inputs, 63 GB in full
+MAX_TOKENS="${MAX_TOKENS:-$FEATURE_TOKENS}"                       # LLaMA-7B, 65,536: 17 GB with inputs, 63 GB in full
 BLOCK_SIZE="${BLOCK_SIZE:-}"                                      # empty: 2048, or what the model takes
 BATCH_SIZE="${BATCH_SIZE:-4}"                                     # blocks per forward pass
 SAVE_INTERVAL="${SAVE_INTERVAL:-1}"                               # batches per file

@@ -4,8 +4,9 @@
 #     MODEL_PATH=/models/llama_7B MAX_TOKENS=262144 NUM_GPUS=4 bash 6_distill.sh --bf16
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-# shellcheck source=run_moefication/common.sh
-. "$HERE/common.sh"
+BUDGET="${NUM_SELECTS:-}" # experts that run per token, if given; as calibrated, if not
+# shellcheck source=run_moefication/recipe.sh
+. "$HERE/recipe.sh" # DISTILLATION_TOKENS
 
 MODEL_PATH="${MODEL_PATH:-}"                               # dense LLaMA in transformers format, or a hub id
 MOE_PATH="${MOE_PATH:-$(in_full "$MODEL_PATH")-MoE}"       # the checkpoint that 4_convert.sh wrote
@@ -14,12 +15,11 @@ DISTILLED_PATH="${DISTILLED_PATH:-$MOE_PATH-Distilled}"    # the new checkpoint
 TRAIN_DATA_PATH="${TRAIN_DATA_PATH:-$HERE/../llama_data}"  # folder of jsonl files
 TRAIN_DATA_CACHE_PATH="${TRAIN_DATA_CACHE_PATH:-$HERE/../llama_data_cache}"
 DOMAIN_WEIGHTS="${DOMAIN_WEIGHTS:-equal}"                  # or domain=weight,...
-MAX_TOKENS="${MAX_TOKENS:-131072}"                         # more is better, and longer
+MAX_TOKENS="${MAX_TOKENS:-$DISTILLATION_TOKENS}"           # more is better, and longer
 BLOCK_SIZE="${BLOCK_SIZE:-512}"                            # tokens that predict one another
 BATCH_SIZE="${BATCH_SIZE:-2}"                              # blocks at a time in each process
 TRAIN="${TRAIN:-all}"                                      # gates, experts or all
 LR="${LR:-1e-4}"                                           # learning rate
-NUM_SELECTS="${NUM_SELECTS:-}"                             # experts per token; empty: as calibrated
 SEED="${SEED:-0}"
 # shellcheck source=run_moefication/launch.sh
 . "$HERE/launch.sh" # NUM_GPUS, and LAUNCH that follows from it
@@ -36,6 +36,6 @@ SEED="${SEED:-0}"
     --batch_size "$BATCH_SIZE" \
     --train "$TRAIN" \
     --lr "$LR" \
-    ${NUM_SELECTS:+--num_selects "$NUM_SELECTS"} \
+    ${BUDGET:+--num_selects "$BUDGET"} \
     --seed "$SEED" \
     "$@"

@@ -8,6 +8,12 @@
 
 # shellcheck source=run_moefication/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-export RECIPE NUM_EXPERTS NUM_SELECTS NUM_SHARED_EXPERTS CLUSTER_ON SELECT_CRITERION GATE_NETWORK GATE_RANK OUTPUT_BIAS ROUTING
-ASSIGNMENTS="$(PYTHONPATH="$(dirname "${BASH_SOURCE[0]}")/..${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m run_moefication.settings)" || exit 2
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "error: Python >= 3.11 is needed, '$PYTHON' is not: set PYTHON=/path/to/python3.11 (or newer)" >&2
+    exit 2
+fi
+export RECIPE NUM_EXPERTS NUM_SELECTS NUM_SHARED_EXPERTS CLUSTER_ON SELECT_CRITERION GATE_NETWORK GATE_RANK OUTPUT_BIAS \
+    ROUTING SPLIT_TOKENS FEATURE_TOKENS CALIBRATION_TOKENS DISTILLATION_TOKENS
+ROOT="$(dirname "${BASH_SOURCE[0]}")/.."
+ASSIGNMENTS="$(PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m run_moefication.settings)" || exit 2
 eval "$ASSIGNMENTS"

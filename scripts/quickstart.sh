@@ -21,9 +21,17 @@ esac
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 STAGES="$REPOSITORY/run_moefication"
 GIVEN_PYTHON="${PYTHON:-}" # to make the environment with
+# Less text than the stages read by themselves. Stage 5 fits the gates anew (unless REFIT_GATES is empty), so the
+# calibrated model does not depend on the features.
+SPLIT_TOKENS="${SPLIT_TOKENS:-16384}"
+FEATURE_TOKENS="${FEATURE_TOKENS:-$([ "${RECIPE:-calibrated}" = calibrated ] && echo 8192 || echo 16384)}"
+CALIBRATION_TOKENS="${CALIBRATION_TOKENS:-32768}"
+DISTILLATION_TOKENS="${DISTILLATION_TOKENS:-32768}"
+# shellcheck source=run_moefication/common.sh
+. "$STAGES/common.sh"
+whole 1 SPLIT_TOKENS FEATURE_TOKENS CALIBRATION_TOKENS DISTILLATION_TOKENS BLOCK_SIZE EVAL_TOKENS
 # shellcheck source=run_moefication/recipe.sh
 . "$STAGES/recipe.sh"
-whole 1 SPLIT_TOKENS FEATURE_TOKENS CALIBRATION_TOKENS DISTILLATION_TOKENS BLOCK_SIZE EVAL_TOKENS
 if [ -n "${TEXT:-}" ] && [ ! -f "$TEXT" ]; then
     echo "error: TEXT=$TEXT is not a file" >&2
     exit 2
@@ -55,11 +63,9 @@ export CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}" DISTILLED_PATH
 BEST="$MOE_PATH"
 
 say "1. Split the neurons into $NUM_EXPERTS experts a layer"
-SPLIT_TOKENS="${SPLIT_TOKENS:-16384}" bash "$STAGES/1_split.sh"
+bash "$STAGES/1_split.sh"
 say "2. Record what the MLPs see"
-# Stage 5 fits the gates anew (unless REFIT_GATES is empty), so the calibrated model does not depend on these.
-FEATURE_TOKENS="${FEATURE_TOKENS:-$([ "$RECIPE" = calibrated ] && echo 8192 || echo 16384)}"
-MAX_TOKENS="$FEATURE_TOKENS" SAVE_INTERVAL=4 bash "$STAGES/2_get_hidden_features.sh"
+SAVE_INTERVAL=4 bash "$STAGES/2_get_hidden_features.sh"
 say "3. Fit the gates"
 bash "$STAGES/3_select.sh"
 say "4. Convert"
@@ -67,11 +73,11 @@ bash "$STAGES/4_convert.sh"
 if [ "$RECIPE" = calibrated ]; then
     say "5. Calibrate"
     BEST="$CALIBRATED_PATH"
-    MAX_TOKENS="${CALIBRATION_TOKENS:-32768}" bash "$STAGES/5_calibrate.sh"
+    bash "$STAGES/5_calibrate.sh"
 fi
 if [ -n "${DISTILL:-}" ]; then
     say "6. Distil"
-    CALIBRATED_PATH="$BEST" MAX_TOKENS="${DISTILLATION_TOKENS:-32768}" bash "$STAGES/6_distill.sh"
+    CALIBRATED_PATH="$BEST" bash "$STAGES/6_distill.sh"
     BEST="$DISTILLED_PATH"
 fi
 
