@@ -141,7 +141,7 @@ def write_model(
     import torch
     from transformers import GenerationConfig
 
-    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.checkpoints.writer import WEIGHTS_INDEX, plan_shards, shard_index
 
     dtype = model.dtype if dtype_name is None else getattr(torch, dtype_name)
@@ -161,7 +161,7 @@ def write_model(
             save_shard(group, folder / name)
     if len(shards) > 1:
         (folder / WEIGHTS_INDEX).write_text(json.dumps(shard_index(shards), indent=2) + "\n", encoding="utf-8")
-    Checkpoint(str(folder))
+    DenseCheckpoint(str(folder))
 
 
 def save_shard(group: "list[PlannedTensor]", file: Path) -> None:

@@ -41,12 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
 def calibrate(arguments: argparse.Namespace) -> None:
     """Run the stage and print what each layer's fit gained."""
     device = command_line.pick_device(arguments)
-    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.stages.calibrate import calibrate as calibrate_checkpoint
     from run_moefication.moefication.stages.calibrate import final_norm_metrics, layer_metrics
 
     settings = command_line.settings_of(arguments, CalibrateSettings)
-    checkpoint = Checkpoint(arguments.model_path)
+    checkpoint = DenseCheckpoint(arguments.model_path)
     corpus = command_line.read_corpus(arguments, checkpoint, command_line.progress_bar)
     writer = calibrate_checkpoint(
         checkpoint,

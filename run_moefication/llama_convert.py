@@ -35,11 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Run the stage and print what kind of checkpoint came out."""
-    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.stages.convert import convert as convert_checkpoint
 
     settings = command_line.settings_of(arguments, ConvertSettings)
-    checkpoint = Checkpoint(arguments.model_path)
+    checkpoint = DenseCheckpoint(arguments.model_path)
     writer = convert_checkpoint(
         checkpoint,
         arguments.split_file_path,

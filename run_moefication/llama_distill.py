@@ -49,14 +49,14 @@ def distill(arguments: argparse.Namespace) -> None:
     process = command_line.this_process(arguments, f"it trains with the others, and waits for them at {_meeting()}")
     rank = process.rank
     device = command_line.pick_device(arguments, process.local_rank)
-    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.progress import no_progress
     from run_moefication.moefication.stages.distill import RESULT
     from run_moefication.moefication.stages.distill import distill as distill_checkpoint
 
     settings = command_line.settings_of(arguments, DistillSettings)
     progress = command_line.progress_bar if rank == 0 else no_progress
-    checkpoint = Checkpoint(arguments.model_path)
+    checkpoint = DenseCheckpoint(arguments.model_path)
     corpus = command_line.read_corpus(arguments, checkpoint, progress)
     writer = distill_checkpoint(
         checkpoint,

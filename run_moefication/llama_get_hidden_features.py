@@ -32,13 +32,13 @@ def get_hidden_features(arguments: argparse.Namespace) -> None:
     process = command_line.this_process(arguments, "it records its share, and the others must be started, too")
     rank = process.rank
     device = command_line.pick_device(arguments, process.local_rank)
-    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.progress import no_progress
     from run_moefication.moefication.stages.features import extract_features
 
     settings = command_line.settings_of(arguments, FeatureSettings)
     progress = command_line.progress_bar if rank == 0 else no_progress
-    checkpoint = Checkpoint(arguments.model_path)
+    checkpoint = DenseCheckpoint(arguments.model_path)
     corpus = command_line.read_corpus(arguments, checkpoint, progress)
     writer = extract_features(
         checkpoint,

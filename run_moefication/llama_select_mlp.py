@@ -41,11 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
 def select(arguments: argparse.Namespace) -> None:
     """Run the stage and print how good the gates are."""
     device = command_line.pick_device(arguments)
-    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.stages.select import parse_layers, train_gates
 
     settings = command_line.settings_of(arguments, GateSettings)
-    checkpoint = Checkpoint(arguments.model_path)
+    checkpoint = DenseCheckpoint(arguments.model_path)
     writer = train_gates(
         checkpoint,
         arguments.split_file_path,

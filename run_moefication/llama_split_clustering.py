@@ -37,11 +37,11 @@ def split(arguments: argparse.Namespace) -> None:
     """Run the stage and print the balance of what came out."""
     device = command_line.pick_device(arguments)
     from run_moefication.moefication.artifacts.split import parse_templates
-    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 
     settings = command_line.settings_of(arguments, SplitSettings)
     templates = parse_templates(arguments.templates)
-    checkpoint = Checkpoint(arguments.model_path)
+    checkpoint = DenseCheckpoint(arguments.model_path)
     by = _by_activations if settings.cluster_on == "activations" else _by_weights
     writer = by(arguments, checkpoint, templates, settings, device)
     num_layers, width = checkpoint.config.num_hidden_layers, checkpoint.config.intermediate_size

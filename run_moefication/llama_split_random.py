@@ -26,12 +26,12 @@ def build_parser() -> argparse.ArgumentParser:
 def split(arguments: argparse.Namespace) -> None:
     """Run the stage and print what came out."""
     from run_moefication.moefication.artifacts.split import parse_templates
-    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.stages.split import split_at_random
 
     settings = command_line.settings_of(arguments, RandomSplitSettings)
     templates = parse_templates(arguments.templates)
-    checkpoint = Checkpoint(arguments.model_path)
+    checkpoint = DenseCheckpoint(arguments.model_path)
     writer = split_at_random(checkpoint, arguments.save_path, templates, settings, overwrite=arguments.overwrite)
     width = checkpoint.config.intermediate_size // arguments.num_experts
     layers = checkpoint.config.num_hidden_layers

@@ -44,7 +44,7 @@ def bench(arguments: argparse.Namespace) -> None:
     """Measure the speed and, if asked, the memory, printing as it goes."""
     import torch
 
-    from run_moefication.moefication.checkpoints.dense import Checkpoint
+    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.checkpoints.tokenizers import load_tokenizer
     from run_moefication.moefication.text.documents import DocumentReader
     from run_moefication.moefication.text.text_files import find_text_files
@@ -52,7 +52,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
     if arguments.rounds < 1:
         raise MoEficationError(f"--rounds {arguments.rounds} must be at least 1")
-    checkpoint = Checkpoint(arguments.model_path)
+    checkpoint = DenseCheckpoint(arguments.model_path)
     reader = DocumentReader(find_text_files(Path(arguments.text_path)))
     documents = list(reader)
     random.Random(arguments.seed).shuffle(documents)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from llama_moe import record_routing
 from run_moefication.command_line import pick_device, progress_bar
 from run_moefication.moefication.artifacts.features import Features
-from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.checkpoints.transformers_library import quiet_transformers
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.stages.calibrate import calibrate
@@ -54,7 +54,7 @@ MARGIN = {"top_k": 0.0, "threshold": 0.016}
 class Setup:
     """The model, the text, and where things are kept."""
 
-    checkpoint: Checkpoint
+    checkpoint: DenseCheckpoint
     corpus: Corpus
     features: Path
     texts: dict[str, list[torch.Tensor]]  # blocks of each held-out file, and of "WikiText-2"
@@ -68,7 +68,7 @@ class Setup:
 
 def prepare(arguments: argparse.Namespace) -> Setup:
     """Open the model, cut the texts, and record a few features for stages 1 and 3."""
-    device, checkpoint = pick_device(arguments), Checkpoint(arguments.model_path)
+    device, checkpoint = pick_device(arguments), DenseCheckpoint(arguments.model_path)
     files = {
         path.stem: (path, arguments.heldout_tokens) for path in sorted(Path(arguments.heldout_path).glob("*.jsonl"))
     }
@@ -99,7 +99,7 @@ def _work(arguments: argparse.Namespace) -> Path:
     return arguments.work / f"{arguments.calibration_tokens}-tokens-seed-{arguments.seed}"
 
 
-def _corpus(checkpoint: Checkpoint, arguments: argparse.Namespace, tokens: int) -> Corpus:
+def _corpus(checkpoint: DenseCheckpoint, arguments: argparse.Namespace, tokens: int) -> Corpus:
     # Every domain alike, as the table weighs them.
     settings = CorpusSettings(block_size=BLOCK, domain_weights="equal", max_tokens=tokens, seed=arguments.seed)
     return training_corpus(

@@ -16,12 +16,12 @@ from run_moefication import (
     llama_split_clustering,
     llama_split_random,
 )
-from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.text.corpus import Corpus, training_corpus
 from run_moefication.settings import CorpusSettings
 
 
-def corpus_of(checkpoint: Checkpoint, text: Path, cache: Path | None = None, **settings: Any) -> Corpus:
+def corpus_of(checkpoint: DenseCheckpoint, text: Path, cache: Path | None = None, **settings: Any) -> Corpus:
     """The corpus that these settings choose."""
     return training_corpus(checkpoint, text, cache, CorpusSettings(**settings))
 

@@ -21,7 +21,7 @@ from transformers import AutoModel, LlamaModel
 
 from llama_moe import record_routing
 from run_moefication import llama_calibrate, llama_evaluate
-from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.layers.decoder import batches_of
 from run_moefication.moefication.stages import calibrate as calibration
 from run_moefication.moefication.stages import calibrate_layer as layer_calibration
@@ -50,7 +50,7 @@ def corpus(tiny_llama, text_folder) -> Corpus:
 
 
 def read_corpus(model: Path, text: Path, max_tokens: int = TOKENS) -> Corpus:
-    corpus = corpus_of(Checkpoint(str(model)), text, None, block_size=BLOCK, max_tokens=max_tokens)
+    corpus = corpus_of(DenseCheckpoint(str(model)), text, None, block_size=BLOCK, max_tokens=max_tokens)
     assert len({len(block) for block in corpus.blocks}) > 1  # shorter blocks sit among the others
     return corpus
 
@@ -612,7 +612,7 @@ def test_interrupted_at_any_rename_and_resumed_gives_the_same_bytes(text_folder,
     """Of the streams, the shards, the records of pieces, the files around them and the manifest."""
     model = make_llama(tmp_path / "llama", num_hidden_layers=2)
     pipeline = shared_pipeline(model, text_folder, tmp_path / "out").run()
-    checkpoint, corpus = Checkpoint(str(model)), read_corpus(model, text_folder, max_tokens=200)
+    checkpoint, corpus = DenseCheckpoint(str(model)), read_corpus(model, text_folder, max_tokens=200)
     settings = CalibrateSettings(refit_gates=True, output_bias=True)
 
     def run(name: str) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.dense import Checkpoint
+from ..checkpoints.dense import DenseCheckpoint
 from ..errors import MoEficationError
 from ..storage.files import tensor_sha256
 from ..storage.folder import open_finished
@@ -27,7 +27,7 @@ def shard_file(kind: str, rank: int, index: int) -> str:
 class Features:
     """A finished feature folder, checked against the model; reads one layer of one shard at a time, in global order."""
 
-    def __init__(self, folder: str | Path, checkpoint: Checkpoint, template: str):
+    def __init__(self, folder: str | Path, checkpoint: DenseCheckpoint, template: str):
         require_template(template)
         self.artifact = open_finished(folder, "hidden_features")
         self.artifact.require_source(checkpoint.fingerprint, checkpoint.name)

@@ -8,7 +8,7 @@ from llama_moe import LlamaMoEConfig
 from llama_moe.gates import make_gate
 
 from ...settings import GATE_NETWORKS
-from ..checkpoints.dense import Checkpoint
+from ..checkpoints.dense import DenseCheckpoint
 from ..errors import MoEficationError
 from ..storage.folder import open_finished
 from .split import Split
@@ -27,7 +27,7 @@ class TrainedGates:
         shapes: of each gate's tensors by name: its parameters, and the quantiles of its scores.
     """
 
-    def __init__(self, folder: str | Path, checkpoint: Checkpoint, split: Split):
+    def __init__(self, folder: str | Path, checkpoint: DenseCheckpoint, split: Split):
         self.artifact = open_finished(folder, "select")
         self.artifact.require_source(checkpoint.fingerprint, checkpoint.name)
         self.artifact.require_option("num_experts", split.num_experts)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ...settings import template
-from ..checkpoints.dense import Checkpoint
+from ..checkpoints.dense import DenseCheckpoint
 from ..errors import MoEficationError, SettingError
 from ..fitting.balanced_kmeans import Clustering
 from ..storage.folder import ArtifactWriter, open_finished
@@ -46,7 +46,7 @@ def write_labels(writer: ArtifactWriter, name: str, labels: torch.Tensor, cluste
 class Split:
     """A finished split, checked against the model and the number of experts it is wanted for."""
 
-    def __init__(self, folder: str | Path, checkpoint: Checkpoint, template: str, num_experts: int):
+    def __init__(self, folder: str | Path, checkpoint: DenseCheckpoint, template: str, num_experts: int):
         require_template(template)
         checkpoint.require_experts(num_experts)
         self.artifact = open_finished(folder, "split")

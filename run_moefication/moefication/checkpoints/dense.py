@@ -60,7 +60,7 @@ def resolve_model_path(model_path: str) -> Path:
         ) from error
 
 
-class Checkpoint:
+class DenseCheckpoint:
     """A validated dense LLaMA checkpoint.
 
     Attributes:

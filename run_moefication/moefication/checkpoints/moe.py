@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
+import llama_moe
 from llama_moe import LlamaMoEConfig
 from llama_moe.gates import Gate
 
@@ -13,8 +15,8 @@ from ..errors import MoEficationError, SettingError
 from ..storage.files import file_sha256
 from ..storage.folder import open_finished
 from ..storage.manifest import MOE_STAGES
-from .dense import Checkpoint
-from .transformers_library import CONFIG_ERRORS, first_line
+from .dense import DenseCheckpoint
+from .transformers_library import CONFIG_ERRORS, first_line, quiet_transformers
 
 
 def experts_per_tok(config: LlamaMoEConfig, thresholds: list[float]) -> list[float]:
@@ -45,7 +47,7 @@ class MoECheckpoint:
         tensors: name without the `model.` prefix -> shape and dtype.
     """
 
-    def __init__(self, folder: str | Path, checkpoint: Checkpoint):
+    def __init__(self, folder: str | Path, checkpoint: DenseCheckpoint):
         self.artifact = open_finished(folder, *MOE_STAGES)
         self.artifact.require_source(checkpoint.fingerprint, checkpoint.name)
         self.artifact.check_sizes()
@@ -64,6 +66,16 @@ class MoECheckpoint:
                 self._file_of[name] = (file, stored)
                 tensor = opened.get_slice(stored)
                 self.tensors[name] = (tuple(tensor.get_shape()), opened.get_tensor(stored).dtype)
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.artifact.folder
+
+    def load(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The whole model, of the installed `llama_moe`, in its own dtype or another."""
+        with quiet_transformers():
+            return getattr(llama_moe, self.model_class).from_pretrained(self.path, dtype=dtype or "auto")
 
     @property
     def experts_per_tok(self) -> list[float]:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from ..checkpoints.dense import TEMPLATES, Checkpoint
+from ..checkpoints.dense import TEMPLATES, DenseCheckpoint
 from .scores import LayerActivations
 
 
@@ -77,7 +77,7 @@ class AttentionHalf:
 class DenseLayer:
     """A decoder layer of the dense model, in float32: its attention half, and its MLP in two steps."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: int, device: str):
+    def __init__(self, checkpoint: DenseCheckpoint, layer: int, device: str):
         self.attention_half = AttentionHalf(
             checkpoint.config, lambda name: checkpoint.finite_tensor(f"layers.{layer}.{name}"), device
         )

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from ..checkpoints.dense import Checkpoint
+from ..checkpoints.dense import DenseCheckpoint
 
 # Of the activations a of an expert's neurons.
 ACTIVATION_CRITERIA = {
@@ -46,7 +46,7 @@ class ExpertScorer:
 class LayerActivations:
     """Recomputes the activations of a layer's neurons from the MLP's inputs and weights, as the features hold them."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: int, template: str, device: str):
+    def __init__(self, checkpoint: DenseCheckpoint, layer: int, template: str, device: str):
         projections = ["gate_proj", "up_proj"] if "up_proj" in template else ["gate_proj"]
         self._weights = [checkpoint.mlp_tensor(layer, f"{name}.weight", device) for name in projections]
         self._biases = [

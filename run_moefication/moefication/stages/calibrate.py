@@ -17,7 +17,7 @@ from llama_moe import LlamaMoEConfig
 
 from ...settings import CalibrateSettings
 from ..artifacts.streams import Streams
-from ..checkpoints.dense import Checkpoint
+from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.model_card import calibration_card
 from ..checkpoints.moe import MoECheckpoint, require_num_selects
 from ..checkpoints.tokenizers import tokenizer_files
@@ -41,7 +41,7 @@ LEAST_FINAL_TOKENS, MOST_FINAL_TOKENS = 8192, 16384
 
 
 def calibrate(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     moe_path: str | Path,
     corpus: Corpus,
     save_path: str | Path,
@@ -140,7 +140,7 @@ def _num_selects(moe: MoECheckpoint, settings: CalibrateSettings) -> int:
 
 
 def _budgets(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     moe: MoECheckpoint,
     config: LlamaMoEConfig,
     corpus: Corpus,
@@ -218,7 +218,7 @@ def _plan(
 
 
 def _walk(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     moe: MoECheckpoint,
     config: LlamaMoEConfig,
     corpus: Corpus,
@@ -257,7 +257,7 @@ def _walk(
 
 
 def _fit_final_norm(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     moe: MoECheckpoint,
     corpus: Corpus,
     writer: ArtifactWriter,

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from llama_moe import LlamaMoEConfig
 from llama_moe.gates import Gate
 
-from ..checkpoints.dense import Checkpoint
+from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.moe import MoECheckpoint
 from ..fitting.ridge import NormalEquations, best_strength, token_weights
 from ..fitting.ridge_gates import GateEquations
@@ -28,7 +28,7 @@ class LayerCalibration:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: DenseCheckpoint,
         moe: MoECheckpoint,
         config: LlamaMoEConfig,
         layer: int,

@@ -12,7 +12,7 @@ from llama_moe.gates import Gate
 from ...settings import ConvertSettings, require_selects
 from ..artifacts.gates import TrainedGates
 from ..artifacts.split import Split
-from ..checkpoints.dense import DTYPES, Checkpoint
+from ..checkpoints.dense import DTYPES, DenseCheckpoint
 from ..checkpoints.model_card import conversion_card
 from ..checkpoints.tokenizers import carried_over
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
@@ -25,7 +25,7 @@ GATE_BUFFERS = ("gate.threshold", "gate.score_quantiles")  # of threshold routin
 
 
 def convert(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     split_path: str | Path,
     select_path: str | Path,
     save_path: str | Path,
@@ -73,7 +73,7 @@ def convert(
 
 
 def _plan(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     split: Split,
     gates: TrainedGates,
     config: LlamaMoEConfig,
@@ -108,7 +108,7 @@ def _plan(
     return plan
 
 
-def _expert_tensors(checkpoint: Checkpoint, split: Split, config: LlamaMoEConfig, layer: int) -> list:
+def _expert_tensors(checkpoint: DenseCheckpoint, split: Split, config: LlamaMoEConfig, layer: int) -> list:
     """Name in the MLP, shape and maker of one layer's experts: packed ones `gate_up_proj [E, 2W, H]` (gate rows first),
     `down_proj [E, H, W]`, and the shared ones as one MLP."""
     num_experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
@@ -172,7 +172,7 @@ def _gate_tensors(gates: TrainedGates, config: LlamaMoEConfig, layer: int) -> li
     return [(f"gate.{name}", gates.shapes[name], make) for name, make in makers.items()]
 
 
-def _require_fit(checkpoint: Checkpoint, name: str, dtype: str | None) -> None:
+def _require_fit(checkpoint: DenseCheckpoint, name: str, dtype: str | None) -> None:
     """Refuse a source tensor that is not finite, or would not be in the new dtype."""
     tensor = checkpoint.finite_tensor(name)
     if dtype is not None and tensor.abs().max() > torch.finfo(DTYPES[dtype]).max:
@@ -182,7 +182,7 @@ def _require_fit(checkpoint: Checkpoint, name: str, dtype: str | None) -> None:
 # ---------------------------------------------------------------------------------------------------- config
 
 
-def _num_labels(checkpoint: Checkpoint, settings: ConvertSettings) -> int | None:
+def _num_labels(checkpoint: DenseCheckpoint, settings: ConvertSettings) -> int | None:
     """Labels of the classification head; None for the other two classes, whose heads are checked here too."""
     convert_type, num_labels = settings.convert_type, settings.num_labels
     if convert_type == "LlamaMoEForCausalLM" and checkpoint.lm_head is None:
@@ -225,7 +225,7 @@ def _budget_fields(settings: ConvertSettings, num_shared_experts: int) -> dict[s
 
 
 def _moe_config(
-    checkpoint: Checkpoint, gates: TrainedGates, settings: ConvertSettings, num_shared_experts: int
+    checkpoint: DenseCheckpoint, gates: TrainedGates, settings: ConvertSettings, num_shared_experts: int
 ) -> LlamaMoEConfig:
     dtype = settings.dtype or str(checkpoint.dtype).removeprefix("torch.")
     fields = checkpoint.config.to_dict() | {

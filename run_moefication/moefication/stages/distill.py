@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
 
 from ...settings import DistillSettings
-from ..checkpoints.dense import Checkpoint
+from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.model_card import distillation_card
 from ..checkpoints.moe import MoECheckpoint, experts_per_tok, require_num_selects
 from ..checkpoints.tokenizers import tokenizer_files
@@ -45,7 +45,7 @@ RESULT = "distillation"  # the last piece: config, code, card, and what the trai
 
 
 def distill(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     moe_path: str | Path,
     corpus: Corpus,
     save_path: str | Path,
@@ -111,7 +111,7 @@ def distill(
 
 
 def _check(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     moe: MoECheckpoint,
     corpus: Corpus,
     save_path: str | Path,
@@ -212,7 +212,7 @@ def _new_config(moe: MoECheckpoint, model: LlamaMoEForCausalLM) -> LlamaMoEConfi
 
 
 def _train(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     moe: MoECheckpoint,
     model: LlamaMoEForCausalLM,
     corpus: Corpus,

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llama_moe import LlamaMoEForCausalLM
 
-from ..checkpoints.dense import Checkpoint
+from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.transformers_library import first_line
 from ..errors import MoEficationError
 from ..layers.straight_through import SoftBlock, nudge_thresholds
@@ -44,7 +44,7 @@ class DenseTeacher:
         head: `[vocabulary, H]`, what makes logits of them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str):
+    def __init__(self, checkpoint: DenseCheckpoint, device: str):
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         self._body = checkpoint.load_model(device, dtype)
         if checkpoint.config.tie_word_embeddings:

@@ -1,7 +1,7 @@
 """Perplexity of checkpoints, dense or MoE, and how evenly an MoE uses its experts."""
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from llama_moe import LlamaMoEConfig, RoutingStatistics, record_routing
 from llama_moe.moe_layers import MoEBlock
 
-from ..checkpoints.dense import DTYPES, Checkpoint, resolve_model_path
+from ..checkpoints.dense import DTYPES, DenseCheckpoint, resolve_model_path
 from ..checkpoints.dense_config import is_convertible, read_dense_config
 from ..checkpoints.moe import experts_per_tok, require_num_selects
 from ..checkpoints.tokenizers import load_tokenizer
@@ -53,7 +53,7 @@ def _label(model: str, num_selects: int | None, num_experts: int | None) -> str:
 
 
 def evaluate(
-    model_paths: list[str],
+    model_paths: Sequence[str | Path],
     text_path: str | Path,
     *,
     num_selects: list[int] | None = None,
@@ -74,7 +74,7 @@ def evaluate(
         block_size: None for 2048, or what the smallest model takes.
         dtype: to run in; None for float32 on CPUs and the checkpoint's own elsewhere.
     """
-    text_path = Path(text_path)
+    text_path, model_paths = Path(text_path), [str(path) for path in model_paths]
     if not text_path.is_file():
         raise SettingError(f"text_path {text_path} is not a file")
     if batch_size < 1:
@@ -156,7 +156,7 @@ def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) 
     default = torch.float32 if torch.device(device).type == "cpu" else "auto"
     torch_dtype = DTYPES[dtype] if dtype else default
     if type(config) is LlamaConfig:  # as the stages read it
-        checkpoint = Checkpoint(str(path))
+        checkpoint = DenseCheckpoint(str(path))
         return checkpoint.load_causal_lm(device, checkpoint.dtype if torch_dtype == "auto" else torch_dtype)
     try:
         with quiet_transformers():

@@ -15,7 +15,7 @@ from transformers import LlamaModel
 
 from ...settings import FeatureSettings
 from ..artifacts.features import features_folder, shard_file
-from ..checkpoints.dense import DTYPES, Checkpoint
+from ..checkpoints.dense import DTYPES, DenseCheckpoint
 from ..errors import MoEficationError
 from ..progress import Progress, no_progress
 from ..storage.files import tensor_sha256
@@ -27,7 +27,7 @@ INPUTS, GATE_OUTPUTS = "hidden_inputs", "hidden_gate_outputs"
 
 
 def extract_features(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     corpus: Corpus,
     save_path: str | Path,
     settings: FeatureSettings,
@@ -81,7 +81,7 @@ def extract_features(
 
 
 def _require_space(
-    checkpoint: Checkpoint, corpus: Corpus, folder: Path, feature_format: str, dtype: torch.dtype
+    checkpoint: DenseCheckpoint, corpus: Corpus, folder: Path, feature_format: str, dtype: torch.dtype
 ) -> None:
     config = checkpoint.config
     width = config.hidden_size + (config.intermediate_size if feature_format == "full" else 0)

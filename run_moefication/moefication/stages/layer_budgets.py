@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from llama_moe import LlamaMoEConfig
 from llama_moe.configuration_llama_moe import shift_to_mean
 
-from ..checkpoints.dense import Checkpoint
+from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.moe import MoECheckpoint
 from ..layers.decoder import DenseLayer, batches_of, embed
 from ..layers.mlp import PackedMLP
@@ -25,7 +25,7 @@ LEAST_RISE = 1e-4  # nats; less is noise, or a layer that the text does not need
 
 @torch.no_grad()
 def measure_sensitivity(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     moe: MoECheckpoint,
     config: LlamaMoEConfig,
     blocks: list[torch.Tensor],
@@ -70,7 +70,7 @@ def _ends(blocks: list[torch.Tensor]) -> list[int]:
 
 
 def _losses(
-    checkpoint: Checkpoint, streams: list[torch.Tensor], blocks: list[torch.Tensor], device: str
+    checkpoint: DenseCheckpoint, streams: list[torch.Tensor], blocks: list[torch.Tensor], device: str
 ) -> list[float]:
     """Mean negative log-likelihood of the blocks, each from its second token on, for the last streams of models."""
     config = checkpoint.config

@@ -18,7 +18,7 @@ from ...settings import GATE_NETWORKS, GateSettings, require_rank, require_selec
 from ..artifacts.features import Features
 from ..artifacts.gates import select_folder
 from ..artifacts.split import Split
-from ..checkpoints.dense import TEMPLATES, Checkpoint
+from ..checkpoints.dense import TEMPLATES, DenseCheckpoint
 from ..errors import MoEficationError, SettingError
 from ..fitting.ridge_gates import fit_ridge_gate
 from ..layers.scores import TOKENS_PER_CHUNK, ExpertScorer, LayerActivations, OutputNorms, routing_quality, top_k_mask
@@ -57,7 +57,7 @@ def parse_layers(texts: list[str], num_layers: int) -> list[int]:
 
 
 def train_gates(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     split_path: str | Path,
     features_path: str | Path,
     save_path: str | Path,
@@ -117,7 +117,7 @@ def train_gates(
 
 
 def _layer_data(
-    checkpoint: Checkpoint, split: Split, features: Features, layer: int, settings: GateSettings, device: str
+    checkpoint: DenseCheckpoint, split: Split, features: Features, layer: int, settings: GateSettings, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs `[tokens, hidden]` in their stored dtype and scores `[tokens, experts]` in float32, both on the device."""
     inputs = torch.cat([shard.to(device) for shard in features.inputs(layer)])
@@ -138,7 +138,7 @@ def _layer_data(
 
 
 def _activations(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     features: Features,
     layer: int,
     inputs: torch.Tensor,

@@ -7,7 +7,7 @@ import torch
 
 from ...settings import RandomSplitSettings, SplitSettings, require_shared
 from ..artifacts.split import split_folder, write_labels
-from ..checkpoints.dense import Checkpoint
+from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.tokenizers import carried_over
 from ..errors import MoEficationError
 from ..fitting.balanced_kmeans import balanced_kmeans
@@ -18,7 +18,7 @@ from ..storage.manifest import Claim, environment
 
 
 def split_by_weights(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     save_path: str | Path,
     templates: list[str],
     settings: SplitSettings,
@@ -58,7 +58,7 @@ def split_by_weights(
 
 
 def split_at_random(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     save_path: str | Path,
     templates: list[str],
     settings: RandomSplitSettings,

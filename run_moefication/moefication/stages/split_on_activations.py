@@ -21,7 +21,7 @@ from ...settings import SplitSettings
 from ..artifacts.features import Features
 from ..artifacts.split import require_template, split_folder, write_labels
 from ..artifacts.streams import Streams
-from ..checkpoints.dense import TEMPLATES, Checkpoint
+from ..checkpoints.dense import TEMPLATES, DenseCheckpoint
 from ..checkpoints.tokenizers import carried_over
 from ..fitting.balanced_kmeans import Clustering, balanced_kmeans
 from ..fitting.ridge import NormalEquations, gram, low_rank_map, token_weights
@@ -103,7 +103,7 @@ class NeuronStatistics:
 
 
 def split_by_activations(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     text: Corpus | Features,
     save_path: str | Path,
     template: str,
@@ -164,7 +164,7 @@ def split_by_activations(
 
 
 def _from_features(
-    checkpoint: Checkpoint, features: Features, layer: int, keep_fraction: float, device: str
+    checkpoint: DenseCheckpoint, features: Features, layer: int, keep_fraction: float, device: str
 ) -> NeuronStatistics:
     """The statistics of one layer, from the recorded inputs of its MLP."""
     activations = LayerActivations(checkpoint, layer, TEMPLATES[1], device)
@@ -177,7 +177,7 @@ def _from_features(
 
 
 def _walk(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     corpus: Corpus,
     streams: Streams,
     layers: list[int],
@@ -203,7 +203,7 @@ def _walk(
 
 @torch.inference_mode()
 def _run_layer(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     layer: int,
     batches: list[Batch],
     before: torch.Tensor,
@@ -230,5 +230,5 @@ def _predicted(
     return F.linear(F.linear(inputs.to(bias), input_weight), output_weight, bias)
 
 
-def _column_norms(checkpoint: Checkpoint, layer: int, device: str) -> torch.Tensor:
+def _column_norms(checkpoint: DenseCheckpoint, layer: int, device: str) -> torch.Tensor:
     return checkpoint.mlp_tensor(layer, "down_proj.weight", device).norm(dim=0)

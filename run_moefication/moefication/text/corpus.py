@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...settings import EQUAL, CorpusSettings
-from ..checkpoints.dense import Checkpoint
+from ..checkpoints.dense import DenseCheckpoint
 from ..errors import MoEficationError, SettingError
 from ..progress import Progress, no_progress
 from ..storage.files import digest, tensor_sha256
@@ -121,7 +121,7 @@ def parse_domain_weights(text: dict[str, float] | str | None) -> dict[str, float
 
 
 def training_corpus(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     data_path: str | Path,
     cache_path: str | Path | None,
     settings: CorpusSettings,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.dense import Checkpoint
+from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.tokenizers import load_tokenizer, tokenizer_files
 from ..errors import MoEficationError
 from ..progress import Progress, no_progress
@@ -90,7 +90,7 @@ def encode(batch: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[in
 
 
 def token_stream(
-    checkpoint: Checkpoint,
+    checkpoint: DenseCheckpoint,
     domain: str,
     files: list[TextFile],
     cache_path: str | Path | None,
@@ -126,7 +126,7 @@ def token_stream(
 
 
 def _write_tokens(
-    checkpoint: Checkpoint, domain: str, files: list[TextFile], file, skip_bad_lines: bool, progress: Progress
+    checkpoint: DenseCheckpoint, domain: str, files: list[TextFile], file, skip_bad_lines: bool, progress: Progress
 ) -> int:
     """Write the raw tokens of all documents; returns the number of lines skipped."""
     reader = DocumentReader(files, skip_bad_lines)
@@ -159,7 +159,7 @@ def _following(
 # ---------------------------------------------------------------------------------------------------- the cache
 
 
-def _cache_key(checkpoint: Checkpoint, files: list[TextFile], skip_bad_lines: bool) -> str:
+def _cache_key(checkpoint: DenseCheckpoint, files: list[TextFile], skip_bad_lines: bool) -> str:
     tokenizer = {name: digest(content.hex()) for name, content in tokenizer_files(checkpoint.path).items()}
     # What the class of the tokenizer follows from, and which tokens are refused.
     model = [checkpoint.raw_config.get(name) for name in ("model_type", "tokenizer_class")]

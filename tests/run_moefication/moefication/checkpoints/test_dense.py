@@ -12,7 +12,7 @@ from conftest import TINY, VARIANTS, as_bin, change_config, make_llama
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
-from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import MoEficationError
 
 
@@ -20,8 +20,8 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def assert_reads(folder: Path, state: dict[str, torch.Tensor]) -> Checkpoint:
-    checkpoint = Checkpoint(str(folder))
+def assert_reads(folder: Path, state: dict[str, torch.Tensor]) -> DenseCheckpoint:
+    checkpoint = DenseCheckpoint(str(folder))
     assert set(checkpoint.tensors) == {name.removeprefix("model.") for name in state}
     for name, tensor in state.items():
         read = checkpoint.tensor(name.removeprefix("model."))
@@ -62,7 +62,7 @@ def test_precomputed_rotary_tensors_of_old_checkpoints_are_passed_over(tiny_llam
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "old"))
     name = "model.layers.2.self_attn.rotary_emb.inv_freq"
     change_state(lambda state: state.update({name: torch.ones(4)}))(folder)
-    checkpoint = Checkpoint(str(folder))
+    checkpoint = DenseCheckpoint(str(folder))
     expected = {key.removeprefix("model.") for key in state_of(tiny_llama)} - {"lm_head.weight"}
     assert set(checkpoint.body_tensors()) == expected
 
@@ -77,14 +77,14 @@ def test_loaded_model_computes_what_transformers_does(variant, tmp_path):
         folder = as_bin(folder, tmp_path / "bin", shards=1 if variant == "bin" else 3)
     tokens = torch.arange(40).view(2, 20)
     with torch.no_grad():
-        hidden = Checkpoint(str(folder)).load_model("cpu", torch.float32)(tokens).last_hidden_state
+        hidden = DenseCheckpoint(str(folder)).load_model("cpu", torch.float32)(tokens).last_hidden_state
         expected = reference.base_model(tokens).last_hidden_state
     assert torch.equal(hidden, expected)  # the same code on the same numbers
 
 
 def test_mlp_tensors_come_in_float32(tmp_path):
     folder = make_llama(tmp_path / "llama", dtype=torch.bfloat16)
-    read = Checkpoint(str(folder)).mlp_tensor(1, "up_proj.weight")
+    read = DenseCheckpoint(str(folder)).mlp_tensor(1, "up_proj.weight")
     assert read.dtype == torch.float32
     assert torch.equal(read, state_of(folder)["model.layers.1.mlp.up_proj.weight"].float())
 
@@ -98,40 +98,40 @@ def test_layout_does_not_matter(tiny_llama, tmp_path):
 
 
 def test_fingerprint_sees_weights_and_config_but_not_noise(tiny_llama, tmp_path):
-    original = Checkpoint(str(tiny_llama)).fingerprint
+    original = DenseCheckpoint(str(tiny_llama)).fingerprint
     noise = Path(shutil.copytree(tiny_llama, tmp_path / "noise"))
     change_config(noise, transformers_version="0", _name_or_path="elsewhere", use_cache=False)
-    assert Checkpoint(str(noise)).fingerprint == original
+    assert DenseCheckpoint(str(noise)).fingerprint == original
     config = Path(shutil.copytree(tiny_llama, tmp_path / "config"))
     change_config(config, rms_norm_eps=1e-3)
     weights = make_llama(tmp_path / "weights", seed=1)
-    assert len({original, Checkpoint(str(config)).fingerprint, Checkpoint(str(weights)).fingerprint}) == 3
+    assert len({original, DenseCheckpoint(str(config)).fingerprint, DenseCheckpoint(str(weights)).fingerprint}) == 3
 
 
 def test_fingerprint_sees_every_tensor(tiny_llama, tmp_path):
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
-    fingerprints = {Checkpoint(str(tiny_llama)).fingerprint}
+    fingerprints = {DenseCheckpoint(str(tiny_llama)).fingerprint}
     for name in (state := state_of(tiny_llama)):
         save_file(state | {name: state[name] * 2}, folder / "model.safetensors", metadata={"format": "pt"})
-        fingerprints.add(Checkpoint(str(folder)).fingerprint)
+        fingerprints.add(DenseCheckpoint(str(folder)).fingerprint)
     assert len(fingerprints) == 1 + len(state)
 
 
 def test_fingerprint_samples_all_over_a_tensor(tiny_llama, tmp_path):
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
     change_state(lambda state: state[GATE][60:].neg_())(folder)  # the last sixteenth of the rows
-    assert Checkpoint(str(folder)).fingerprint != Checkpoint(str(tiny_llama)).fingerprint
+    assert DenseCheckpoint(str(folder)).fingerprint != DenseCheckpoint(str(tiny_llama)).fingerprint
 
 
 def test_name_is_the_last_part_of_the_path(tiny_llama, tmp_path, monkeypatch):
-    assert Checkpoint(f"{tiny_llama}/").name == "tiny-llama"
+    assert DenseCheckpoint(f"{tiny_llama}/").name == "tiny-llama"
     monkeypatch.chdir(tiny_llama)
-    assert Checkpoint(".").name == "tiny-llama"
+    assert DenseCheckpoint(".").name == "tiny-llama"
     below = tmp_path / "llama" / "below"
     shutil.copytree(tiny_llama, below.parent)
     below.mkdir()
     monkeypatch.chdir(below)
-    assert Checkpoint("..").name == "llama"
+    assert DenseCheckpoint("..").name == "llama"
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
@@ -291,7 +291,7 @@ def test_bins_are_refused_by_name(case, tiny_llama, tmp_path):
     folder = as_bin(tiny_llama, tmp_path / "bin", shards)
     damage(folder)
     with pytest.raises(MoEficationError) as error:
-        Checkpoint(str(folder))
+        DenseCheckpoint(str(folder))
     assert words in str(error.value)
     assert str(folder) in str(error.value)
 
@@ -308,7 +308,7 @@ def test_what_is_no_folder_is_refused(tmp_path):
         ("nobody/no-such-model", "is no folder here and the hub has no answer"),  # the tests are offline
     ]:
         with pytest.raises(MoEficationError) as error:
-            Checkpoint(str(path))
+            DenseCheckpoint(str(path))
         assert words in str(error.value)
         assert str(path) in str(error.value)
 
@@ -320,7 +320,7 @@ def test_refused_by_name(case, tiny_llama, tmp_path):
     damage(folder)
     start = time.perf_counter()
     with pytest.raises(MoEficationError) as error:
-        Checkpoint(str(folder))
+        DenseCheckpoint(str(folder))
     assert words in str(error.value)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
@@ -335,7 +335,7 @@ def test_code_in_a_bin_is_never_run(tiny_llama, tmp_path):
     folder = as_bin(tiny_llama, tmp_path / "bin")
     torch.save({"model.embed_tokens.weight": Bomb()}, folder / "pytorch_model.bin")
     with pytest.raises(MoEficationError, match="not a whole file of plain tensors, refused"):
-        Checkpoint(str(folder))
+        DenseCheckpoint(str(folder))
     assert not (tmp_path / "exploded").exists()
 
 
@@ -344,27 +344,27 @@ def test_code_in_a_bin_is_never_run(tiny_llama, tmp_path):
 )
 def test_number_of_experts_must_divide(num_experts, nearby, tiny_llama):
     with pytest.raises(MoEficationError, match="does not divide the MLP width 64 of tiny-llama") as error:
-        Checkpoint(str(tiny_llama)).require_experts(num_experts)
+        DenseCheckpoint(str(tiny_llama)).require_experts(num_experts)
     assert nearby in str(error.value)
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 8, 64])
 def test_divisors_of_the_width_are_taken(num_experts, tiny_llama):
     assert TINY["intermediate_size"] % num_experts == 0
-    Checkpoint(str(tiny_llama)).require_experts(num_experts)
+    DenseCheckpoint(str(tiny_llama)).require_experts(num_experts)
 
 
 def test_the_largest_half_precision_values_are_finite(tmp_path):
     folder = make_llama(tmp_path / "llama", dtype=torch.float16)
     change_state(lambda state: state[GATE].fill_(65504.0))(folder)  # their sum is beyond float16
-    assert (Checkpoint(str(folder)).finite_tensor("layers.0.mlp.gate_proj.weight") == 65504.0).all()
+    assert (DenseCheckpoint(str(folder)).finite_tensor("layers.0.mlp.gate_proj.weight") == 65504.0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_must_be_finite(value, tiny_llama, tmp_path):
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
     change_state(lambda state: state[GATE][3].fill_(value))(folder)
-    checkpoint = Checkpoint(str(folder))
+    checkpoint = DenseCheckpoint(str(folder))
     with pytest.raises(MoEficationError, match=r"layers.0.mlp.gate_proj.weight holds NaN or infinite values"):
         checkpoint.finite_tensor("layers.0.mlp.gate_proj.weight")
     assert checkpoint.finite_tensor("layers.1.mlp.gate_proj.weight").isfinite().all()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.artifacts.streams import Streams
-from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.layers.decoder import AttentionHalf, Batch, batches_of, embed
 from run_moefication.moefication.layers.scores import LayerActivations
@@ -35,7 +35,7 @@ def random_blocks(lengths: list[int] = LENGTHS) -> list[torch.Tensor]:
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layer_by_layer_is_the_model(variant, batch_size, tmp_path):
-    checkpoint = Checkpoint(str(make_llama(tmp_path, **VARIANTS[variant])))
+    checkpoint = DenseCheckpoint(str(make_llama(tmp_path, **VARIANTS[variant])))
     config, blocks = checkpoint.config, random_blocks()
     batches = batches_of(blocks, batch_size, num_held_out=2)
     stream = torch.full((sum(LENGTHS), config.hidden_size), float("nan"))
@@ -66,7 +66,7 @@ def test_layer_by_layer_is_the_model(variant, batch_size, tmp_path):
 
 
 def test_half_precision_weights_are_computed_with_in_float32(tmp_path):
-    checkpoint = Checkpoint(str(make_llama(tmp_path, dtype=torch.bfloat16)))
+    checkpoint = DenseCheckpoint(str(make_llama(tmp_path, dtype=torch.bfloat16)))
     half = AttentionHalf(checkpoint.config, lambda name: checkpoint.tensor(f"layers.0.{name}"), "cpu")
     batch = Batch(slice(0, 12), [12])
     stream = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))

@@ -5,7 +5,7 @@ import torch
 from conftest import make_llama
 from transformers import LlamaForCausalLM
 
-from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.layers.scores import ExpertScorer, LayerActivations, OutputNorms
 
 # float32 sums in another order.
@@ -55,7 +55,7 @@ def test_activations_are_the_models(projection, mlp_bias, dtype, tmp_path):
     folder = make_llama(tmp_path / "llama", mlp_bias=mlp_bias, dtype=dtype)
     mlp = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).model.layers[1].mlp
     inputs = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
-    recompute = LayerActivations(Checkpoint(str(folder)), 1, f"layers.{{}}.mlp.{projection}.weight", "cpu")
+    recompute = LayerActivations(DenseCheckpoint(str(folder)), 1, f"layers.{{}}.mlp.{projection}.weight", "cpu")
     with torch.no_grad():
         expected = mlp.act_fn(mlp.gate_proj(inputs))
         if projection == "up_proj":

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, record_routing
 from run_moefication import llama_calibrate, llama_distill
-from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.layers import straight_through as soft_routing
 from run_moefication.moefication.layers.straight_through import NUDGE, TEMPERATURE, settle_thresholds, soft_blocks
 from run_moefication.moefication.stages import distill_trainer as distillation_trainer
@@ -98,7 +98,7 @@ def metrics_of(folder: Path) -> dict:
 
 def blocks_of(pipeline: Pipeline, **options: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The blocks that a run with these options trains on, and the sixteenth that it holds out."""
-    corpus = corpus_of(Checkpoint(str(pipeline.model)), pipeline.text, None, block_size=32, **options)
+    corpus = corpus_of(DenseCheckpoint(str(pipeline.model)), pipeline.text, None, block_size=32, **options)
     blocks = corpus.blocks
     num_trained_on = len(blocks) * 15 // 16
     return blocks[:num_trained_on], blocks[num_trained_on:]
@@ -403,7 +403,7 @@ def test_the_summary_says_what_was_gained(finished, short, run_script):
 
 
 def test_progress_counts_the_steps(finished, short, tmp_path):
-    checkpoint = Checkpoint(str(finished.model))
+    checkpoint = DenseCheckpoint(str(finished.model))
     corpus = corpus_of(checkpoint, finished.text, None, block_size=32, max_tokens=SHORT["max_tokens"])
     done = []
 

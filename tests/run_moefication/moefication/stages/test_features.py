@@ -7,7 +7,7 @@ from pipeline import corpus_of
 from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.artifacts.features import Features
-from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.layers.scores import LayerActivations
 from run_moefication.moefication.stages.features import extract_features
@@ -20,8 +20,8 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_llama) -> Checkpoint:
-    return Checkpoint(str(tiny_llama))
+def checkpoint(tiny_llama) -> DenseCheckpoint:
+    return DenseCheckpoint(str(tiny_llama))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_features_are_the_models_own(template, batch_size, save_interval, checkp
 
 @pytest.mark.parametrize("template", [GATE, UP])
 def test_inputs_alone_give_the_same_activations(template, tmp_path, text_folder):
-    checkpoint = Checkpoint(str(make_llama(tmp_path / "biased", mlp_bias=True)))
+    checkpoint = DenseCheckpoint(str(make_llama(tmp_path / "biased", mlp_bias=True)))
     corpus = corpus_of(checkpoint, text_folder, None, block_size=16, max_tokens=100)
     extract(checkpoint, corpus, tmp_path / "full", templates=template)
     extract(checkpoint, corpus, tmp_path / "inputs", templates=template, feature_format="inputs")
@@ -93,7 +93,7 @@ def test_values_beyond_the_stored_dtype_are_refused(text_folder, tmp_path):
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight.fill_(1e6)
     model.save_pretrained(folder)
-    checkpoint = Checkpoint(str(folder))
+    checkpoint = DenseCheckpoint(str(folder))
     corpus = corpus_of(checkpoint, text_folder, None, block_size=16, max_tokens=100)
     with pytest.raises(
         MoEficationError, match=r"hidden_inputs of layer 1 are not finite in torch.float16 in blocks 0 to"

@@ -11,7 +11,7 @@ from pipeline import Pipeline, load_dense, load_moe
 
 from llama_moe.configuration_llama_moe import shift_to_mean
 from run_moefication import llama_calibrate
-from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.checkpoints.moe import MoECheckpoint
 from run_moefication.moefication.progress import no_progress
 from run_moefication.moefication.stages.layer_budgets import DECAY, allocate, measure_sensitivity
@@ -67,7 +67,7 @@ def test_budgets_make_the_total_rise_least():
 
 
 def test_a_layers_sensitivity_is_the_rise_of_the_loss_when_it_alone_is_cut(converted, tiny_llama):
-    checkpoint = Checkpoint(str(tiny_llama))
+    checkpoint = DenseCheckpoint(str(tiny_llama))
     moe = MoECheckpoint(converted.moe, checkpoint)
     generator = torch.Generator().manual_seed(0)
     blocks = [torch.randint(3, 300, (length,), generator=generator) for length in (40, 40, 17)]

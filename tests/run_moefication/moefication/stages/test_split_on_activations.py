@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.artifacts.features import Features
 from run_moefication.moefication.artifacts.split import Split
-from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.fitting.ridge import token_weights
 from run_moefication.moefication.stages.features import extract_features
 from run_moefication.moefication.stages.split_on_activations import NeuronStatistics, split_by_activations
@@ -171,8 +171,8 @@ def test_dead_neurons_and_ties_still_give_equal_experts(num_shared):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_llama) -> Checkpoint:
-    return Checkpoint(str(tiny_llama))
+def checkpoint(tiny_llama) -> DenseCheckpoint:
+    return DenseCheckpoint(str(tiny_llama))
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def seen_by_hooks(folder: Path, blocks: list[torch.Tensor], layer: int) -> tuple
 @pytest.mark.parametrize("variant", ["grouped_query", "mlp_bias", "llama3_rope"])
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_the_pass_sees_what_the_dense_model_sees(variant, batch_size, corpus, tmp_path, monkeypatch):
-    checkpoint = Checkpoint(str(make_llama(tmp_path / "llama", **VARIANTS[variant])))
+    checkpoint = DenseCheckpoint(str(make_llama(tmp_path / "llama", **VARIANTS[variant])))
     seen = []
     add = NeuronStatistics.add
     monkeypatch.setattr(
@@ -312,8 +312,10 @@ def test_interrupted_at_any_rename_and_resumed_gives_the_same_bytes(finished, ch
 def test_a_resumed_run_reads_no_layer_twice(finished, checkpoint, corpus, tmp_path, monkeypatch):
     split(checkpoint, corpus, tmp_path / "out")
     layers = []
-    real = Checkpoint.mlp_tensor
-    monkeypatch.setattr(Checkpoint, "mlp_tensor", lambda self, i, *args: (layers.append(i), real(self, i, *args))[1])
+    real = DenseCheckpoint.mlp_tensor
+    monkeypatch.setattr(
+        DenseCheckpoint, "mlp_tensor", lambda self, i, *args: (layers.append(i), real(self, i, *args))[1]
+    )
     renames, real_replace = [], os.replace
 
     def replace(source, target):

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pipeline import corpus_of
 
-from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.text.corpus import (
     pack,
@@ -27,8 +27,8 @@ from run_moefication.moefication.text.tokens import tokenize
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_llama) -> Checkpoint:
-    return Checkpoint(str(tiny_llama))
+def checkpoint(tiny_llama) -> DenseCheckpoint:
+    return DenseCheckpoint(str(tiny_llama))
 
 
 def tokens_of(file: Path) -> torch.Tensor:
@@ -177,7 +177,7 @@ def test_a_checkpoint_without_tokenizer_is_refused(tiny_llama, tmp_path):
     ignored = shutil.ignore_patterns("tokenizer*", "special_tokens*")
     bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=ignored)
     with pytest.raises(MoEficationError, match="bare has no usable tokenizer"):
-        _ = draw(Checkpoint(str(bare)), tmp_path / "text").blocks
+        _ = draw(DenseCheckpoint(str(bare)), tmp_path / "text").blocks
 
 
 def test_weights_of_the_users_own(checkpoint, tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline import corpus_of
 
 from run_moefication import llama_split_clustering
-from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.text.domains import LLAMA_MIX, domains_in, find_domains, known_domain
 
@@ -182,7 +182,7 @@ def test_the_table_names_the_files_counted_for_each_domain(tiny_llama, tmp_path,
     make_text(tmp_path / "text" / "github", f"filtered_{MD5}", "b", "c", "d")
     arguments = ["--model_path", tiny_llama, "--save_path", tmp_path / "out", "--num_experts", 4, "--block_size", 16]
     activations = ["--cluster_on", "activations", "--train_data_path", tmp_path / "text"]
-    corpus = corpus_of(Checkpoint(str(tiny_llama)), tmp_path / "text", None, block_size=16)
+    corpus = corpus_of(DenseCheckpoint(str(tiny_llama)), tmp_path / "text", None, block_size=16)
     assert {row.domain: row.files for row in corpus.mix}["github"] == [
         "github/b.jsonl",
         "github/c.jsonl",

@@ -16,7 +16,7 @@ from pipeline import corpus_of
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from run_moefication.moefication.checkpoints.dense import Checkpoint
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.checkpoints.tokenizers import load_tokenizer
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.text import tokens as tokens_module
@@ -26,8 +26,8 @@ from run_moefication.moefication.text.tokens import tokenize
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_llama) -> Checkpoint:
-    return Checkpoint(str(tiny_llama))
+def checkpoint(tiny_llama) -> DenseCheckpoint:
+    return DenseCheckpoint(str(tiny_llama))
 
 
 def joined(texts: list[str], tokenizer) -> torch.Tensor:
@@ -127,7 +127,8 @@ def test_processes_that_need_the_same_text_tokenise_it_once(tiny_llama, tmp_path
         "from run_moefication.settings import CorpusSettings\n"
         "def tokenize(*a): print('tokenised', flush=True); return real(*a)\n"
         "tokens.tokenize = tokenize\n"
-        "made = corpus.training_corpus(dense.Checkpoint(sys.argv[1]), *sys.argv[2:], CorpusSettings(block_size=16))\n"
+        "checkpoint, settings = dense.DenseCheckpoint(sys.argv[1]), CorpusSettings(block_size=16)\n"
+        "made = corpus.training_corpus(checkpoint, *sys.argv[2:], settings)\n"
         "print(made.digest)"
     )
     command = [sys.executable, "-c", code, tiny_llama, tmp_path / "text", tmp_path / "cache"]
@@ -184,7 +185,7 @@ def test_a_changed_input_is_never_served_from_the_cache(checkpoint, tiny_llama, 
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = []
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert cached(Checkpoint(str(other)), folder) != changed
+    assert cached(DenseCheckpoint(str(other)), folder) != changed
     assert tokenised == ["c4"] * 4  # draw has no cache
 
 
@@ -221,13 +222,13 @@ def test_a_damaged_cache_is_rebuilt_and_said(damage, checkpoint, tmp_path, token
 # ---------------------------------------------------------------------------------------------------- refused text
 
 
-def with_added_token(model: Path, folder: Path) -> Checkpoint:
+def with_added_token(model: Path, folder: Path) -> DenseCheckpoint:
     """A tokenizer with a [PAD] added by hand, and a model whose embedding was not made longer."""
     shutil.copytree(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(folder)
-    return Checkpoint(str(folder))
+    return DenseCheckpoint(str(folder))
 
 
 def test_a_token_outside_of_the_embedding_is_named_by_file_and_line(tiny_llama, tmp_path):

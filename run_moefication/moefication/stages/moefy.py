@@ -1,0 +1,183 @@
+"""The stages as functions that take and return handles to finished folders, and all of them in turn.
+
+Every function goes on where an interrupted call stopped, and does nothing where the folder is already finished with the
+same settings and inputs.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ...settings import (
+    CALIBRATED,
+    EQUAL,
+    TEMPLATES,
+    CalibrateSettings,
+    ConvertSettings,
+    CorpusSettings,
+    DistillSettings,
+    FeatureSettings,
+    GateSettings,
+    Recipe,
+    SplitSettings,
+)
+from ..artifacts.features import Features
+from ..artifacts.gates import TrainedGates
+from ..artifacts.split import Split
+from ..checkpoints.dense import DenseCheckpoint
+from ..checkpoints.moe import MoECheckpoint
+from ..errors import SettingError
+from ..text.corpus import Corpus, training_corpus
+from . import calibrate as calibrate_stage
+from . import convert as convert_stage
+from . import distill as distill_stage
+from . import features as features_stage
+from . import select as select_stage
+from . import split as split_stage
+from . import split_on_activations as activations_stage
+
+
+def read_text(
+    dense: DenseCheckpoint, text_path: str | Path, cache_path: str | Path | None = None, **settings: Any
+) -> Corpus:
+    """The text in a folder as the model's tokenizer cuts it; `settings` are the fields of `CorpusSettings`."""
+    return training_corpus(dense, text_path, cache_path, CorpusSettings(**settings))
+
+
+def split(
+    dense: DenseCheckpoint,
+    save_path: str | Path,
+    settings: SplitSettings,
+    text: Corpus | Features | None = None,
+    *,
+    template: str = TEMPLATES[0],
+    **run: Any,
+) -> Split:
+    """Stage 1. `text` is what a split on activations reads; `run` may hold `device`, `overwrite` and `progress`."""
+    if (text is None) != (settings.cluster_on == "weights"):
+        raise SettingError("cluster_on activations needs a text, and cluster_on weights none")
+    if text is None:
+        writer = split_stage.split_by_weights(dense, save_path, [template], settings, **run)
+    else:
+        writer = activations_stage.split_by_activations(dense, text, save_path, template, settings, **run)
+    return Split(writer.folder, dense, template, settings.num_experts)
+
+
+def record_features(
+    dense: DenseCheckpoint, text: Corpus, save_path: str | Path, settings: FeatureSettings, **run: Any
+) -> Features:
+    """Stage 2, in one process."""
+    writer = features_stage.extract_features(dense, text, save_path, settings, **run)
+    return Features(writer.folder, dense, settings.templates)
+
+
+def fit_gates(
+    dense: DenseCheckpoint,
+    experts: Split,
+    features: Features,
+    save_path: str | Path,
+    settings: GateSettings,
+    **run: Any,
+) -> TrainedGates:
+    """Stage 3, for all layers."""
+    folders = experts.artifact.folder, features.artifact.folder
+    layers = list(range(dense.config.num_hidden_layers))
+    writer = select_stage.train_gates(dense, *folders, save_path, settings, layers=layers, **run)
+    return TrainedGates(writer.folder, dense, experts)
+
+
+def convert(
+    dense: DenseCheckpoint,
+    experts: Split,
+    gates: TrainedGates,
+    save_path: str | Path,
+    settings: ConvertSettings,
+    **run: Any,
+) -> MoECheckpoint:
+    """Stage 4."""
+    folders = experts.artifact.folder, gates.artifact.folder
+    return MoECheckpoint(convert_stage.convert(dense, *folders, save_path, settings, **run).folder, dense)
+
+
+def calibrate(
+    dense: DenseCheckpoint,
+    moe: MoECheckpoint,
+    text: Corpus,
+    save_path: str | Path,
+    settings: CalibrateSettings,
+    **run: Any,
+) -> MoECheckpoint:
+    """Stage 5."""
+    writer = calibrate_stage.calibrate(dense, moe.artifact.folder, text, save_path, settings, **run)
+    return MoECheckpoint(writer.folder, dense)
+
+
+def distill(
+    dense: DenseCheckpoint,
+    moe: MoECheckpoint,
+    text: Corpus,
+    save_path: str | Path,
+    settings: DistillSettings,
+    **run: Any,
+) -> MoECheckpoint:
+    """Stage 6, in one process."""
+    writer = distill_stage.distill(dense, moe.artifact.folder, text, save_path, settings, **run)
+    return MoECheckpoint(writer.folder, dense)
+
+
+def moefy(
+    dense: DenseCheckpoint,
+    text_path: str | Path,
+    save_path: str | Path,
+    recipe: Recipe = CALIBRATED,
+    *,
+    num_experts: int | None = None,
+    num_selects: int | None = None,
+    block_size: int | None = None,
+    work_path: str | Path | None = None,
+    **run: Any,
+) -> MoECheckpoint:
+    """Stages 1 to 5 (1 to 4 of a recipe that calibrates nothing), as the numbered shell scripts run them.
+
+    Args:
+        text_path: a folder of text, or a file.
+        save_path: folder of the new checkpoint.
+        num_experts, num_selects: the recipe's, if not given; `num_selects` counts shared experts, too.
+        block_size: tokens per block of text; None for 2048, or what the model takes.
+        work_path: where the stages keep their files, which are needed until the checkpoint is finished; by default
+            `save_path` with `-work` after it.
+
+    Returns: the finished checkpoint.
+    """
+    num_experts = recipe.num_experts if num_experts is None else num_experts
+    num_selects = recipe.num_selects(num_experts) if num_selects is None else num_selects
+    shared = recipe.num_shared_experts(num_experts, num_selects)
+    work = Path(f"{save_path}-work" if work_path is None else work_path)
+    is_calibrated = recipe.calibration_tokens > 0
+
+    def text(max_tokens: int, domain_weights: str | None) -> Corpus:
+        options = dict(max_tokens=max_tokens, domain_weights=domain_weights, block_size=block_size)
+        return read_text(dense, text_path, work / "tokens", **options)
+
+    on_activations = recipe.cluster_on == "activations"
+    settings = SplitSettings(num_experts=num_experts, cluster_on=recipe.cluster_on, num_shared_experts=shared)
+    experts = split(dense, work, settings, text(recipe.split_tokens, EQUAL) if on_activations else None, **run)
+    features = record_features(
+        dense, text(recipe.feature_tokens, None), work, FeatureSettings(feature_format="inputs"), **run
+    )
+    settings = GateSettings(
+        num_experts=num_experts,
+        num_selects=num_selects,
+        select_criterion=recipe.select_criterion,
+        gate_network=recipe.gate_network,
+        gate_rank=recipe.rank(num_experts),
+        use_softmax=True,
+    )
+    gates = fit_gates(dense, experts, features, work, settings, **run)
+    settings = ConvertSettings(num_experts=num_experts, num_selects=num_selects, routing=recipe.routing)
+    run_convert = {name: value for name, value in run.items() if name != "device"}
+    converted = work / f"{dense.name}-MoE" if is_calibrated else save_path
+    moe = convert(dense, experts, gates, converted, settings, **run_convert)
+    if not is_calibrated:
+        return moe
+    settings = CalibrateSettings(refit_gates=recipe.gate_network == "linear", output_bias=recipe.output_bias)
+    return calibrate(dense, moe, text(recipe.calibration_tokens, EQUAL), save_path, settings, **run)
