@@ -47,10 +47,10 @@ def finished(tiny_llama, text_folder, tmp_path_factory) -> Pipeline:
     return pipeline
 
 
-@pytest.fixture
-def places(finished, tmp_path) -> dict[str, object]:
+@pytest.fixture(scope="module")
+def places(finished, tmp_path_factory) -> dict[str, object]:
     """What the tables below may name in braces: good things, and bad ones of every kind."""
-    root = finished.save.parent
+    root, tmp_path = finished.save.parent, tmp_path_factory.mktemp("places")
     gpt2 = tmp_path / "gpt2"
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10)).save_pretrained(gpt2)
     mistral = Path(shutil.copytree(finished.model, tmp_path / "mistral"))
@@ -99,6 +99,12 @@ def places(finished, tmp_path) -> dict[str, object]:
         "split_seed1": root / "seed1" / "tiny-llama-4Expert-Split-Clustering",
         "tmp": tmp_path,
     }
+
+
+@pytest.fixture(scope="module")
+def untouched(finished, places) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Every file before any of the runs below, none of which may write one."""
+    return contents(finished.save.parent), contents(places["tmp"])
 
 
 ON_ACTIVATIONS = {"cluster_on": "activations", "train_data_path": "{text}", "block_size": 32, "max_tokens": 128}
@@ -308,8 +314,7 @@ def assert_refused(result: tuple[int, str, str], words: str) -> None:
 
 
 @pytest.mark.parametrize(("stage", "changes", "words"), WRONG)
-def test_wrong_input_is_refused(stage, changes, words, places, finished, run_script, tmp_path):
-    before = contents(finished.save.parent), contents(places["tmp"])
+def test_wrong_input_is_refused(stage, changes, words, places, finished, untouched, run_script, tmp_path):
     reads_text = {"train_data_path"} & (GOOD[stage] | changes).keys()
     cache = {"train_data_cache_path": tmp_path / "cache"} if reads_text else {}
     result = run_script(MAINS[stage], *arguments_of(stage, changes | cache, places))
@@ -318,8 +323,7 @@ def test_wrong_input_is_refused(stage, changes, words, places, finished, run_scr
     # Tokens are kept where text, or weights, turn out to be bad only in the reading.
     reads_first = any(word in str(changes) for word in ("/bad", "{nan}", "max_tokens': 16"))
     assert reads_first or not domains
-    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    assert (contents(finished.save.parent), contents(places["tmp"])) == before
+    assert (contents(finished.save.parent), contents(places["tmp"])) == untouched
 
 
 def test_one_variable_shows_the_traceback(places, run_script, monkeypatch):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -53,26 +52,6 @@ def test_scripts_in_order_do_what_the_stages_do(run, tiny_llama, text_folder, tm
     pipeline.feature_options += ["--feature_format", "inputs"]
     pipeline.run()
     assert contents(run.folder) == contents(pipeline.save)
-
-
-@pytest.mark.parametrize(
-    ("settings", "rank"),
-    [({"NUM_EXPERTS": "16"}, ""), ({}, "64"), ({"GATE_RANK": ""}, ""), ({"GATE_RANK": "7"}, "7")],
-)
-def test_large_gates_have_a_rank_small_ones_none(settings, rank):
-    command = ["bash", "-euc", f'. {shlex.quote(str(STAGES))}/recipe.sh && echo "$GATE_RANK"']
-    result = subprocess.run(command, env={"PATH": os.environ["PATH"]} | settings, capture_output=True, text=True)
-    assert (result.stdout, result.stderr) == (f"{rank}\n", "")
-
-
-@pytest.mark.parametrize(
-    ("num_selects", "shared"), [("", 32), ("192", 32), ("103", 32), ("102", 16), ("64", 16), ("32", 16), ("16", 8)]
-)
-def test_small_budgets_have_fewer_shared_experts(num_selects, shared):
-    command = ["bash", "-euc", f'. {shlex.quote(str(STAGES))}/recipe.sh && echo "$NUM_SHARED_EXPERTS"']
-    environment = {"PATH": os.environ["PATH"], "NUM_SELECTS": num_selects}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (result.stdout, result.stderr) == (f"{shared}\n", "")
 
 
 def test_the_default_recipe_ends_with_a_calibrated_model(run, text_folder):

@@ -45,8 +45,8 @@ class Claim:
     """What a folder is: the stage, every option that shapes its content, and what it is made from.
 
     `source` describes the dense model (see `DenseCheckpoint.source`), `inputs` maps the name of each artifact read to
-    its digest, `environment` is compared only while the folder is unfinished, `facts` are kept from the run that began the
-    folder and never compared.
+    its digest, `environment` is compared only while the folder is unfinished, `facts` are kept from the run that began
+    the folder and never compared.
     """
 
     stage: str

@@ -1,0 +1,132 @@
+"""One place of every setting: scripts, shell and README say what `settings.py` says."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from run_moefication import (
+    llama_calibrate,
+    llama_convert,
+    llama_distill,
+    llama_get_hidden_features,
+    llama_select_mlp,
+    llama_split_clustering,
+    llama_split_random,
+    settings,
+)
+from run_moefication.command_line import with_dashes
+from run_moefication.moefication.layers.scores import CRITERIA
+from run_moefication.moefication.stages.distill_trainer import TRAINED
+
+ROOT = Path(__file__).parents[2]
+STAGES = {
+    llama_split_clustering: settings.SplitSettings,
+    llama_split_random: settings.RandomSplitSettings,
+    llama_get_hidden_features: settings.FeatureSettings,
+    llama_select_mlp: settings.GateSettings,
+    llama_convert: settings.ConvertSettings,
+    llama_calibrate: settings.CalibrateSettings,
+    llama_distill: settings.DistillSettings,
+}
+NOT_OPTIONS = {"patience"}
+
+
+@pytest.mark.parametrize("script", STAGES, ids=lambda script: script.__name__.rpartition(".")[2])
+def test_a_scripts_options_are_its_settings(script):
+    options = {action.dest: action for action in script.build_parser()._actions}
+    for one in fields(STAGES[script]):
+        if one.name in NOT_OPTIONS:
+            continue
+        option = options[one.name]
+        assert option.required == (one.default is MISSING)
+        assert option.default == (None if one.default is MISSING else one.default)
+        assert option.choices == one.metadata["choices"]
+        assert option.help == one.metadata["help"]
+
+
+def test_choices_are_what_the_code_knows():
+    assert set(settings.CRITERIA) == set(CRITERIA)
+    assert set(settings.TRAINED) == set(TRAINED)
+
+
+def shell(variables: list[str], **environment: str) -> list[str]:
+    command = f'. "{ROOT}/run_moefication/recipe.sh"; printf "%s\\n" ' + " ".join(f'"${name}"' for name in variables)
+    base = {"PATH": os.environ["PATH"], "PYTHON": sys.executable}
+    result = subprocess.run(
+        ["bash", "-euc", command], env=base | environment, capture_output=True, text=True, check=True
+    )
+    return result.stdout.split("\n")[:-1]
+
+
+@pytest.mark.parametrize("recipe", settings.RECIPES.values(), ids=lambda recipe: recipe.name)
+def test_the_shell_has_the_recipe(recipe):
+    names = ["NUM_EXPERTS", "NUM_SELECTS", "NUM_SHARED_EXPERTS", "GATE_RANK", "OUTPUT_BIAS", "ROUTING", "SPLIT_TOKENS"]
+    experts = recipe.num_experts
+    selects = recipe.num_selects(experts)
+    shared = recipe.num_shared_experts(experts, selects)
+    values = [experts, selects, shared, recipe.rank(experts) or "", 1 if recipe.output_bias else "", recipe.routing]
+    assert shell(names, RECIPE=recipe.name) == [str(value) for value in [*values, recipe.split_tokens]]
+
+
+def test_large_gates_have_a_rank_and_small_ones_none():
+    assert [settings.CALIBRATED.rank(experts) for experts in (16, 255, 256, 512)] == [None, None, 64, 64]
+    assert shell(["GATE_RANK"], NUM_EXPERTS="16") == [""]
+
+
+def test_the_environment_goes_before_the_recipe():
+    names = ["NUM_EXPERTS", "NUM_SELECTS", "GATE_RANK", "SPLIT_TOKENS", "CLUSTER_ON"]
+    given = {"NUM_EXPERTS": "512", "GATE_RANK": "", "SPLIT_TOKENS": "7", "CLUSTER_ON": "weights"}
+    assert shell(names, **given) == ["512", "256", "", "7", "weights"]
+
+
+@given(st.integers(1, 1024).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
+def test_shared_experts_follow_the_budget(counts):
+    """An eighth above two fifths, a sixteenth above an eighth, half of what runs below: in whole numbers."""
+    experts, selects = counts
+    if selects * 5 > experts * 2:
+        expected = experts // 8
+    elif selects * 8 > experts:
+        expected = experts // 16
+    else:
+        expected = selects // 2
+    assert settings.CALIBRATED.num_shared_experts(experts, selects) == expected < selects
+
+
+def test_the_readmes_name_the_default_recipe():
+    default = settings.CALIBRATED
+    text = (ROOT / "README.md").read_text()
+    assert f"makes {default.num_experts} experts, of which half run on average" in text
+    assert f"calibrates on {default.calibration_tokens:,} tokens" in " ".join(text.split())
+    assert default.selects == settings.Fraction(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("num_selects 9 is outside of 1 to num_experts 8", "--num_selects 9 is outside of 1 to --num_experts 8"),
+        ("model_path /x/num_experts is a file", "--model_path /x/num_experts is a file"),
+        ("seed_of is not seed", "seed_of is not --seed"),
+    ],
+)
+def test_the_command_line_adds_the_dashes(message, shown):
+    assert with_dashes(message, ["num_selects", "num_experts", "model_path", "seed"]) == shown
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys, run_moefication.settings; sys.exit(bool({'torch', 'numpy', 'transformers'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_field_is_explained():
+    for stage in (*STAGES.values(), settings.CorpusSettings):
+        for one in fields(stage):
+            assert re.match(r"[a-z|].{7,}", one.metadata["help"]), one.name
