@@ -1,6 +1,5 @@
 """The library does what the scripts do, takes and returns handles, and imports nothing heavy before it is used."""
 
-import json
 import re
 import subprocess
 import sys
@@ -9,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SENTENCES, make_llama, write_jsonl
-from pipeline import contents
 
 import run_moefication as rm
-from llama_moe import LlamaMoEForCausalLM
 
 ROOT = Path(__file__).parents[2]
 BLOCK = {"block_size": 32}
@@ -33,26 +30,6 @@ def test_all_that_is_public_is_there():
         assert getattr(rm, name).__doc__
     with pytest.raises(AttributeError, match="has no attribute 'moeify'"):
         _ = rm.moeify
-
-
-@pytest.mark.parametrize("recipe", ["calibrated", "plain"])
-def test_moefy_writes_what_the_shell_scripts_write(recipe, dense, tiny_llama, text_folder, tmp_path):
-    settings = {"RECIPE": recipe, "NUM_EXPERTS": "8", "BLOCK_SIZE": "32", "NUM_GPUS": "1"}
-    places = {"MODEL_PATH": tiny_llama, "TRAIN_DATA_PATH": text_folder, "SAVE_PATH": tmp_path / "shell"}
-    places |= {"TRAIN_DATA_CACHE_PATH": tmp_path / "cache", "MOE_PATH": tmp_path / "shell" / "tiny-llama-MoE"}
-    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment |= settings | {name: str(place) for name, place in places.items()}
-    scripts = ["1_split", "2_get_hidden_features", "3_select", "4_convert"]
-    for script in [*scripts, "5_calibrate"] if recipe == "calibrated" else scripts:
-        subprocess.run(["bash", ROOT / "run_moefication" / f"{script}.sh"], env=environment, check=True)
-    by_shell = tmp_path / "shell" / ("tiny-llama-MoE-Calibrated" if recipe == "calibrated" else "tiny-llama-MoE")
-    chosen = {"calibrated": rm.CALIBRATED, "plain": rm.PLAIN}[recipe]
-    moe = rm.moefy(dense, text_folder, tmp_path / "moe", chosen, num_experts=8, **BLOCK)
-    library, shell = contents(moe.path), contents(by_shell)
-    manifests = [json.loads(files.pop("manifest.json")) for files in (library, shell)]
-    assert library == shell
-    assert manifests[0]["options"] == manifests[1]["options"]
-    assert isinstance(moe.load(), LlamaMoEForCausalLM)
 
 
 def test_stages_take_and_return_handles(dense, text_folder, tmp_path):

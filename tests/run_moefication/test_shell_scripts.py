@@ -5,10 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pipeline import Pipeline, contents
+
+import run_moefication as rm
 
 STAGES = Path(__file__).parents[2] / "run_moefication"
 
@@ -28,6 +31,7 @@ def run(tiny_llama, text_folder, tmp_path):
         "BLOCK_SIZE": "32",
         "MAX_TOKENS": "512",
         "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",  # as the tests' own process: sums are in another order on more threads
     }
 
     def run(script: str, **settings: str) -> subprocess.CompletedProcess:
@@ -36,6 +40,20 @@ def run(tiny_llama, text_folder, tmp_path):
 
     run.folder = tmp_path / "a b" / "out"
     return run
+
+
+def moefy(model: Path, text: Path, save_path: Path, recipe: rm.Recipe, num_experts: int, **changes) -> rm.MoECheckpoint:
+    """The library's way of what the scripts do."""
+    dense = rm.DenseCheckpoint(str(model))
+    return rm.moefy(dense, text, save_path, replace(recipe, **changes), num_experts=num_experts, block_size=32)
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    """Every file has the same bytes, and both were made with the same options."""
+    files = [contents(folder) for folder in (one, other)]
+    manifests = [json.loads(content.pop("manifest.json")) for content in files]
+    assert files[0] == files[1]
+    assert manifests[0]["options"] == manifests[1]["options"]
 
 
 def test_scripts_in_order_do_what_the_stages_do(run, tiny_llama, text_folder, tmp_path):
@@ -48,13 +66,17 @@ def test_scripts_in_order_do_what_the_stages_do(run, tiny_llama, text_folder, tm
     dense, full, half = (line.split()[-3] for line in result.stdout.splitlines()[-3:])  # perplexities
     assert dense == full != half
 
+    # MAX_TOKENS of the environment is the number of tokens of stage 2.
+    library = moefy(tiny_llama, text_folder, tmp_path / "moe", rm.PLAIN, num_experts=4, feature_tokens=512)
+    assert_same_checkpoint(library.path, run.folder / "tiny-llama-MoE")
+
     pipeline = Pipeline(tiny_llama, text_folder, tmp_path / "python", select_options=["--use_softmax"])
     pipeline.feature_options += ["--feature_format", "inputs"]
     pipeline.run()
     assert contents(run.folder) == contents(pipeline.save)
 
 
-def test_the_default_recipe_ends_with_a_calibrated_model(run, text_folder):
+def test_the_default_recipe_ends_with_a_calibrated_model(run, tiny_llama, text_folder, tmp_path):
     recipe = {"RECIPE": "", "NUM_EXPERTS": "8", "GATE_RANK": "2", "NUM_GPUS": "1"}
     for script in ("1_split.sh", "2_get_hidden_features.sh", "3_select.sh", "4_convert.sh", "5_calibrate.sh"):
         result = run(script, **recipe)
@@ -72,6 +94,9 @@ def test_the_default_recipe_ends_with_a_calibrated_model(run, text_folder):
         "output_bias": True,
     }
     assert {name: config[name] for name in expected} == expected
+    tokens = dict(feature_tokens=512, calibration_tokens=512)
+    library = moefy(tiny_llama, text_folder, tmp_path / "moe", rm.CALIBRATED, 8, gate_rank=2, rank_from=1, **tokens)
+    assert_same_checkpoint(library.path, run.folder / "tiny-llama-MoE-Calibrated")
     elsewhere = {"CALIBRATED_PATH": "out/another", "NUM_SELECTS": "6"}
     assert run("5_calibrate.sh", **recipe, **elsewhere).returncode == 0
     assert json.loads((run.folder / "another" / "config.json").read_text())["num_experts_per_tok"] == 5
