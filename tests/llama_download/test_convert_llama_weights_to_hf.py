@@ -14,6 +14,7 @@ import torch
 from meta_format import meta_logits, small_llama, write_meta
 from pipeline import contents
 from safetensors import safe_open
+from sentencepiece import sentencepiece_model_pb2
 from tiny_tokenizers import write_sentencepiece, write_tiktoken
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -472,7 +473,7 @@ def test_llama_7b_in_the_memory_of_a_shard_and_the_time_of_a_copy(tmp_path, toke
     folder.mkdir()
     params = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6, "vocab_size": -1}
     (folder / "params.json").write_text(json.dumps(params))
-    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    (folder / "tokenizer.model").write_bytes(of_32000_pieces(tokenizer_file))
     for rank in range(num_shards):
         torch.save(random_7b_shard(num_shards), folder / f"consolidated.{rank:02d}.pth")
 
@@ -502,6 +503,14 @@ def test_llama_7b_in_the_memory_of_a_shard_and_the_time_of_a_copy(tmp_path, toke
     shards = [torch.load(file, mmap=True, weights_only=True) for file in sorted(folder.glob("*.pth"))]
     assert torch.equal(found, torch.cat([shard["layers.0.attention.wv.weight"] for shard in shards]))
     shutil.rmtree(tmp_path)  # 27 GB
+
+
+def of_32000_pieces(tokenizer_file: Path) -> bytes:
+    """A sentencepiece model as large as LLaMA's, by pieces that are never used."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer_file.read_bytes())
+    for number in range(len(model.pieces), 32_000):
+        model.pieces.add(piece=f"<unused {number}>", type=model.SentencePiece.UNUSED)
+    return model.SerializeToString()
 
 
 def forget(folder: Path) -> None:
