@@ -482,6 +482,14 @@ def test_an_adapter_is_left_out_of_evaluations_too(text, tmp_path, run_script, c
     assert "the LoRA adapter beside the weights is not read" in caplog.text
 
 
+def test_an_adapter_beside_another_model_is_refused_in_evaluations(text, tmp_path, run_script):
+    moe = converted(write(Shape(), tmp_path / "model"), text, tmp_path / "out").moe
+    adapter(moe)
+    status, out, err = run_script(llama_evaluate.main, "--model_path", moe, "--text_path", text / "c4.jsonl")
+    assert (status, out) == (2, "")
+    assert_one_line(err, "holds a LoRA adapter beside its weights; merge it")
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_no_code_of_a_checkpoint_runs_and_nothing_is_asked(file, text, tmp_path, run_script, monkeypatch):
     """As an InternLM2 in LLaMA's names ships it: a prompt answered with yes would run it."""

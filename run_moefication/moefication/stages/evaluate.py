@@ -16,6 +16,7 @@ from llama_moe.moe_layers import MoEBlock
 
 from ..checkpoints.dense import DTYPES, DenseCheckpoint, resolve_model_path
 from ..checkpoints.dense_config import is_convertible, read_dense_config
+from ..checkpoints.headers import ADAPTER, MERGE_ADAPTER
 from ..checkpoints.moe import experts_per_tok, require_num_selects
 from ..checkpoints.tokenizers import load_tokenizer
 from ..checkpoints.transformers_library import CONFIG_ERRORS, first_line, last_line, plain_config, quiet_transformers
@@ -158,6 +159,8 @@ def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) 
     if type(config) is LlamaConfig:  # as the stages read it
         checkpoint = DenseCheckpoint(str(path))
         return checkpoint.load_causal_lm(device, checkpoint.dtype if torch_dtype == "auto" else torch_dtype)
+    if (path / ADAPTER).exists():  # transformers would apply it without a word
+        raise MoEficationError(f"{path} holds a LoRA adapter beside its weights; {MERGE_ADAPTER}, or take it away")
     try:
         with quiet_transformers():
             model, loading = AutoModelForCausalLM.from_pretrained(
