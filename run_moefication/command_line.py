@@ -17,7 +17,6 @@ from typing import Any, NoReturn, get_args
 from run_moefication.settings import TEMPLATES, CorpusSettings
 
 TRACEBACK = "MOEFICATION_TRACEBACK"  # set in the environment, errors of one line come after their traceback
-SHOWN_FILES = 3  # of a domain, in the table of the mix
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -96,13 +95,12 @@ def add_save_path(parser: argparse.ArgumentParser, result: str) -> None:
     parser.add_argument("--save_path", type=path, required=True, help=f"folder in which {result} is made")
 
 
-def add_templates(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """`--templates`; several where the stage takes more than one."""
-    count = "one or several, comma-separated" if several else "one"
+def add_templates(parser: argparse.ArgumentParser) -> None:
+    """`--templates` of a split, which can be made on several."""
     parser.add_argument(
         "--templates",
         default=TEMPLATES[0],
-        help=f"weight whose rows are the neurons, {{}} standing for the layer ({count}; gate_proj or up_proj)",
+        help="weights whose rows are the neurons, comma-separated, {} standing for the layer (gate_proj or up_proj)",
     )
 
 
@@ -143,11 +141,12 @@ def read_corpus(arguments: argparse.Namespace, checkpoint: Any, progress: Callab
 
 def print_mix(checkpoint: Any, corpus: Any) -> None:
     """The domains of a corpus: their shares, the tokens there, asked for and got, and the files counted for each."""
+    from run_moefication.moefication.text.unread import some
+
     print(f"{'domain':<14} {'share':>6} {'there':>10} {'asked':>10} {'got':>10}  tokens, of files")
     for row in corpus.mix:
-        more = f" and {len(row.files) - SHOWN_FILES} more" if len(row.files) > SHOWN_FILES else ""
-        files = ", ".join(row.files[:SHOWN_FILES]) + more
-        print(f"{row.domain:<14} {row.weight:>6.1%} {row.available:>10,} {row.asked:>10,} {row.got:>10,}  {files}")
+        counts = f"{row.available:>10,} {row.asked:>10,} {row.got:>10,}"
+        print(f"{row.domain:<14} {row.weight:>6.1%} {counts}  {some(row.files)}")
     for row in corpus.mix:
         if row.skipped_lines:
             print(f"{row.domain}: {row.skipped_lines:,} bad lines skipped")
@@ -203,10 +202,11 @@ class Process:
 def this_process(arguments: argparse.Namespace, what_alone: str) -> Process:
     """Who this process is by RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets.
 
-    Where they are set but torchrun is not what set them, they may have been left over: it is said what follows.
+    If they are set, but not by torchrun, they may be left over from another run: a line on stderr says what this
+    process will do.
 
     Args:
-        what_alone: what a process does that has been started as one of several.
+        what_alone: what a process does if it is one of several.
     """
     from run_moefication.moefication.errors import MoEficationError
 

@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
     command_line.add_model_path(parser)
     command_line.add_save_path(parser, "NAME-nExpert-Split-Random")
-    command_line.add_templates(parser, several=True)
+    command_line.add_templates(parser)
     command_line.add_settings(parser, RandomSplitSettings)
     command_line.add_common(parser, device=False)
     return parser

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,10 +100,11 @@ def require_held_out_block(corpus: Corpus) -> None:
 # ---------------------------------------------------------------------------------------------------- the mix
 
 
-def parse_domain_weights(text: dict[str, float] | str | None) -> dict[str, float] | str | None:
-    """`c4=0.5,github=0.5` -> weights by domain; weights, "equal" (all alike) and None (LLaMA's mix) stay themselves."""
-    if not isinstance(text, str) or text == EQUAL:
-        return text
+def parse_domain_weights(given: Mapping[str, float] | str | None) -> dict[str, float] | str | None:
+    """`c4=0.5,github=0.5`, or such a mapping -> weights by domain; "equal" and None (LLaMA's mix) stay as they are."""
+    if given in (None, EQUAL):
+        return given
+    text = given if isinstance(given, str) else ",".join(f"{name}={weight}" for name, weight in given.items())
     weights: dict[str, float] = {}
     for item in text.split(","):
         domain, _, number = item.partition("=")
@@ -145,6 +146,7 @@ def training_corpus(
     domains = find_domains(data_path, None if weights == EQUAL else weights)
 
     def read() -> tuple[list[torch.Tensor], list[DomainShare]]:
+        """Tokenise the text, or take it from the cache, and draw the blocks."""
         streams = {
             name: token_stream(checkpoint, name, files, cache_path, skip_bad_lines=skip_bad_lines, progress=progress)
             for name, files in domains.items()

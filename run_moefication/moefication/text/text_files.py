@@ -13,6 +13,7 @@ LINES = (".jsonl", ".json", ".ndjson", ".jsonlines")  # the second is what C4 ca
 TEXT = ".txt"
 OF_DATASETS = ("manifest.json", "redpajama.json", "dataset_info.json", "dataset_infos.json")  # no text
 PARQUET = ".parquet"
+HELD_OUT = "heldout"  # a folder whose text is never for training
 COMPRESSED = (".gz", ".gzip", ".zst", ".zstd")
 # Data that is not read, by what it ends with, and what to do about it.
 UNREAD = {
@@ -130,7 +131,7 @@ def zip_members(path: Path) -> list[TextFile]:
             raise MoEficationError(f"{path} holds {name!r} twice; refused")
         seen.add(name.casefold())
     texts = [TextFile(path, info.filename) for info in members]
-    texts = [file for file in texts if file.is_text and "heldout" not in PurePosixPath(file.member).parts]
+    texts = [file for file in texts if file.is_text and HELD_OUT not in PurePosixPath(file.member).parts]
     if not texts:
         raise MoEficationError(f"{path} holds no .jsonl or .txt file")
     return texts

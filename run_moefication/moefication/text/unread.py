@@ -5,11 +5,10 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .text_files import ZIP_DAMAGE, TextFile, cure_of_unread
+from .text_files import HELD_OUT, ZIP_DAMAGE, TextFile, cure_of_unread
 
-HELD_OUT = "heldout"  # a folder whose text is never for training
 SHOWN_NAMES = 3
-MOST_LOOKED_AT = 10_000  # of the files in a folder that is not read
+MOST_LOOKED_AT = 10_000  # files of a folder that is not read, among which text is looked for
 
 
 def unread_data(path: Path, read_below: list[Path]) -> str:
@@ -26,7 +25,7 @@ def unread_data(path: Path, read_below: list[Path]) -> str:
     for folder in sorted(set(filter(Path.is_dir, path.iterdir())) - set(read_below)):
         if folder.name != HELD_OUT and not folder.name.startswith(".") and _holds_text(folder):
             names.setdefault("name it after a domain to have it read", []).append(f"{folder.name}/")
-    return "; ".join(f"{_some(files)} ({cure})" for cure, files in names.items())
+    return "; ".join(f"{some(files)} ({cure})" for cure, files in names.items())
 
 
 def _unread_files(folder: Path) -> Iterator[tuple[str, str]]:
@@ -57,6 +56,7 @@ def _holds_text(folder: Path) -> bool:
         return False
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
     more = len(names) - SHOWN_NAMES
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

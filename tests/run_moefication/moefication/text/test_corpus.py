@@ -215,6 +215,9 @@ def test_a_domain_is_weighed_once():
 def test_domain_weights_are_parsed():
     assert parse_domain_weights("c4=0.5, My_Notes=2") == {"c4": 0.5, "mynotes": 2.0}
     assert parse_domain_weights(None) is None
+    assert parse_domain_weights({"Books": 1, "My Notes": 0.5}) == {"book": 1.0, "mynotes": 0.5}
+    with pytest.raises(MoEficationError, match="is not of the form domain=positive number"):
+        parse_domain_weights({"c4": -1.0})
     for text in ("c4", "c4=", "=1", "c4=-1", "c4=0", "c4=nan", "c4=inf", "c4=1,,"):
         with pytest.raises(MoEficationError, match="is not of the form domain=positive number"):
             parse_domain_weights(text)
