@@ -374,8 +374,8 @@ class Recipe:
         shared: shared experts over all experts, by the active fraction: `(above, share)` pairs, of which the first that
             holds counts; at or below all of them half of the experts that run are shared. None: none are shared.
         gate_rank, rank_from: rank of the gates from so many experts on; fewer experts have full gates.
-        split_tokens, feature_tokens, calibration_tokens, distillation_tokens: how much text each stage reads; with 0
-            `moefy` leaves the calibration out.
+        split_tokens, feature_tokens, calibration_tokens, distillation_tokens: how much text each stage reads.
+        is_calibrated: whether stage 5 belongs to it.
     """
 
     name: str
@@ -389,6 +389,7 @@ class Recipe:
     rank_from: int
     routing: str
     output_bias: bool
+    is_calibrated: bool = True
     split_tokens: int = 32_768
     feature_tokens: int = 65_536
     calibration_tokens: int = 131_072
@@ -438,7 +439,7 @@ PLAIN = Recipe(
     rank_from=0,
     routing="top_k",
     output_bias=False,
-    calibration_tokens=0,
+    is_calibrated=False,
 )
 RECIPES = {recipe.name: recipe for recipe in (CALIBRATED, PLAIN)}
 
@@ -471,7 +472,7 @@ def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
         "ROUTING": recipe.routing,
         "SPLIT_TOKENS": recipe.split_tokens,
         "FEATURE_TOKENS": recipe.feature_tokens,
-        "CALIBRATION_TOKENS": recipe.calibration_tokens or CALIBRATED.calibration_tokens,
+        "CALIBRATION_TOKENS": recipe.calibration_tokens,
         "DISTILLATION_TOKENS": recipe.distillation_tokens,
     }
     given = {key: environment.get(key) or str(value) for key, value in values.items()}

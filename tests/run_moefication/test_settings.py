@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import llama_moe
+from llama_moe.configuration_llama_moe import GATE_NETWORKS, ROUTINGS
 from run_moefication import (
     llama_calibrate,
     llama_convert,
@@ -22,6 +24,8 @@ from run_moefication import (
     settings,
 )
 from run_moefication.command_line import with_dashes
+from run_moefication.moefication.checkpoints.dense import DTYPES
+from run_moefication.moefication.fitting.balanced_kmeans import DISTANCES
 from run_moefication.moefication.layers.scores import CRITERIA
 from run_moefication.moefication.stages.distill_trainer import TRAINED
 
@@ -54,6 +58,11 @@ def test_a_scripts_options_are_its_settings(script):
 def test_choices_are_what_the_code_knows():
     assert set(settings.CRITERIA) == set(CRITERIA)
     assert set(settings.TRAINED) == set(TRAINED)
+    assert set(settings.ROUTINGS) == set(ROUTINGS)
+    assert set(settings.DISTANCES) == set(DISTANCES)
+    assert set(settings.DTYPES) == set(DTYPES)
+    assert set(settings.GATE_NETWORKS.values()) == set(GATE_NETWORKS)
+    assert all(hasattr(llama_moe, name) for name in settings.CONVERT_TYPES)
 
 
 def shell(variables: list[str], **environment: str) -> list[str]:
@@ -129,4 +138,4 @@ def test_nothing_heavy_is_imported():
 def test_every_field_is_explained():
     for stage in (*STAGES.values(), settings.CorpusSettings):
         for one in fields(stage):
-            assert re.match(r"[a-z|].{7,}", one.metadata["help"]), one.name
+            assert re.match(r"[a-z].{7,}", one.metadata["help"]), one.name

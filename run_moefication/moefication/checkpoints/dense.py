@@ -38,14 +38,14 @@ HEADS = (HEAD, "score.weight")
 UNUSED_TENSORS = re.compile(
     r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|(v_head|value_head)\..+"
 )
-COMPARED_ROWS = 4096  # of two matrices at a time
+COMPARED_ROWS = 4096  # rows of two matrices that are compared at a time
 # What the hub client raises: for an answer of the hub, for a file, a name, and (as the base of the first) the network.
 HUB_ERRORS = (HfHubHTTPError, HfHubHTTPError.__bases__[0], OSError, ValueError)
 
 
-def resolve_model_path(model_path: str) -> Path:
+def resolve_model_path(model_path: str | Path) -> Path:
     """A local folder, or a hub id (`owner/name`), downloaded to the hub's own cache."""
-    path = Path(model_path)
+    path, model_path = Path(model_path), str(model_path)
     if path.is_dir():
         return path.resolve()
     if path.exists():
@@ -72,7 +72,7 @@ class DenseCheckpoint:
         tensors: name without the `model.` prefix -> `TensorInfo`, of those that today's LLaMA uses.
     """
 
-    def __init__(self, model_path: str):
+    def __init__(self, model_path: str | Path):
         self.path = resolve_model_path(model_path)
         self.name = Path(model_path).name or self.path.name
         if self.name in (".", ".."):

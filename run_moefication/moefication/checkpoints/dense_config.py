@@ -74,11 +74,11 @@ def _described(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mistral(file: Path, raw: dict[str, Any]) -> LlamaConfig:
-    own = [name for name in ("sliding_window",) if name in raw]
-    mistral = _built(MistralConfig, file, _described(raw) | {name: raw[name] for name in own})
+    window = {name: value for name, value in raw.items() if name == "sliding_window"}  # else the class's default
+    mistral = _built(MistralConfig, file, _described(raw) | window)
     if mistral.sliding_window is not None:
         found = f"sliding_window {mistral.sliding_window}"
-        if not own:
+        if not window:
             found += ' (what its config.json means by leaving it out; "sliding_window": null says that there is none)'
         raise MoEficationError(f"{file.parent} is a Mistral with {found}, which LLaMA attention does not have")
     fields = _described(mistral.to_dict()) | {"attention_bias": False, "mlp_bias": False}  # Mistral has neither

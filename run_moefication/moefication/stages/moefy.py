@@ -152,7 +152,6 @@ def moefy(
     num_selects = recipe.num_selects(num_experts) if num_selects is None else num_selects
     shared = recipe.num_shared_experts(num_experts, num_selects)
     work = Path(f"{save_path}-work" if work_path is None else work_path)
-    is_calibrated = recipe.calibration_tokens > 0
 
     def text(max_tokens: int, domain_weights: str | None) -> Corpus:
         options = dict(max_tokens=max_tokens, domain_weights=domain_weights, block_size=block_size)
@@ -175,9 +174,9 @@ def moefy(
     gates = fit_gates(dense, experts, features, work, settings, **run)
     settings = ConvertSettings(num_experts=num_experts, num_selects=num_selects, routing=recipe.routing)
     run_convert = {name: value for name, value in run.items() if name != "device"}
-    converted = work / f"{dense.name}-MoE" if is_calibrated else save_path
+    converted = work / f"{dense.name}-MoE" if recipe.is_calibrated else save_path
     moe = convert(dense, experts, gates, converted, settings, **run_convert)
-    if not is_calibrated:
+    if not recipe.is_calibrated:
         return moe
     settings = CalibrateSettings(refit_gates=recipe.gate_network == "linear", output_bias=recipe.output_bias)
     return calibrate(dense, moe, text(recipe.calibration_tokens, EQUAL), save_path, settings, **run)
