@@ -17,7 +17,8 @@ from transformers import LlamaConfig
 from run_moefication.moefication.checkpoints.dense import DTYPES
 from run_moefication.moefication.checkpoints.writer import PlannedTensor
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.storage.files import digest, load_tensors, read_json_object
+from run_moefication.moefication.storage.files import digest, read_json_object
+from run_moefication.moefication.storage.tensors import load_tensors
 
 # (dim, n_layers, n_heads, n_kv_heads) by the name of the size: LLaMA 1, Llama 2 (70B and two shared names), Llama 3.
 SIZES = {

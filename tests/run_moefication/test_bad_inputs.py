@@ -70,10 +70,9 @@ def places(finished, tmp_path_factory) -> dict[str, object]:
     (tmp_path / "file").write_text("a file")
     for name in ("unfinished_moe", "damaged_moe", "cut_moe", "old_moe"):
         shutil.copytree(finished.moe, tmp_path / name)
-    (tmp_path / "unfinished_moe" / "manifest.parts").mkdir()
-    (tmp_path / "unfinished_moe" / "manifest.json").rename(
-        tmp_path / "unfinished_moe" / "manifest.parts" / "claim.json"
-    )
+    partial = (tmp_path / "unfinished_moe").rename(tmp_path / ".unfinished_moe.partial")
+    (partial / "manifest.parts").mkdir()
+    (partial / "manifest.json").rename(partial / "manifest.parts" / "spec.json")
     flip(tmp_path / "damaged_moe" / "model.safetensors")
     cut_short(tmp_path / "cut_moe" / "model.safetensors")
     config = tmp_path / "old_moe" / "config.json"

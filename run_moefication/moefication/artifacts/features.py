@@ -7,8 +7,8 @@ import torch
 
 from ..checkpoints.dense import DenseCheckpoint
 from ..errors import MoEficationError
-from ..storage.files import tensor_sha256
 from ..storage.folder import open_finished
+from ..storage.tensors import tensor_sha256
 from .split import require_template
 
 INPUTS, GATE_OUTPUTS = "hidden_inputs", "hidden_gate_outputs"

@@ -25,6 +25,7 @@ class Streams:
 
     def __init__(self, writer: ArtifactWriter, shape: tuple[int, int, int]):
         self._writer, self._shape = writer, shape
+        writer.begin()  # so that the streams that lie there are this run's
 
     def before(self, layer: int) -> torch.Tensor:
         """The streams before a layer, not to be written to."""
@@ -66,4 +67,4 @@ class Streams:
         return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(self._shape)
 
     def _path(self, layer: int) -> Path:
-        return self._writer.scratch(f"streams.{layer}")
+        return self._writer.temporary_path(f"streams.{layer}")

@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import MoEficationError
-from ..storage.files import load_tensors, read_json_object
+from ..storage.files import read_json_object
+from ..storage.tensors import load_tensors
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER = "adapter_config.json"

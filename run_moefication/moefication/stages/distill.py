@@ -92,7 +92,7 @@ def distill(
     checkpoint.check_finite(progress)
     model = _load(moe, settings)
     _begin(writer, is_first)
-    arguments.output_dir = str(writer.scratch("training"))
+    arguments.output_dir = str(writer.temporary_path("training"))
     metrics = _train(checkpoint, moe, model, corpus, settings, arguments, progress)
     if is_first:
         trained |= {name.removeprefix("model."): tensor.cpu() for name, tensor in model.state_dict().items()}
@@ -189,15 +189,14 @@ def _agreed(missing: list[str]) -> list[str]:
 
 
 def _begin(writer: ArtifactWriter, is_first: bool) -> None:
-    """Claim the folder: the first of the processes does, after all have looked at it, and the others join."""
-    if not torch.distributed.is_initialized():
-        writer.begin()
-        return
-    torch.distributed.barrier()
+    """Begin the folder: the first of the processes does, after all have looked at it."""
+    in_group = torch.distributed.is_initialized()
+    if in_group:
+        torch.distributed.barrier()
     if is_first:
         writer.begin()
-    torch.distributed.barrier()
-    writer.begin()
+    if in_group:
+        torch.distributed.barrier()
 
 
 def _new_config(moe: MoECheckpoint, model: LlamaMoEForCausalLM) -> LlamaMoEConfig:

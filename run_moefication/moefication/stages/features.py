@@ -18,9 +18,9 @@ from ..artifacts.features import features_folder, shard_file
 from ..checkpoints.dense import DTYPES, DenseCheckpoint
 from ..errors import MoEficationError
 from ..progress import Progress, no_progress
-from ..storage.files import tensor_sha256
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import Claim, environment
+from ..storage.tensors import tensor_sha256
 from ..text.corpus import Corpus
 
 INPUTS, GATE_OUTPUTS = "hidden_inputs", "hidden_gate_outputs"

@@ -1,18 +1,16 @@
-"""Single files, written so that they are whole or absent, and read so that nothing in them is ever executed."""
+"""Single files, written so that they are whole or absent. Free of torch."""
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
+from filelock import FileLock
 
 from ..errors import MoEficationError
 
@@ -49,26 +47,20 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def turn(path: Path) -> Iterator[None]:
-    """Held by one process at a time, where the file system can do that, by a file that is there meanwhile."""
-    new_folders = [folder for folder in path.parents if not folder.exists()]
-    with contextlib.ExitStack() as stack:
-        held = False
-        while not held:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # the holder before has just removed the folder, too
-                file = stack.enter_context(path.open("wb"))
-                with contextlib.suppress(OSError):
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                # The holder before removes its file, and a third process may hold a new one by now.
-                held = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+def locked(lock: FileLock, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock, whose file is there only meanwhile. It may be nested, and dies with its process.
+
+    Args:
+        timeout: seconds to wait for another process, after which `filelock.Timeout` is raised; -1: any time.
+    """
+    path = Path(lock.lock_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock.acquire(timeout):
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # something was written there
-                for folder in new_folders:
-                    folder.rmdir()
+            if lock.lock_counter == 1:
+                path.unlink(missing_ok=True)  # whoever waits for it makes a new one
 
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
@@ -113,47 +105,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensor_sha256(tensor: torch.Tensor) -> str:
-    """sha256 of a tensor's bytes, whatever its dtype."""
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
-
-
 def digest(content: Any) -> str:
     """sha256 of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# What torch's unpickler and its reader of archives raise for a file that is cut, foreign or forbidden.
-UNPICKLING_ERRORS = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    EOFError,
-    ImportError,
-    OSError,
-)
-
-
-def load_tensors(path: Path, mmap: bool = True) -> Any:
-    """A torch file, memory-mapped; nothing in it is ever executed.
-
-    Args:
-        mmap: False also reads the format of torch before 1.6, all of it into memory.
-
-    Raises:
-        MoEficationError: not a regular file, cut short, or holding anything but tensors and plain containers.
-    """
-    if not path.is_file():
-        raise MoEficationError(f"{path} is not a file")
-    try:
-        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-    except UNPICKLING_ERRORS as error:
-        reason = str(error).strip().split("\n")[0].split(". ")[0][:150]
-        raise MoEficationError(f"{path} is not a whole file of plain tensors, refused ({reason})") from error
 
 
 def read_json_object(path: Path, what: str) -> dict[str, Any]:

@@ -1,73 +1,72 @@
-"""Every path, file name and manifest the stages hand to one another, and the checks of what is read back.
+"""The folders that stages hand to one another: filling one piece by piece, and reading it when it is finished.
 
-A folder under construction holds its data files and `manifest.parts/`: `claim.json` (what is being made, from what) and
-one JSON piece per finished unit (a layer, a feature shard), written after the unit's files, whose names are noted
-before. When every expected piece is there they are merged into `manifest.json`, which is thereby the mark of a finished
-folder, and the parts are removed. Several processes may fill one folder: each writes its own units, whoever sees the
-last piece finishes.
+A folder is filled beside its name (see `FolderWriter`). Meanwhile its workspace holds `spec.json` (what is being made,
+from what) and a JSON file for each finished piece (a layer, a feature shard), written after the files of the piece.
+When every piece is there they are merged into `manifest.json`, and the folder gets its name: "finished" means that the
+manifest is there. Several processes may fill one folder. Each writes its own pieces; whoever sees the last one
+finishes.
 """
 
 import contextlib
-import fcntl
 import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from ..errors import MoEficationError
-from .clearing import clear, note, remove
-from .files import digest, file_sha256, load_tensors, turn, write_atomically, write_json
+from .files import digest, file_sha256, write_atomically, write_json
+from .folder_writer import WORKSPACE, FolderWriter
 from .manifest import (
-    CLAIM,
-    CLEARING,
-    LOCK,
     MANIFEST,
-    NAMES,
-    PARTS,
-    SCRATCH,
+    SPEC,
     STAGE_SCRIPTS,
-    TURN,
     Claim,
     difference,
-    existing_claim,
     inside,
+    own_files,
     read_json,
     read_manifest,
 )
+from .tensors import load_tensors
 
 logger = logging.getLogger(__name__)
 
-# ---------------------------------------------------------------------------------------------------- names
+ELSEWHERE = "choose another --save_path"
+OVERWRITE = "add --overwrite to redo it"
+OVERWRITES = "overwrites"  # in the workspace: a finished folder may be replaced
 
 
-def require_place(folder: Path, stage: str) -> tuple[dict[str, Any] | None, bool]:
-    """The claim or manifest in a folder (None: there is none), and whether it is finished; refused where the folder
-    holds anything but what that stage left."""
-    existing, finished = existing_claim(folder)
-    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not finished and not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise MoEficationError(
-            f"{folder} cannot be made: {nearest} is no folder to write to; choose another --save_path"
-        )
-    if existing is None:
-        # A run that died before its claim leaves an empty folder of parts, which is ours.
-        if folder.exists() and any(path.name != PARTS for path in folder.iterdir()):
-            raise MoEficationError(
-                f"{folder} holds files but no {MANIFEST}: not ours to fill; choose another --save_path"
-            )
-    elif existing["stage"] != stage:
-        raise MoEficationError(
-            f"{folder} was written by {STAGE_SCRIPTS[existing['stage']]}; choose another --save_path"
-        )
-    return existing, finished
+def require_place(folder: Path, stage: str) -> None:
+    """Refuse a folder that cannot be written, or that holds anything but what that stage left."""
+    _look(FolderWriter(folder, own_files), stage)
+
+
+def _look(files: FolderWriter, stage: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The spec of an unfinished folder and the manifest of a finished one, each None where there is none."""
+    # In this order: another process may just be giving the folder its name.
+    partial, finished = (
+        read_manifest(path) if path.exists() else None for path in (files.workspace / SPEC, files.folder / MANIFEST)
+    )
+    if finished is None:
+        files.refuse_place()
+        if files.folder.exists() and any(files.folder.iterdir()) and not _is_of_earlier_version(files.folder):
+            raise MoEficationError(f"{files.folder} holds files but no {MANIFEST}: not ours to fill; {ELSEWHERE}")
+    for existing in filter(None, (partial, finished)):
+        if existing["stage"] != stage:
+            raise MoEficationError(f"{files.folder} was written by {STAGE_SCRIPTS[existing['stage']]}; {ELSEWHERE}")
+    return partial, finished
+
+
+def _is_of_earlier_version(folder: Path) -> bool:
+    """Whether the folder was being filled in place, as earlier versions did."""
+    return (folder / WORKSPACE).is_dir() and not (folder / MANIFEST).exists()
 
 
 class ArtifactWriter:
-    """Fills one folder, unit by unit: begins it, or goes on with one begun, or finished, with the same claim.
+    """Fills one folder, piece by piece: begins it, or goes on with one begun, or finished, with the same spec.
 
     Nothing is touched before the first write, so that a stage may still refuse its input after asking what is missing.
 
@@ -75,14 +74,19 @@ class ArtifactWriter:
         folder: made if absent; may exist empty.
         claim: what the folder will be.
         pieces: names of all the units the finished folder will consist of.
-        overwrite: throw away what an earlier run of the same stage left, and nothing else.
-        shared: other processes of this run fill the same folder: an unfinished folder with the same claim is theirs,
-            and is joined rather than cleared.
-        exclusive: no other process may fill this folder meanwhile: the stage has scratch files, which two would share.
+        overwrite: make anew what an earlier run of the same stage left; what it finished stays until then.
+        shared: other processes of this run fill the same folder: an unfinished folder with the same spec is theirs,
+            and is joined rather than made anew.
+        exclusive: no other process may fill this folder meanwhile: the stage has temporary files, which two would
+            share.
+
+    Attributes:
+        claim: the spec in force, with the facts of the run that began the folder.
+        was_finished: whether there was nothing to do from the start.
 
     Raises:
         MoEficationError: the folder holds something else, or was begun with other options, model or inputs; at the
-            first write of an exclusive one: another process is filling it.
+            first write: another process is filling it.
     """
 
     def __init__(
@@ -96,94 +100,86 @@ class ArtifactWriter:
         exclusive: bool = False,
     ):
         self.folder, self.pieces = folder, list(pieces)
-        self._wanted, self._overwrite, self._shared = claim.to_json(), overwrite, shared
-        self._exclusive, self._lock = exclusive, None
-        existing, must_clear = self._look()
-        self._begun = existing is not None and not must_clear
-        self.claim = existing if self._begun else self._wanted
+        self._files = FolderWriter(folder, own_files)
+        self._wanted, self._overwrite, self._shared, self._exclusive = claim.to_json(), overwrite, shared, exclusive
+        self._held = contextlib.ExitStack()  # the lock of an exclusive writer
+        existing = self._existing()
+        self._begun, self._may_write = existing is not None, False
+        self.claim = existing or self._wanted
         self.was_finished = self.finished
-        self._damaged = self._find_damaged() if self._begun and not self.finished else []
-        self._may_write = False
 
     @property
     def finished(self) -> bool:
-        return self._begun and (self.folder / MANIFEST).exists()
+        """Whether the folder is whole and has its name."""
+        is_partial = (self._files.workspace / SPEC).exists()
+        return self._begun and not is_partial and (self.folder / MANIFEST).exists()
 
     def missing(self) -> list[str]:
         """Names of the pieces that are not there yet, in order."""
-        missing = [
-            piece
-            for piece in self.pieces
-            if not self._begun or piece in self._damaged or not self._piece_path(piece).exists()
-        ]
-        # Asked last: whoever finishes the folder writes the manifest before it takes the parts away.
-        return [] if self.finished else missing
+        if not self._begun:
+            return self.pieces
+        missing = [piece for piece in self.pieces if not self._is_whole(piece)]
+        return [] if self.finished else missing  # asked last: another process may finish the folder meanwhile
 
     def begin(self) -> None:
-        """Clear and claim the folder, unless that is done; `write` does it too."""
-        if self._may_write:
+        """Begin the folder or join those who fill it, unless that is done; `write` does it too."""
+        if self._may_write or self.finished:
             return
-        if not self._begun:
-            self._look()  # a folder that others have filled since is refused before anything is written
-        if self._exclusive and self._lock is None:
-            self._lock = _locked(self.folder)
-        with turn(self.folder / PARTS / TURN):
-            if not self._begun:
-                existing, must_clear = self._look()  # again: another process of this run may have begun meanwhile
-                if must_clear:
-                    clear(self.folder, existing)
-                if must_clear or existing is None:
-                    existing = self._wanted
-                    write_json(self.folder / PARTS / CLAIM, existing)
-                self.claim, self._begun = existing, True
-            for piece in self._find_damaged():
-                logger.warning("%s: files of %s are missing or cut short; it is made again", self.folder, piece)
-                self._piece_path(piece).unlink()
-        self._damaged, self._may_write = [], True
+        if self._exclusive:
+            self._held.enter_context(self._files.locked(timeout=0))
+        with self._files.locked():
+            existing = self._existing()  # again: another process of this run may have begun meanwhile
+            if existing is None:
+                self._files.start()
+                if self._overwrite:
+                    (self._files.workspace / OVERWRITES).touch()
+                write_json(self._files.workspace / SPEC, self._wanted)
+            self.claim, self._begun = existing or self._wanted, True
+            for piece in self.missing():
+                if self._piece_path(piece).exists():
+                    logger.warning("%s: files of %s are missing or cut short; it is made again", self.folder, piece)
+        self._may_write = True
 
-    def _find_damaged(self) -> list[str]:
-        """The pieces that are there, but not all their files."""
-        damaged = []
-        for piece in self.pieces:
-            with contextlib.suppress(FileNotFoundError):  # not there, or taken away by the process that finishes
-                files = read_json(self._piece_path(piece))["files"]
-                paths = {inside(self.folder, file): entry["size"] for file, entry in files.items()}
-                if any(not path.is_file() or path.stat().st_size != size for path, size in paths.items()):
-                    damaged.append(piece)
-        return damaged
-
-    def _look(self) -> tuple[dict[str, Any] | None, bool]:
-        """The claim that is there, if any, and whether it must be cleared away first."""
-        existing, finished = require_place(self.folder, self._wanted["stage"])
-        if existing is None:
-            return None, False
-        unlike = difference(existing, self._wanted, finished)
-        half_cleared = CLEARING in existing and not finished
+    def _existing(self) -> dict[str, Any] | None:
+        """The spec of what is there and is gone on with, finished or not; None: begin anew."""
+        partial, finished = _look(self._files, self._wanted["stage"])
+        if partial is not None and difference(partial, self._wanted, is_finished=False) is None:
+            may_replace = finished is None or (self._files.workspace / OVERWRITES).exists()
+            if may_replace and (self._shared or not self._overwrite):
+                return partial
         if self._overwrite:
-            return existing, bool(unlike or finished or half_cleared or not self._shared)
+            self._files.refuse_place()
+            return None
+        if _is_of_earlier_version(self.folder):
+            raise MoEficationError(f"{self.folder} was begun by an earlier version; {ELSEWHERE}, or {OVERWRITE}")
+        existing = finished or partial
+        unlike = existing and difference(existing, self._wanted, is_finished=finished is not None)
         if unlike:
-            raise MoEficationError(f"{self.folder} {unlike}; choose another --save_path, or add --overwrite to redo it")
-        if finished:
-            Artifact(self.folder, existing).check_sizes()  # "finished" is not said of a folder that has lost files
-        return existing, half_cleared
+            raise MoEficationError(f"{self.folder} {unlike}; {ELSEWHERE}, or {OVERWRITE}")
+        if finished is not None:
+            Artifact(self.folder, finished).check_sizes()  # "finished" is not said of a folder that has lost files
+        return finished
+
+    def _is_whole(self, piece: str) -> bool:
+        """Whether a piece is recorded, and its files are there in their full size."""
+        with contextlib.suppress(FileNotFoundError):
+            files = read_json(self._piece_path(piece))["files"]
+            paths = {inside(self._files.partial, name): entry["size"] for name, entry in files.items()}
+            return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+        return False
 
     def write(self, relative: str, write: Callable[[Any], None]) -> dict[str, Any]:
         """Write one file atomically and return its manifest entry."""
         self.begin()
-        path = self.folder / relative
-        note(self.folder, [relative])
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of an interrupted run: this file is ours alone
-            stale.unlink()
-        return write_atomically(path, write)
+        return write_atomically(self._files.partial / relative, write)
 
     def write_tensors(self, relative: str, tensors: Any) -> dict[str, Any]:
         """Write a tensor, or a dict of them, as a torch file. Views are the caller's to clone."""
         return self.write(relative, lambda file: torch.save(tensors, file))
 
-    def scratch(self, name: str) -> Path:
+    def temporary_path(self, name: str) -> Path:
         """Where a file or folder may lie that is needed until this folder is finished, and is removed then."""
-        self.begin()
-        return self.folder / PARTS / f"{name}{SCRATCH}"
+        return self._files.workspace / name
 
     def write_piece(self, piece: str, files: dict[str, dict[str, Any]], metrics: Any = None) -> None:
         """Record a finished unit: the entries of its files and its metrics."""
@@ -200,24 +196,24 @@ class ArtifactWriter:
             return read_manifest(self.folder / MANIFEST)["metrics"]
 
     def finish(self) -> bool:
-        """Write `manifest.json` if every piece is there. Returns whether the folder is finished."""
+        """Give the folder its name if every piece is there. Returns whether it is finished."""
         if self.missing():
             return False
-        # Another process may be doing just this: what it takes away meanwhile is in its manifest, equal to ours.
-        with contextlib.suppress(FileNotFoundError):
-            files, metrics = self._merged(self.pieces)
-            manifest = self.claim | {"files": files, "metrics": metrics}
-            write_json(self.folder / MANIFEST, manifest)
-        parts = self.folder / PARTS
-        ours = [*parts.glob("*.json"), *parts.glob(".*.tmp"), *parts.glob(f"*{SCRATCH}")]
-        ours += [parts / name for name in (NAMES, TURN, LOCK)]
-        for path in [*ours, *self.folder.glob(f".{MANIFEST}.*.tmp")]:
-            remove(path)
-        with contextlib.suppress(OSError):
-            parts.rmdir()
-        if self._lock is not None:
-            self._lock.close()
+        if not self.finished or (self.folder / WORKSPACE).exists():  # else it may lie on a disk that is read-only
+            with self._files.locked():
+                if self.finished:  # by another process, or by a run that was killed before it had swept
+                    self._files.sweep()
+                else:
+                    self._publish()
+        self._held.close()
         return True
+
+    def _publish(self) -> None:
+        files, metrics = self._merged(self.pieces)
+        for temporary in self._files.partial.rglob(".*.tmp"):  # of killed runs
+            temporary.unlink()
+        write_json(self._files.partial / MANIFEST, self.claim | {"files": files, "metrics": metrics})
+        self._files.publish()
 
     def _merged(self, pieces: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Files of the pieces together, and their metrics by piece."""
@@ -226,21 +222,7 @@ class ArtifactWriter:
         return files, {piece: content["metrics"] for piece, content in contents.items() if "metrics" in content}
 
     def _piece_path(self, piece: str) -> Path:
-        return self.folder / PARTS / f"{piece}.json"
-
-
-def _locked(folder: Path) -> IO[bytes]:
-    """The folder's lock, ours until the file returned is closed, as it is when the process ends, however it does."""
-    (folder / PARTS).mkdir(parents=True, exist_ok=True)
-    lock = (folder / PARTS / LOCK).open("ab")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise MoEficationError(f"another run is writing {folder}: let it finish") from error
-    except OSError as error:  # a file system that cannot lock
-        logger.debug("%s: %s", folder, error)
-    return lock
+        return self._files.workspace / f"{piece}.json"
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -323,15 +305,17 @@ def open_finished(folder: str | Path, *stages: str) -> Artifact:
     """
     folder = Path(folder)
     script = STAGE_SCRIPTS[stages[0]]
-    if not folder.is_dir():
-        raise MoEficationError(f"{folder} is not a folder; run {script} first")
-    manifest, finished = existing_claim(folder)
-    if manifest is None:
+    if not (folder / MANIFEST).exists():
+        workspace = FolderWriter(folder, own_files).workspace
+        if (workspace / SPEC).exists():
+            script, done = STAGE_SCRIPTS[read_manifest(workspace / SPEC)["stage"]], len([*workspace.glob("*.json")]) - 1
+            raise MoEficationError(f"{folder} is unfinished ({done} parts done); run {script} again, it goes on there")
+        if _is_of_earlier_version(folder):
+            raise MoEficationError(f"{folder} was begun by an earlier version; run {script} again with --overwrite")
+        if not folder.is_dir():
+            raise MoEficationError(f"{folder} is not a folder; run {script} first")
         raise MoEficationError(f"{folder} has no {MANIFEST}: not a folder written by {script}")
+    manifest = read_manifest(folder / MANIFEST)
     if manifest["stage"] not in stages:
         raise MoEficationError(f"{folder} was written by {STAGE_SCRIPTS[manifest['stage']]}, not by {script}")
-    if not finished:
-        done = len(list((folder / PARTS).glob("*.json"))) - 1
-        again = STAGE_SCRIPTS[manifest["stage"]]
-        raise MoEficationError(f"{folder} is unfinished ({done} parts done); run {again} again, it goes on from there")
     return Artifact(folder, manifest)

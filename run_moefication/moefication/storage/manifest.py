@@ -1,6 +1,5 @@
 """What a folder's `manifest.json` says, how two of them differ, and refusing those that cannot be trusted."""
 
-import contextlib
 import json
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -10,16 +9,11 @@ from typing import Any
 import torch
 
 from ..errors import MoEficationError
+from .folder_writer import WORKSPACE
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-PARTS = "manifest.parts"
-CLAIM = "claim.json"
-LOCK = ".lock"  # in PARTS: held by a run that must be the only one
-TURN = ".turn"  # in PARTS: held by a process while it begins
-CLEARING = "clearing"  # in a claim: the folder is being cleared
-NAMES = "names.txt"  # in PARTS: of all files that were begun, whether finished or not
-SCRATCH = ".scratch"  # how files end that a stage needs only until its folder is finished
+SPEC = "spec.json"  # in WORKSPACE: what the folder will be
 STAGE_SCRIPTS = {
     "split": "llama_split_clustering.py",
     "hidden_features": "llama_get_hidden_features.py",
@@ -57,7 +51,7 @@ class Claim:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The claim as it stands in manifests."""
+        """The spec as it stands in manifests."""
         return {
             "format": FORMAT_VERSION,
             "stage": self.stage,
@@ -69,19 +63,21 @@ class Claim:
         }
 
 
-def existing_claim(folder: Path) -> tuple[dict[str, Any] | None, bool]:
-    """The claim or manifest in a folder (None: there is none), and whether it is finished."""
-    if folder.exists() and not folder.is_dir():
-        raise MoEficationError(f"{folder} is a file; choose another --save_path")
-    manifest, claim = folder / MANIFEST, folder / PARTS / CLAIM
-    # The manifest once more: another process may just have written it, and taken the claim away.
-    for path in (manifest, claim, manifest):
-        with contextlib.suppress(FileNotFoundError):
-            return read_manifest(path), path is manifest
-    return None, False
+def own_files(folder: Path) -> list[str]:
+    """Names of the files that a stage wrote into this folder, the manifest last; none without a manifest.
+
+    Earlier versions filled a folder in place. What such a run left has noted its names in `WORKSPACE`.
+    """
+    names = read_manifest(folder / MANIFEST)["files"] if (folder / MANIFEST).exists() else {}
+    notes = folder / WORKSPACE / "names.txt"
+    noted = notes.read_text().split("\n")[:-1] if notes.exists() else []
+    names = sorted({*names, *(name for name in noted if name and "\0" not in name)})
+    for name in names:
+        inside(folder, name)
+    return [*names, MANIFEST]
 
 
-def difference(existing: dict[str, Any], wanted: dict[str, Any], finished: bool) -> str | None:
+def difference(existing: dict[str, Any], wanted: dict[str, Any], is_finished: bool) -> str | None:
     """What keeps an existing folder from being the wanted one, as the rest of a sentence, or None."""
     if existing["source"].get("fingerprint") != wanted["source"]["fingerprint"]:
         return f"was made from another model ({existing['source'].get('name')}: its weights or config differ)"
@@ -93,7 +89,7 @@ def difference(existing: dict[str, Any], wanted: dict[str, Any], finished: bool)
     for name, value in wanted["inputs"].items():
         if existing["inputs"].get(name) != value:
             return f"was made from another {name}"
-    if not finished:
+    if not is_finished:
         for name, value in wanted["environment"].items():
             if existing["environment"].get(name) != value:
                 return f"was begun with {name} {existing['environment'].get(name)}, this run has {value}"
@@ -114,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest or claim, refused if it is damaged, foreign, or of another format version."""
+    """A manifest or spec, refused if it is damaged, foreign, or of another format version."""
     manifest = read_json(path)
     if manifest.get("stage") not in STAGE_SCRIPTS:
         raise MoEficationError(f"{path} is not a manifest of this toolkit")

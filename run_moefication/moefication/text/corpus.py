@@ -15,7 +15,8 @@ from ...settings import EQUAL, CorpusSettings
 from ..checkpoints.dense import DenseCheckpoint
 from ..errors import MoEficationError, SettingError
 from ..progress import Progress, no_progress
-from ..storage.files import digest, tensor_sha256
+from ..storage.files import digest
+from ..storage.tensors import tensor_sha256
 from .domains import LLAMA_MIX, find_domains, known_domain
 from .tokens import TokenStream, token_stream
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.tokenizers import load_tokenizer, tokenizer_files
 from ..errors import MoEficationError
 from ..progress import Progress, no_progress
-from ..storage.files import digest, file_sha256, turn, write_atomically, write_json
+from ..storage.files import digest, file_sha256, locked, write_atomically, write_json
 from .documents import Document, DocumentReader
 from .text_files import TextFile
 
@@ -110,7 +111,7 @@ def token_stream(
         file.flush()
         return TokenStream(_mapped(file), skipped)
     cached = Path(cache_path) / f"{domain}-{_cache_key(checkpoint, files, skip_bad_lines)[:32]}.tokens"
-    with turn(cached.with_suffix(".lock")):
+    with locked(FileLock(cached.with_suffix(".lock"))):
         stream = _read_cache(cached)
         if stream is None:
             skipped = 0

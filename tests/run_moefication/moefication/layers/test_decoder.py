@@ -159,7 +159,7 @@ def test_a_stream_begun_twice_is_the_second_one(writer):
 def test_streams_that_are_not_whole_are_refused_by_name(damage, writer):
     streams = Streams(writer, SHAPE)
     streams.begin(2).fill_(1)
-    path = writer.scratch("streams.2")
+    path = writer.temporary_path("streams.2")
     if damage != "begun":
         streams.commit(2)
     if damage == "missing":
@@ -168,7 +168,7 @@ def test_streams_that_are_not_whole_are_refused_by_name(damage, writer):
         path.write_bytes(path.read_bytes()[:-1])
     if damage == "of more tokens":
         streams = Streams(writer, (2, 4, 3))
-    with pytest.raises(MoEficationError, match=r"streams\.2\.scratch is missing or cut; run again with --overwrite"):
+    with pytest.raises(MoEficationError, match=r"streams\.2 is missing or cut; run again with --overwrite"):
         streams.before(2)
 
 

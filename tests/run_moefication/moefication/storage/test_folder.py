@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -20,10 +22,10 @@ from hypothesis import strategies as st
 from pipeline import contents
 
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.storage import clearing, files
-from run_moefication.moefication.storage.files import load_tensors, write_atomically
+from run_moefication.moefication.storage.files import write_atomically
 from run_moefication.moefication.storage.folder import ArtifactWriter, open_finished
 from run_moefication.moefication.storage.manifest import Claim
+from run_moefication.moefication.storage.tensors import load_tensors
 
 CLAIM = Claim(
     stage="split",
@@ -66,77 +68,51 @@ def test_file_appears_whole_with_true_size_sum_and_rights(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("existing", [None, b"old"])
-def test_failed_write_leaves_what_was_there(existing, tmp_path):
-    path = tmp_path / "file"
-    if existing:
-        path.write_bytes(existing)
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, fail)
-    assert contents(tmp_path) == ({"file": existing} if existing else {})
+class Killed(BaseException):
+    """Stands in for the process's end: nothing runs after it."""
 
 
-def at_call(monkeypatch, owner, name: str, number: int, act) -> list[int]:
-    """Make the `number`-th call of a function `act()` first. Returns a list that grows by one with each call."""
-    calls, real = [], getattr(owner, name)
+@pytest.mark.parametrize("existing", [{}, {"file": b"old"}])
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt("mine"), RuntimeError("mine")])
+@pytest.mark.parametrize("place", ["write", "fsync", "chmod", "replace"])
+def test_failed_write_leaves_what_was_there(place, error, existing, tmp_path, monkeypatch):
+    def fail(*args):
+        raise error
 
-    def replacement(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == number:
-            act()
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, replacement)
-    return calls
-
-
-def fail_with_full_disk():
-    raise OSError(28, "No space left on device")
+    for name, data in existing.items():
+        (tmp_path / name).write_bytes(data)
+    if place != "write":
+        monkeypatch.setattr(os, place, fail)
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        write_atomically(tmp_path / "file", lambda file: [file.write(b"half"), place == "write" and fail()])
+    assert contents(tmp_path) == existing
 
 
-@pytest.mark.parametrize("existing", [None, b"old"])
-def test_full_disk_at_any_write_of_torch_save_leaves_what_was_there(existing, tmp_path):
-    if existing:
-        (tmp_path / "file").write_bytes(existing)
+def test_full_disk_at_any_write_of_torch_save_leaves_what_was_there(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
     for number in itertools.count(1):
-        with pytest.MonkeyPatch.context() as patch:
-            calls = at_call(patch, files._HashingFile, "write", number, fail_with_full_disk)
-            try:
-                write_atomically(tmp_path / "file", lambda file: torch.save({0: torch.zeros(1000)}, file))
-            except OSError:
-                failed = True
-            else:
-                failed = False
-        assert failed == (len(calls) >= number)  # never silently, never as another error
-        if not failed:
+        writes = []
+
+        def save(file, number=number, writes=writes):
+            class Disk:
+                def write(self, data):
+                    writes.append(1)
+                    if len(writes) == number:
+                        raise OSError(28, "No space left on device")
+                    return file.write(data)
+
+                flush = file.flush
+
+            torch.save({0: torch.zeros(1000)}, Disk())
+
+        try:
+            write_atomically(tmp_path / "file", save)
+        except OSError:  # never silently, never as another error
+            assert contents(tmp_path) == {"file": b"old"}
+        else:
             break
-        assert contents(tmp_path) == ({"file": existing} if existing else {})
-    assert number > 5
+    assert len(writes) == number - 1 > 5
     assert load_tensors(tmp_path / "file")[0].tolist() == [0] * 1000
-
-
-@pytest.mark.parametrize("name", ["fsync", "chmod", "replace"])
-def test_failure_after_the_last_write_leaves_nothing(name, tmp_path, monkeypatch):
-    at_call(monkeypatch, os, name, 1, fail_with_full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(tmp_path / "file", lambda file: file.write(b"x"))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, RuntimeError])
-def test_other_errors_of_the_writer_pass_and_leave_nothing(error, tmp_path):
-    def fail(file):
-        file.write(b"half")
-        raise error("mine")
-
-    with pytest.raises(error, match="mine"):
-        write_atomically(tmp_path / "file", fail)
-    assert not list(tmp_path.iterdir())
 
 
 def test_bytes_do_not_depend_on_the_name(tmp_path):
@@ -202,17 +178,6 @@ def test_finished_folder_is_left_alone(finished):
     assert contents(finished) == before
 
 
-@pytest.mark.parametrize("last", [0, 1])
-def test_two_writers_fill_one_folder_like_one(last, finished, tmp_path):
-    writers = [ArtifactWriter(tmp_path / "two", CLAIM, PIECES) for _ in range(2)]
-    fill(writers[0], PIECES[:1])
-    fill(writers[1], PIECES[1:2])
-    fill(writers[0], PIECES[2:])
-    writers[last].finish()
-    assert all(writer.finish() and writer.finished for writer in writers)
-    assert contents(tmp_path / "two") == contents(finished)
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.permutations(PIECES), st.lists(st.integers(0, 2), min_size=3, max_size=3), st.permutations(range(3)))
 def test_any_three_writers_in_any_order_fill_one_folder_like_one(order, writer_of, finishing):
@@ -227,22 +192,6 @@ def test_any_three_writers_in_any_order_fill_one_folder_like_one(order, writer_o
             assert (Path(root, "three") / "manifest.json").exists() == (done == 3)
         assert all(writers[number].finish() for number in finishing if number in writer_of)
         assert contents(Path(root, "three")) == contents(Path(root, "one"))
-
-
-@pytest.mark.parametrize(("owner", "name"), [(os, "replace"), (Path, "unlink"), (Path, "rmdir")])
-def test_a_writer_may_finish_while_another_does(owner, name, finished, tmp_path):
-    for number in itertools.count(1):
-        folder = tmp_path / f"two-{number}"
-        writers = [ArtifactWriter(folder, CLAIM, PIECES) for _ in range(2)]
-        fill(writers[0], PIECES[:1])
-        fill(writers[1], PIECES[1:])
-        with pytest.MonkeyPatch.context() as patch:
-            calls = at_call(patch, owner, name, number, lambda: writers[1].finish())  # noqa: B023 (called at once)
-            assert writers[0].finish()
-        assert contents(folder) == contents(finished)
-        if len(calls) < number:
-            break
-    assert number > 1
 
 
 def hold(folder, begun):
@@ -263,29 +212,18 @@ def test_an_exclusive_folder_has_one_writer_at_a_time(overwrite, tmp_path):
     first.start()
     try:
         assert begun.wait(60)
-        before = contents(folder)
+        before = contents(tmp_path)
         second = ArtifactWriter(folder, CLAIM, PIECES, exclusive=True, overwrite=overwrite)
         with pytest.raises(MoEficationError, match=r"another run is writing .*: let it finish"):
             second.begin()
-        assert contents(folder) == before
+        assert contents(tmp_path) == before
     finally:
         first.kill()
         first.join()
     fill(second, second.missing())
     assert second.finish()
+    assert {path.name for path in tmp_path.iterdir()} == {"folder"}
     assert {path.name for path in folder.iterdir()} == {"files", "manifest.json"}
-
-
-def test_stale_temporary_files_are_swept(finished, tmp_path):
-    folder = tmp_path / "folder2"
-    writer = ArtifactWriter(folder, CLAIM, PIECES)
-    fill(writer, PIECES[:1])
-    for stale in ("files/.layer.1.abc.tmp", "manifest.parts/.layer.1.json.abc.tmp", ".manifest.json.abc.tmp"):
-        (folder / stale).write_text("of a killed run")
-    writer = ArtifactWriter(folder, CLAIM, PIECES)
-    fill(writer, PIECES[1:])
-    writer.finish()
-    assert contents(folder) == contents(finished)
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
@@ -335,30 +273,79 @@ def test_foreign_folders_are_refused(tmp_path):
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 
-@pytest.mark.parametrize("options", [CLAIM.options, {"num_experts": 4, "seed": 0}])
-@pytest.mark.parametrize("state", ["finished", "begun"])
-def test_overwrite_removes_only_what_was_written_here(state, options, tmp_path):
-    writer = ArtifactWriter(tmp_path / "folder", CLAIM, PIECES)
-    fill(writer, PIECES if state == "finished" else PIECES[:2])
-    writer.finish()
-    (writer.folder / "files" / "notes.txt").write_text("mine")
+@pytest.mark.parametrize("claim", [CLAIM, OTHER])
+def test_overwrite_removes_only_what_was_written_here(claim, finished, tmp_path):
+    (finished / "files" / "notes.txt").write_text("mine")
+    (finished / "empty").mkdir()
     before = contents(tmp_path)
-    claim = dataclasses.replace(CLAIM, options=options)
-    writer = ArtifactWriter(writer.folder, claim, PIECES[2:], overwrite=True)
+    writer = ArtifactWriter(finished, claim, PIECES[2:], overwrite=True)
     assert writer.missing() == PIECES[2:]
     assert contents(tmp_path) == before  # until the first write
     fill(writer, PIECES[2:])
+    assert {name: data for name, data in contents(tmp_path).items() if not name.startswith(".")} == before
     assert writer.finish()
-    after = contents(writer.folder)
-    assert set(after) == {"files/layer.2", "files/notes.txt", "manifest.json"}
-    assert after["files/notes.txt"] == b"mine"
+    after = contents(tmp_path)
+    assert set(after) == {f"folder/{name}" for name in ("files/layer.2", "files/notes.txt", "manifest.json")}
+    assert after["folder/files/notes.txt"] == b"mine"
+    assert (finished / "empty").is_dir()
 
 
-def test_overwrite_of_another_stage_is_refused(finished):
+def test_a_foreign_file_in_the_place_of_a_new_one_is_refused(finished, tmp_path):
+    (finished / "files" / "layer.9").write_text("mine")
+    writer = ArtifactWriter(finished, OTHER, ["layer.9"], overwrite=True)
+    fill(writer, ["layer.9"])
     before = contents(finished)
-    with pytest.raises(MoEficationError, match=r"was written by llama_split_clustering.py"):
-        ArtifactWriter(finished, dataclasses.replace(CLAIM, stage="select"), PIECES, overwrite=True)
+    with pytest.raises(MoEficationError, match=r"files/layer.9 is in the way, and not ours"):
+        writer.finish()
     assert contents(finished) == before
+    (finished / "files" / "layer.9").unlink()
+    assert ArtifactWriter(finished, OTHER, ["layer.9"]).finish()
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+def test_what_has_the_partial_folder_s_name_and_is_not_ours_is_refused(is_link, tmp_path):
+    foreign = tmp_path / ("elsewhere" if is_link else ".folder.partial")
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    if is_link:
+        (tmp_path / ".folder.partial").symlink_to(foreign)
+    before = contents(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(MoEficationError, match=r"\.folder\.partial is in the way, and not ours: move it away"):
+            ArtifactWriter(tmp_path / "folder", CLAIM, PIECES, overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "folder").symlink_to(tmp_path / "disk" / "real")
+    for claim in (CLAIM, OTHER):
+        made(tmp_path / "folder", claim, PIECES)
+    assert (tmp_path / "folder").is_symlink()
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"real"}
+    assert open_finished(tmp_path / "folder", "split").options == OTHER.options
+
+
+def test_an_unfinished_folder_of_an_earlier_version_is_replaced_when_asked(tmp_path):
+    """These filled a folder in place, and noted the names of what they wrote."""
+    folder = tmp_path / "folder"
+    old = {
+        "manifest.parts/claim.json": "{}",
+        "manifest.parts/names.txt": "\nfiles/layer.0\n\nfiles/deep/cut\n",
+        "files/layer.0": "ours",
+        "files/deep/cut": "ours",
+        "files/notes.txt": "mine",
+    }
+    for name, text in old.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    before = contents(tmp_path)
+    for use in (lambda: ArtifactWriter(folder, CLAIM, PIECES), lambda: open_finished(folder, "split")):
+        with pytest.raises(MoEficationError, match=r"was begun by an earlier version; .* --overwrite"):
+            use()
+    assert contents(tmp_path) == before
+    assert made(folder, CLAIM, PIECES) == made(tmp_path / "new", CLAIM, PIECES) | {"files/notes.txt": b"mine"}
+    assert not (folder / "files" / "deep").exists()
 
 
 def test_processes_of_one_run_overwrite_once(finished):
@@ -367,7 +354,7 @@ def test_processes_of_one_run_overwrite_once(finished):
     fill(writers[0], PIECES[:2])
     fill(writers[1], PIECES[2:])  # joins: what the first has written stays
     assert writers[1].finish()
-    assert len(contents(finished)) == 4
+    assert len(contents(finished.parent)) == 4
 
 
 def overwrite_in_step(folders, rank, step):
@@ -380,7 +367,7 @@ def overwrite_in_step(folders, rank, step):
 
 
 def test_processes_that_overwrite_at_the_same_time(tmp_path):
-    folders = [tmp_path / str(number) for number in range(25)]
+    folders = [tmp_path / str(number) for number in range(8)]
     for folder in folders:
         made(folder, CLAIM, PIECES)
     processes = multiprocessing.get_context("spawn")
@@ -393,64 +380,73 @@ def test_processes_that_overwrite_at_the_same_time(tmp_path):
     assert [process.exitcode for process in both] == [0, 0]
     expected = made(tmp_path / "expected", OTHER, PIECES)
     assert all(contents(folder) == expected for folder in folders)
+    assert {path.name for path in tmp_path.iterdir()} == {"expected", *map(str, range(8))}
 
 
-def made(folder: Path, claim: Claim, pieces: list[str], *, finish: bool = True) -> dict[str, bytes]:
-    """Fill a folder, and read it."""
-    writer = ArtifactWriter(folder, claim, pieces)
+def made(folder: Path, claim: Claim, pieces: list[str]) -> dict[str, bytes]:
+    """Fill a folder to its end, and read it."""
+    writer = ArtifactWriter(folder, claim, pieces, overwrite=True)
     fill(writer, pieces)
-    if finish:
-        assert writer.finish()
+    assert writer.finish()
     return contents(folder)
 
 
-class Killed(BaseException):
-    """Nothing runs after it."""
+OPERATIONS = ("replace", "rename", "unlink", "rmdir", "mkdir")
 
 
-def die():
-    raise Killed
+@contextlib.contextmanager
+def killed_at(number: int):
+    """The process dies at its `number`-th change of a folder. Gives a list, which says whether it did."""
+    calls, died = itertools.count(1), []
+
+    def operate(real, *args, **kwargs):
+        if next(calls) >= number:
+            died.append(1)
+            raise Killed
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OPERATIONS:
+            patch.setattr(os, name, functools.partial(operate, getattr(os, name)))
+        with contextlib.suppress(Killed):
+            yield died
 
 
-@pytest.mark.parametrize("is_finished", [True, False])
-def test_a_run_killed_while_it_clears(is_finished, tmp_path):
-    """At every removal: with the old options it makes the old folder, with the new ones the new."""
-    old, new = made(tmp_path / "old", CLAIM, PIECES), made(tmp_path / "new", OTHER, PIECES[:1])
+def test_a_run_killed_at_any_change_of_a_folder(tmp_path):
+    """Whatever it was doing, the next run ends in the same bytes, whether it resumes or begins anew, and foreign files
+    are there. Until then a reader finds the old folder, or is refused."""
+    old, new = made(tmp_path / "old", CLAIM, PIECES[:2]), made(tmp_path / "new", OTHER, PIECES)
+    foreign = {"notes.txt": b"mine", "files/notes.txt": b"mine"}
     for number in itertools.count(1):
-        folder = tmp_path / str(number)
-        made(folder, CLAIM, PIECES, finish=is_finished)
-        with pytest.MonkeyPatch.context() as patch:
-            calls = at_call(patch, clearing, "remove", number, die)
-            with contextlib.suppress(Killed):
-                ArtifactWriter(folder, OTHER, PIECES[:1], overwrite=True).begin()
-        if len(calls) < number:
-            break
-        again = shutil.copytree(folder, tmp_path / f"{number} again")
-        for writer, expected in (
-            (ArtifactWriter(again, CLAIM, PIECES), old),
-            (ArtifactWriter(folder, OTHER, PIECES[:1], overwrite=True), new),
-        ):
+        root = tmp_path / str(number)
+        folder = shutil.copytree(tmp_path / "old", root / "folder")
+        for name, data in foreign.items():
+            (folder / name).write_bytes(data)
+
+        def run(folder, overwrite):
+            writer = ArtifactWriter(folder, OTHER, PIECES, overwrite=overwrite, exclusive=True)
             fill(writer, writer.missing())
             assert writer.finish()
-            assert contents(writer.folder) == expected
-    assert number > 5
+            assert contents(folder) == new | foreign
+            # Of a run that was killed when all was done but to let go of its lock.
+            assert {path.name for path in folder.parent.iterdir()} <= {"folder", ".folder.lock"}
 
-
-def test_files_that_no_piece_records_are_cleared_too(tmp_path):
-    """Of a run killed between a file, or half of it, and the record of its unit."""
-    expected = made(tmp_path / "expected", OTHER, PIECES)
-    folder = tmp_path / "folder"
-    writer = ArtifactWriter(folder, CLAIM, PIECES)
-    fill(writer, PIECES[:1])
-    writer.write_tensors("deep/alone", torch.zeros(3))
-    writer.write_tensors("deep/half", torch.zeros(3))
-    (folder / "deep" / "half").rename(folder / "deep" / ".half.abc.tmp")
-    (folder / "mine").write_text("mine")
-    writer = ArtifactWriter(folder, OTHER, PIECES, overwrite=True)
-    fill(writer, PIECES)
-    assert writer.finish()
-    assert contents(folder) == expected | {"mine": b"mine"}
-    assert not (folder / "deep").exists()
+        with killed_at(number) as died:
+            run(folder, True)
+        if not died:
+            break
+        try:
+            options = open_finished(folder, "split").options
+        except MoEficationError as error:
+            assert "unfinished" in str(error)  # noqa: PT017
+            options = None
+        assert {path.name for path in root.iterdir()} <= {"folder", ".folder.partial", ".folder.lock"}
+        anew = shutil.copytree(root, tmp_path / f"{number} anew")
+        run(anew / "folder", True)
+        # What had not begun has not been asked to replace the old one.
+        run(folder, options == CLAIM.options and not (root / ".folder.partial/manifest.parts/spec.json").exists())
+    assert number > 30
+    assert old["manifest.json"] != new["manifest.json"]
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone"])
@@ -458,7 +454,7 @@ def test_damaged_files_of_a_half_finished_folder_are_made_again(harm, tmp_path, 
     expected = made(tmp_path / "expected", CLAIM, PIECES)
     folder = tmp_path / "folder"
     fill(ArtifactWriter(folder, CLAIM, PIECES), PIECES[:2])
-    file = folder / "files" / PIECES[1]
+    file = tmp_path / ".folder.partial" / "files" / PIECES[1]
     file.write_bytes(file.read_bytes()[:-1])
     if harm == "gone":
         file.unlink()
@@ -475,9 +471,8 @@ def test_manifest_that_names_files_outside_removes_nothing_there(finished, tmp_p
     manifest = json.loads((finished / "manifest.json").read_text())
     manifest["files"]["../precious"] = {"size": 4, "sha256": "x"}
     (finished / "manifest.json").write_text(json.dumps(manifest))
-    writer = ArtifactWriter(finished, CLAIM, PIECES, overwrite=True)
     with pytest.raises(MoEficationError, match=r"names ../precious, outside of it"):
-        fill(writer, PIECES)
+        ArtifactWriter(finished, CLAIM, PIECES, overwrite=True)
     with pytest.raises(MoEficationError, match="outside of it"):
         open_finished(finished, "split").load("../precious")
     assert (tmp_path / "precious").read_text() == "mine"
@@ -644,6 +639,7 @@ def test_a_finished_folder_that_lost_a_file_says_so_and_is_redone(finished):
     assert contents(finished) == before
 
 
-def test_overwrite_is_not_offered_where_it_would_be_refused(finished):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_overwrite_is_not_offered_where_it_would_be_refused(overwrite, finished):
     with pytest.raises(MoEficationError, match=r"llama_split_clustering.py; choose another --save_path$"):
-        ArtifactWriter(finished, dataclasses.replace(CLAIM, stage="select"), PIECES)
+        ArtifactWriter(finished, dataclasses.replace(CLAIM, stage="select"), PIECES, overwrite=overwrite)

@@ -1,0 +1,132 @@
+"""The one way to write a folder: it is filled beside its name, and renamed when it is whole."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..errors import MoEficationError
+from .files import locked, sync
+
+WORKSPACE = "manifest.parts"  # in the partial folder: what the finished one does not keep
+REPLACED = "replaced"  # in WORKSPACE: the folder whose place the new one takes
+LOCK_TIMEOUT = 60.0  # seconds; all but exclusive runs hold the lock for moments
+
+
+class FolderWriter:
+    """Fills `.NAME.partial` beside the folder NAME, and gives it that name when it is whole.
+
+    A killed run leaves `.NAME.partial`, and perhaps the file `.NAME.lock` of its lock, which dies with its process. A
+    folder that is replaced stays in its place until the new one is whole: for that time both are on the disk. Then it
+    moves into the new one's `WORKSPACE`, the new one gets the name, `sweep` carries files that are not ours over and
+    removes the rest. A run killed in between is completed by the next `publish` or `sweep`, or undone by `discard`.
+
+    Args:
+        folder: NAME; it may be absent, or a link to a folder.
+        own_files: the names of files in a folder of this kind that may be removed, its record last. Without a record
+            it gives none.
+
+    Attributes:
+        partial: the folder to fill.
+        workspace: a folder in it for what is needed until then; where it exists, `partial` is ours.
+    """
+
+    def __init__(self, folder: Path, own_files: Callable[[Path], list[str]]):
+        self.folder, self._own_files = folder, own_files
+        self._target = folder.resolve()
+        self.partial = self._target.with_name(f".{self._target.name}.partial")
+        self.workspace = self.partial / WORKSPACE
+        self._lock = FileLock(self._target.with_name(f".{self._target.name}.lock"))
+
+    def refuse_place(self) -> None:
+        """Refuse a folder that cannot be made or replaced here, before any work."""
+        target, partial = self._target, self.partial
+        if target.exists() and not target.is_dir():
+            raise MoEficationError(f"{self.folder} is a file; choose another name")
+        if os.path.ismount(target):
+            raise MoEficationError(f"{self.folder} is a mount point, which cannot be replaced: name a folder in it")
+        nearest = next(parent for parent in target.parents if parent.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise MoEficationError(f"{self.folder} cannot be made: {nearest} is no folder to write to")
+        is_ours = self.workspace.exists() and not partial.is_symlink()
+        if partial.is_symlink() or (partial.exists() and not is_ours and any(partial.iterdir())):
+            raise MoEficationError(f"{partial} is in the way, and not ours: move it away")
+        if target.exists():
+            self._own_files(target)  # refuses a record that cannot be trusted
+
+    @contextlib.contextmanager
+    def locked(self, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
+        """Be the only process that works on this folder; may be nested.
+
+        Raises:
+            MoEficationError: another process still is after `timeout` seconds.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self._lock, timeout))
+            except Timeout as error:
+                raise MoEficationError(f"another run is writing {self.folder}: let it finish") from error
+            yield
+
+    def start(self) -> None:
+        """Make an empty partial folder; what an earlier run left of it goes."""
+        self.discard()
+        self.workspace.mkdir(parents=True)
+
+    def discard(self) -> None:
+        """Remove the partial folder. A folder that was about to be replaced gets its name back."""
+        if (self.workspace / REPLACED).exists():
+            os.rename(self.workspace / REPLACED, self._target)
+        if self.partial.exists():
+            for path in self.partial.iterdir():
+                if path != self.workspace:  # it goes last, since it says that all this is ours
+                    remove(path)
+            shutil.rmtree(self.partial)
+
+    def publish(self) -> None:
+        """Give the partial folder its name, in place of a folder that has it already."""
+        if (self._target / WORKSPACE / REPLACED).exists():
+            self.sweep()
+        if self._target.exists() and any(self._target.iterdir()):
+            ours = self._own_files(self._target)
+            for path in self._target.rglob("*"):
+                name = path.relative_to(self._target)
+                is_new = (self.partial / name).is_file() and name.parts[0] != WORKSPACE
+                if is_new and not path.is_dir() and name.as_posix() not in ours:
+                    raise MoEficationError(f"{self.folder / name} is in the way, and not ours: move it away")
+            os.rename(self._target, self.workspace / REPLACED)
+        os.rename(self.partial, self._target)
+        sync(self._target.parent)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove the workspace of a finished folder, after the files that are not ours have moved out of it."""
+        replaced = self._target / WORKSPACE / REPLACED
+        if replaced.exists():
+            for name in self._own_files(replaced):
+                (replaced / name).unlink(missing_ok=True)
+                if (folder := (replaced / name).parent) != replaced:
+                    with contextlib.suppress(OSError):  # not empty, or gone
+                        folder.rmdir()
+            _move_content(replaced, self._target)
+        remove(self._target / WORKSPACE)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _move_content(source: Path, target: Path) -> None:
+    """Move all that a folder holds into another one, and into folders that both have."""
+    for path in source.iterdir():
+        if path.is_dir() and not path.is_symlink() and (target / path.name).is_dir():
+            _move_content(path, target / path.name)
+        else:
+            os.rename(path, target / path.name)
