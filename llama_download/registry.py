@@ -2,7 +2,6 @@
 always, never installed and nothing in them ever run. And how scripts that fetch them end."""
 
 import contextlib
-import hashlib
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from run_moefication.command_line import fail
+from run_moefication.moefication.storage.files import file_sha256
 
 
 class RegistryError(RuntimeError):
@@ -181,12 +181,6 @@ def _folder_in(cache_dir: Path) -> Iterator[Path]:
     cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=cache_dir) as folder:
         yield Path(folder)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def exit_status(work: Callable[[], None], program: str) -> int:

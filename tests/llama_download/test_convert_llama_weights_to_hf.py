@@ -384,34 +384,11 @@ def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_none_of_its_remains(
     process.send_signal(kind)
     process.communicate()
     assert process.returncode == (143 if kind == signal.SIGTERM else -kind)
-    assert [path.name for path in results.iterdir()] == ([".out.partial"] if kind == signal.SIGKILL else [])
+    left = {path.name for path in results.iterdir()}
+    assert left == ({".out.partial", ".out.lock"} if kind == signal.SIGKILL else set())
     assert convert(folder, results / "out")[0] == 0
     assert [path.name for path in results.iterdir()] == ["out"]
     assert_same_logits(results / "out", small_llama(num_hidden_layers=60))
-
-
-@pytest.mark.parametrize("mark", [checkpoint_folder.UNFINISHED, checkpoint_folder.RECORD])
-def test_what_a_run_left_is_known_until_it_has_its_name(convert, meta_folder, tmp_path, mark):
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / mark).touch()
-    (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"half")
-    assert convert(meta_folder, tmp_path / "out")[0] == 0
-    assert not (tmp_path / ".out.partial").exists()
-    assert not (tmp_path / "out" / checkpoint_folder.UNFINISHED).exists()
-    assert_same_logits(tmp_path / "out", small_llama())
-
-
-@pytest.mark.parametrize("is_link", [True, False])
-def test_a_foreign_folder_of_the_temporary_name_is_left_alone(convert, meta_folder, tmp_path, is_link):
-    foreign = tmp_path / ("elsewhere" if is_link else ".out.partial")
-    foreign.mkdir()
-    (foreign / "notes.txt").write_text("mine")
-    if is_link:
-        (tmp_path / ".out.partial").symlink_to(foreign)
-    before = contents(tmp_path)
-    status, _, err = convert(meta_folder, tmp_path / "out")
-    assert (status, "is in the way" in err) == (2, True)
-    assert contents(tmp_path) == before
 
 
 def test_the_output_may_be_a_link_to_an_empty_folder(convert, meta_folder, tmp_path):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -103,6 +103,13 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_sizes(folder: Path, names: Iterable[str]) -> dict[str, int] | None:
+    """The sizes of these files in a folder, by name; None where one is not there."""
+    with contextlib.suppress(OSError):
+        return {name: (folder / name).stat().st_size for name in names}
+    return None
 
 
 def digest(content: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import MoEficationError
-from .files import digest, file_sha256, write_atomically, write_json
+from .files import digest, file_sha256, file_sizes, write_atomically, write_json
 from .folder_writer import WORKSPACE, FolderWriter
 from .manifest import (
     MANIFEST,
@@ -164,8 +164,7 @@ class ArtifactWriter:
         """Whether a piece is recorded, and its files are there in their full size."""
         with contextlib.suppress(FileNotFoundError):
             files = read_json(self._piece_path(piece))["files"]
-            paths = {inside(self._files.partial, name): entry["size"] for name, entry in files.items()}
-            return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+            return file_sizes(self._files.partial, files) == {name: entry["size"] for name, entry in files.items()}
         return False
 
     def write(self, relative: str, write: Callable[[Any], None]) -> dict[str, Any]:
