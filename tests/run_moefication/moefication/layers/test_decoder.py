@@ -1,7 +1,5 @@
 """A model run layer by layer is the model; streams on the disk are whole or absent."""
 
-import resource
-
 import pytest
 import torch
 from conftest import TINY, VARIANTS, make_llama
@@ -10,13 +8,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from run_moefication.moefication.artifacts.streams import Streams
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
-from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.layers.decoder import AttentionHalf, Batch, batches_of, embed
 from run_moefication.moefication.layers.scores import LayerActivations
-from run_moefication.moefication.storage.folder import ArtifactWriter
-from run_moefication.moefication.storage.manifest import Claim
 
 UP = "layers.{}.mlp.up_proj.weight"
 # The same float32 products in another batch shape.
@@ -119,75 +113,3 @@ def test_embeddings_are_the_tokens_rows_in_float32(dtype):
     stream = torch.empty(sum(LENGTHS), 5)
     embed(stream, blocks, batches_of(blocks, 2, 1), weight)
     assert torch.equal(stream, torch.cat([weight[block.long()].float() for block in blocks]))
-
-
-# ---------------------------------------------------------------------------------------------------- streams
-
-SHAPE = (2, 5, 3)
-
-
-@pytest.fixture
-def writer(tmp_path) -> ArtifactWriter:
-    return ArtifactWriter(tmp_path / "folder", Claim("calibrate", {}, {"fingerprint": "abc"}, {}), ["only"])
-
-
-def test_what_is_committed_is_read_again_by_another_process(writer):
-    values = torch.randn(SHAPE)
-    streams = Streams(writer, SHAPE)
-    assert not streams.has(1)
-    streams.begin(1).copy_(values)
-    assert not streams.has(1)  # begun is not whole
-    streams.commit(1)
-    assert Streams(writer, SHAPE).has(1)
-    assert torch.equal(Streams(writer, SHAPE).before(1), values)
-    assert not streams.has(0)
-    streams.remove(1)
-    assert not streams.has(1)
-    streams.remove(1)  # twice does not matter
-
-
-def test_a_stream_begun_twice_is_the_second_one(writer):
-    streams = Streams(writer, SHAPE)
-    streams.begin(0).fill_(1)
-    second = streams.begin(0)
-    assert (second == 0).all()
-    streams.commit(0)
-    assert (streams.before(0) == 0).all()
-
-
-@pytest.mark.parametrize("damage", ["missing", "begun", "cut", "of more tokens"])
-def test_streams_that_are_not_whole_are_refused_by_name(damage, writer):
-    streams = Streams(writer, SHAPE)
-    streams.begin(2).fill_(1)
-    path = writer.temporary_path("streams.2")
-    if damage != "begun":
-        streams.commit(2)
-    if damage == "missing":
-        path.unlink()
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-1])
-    if damage == "of more tokens":
-        streams = Streams(writer, (2, 4, 3))
-    with pytest.raises(MoEficationError, match=r"streams\.2 is missing or cut; run again with --overwrite"):
-        streams.before(2)
-
-
-def test_finishing_takes_the_streams_away(writer):
-    streams = Streams(writer, SHAPE)
-    for layer in (0, 1):
-        streams.begin(layer)
-        streams.commit(layer)
-    streams.begin(2)  # of a run that died
-    writer.write_piece("only", {"file": writer.write("file", lambda file: file.write(b"x"))})
-    assert writer.finish()
-    assert {path.name for path in writer.folder.rglob("*")} == {"file", "manifest.json"}
-
-
-def test_no_room_for_a_stream_is_an_error_before_it_is_filled(writer):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            Streams(writer, SHAPE).begin(0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
