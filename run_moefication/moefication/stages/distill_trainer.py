@@ -4,7 +4,6 @@ import gc
 import logging
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -242,29 +241,20 @@ class SavedSteps(TrainerCallback):
         newest = folder / f"checkpoint-{state.global_step}"
         for path in newest.iterdir():
             sync(path)
-        write_json(newest / WHOLE, {"step": state.global_step, "sizes": _sizes(newest)})
-        for step, older in saved_steps(folder).items():
-            if step != state.global_step:
+        write_json(newest / WHOLE, _sizes(newest))
+        for older in folder.glob("checkpoint-*"):
+            if older != newest:
                 shutil.rmtree(older)
-
-
-def saved_steps(folder: Path) -> dict[int, Path]:
-    """Step -> its folder, whole or not."""
-    matches = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
-    return {int(match[1]): path for path, match in matches.items() if match}
 
 
 def last_whole_step(folder: Path) -> Path | None:
     """The folder of the last step that was saved whole, and still is."""
-    whole = {step: path for step, path in saved_steps(folder).items() if (path / WHOLE).is_file()}
-    if not whole:
+    marks = folder.glob(f"checkpoint-*/{WHOLE}")
+    mark = max(marks, key=lambda path: int(path.parent.name.removeprefix("checkpoint-")), default=None)
+    if mark is not None and read_json(mark) != _sizes(mark.parent):
+        logger.warning("%s: files are missing or cut short; the training begins anew", mark.parent)
         return None
-    last = whole[max(whole)]
-    sizes = read_json(last / WHOLE).get("sizes")  # None: of an older version
-    if sizes not in (None, _sizes(last)):
-        logger.warning("%s: files are missing or cut short; the training begins anew", last)
-        return None
-    return last
+    return mark and mark.parent
 
 
 def _sizes(step: Path) -> dict[str, int]:

@@ -209,8 +209,9 @@ class ArtifactWriter:
 
     def _publish(self) -> None:
         files, metrics = self._merged(self.pieces)
-        for temporary in self._files.partial.rglob(".*.tmp"):  # of killed runs
-            temporary.unlink()
+        for path in (self._files.partial / name for name in (*files, MANIFEST)):
+            for temporary in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed run
+                temporary.unlink()
         write_json(self._files.partial / MANIFEST, self.claim | {"files": files, "metrics": metrics})
         self._files.publish()
 

@@ -24,7 +24,6 @@ STAGE_SCRIPTS = {
 }
 VERSIONED_PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "safetensors")
 MOE_STAGES = ("convert", "calibrate", "distill")  # whose folders are LlamaMoE checkpoints
-MAX_MANIFEST_BYTES = 1 << 30
 # What else lies in the folder cannot be told without its manifest, so --overwrite cannot clear it.
 CURE_OF_DAMAGE = "remove its folder and run the stage again"
 
@@ -99,8 +98,6 @@ def difference(existing: dict[str, Any], wanted: dict[str, Any], is_finished: bo
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of our own, refused if it is damaged."""
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ValueError("too large")
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise MoEficationError(f"{path} is damaged ({error}); {CURE_OF_DAMAGE}") from error
