@@ -295,6 +295,6 @@ def report(writer: Any, next_step: str, missing: str = "still missing") -> None:
     elif writer.finished:
         print(f"written: {writer.folder}")
     else:
-        print(f"written so far: {writer.folder} ({len(writer.missing())} of {len(writer.pieces)} parts {missing})")
+        print(f"written so far: {writer.folder} ({len(writer.missing())} of {len(writer.parts)} parts {missing})")
     if writer.finished:
         print(f"next: {next_step}")

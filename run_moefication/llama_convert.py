@@ -53,7 +53,7 @@ def convert(arguments: argparse.Namespace) -> None:
     budget = f"{arguments.num_selects} of {arguments.num_experts} experts a token{average}"
     print(f"{checkpoint.name} as {arguments.convert_type}: {budget}")
     if arguments.convert_type == "LlamaMoEForSequenceClassification" and "score.weight" not in checkpoint.tensors:
-        labels = writer.claim["options"]["num_labels"]
+        labels = writer.spec["options"]["num_labels"]
         print(f"the source has no score.weight: the classification head of {labels} labels is new and must be trained")
     if not (checkpoint.path / "tokenizer_config.json").exists():
         print(f"{checkpoint.path} has no tokenizer files: none were copied")

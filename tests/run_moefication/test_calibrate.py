@@ -609,7 +609,7 @@ class Killed(BaseException):
 
 
 def test_interrupted_at_renames_and_resumed_gives_the_same_bytes(text_folder, tmp_path):
-    """Of the streams, the shards, the records of pieces, the files around them and the manifest."""
+    """Of the streams, the shards, the records of parts, the files around them and the manifest."""
     model = make_llama(tmp_path / "llama", num_hidden_layers=2)
     pipeline = shared_pipeline(model, text_folder, tmp_path / "out").run()
     checkpoint, corpus = DenseCheckpoint(str(model)), read_corpus(model, text_folder, max_tokens=200)

@@ -40,7 +40,7 @@ def write_labels(writer: ArtifactWriter, name: str, labels: torch.Tensor, cluste
         "iterations": clusters.iterations,
         "converged": clusters.converged,
     }
-    writer.write_piece(name, {name: writer.write_tensors(name, labels)}, metrics)
+    writer.write_part(name, {name: writer.write_tensors(name, labels)}, metrics)
 
 
 class Split:

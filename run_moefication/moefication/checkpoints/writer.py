@@ -89,7 +89,7 @@ def write_shard(
     values: Mapping[str, torch.Tensor] = MappingProxyType({}),
     metrics: Any = None,
 ) -> None:
-    """Make the tensors of one safetensors file, write it, and record it as a finished piece.
+    """Make the tensors of one safetensors file, write it, and record it as a finished part.
 
     Args:
         values: of the tensors that are planned without `make`, by name; exactly these, or it is an error.
@@ -98,7 +98,7 @@ def write_shard(
     if unplanned:
         raise KeyError(f"{file}: planned or given, but not both: {', '.join(sorted(unplanned))}")
     tensors = {tensor.name: tensor.made(values) for tensor in planned}
-    writer.write_piece(file, {file: writer.write(file, lambda f: f.write(save(tensors, {"format": "pt"})))}, metrics)
+    writer.write_part(file, {file: writer.write(file, lambda f: f.write(save(tensors, {"format": "pt"})))}, metrics)
 
 
 def write_checkpoint_files(

@@ -27,7 +27,7 @@ from ..fitting.final_norm import Divergence, fit_final_norm
 from ..layers.decoder import batches_of, embed
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter, require_place
-from ..storage.manifest import Claim, environment
+from ..storage.manifest import ArtifactSpec, environment
 from ..text.corpus import Corpus, require_held_out_block
 from .calibrate_layer import LayerCalibration, is_fitted
 
@@ -63,7 +63,7 @@ def calibrate(
         raise SettingError(f"save_path {save_path} is one of the source checkpoints; choose another folder")
     require_place(Path(save_path), "calibrate")
     require_held_out_block(corpus)
-    claim = Claim(
+    spec = ArtifactSpec(
         stage="calibrate",
         options=asdict(settings) | corpus.options,
         source=checkpoint.source,
@@ -73,7 +73,7 @@ def calibrate(
     )
     shards = _plan(moe, config)
     *layer_files, rest = shards
-    writer = ArtifactWriter(Path(save_path), claim, [*shards, "config"], overwrite=overwrite, exclusive=True)
+    writer = ArtifactWriter(Path(save_path), spec, [*shards, "config"], overwrite=overwrite, exclusive=True)
     missing = writer.missing()
     if missing:
         checkpoint.check_finite(progress)  # before anything is written
@@ -103,7 +103,7 @@ def calibrate(
         source, fits = moe.artifact.folder, (layer_metrics(writer), final_norm_metrics(writer))
         card = calibration_card(checkpoint.name, config, moe.model_class, corpus.num_tokens, *fits)
         files = write_checkpoint_files(writer, source, shards, config, card, tokenizer_files(source))
-        writer.write_piece("config", files)
+        writer.write_part("config", files)
     writer.finish()
     return writer
 
@@ -111,12 +111,12 @@ def calibrate(
 def layer_metrics(writer: ArtifactWriter) -> list[dict[str, Any]]:
     """What each layer's fit gained, in the order of layers."""
     metrics = writer.metrics()
-    return [metrics[file] for file in writer.pieces[:-2]]
+    return [metrics[file] for file in writer.parts[:-2]]
 
 
 def final_norm_metrics(writer: ArtifactWriter) -> dict[str, float] | None:
     """What the fit of the final norm gained; None for a model that predicts no tokens."""
-    return writer.metrics().get(writer.pieces[-2])
+    return writer.metrics().get(writer.parts[-2])
 
 
 def _new_config(moe: MoECheckpoint, settings: CalibrateSettings) -> LlamaMoEConfig:

@@ -19,7 +19,7 @@ from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, wr
 from ..errors import MoEficationError, SettingError
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter
-from ..storage.manifest import Claim, environment
+from ..storage.manifest import ArtifactSpec, environment
 
 GATE_BUFFERS = ("gate.threshold", "gate.score_quantiles")  # of threshold routing, in float32 whatever the weights are
 
@@ -45,7 +45,7 @@ def convert(
     gates = TrainedGates(select_path, checkpoint, split)
     config = _moe_config(checkpoint, gates, settings, split.num_shared_experts)
     shards = plan_shards(_plan(checkpoint, split, gates, config, settings), MAX_SHARD_BYTES)
-    claim = Claim(
+    spec = ArtifactSpec(
         stage="convert",
         options=asdict(settings) | {"num_labels": _num_labels(checkpoint, settings)},
         source=checkpoint.source,
@@ -54,7 +54,7 @@ def convert(
     )
     if Path(save_path).resolve() == checkpoint.path:
         raise SettingError(f"save_path {save_path} is the source checkpoint itself; choose another folder")
-    writer = ArtifactWriter(Path(save_path), claim, [*shards, "config"], overwrite=overwrite)
+    writer = ArtifactWriter(Path(save_path), spec, [*shards, "config"], overwrite=overwrite)
     missing = writer.missing()
     tokenizer = carried_over(checkpoint.path) if missing else {}
     for name in progress(checkpoint.tensors if missing else [], "check", "tensor"):
@@ -64,7 +64,7 @@ def convert(
     if "config" in missing:
         # Last of all, so that nothing loads a folder whose weights are not complete.
         card = conversion_card(checkpoint.name, config, settings.convert_type, gates.artifact.manifest["metrics"])
-        writer.write_piece("config", write_checkpoint_files(writer, checkpoint.path, shards, config, card, tokenizer))
+        writer.write_part("config", write_checkpoint_files(writer, checkpoint.path, shards, config, card, tokenizer))
     writer.finish()
     return writer
 

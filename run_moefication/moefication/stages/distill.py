@@ -26,7 +26,7 @@ from ..errors import MoEficationError, SettingError
 from ..layers.straight_through import settle_thresholds, soft_blocks
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter, require_place
-from ..storage.manifest import Claim, environment
+from ..storage.manifest import ArtifactSpec, environment
 from ..text.corpus import Corpus, require_held_out_block
 from .distill_trainer import (
     TRAINED,
@@ -41,7 +41,7 @@ from .distill_trainer import (
 )
 
 HELD_OUT = 16  # one block of so many is not trained on: the loss before and after is measured there
-RESULT = "distillation"  # the last piece: config, code, card, and what the training gained
+RESULT = "distillation"  # the last part: config, code, card, and what the training gained
 
 
 def distill(
@@ -69,7 +69,7 @@ def distill(
     moe = MoECheckpoint(moe_path, checkpoint)
     _check(checkpoint, moe, corpus, save_path, settings, save_steps)
     arguments = _training_arguments(settings, corpus.options["seed"], save_steps, device)
-    claim = Claim(
+    spec = ArtifactSpec(
         stage="distill",
         options=asdict(settings) | corpus.options,
         source=checkpoint.source,
@@ -81,7 +81,7 @@ def distill(
     shards = plan_shards(_plan(moe, trained), MAX_SHARD_BYTES)
     is_first = arguments.process_index == 0
     writer = ArtifactWriter(
-        Path(save_path), claim, [*shards, RESULT], overwrite=overwrite, shared=not is_first, exclusive=is_first
+        Path(save_path), spec, [*shards, RESULT], overwrite=overwrite, shared=not is_first, exclusive=is_first
     )
     missing = _agreed(writer.missing())
     if not missing:
@@ -102,7 +102,7 @@ def distill(
         card = distillation_card(checkpoint.name, config, moe.model_class, settings.train, corpus.num_tokens, metrics)
         source = moe.artifact.folder
         files = write_checkpoint_files(writer, source, shards, config, card, tokenizer_files(source))
-        writer.write_piece(RESULT, files, metrics)
+        writer.write_part(RESULT, files, metrics)
         writer.finish()
     return writer
 

@@ -19,7 +19,7 @@ from ..checkpoints.dense import DTYPES, DenseCheckpoint
 from ..errors import MoEficationError
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter, require_place
-from ..storage.manifest import Claim, environment
+from ..storage.manifest import ArtifactSpec, environment
 from ..storage.tensors import tensor_sha256
 from ..text.corpus import Corpus
 
@@ -55,7 +55,7 @@ def extract_features(
     folder = features_folder(save_path, checkpoint.name)
     require_place(folder, "hidden_features")
     batch_size, dtype = settings.batch_size, DTYPES[settings.dtype]
-    claim = Claim(
+    spec = ArtifactSpec(
         stage="hidden_features",
         options=asdict(settings) | corpus.options,
         source=checkpoint.source,
@@ -66,7 +66,7 @@ def extract_features(
     blocks_per_shard = batch_size * settings.save_interval
     num_shards = math.ceil(len(corpus.blocks) / blocks_per_shard)
     _require_space(checkpoint, corpus, folder, settings.feature_format, dtype)
-    writer = ArtifactWriter(folder, claim, map(str, range(num_shards)), overwrite=overwrite, shared=world_size > 1)
+    writer = ArtifactWriter(folder, spec, map(str, range(num_shards)), overwrite=overwrite, shared=world_size > 1)
     mine = [number for number in map(int, writer.missing()) if number % world_size == rank]
     if mine:
         on_cpu = torch.device(device).type == "cpu"
@@ -159,7 +159,7 @@ def _write_shard(
     writer: ArtifactWriter, number: int, first_block: int, features: dict[str, dict[int, torch.Tensor]]
 ) -> None:
     writer.begin()  # another process may have, with its own count of processes
-    index, rank = divmod(number, writer.claim["facts"]["processes"])
+    index, rank = divmod(number, writer.spec["facts"]["processes"])
     files = {}
     for kind, layers in features.items():
         file = shard_file(kind, rank, index)
@@ -168,4 +168,4 @@ def _write_shard(
             "tokens": len(layers[0]),
             "layers": {str(layer): tensor_sha256(tensor) for layer, tensor in layers.items()},
         }
-    writer.write_piece(str(number), files)
+    writer.write_part(str(number), files)

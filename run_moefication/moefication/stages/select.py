@@ -25,7 +25,7 @@ from ..layers.mlp import GatedMLP
 from ..layers.scores import TOKENS_PER_CHUNK, ExpertScorer, OutputNorms, routing_quality, top_k_mask
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter
-from ..storage.manifest import Claim, environment
+from ..storage.manifest import ArtifactSpec, environment
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def train_gates(
         raise MoEficationError(f"{features_path} holds {features.num_tokens} tokens; at least 2 are needed")
     num_layers = checkpoint.config.num_hidden_layers
     names = [settings.templates.format(layer) for layer in range(num_layers)]
-    claim = Claim(
+    spec = ArtifactSpec(
         stage="select",
         options=asdict(settings),
         source=checkpoint.source,
@@ -100,7 +100,7 @@ def train_gates(
     folder = select_folder(save_path, checkpoint.name, settings.num_experts)
     # Other runs may be filling other layers of the folder.
     shared = len(layers) < num_layers
-    writer = ArtifactWriter(folder, claim, names, overwrite=overwrite, shared=shared)
+    writer = ArtifactWriter(folder, spec, names, overwrite=overwrite, shared=shared)
     missing = set(writer.missing())
     for layer in progress([layer for layer in layers if names[layer] in missing], "select", "layer"):
         inputs, scores = _layer_data(checkpoint, split, features, layer, settings, device)
@@ -112,7 +112,7 @@ def train_gates(
         metrics = fit_gate(gate.to(device), inputs, scores, routed)
         gate.store_score_quantiles(_logits(gate, inputs))
         state = {name: tensor.cpu().clone() for name, tensor in gate.state_dict().items()}
-        writer.write_piece(names[layer], {names[layer]: writer.write_tensors(names[layer], state)}, metrics)
+        writer.write_part(names[layer], {names[layer]: writer.write_tensors(names[layer], state)}, metrics)
     writer.finish()
     return writer
 

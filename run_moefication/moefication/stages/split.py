@@ -14,7 +14,7 @@ from ..fitting.balanced_kmeans import balanced_kmeans
 from ..progress import Progress, no_progress
 from ..storage.files import digest
 from ..storage.folder import ArtifactWriter
-from ..storage.manifest import Claim, environment
+from ..storage.manifest import ArtifactSpec, environment
 
 
 def split_by_weights(
@@ -38,10 +38,10 @@ def split_by_weights(
     checkpoint.require_experts(num_experts)
     recorded = ("cluster_on", "num_experts", "num_shared_experts", "distance", "seed")
     options = {name: getattr(settings, name) for name in recorded} | {"templates": templates}
-    claim = Claim("split", options, checkpoint.source, environment(device))
+    spec = ArtifactSpec("split", options, checkpoint.source, environment(device))
     names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
     folder = split_folder(save_path, checkpoint.name, num_experts)
-    writer = ArtifactWriter(folder, claim, names, overwrite=overwrite)
+    writer = ArtifactWriter(folder, spec, names, overwrite=overwrite)
     missing = writer.missing()
     if missing:
         carried_over(checkpoint.path)  # what the last stage needs is better refused in the first
@@ -73,10 +73,10 @@ def split_at_random(
     checkpoint.require_experts(num_experts)
     require_shared(settings.num_shared_experts, num_experts)
     options = asdict(settings) | {"templates": templates}
-    claim = Claim("split", options, checkpoint.source, environment("cpu"))
+    spec = ArtifactSpec("split", options, checkpoint.source, environment("cpu"))
     names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
     folder = split_folder(save_path, checkpoint.name, num_experts, "Random")
-    writer = ArtifactWriter(folder, claim, names, overwrite=overwrite)
+    writer = ArtifactWriter(folder, spec, names, overwrite=overwrite)
     width = checkpoint.config.intermediate_size
     missing = writer.missing()
     if missing:

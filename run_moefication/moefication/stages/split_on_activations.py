@@ -28,7 +28,7 @@ from ..layers.mlp import GatedMLP
 from ..layers.scores import TOKENS_PER_CHUNK, token_stride
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter, require_place
-from ..storage.manifest import Claim, environment
+from ..storage.manifest import ArtifactSpec, environment
 from ..text.corpus import Corpus
 
 # Added to the diagonal of the Gram matrix of normalised rows, so that it has a Cholesky factor in float64.
@@ -138,9 +138,9 @@ def split_by_activations(
         inputs = {"train_data_path": text.digest}
     else:
         inputs = {"hidden_features_path": text.artifact.digest}
-    claim = Claim("split", options, checkpoint.source, environment(device), inputs)
+    spec = ArtifactSpec("split", options, checkpoint.source, environment(device), inputs)
     names = [template.format(layer) for layer in range(checkpoint.config.num_hidden_layers)]
-    writer = ArtifactWriter(folder, claim, names, overwrite=overwrite, exclusive=True)
+    writer = ArtifactWriter(folder, spec, names, overwrite=overwrite, exclusive=True)
     missing = writer.missing()
     layers = [layer for layer, name in enumerate(names) if name in missing]
     if layers:

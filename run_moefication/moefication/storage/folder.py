@@ -1,9 +1,9 @@
-"""The folders that stages hand to one another: filling one piece by piece, and reading it when it is finished.
+"""The folders that stages hand to one another: filling one part by part, and reading it when it is finished.
 
 A folder is filled beside its name (see `FolderWriter`). Meanwhile its workspace holds `spec.json` (what is being made,
-from what) and a JSON file for each finished piece (a layer, a feature shard), written after the files of the piece.
-When every piece is there they are merged into `manifest.json`, and the folder gets its name: "finished" means that the
-manifest is there. Several processes may fill one folder. Each writes its own pieces; whoever sees the last one
+from what) and a JSON file for each finished part (a layer, a feature shard), written after the files of the part.
+When every part is there they are merged into `manifest.json`, and the folder gets its name: "finished" means that the
+manifest is there. Several processes may fill one folder. Each writes its own parts; whoever sees the last one
 finishes.
 """
 
@@ -23,7 +23,7 @@ from .manifest import (
     MANIFEST,
     SPEC,
     STAGE_SCRIPTS,
-    Claim,
+    ArtifactSpec,
     difference,
     inside,
     own_files,
@@ -66,14 +66,14 @@ def _is_of_earlier_version(folder: Path) -> bool:
 
 
 class ArtifactWriter:
-    """Fills one folder, piece by piece: begins it, or goes on with one begun, or finished, with the same spec.
+    """Fills one folder, part by part: begins it, or goes on with one begun, or finished, with the same spec.
 
     Nothing is touched before the first write, so that a stage may still refuse its input after asking what is missing.
 
     Args:
         folder: made if absent; may exist empty.
-        claim: what the folder will be.
-        pieces: names of all the units the finished folder will consist of.
+        spec: what the folder will be.
+        parts: names of all the units the finished folder will consist of.
         overwrite: make anew what an earlier run of the same stage left; what it finished stays until then.
         shared: other processes of this run fill the same folder: an unfinished folder with the same spec is theirs,
             and is joined rather than made anew.
@@ -81,7 +81,7 @@ class ArtifactWriter:
             share.
 
     Attributes:
-        claim: the spec in force, with the facts of the run that began the folder.
+        spec: the spec in force, with the facts of the run that began the folder.
         was_finished: whether there was nothing to do from the start.
 
     Raises:
@@ -92,20 +92,20 @@ class ArtifactWriter:
     def __init__(
         self,
         folder: Path,
-        claim: Claim,
-        pieces: Iterable[str],
+        spec: ArtifactSpec,
+        parts: Iterable[str],
         *,
         overwrite: bool = False,
         shared: bool = False,
         exclusive: bool = False,
     ):
-        self.folder, self.pieces = folder, list(pieces)
+        self.folder, self.parts = folder, list(parts)
         self._files = FolderWriter(folder, own_files)
-        self._wanted, self._overwrite, self._shared, self._exclusive = claim.to_json(), overwrite, shared, exclusive
+        self._wanted, self._overwrite, self._shared, self._exclusive = spec.to_json(), overwrite, shared, exclusive
         self._held = contextlib.ExitStack()  # the lock of an exclusive writer
         existing = self._existing()
         self._begun, self._may_write = existing is not None, False
-        self.claim = existing or self._wanted
+        self.spec = existing or self._wanted
         self.was_finished = self.finished
 
     @property
@@ -115,10 +115,10 @@ class ArtifactWriter:
         return self._begun and not is_partial and (self.folder / MANIFEST).exists()
 
     def missing(self) -> list[str]:
-        """Names of the pieces that are not there yet, in order."""
+        """Names of the parts that are not there yet, in order."""
         if not self._begun:
-            return self.pieces
-        missing = [piece for piece in self.pieces if not self._is_whole(piece)]
+            return self.parts
+        missing = [part for part in self.parts if not self._is_whole(part)]
         return [] if self.finished else missing  # asked last: another process may finish the folder meanwhile
 
     def begin(self) -> None:
@@ -134,10 +134,10 @@ class ArtifactWriter:
                 if self._overwrite:
                     (self._files.workspace / OVERWRITES).touch()
                 write_json(self._files.workspace / SPEC, self._wanted)
-            self.claim, self._begun = existing or self._wanted, True
-            for piece in self.missing():
-                if self._piece_path(piece).exists():
-                    logger.warning("%s: files of %s are missing or cut short; it is made again", self.folder, piece)
+            self.spec, self._begun = existing or self._wanted, True
+            for part in self.missing():
+                if self._part_path(part).exists():
+                    logger.warning("%s: files of %s are missing or cut short; it is made again", self.folder, part)
         self._may_write = True
 
     def _existing(self) -> dict[str, Any] | None:
@@ -160,10 +160,10 @@ class ArtifactWriter:
             Artifact(self.folder, finished).check_sizes()  # "finished" is not said of a folder that has lost files
         return finished
 
-    def _is_whole(self, piece: str) -> bool:
-        """Whether a piece is recorded, and its files are there in their full size."""
+    def _is_whole(self, part: str) -> bool:
+        """Whether a part is recorded, and its files are there in their full size."""
         with contextlib.suppress(FileNotFoundError):
-            files = read_json(self._piece_path(piece))["files"]
+            files = read_json(self._part_path(part))["files"]
             return file_sizes(self._files.partial, files) == {name: entry["size"] for name, entry in files.items()}
         return False
 
@@ -180,22 +180,22 @@ class ArtifactWriter:
         """Where a file or folder may lie that is needed until this folder is finished, and is removed then."""
         return self._files.workspace / name
 
-    def write_piece(self, piece: str, files: dict[str, dict[str, Any]], metrics: Any = None) -> None:
+    def write_part(self, part: str, files: dict[str, dict[str, Any]], metrics: Any = None) -> None:
         """Record a finished unit: the entries of its files and its metrics."""
         self.begin()  # of a unit without files, this may be the first write
         content = {"files": files} if metrics is None else {"files": files, "metrics": metrics}
-        write_json(self._piece_path(piece), content)
+        write_json(self._part_path(part), content)
 
     def metrics(self) -> dict[str, Any]:
-        """Metrics of the pieces that are there, by piece."""
+        """Metrics of the parts that are there, by part."""
         missing = self.missing()
         try:
-            return self._merged(piece for piece in self.pieces if piece not in missing)[1]
+            return self._merged(part for part in self.parts if part not in missing)[1]
         except FileNotFoundError:
             return read_manifest(self.folder / MANIFEST)["metrics"]
 
     def finish(self) -> bool:
-        """Give the folder its name if every piece is there. Returns whether it is finished."""
+        """Give the folder its name if every part is there. Returns whether it is finished."""
         if self.missing():
             return False
         if not self.finished or (self.folder / WORKSPACE).exists():  # else it may lie on a disk that is read-only
@@ -208,21 +208,21 @@ class ArtifactWriter:
         return True
 
     def _publish(self) -> None:
-        files, metrics = self._merged(self.pieces)
+        files, metrics = self._merged(self.parts)
         for path in (self._files.partial / name for name in (*files, MANIFEST)):
             for temporary in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed run
                 temporary.unlink()
-        write_json(self._files.partial / MANIFEST, self.claim | {"files": files, "metrics": metrics})
+        write_json(self._files.partial / MANIFEST, self.spec | {"files": files, "metrics": metrics})
         self._files.publish()
 
-    def _merged(self, pieces: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Files of the pieces together, and their metrics by piece."""
-        contents = {piece: read_json(self._piece_path(piece)) for piece in pieces}
+    def _merged(self, parts: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Files of the parts together, and their metrics by part."""
+        contents = {part: read_json(self._part_path(part)) for part in parts}
         files = {file: entry for content in contents.values() for file, entry in content["files"].items()}
-        return files, {piece: content["metrics"] for piece, content in contents.items() if "metrics" in content}
+        return files, {part: content["metrics"] for part, content in contents.items() if "metrics" in content}
 
-    def _piece_path(self, piece: str) -> Path:
-        return self._files.workspace / f"{piece}.json"
+    def _part_path(self, part: str) -> Path:
+        return self._files.workspace / f"{part}.json"
 
 
 # ---------------------------------------------------------------------------------------------------- reading

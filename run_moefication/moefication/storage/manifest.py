@@ -34,7 +34,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Claim:
+class ArtifactSpec:
     """What a folder is: the stage, every option that shapes its content, and what it is made from.
 
     `source` describes the dense model (see `DenseCheckpoint.source`), `inputs` maps the name of each artifact read to

@@ -10,7 +10,7 @@ import torch
 from run_moefication.moefication.artifacts.streams import Streams
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.storage.folder import ArtifactWriter
-from run_moefication.moefication.storage.manifest import Claim
+from run_moefication.moefication.storage.manifest import ArtifactSpec
 
 SHAPE = (2, 5, 3)
 
@@ -21,7 +21,9 @@ def writer(tmp_path) -> ArtifactWriter:
 
 
 def writer_of(folder: Path, overwrite: bool = False) -> ArtifactWriter:
-    return ArtifactWriter(folder, Claim("calibrate", {}, {"fingerprint": "abc"}, {}), ["only"], overwrite=overwrite)
+    return ArtifactWriter(
+        folder, ArtifactSpec("calibrate", {}, {"fingerprint": "abc"}, {}), ["only"], overwrite=overwrite
+    )
 
 
 def test_what_is_filled_is_read_again_by_another_process(writer):
@@ -68,7 +70,7 @@ def test_streams_of_a_run_that_is_overwritten_are_not_read(writer):
 def test_finishing_takes_the_streams_away(writer):
     with Streams(writer, SHAPE).filling(0):
         pass
-    writer.write_piece("only", {"file": writer.write("file", lambda file: file.write(b"x"))})
+    writer.write_part("only", {"file": writer.write("file", lambda file: file.write(b"x"))})
     assert writer.finish()
     assert {path.name for path in writer.folder.rglob("*")} == {"file", "manifest.json"}
 

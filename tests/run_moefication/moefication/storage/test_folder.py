@@ -18,30 +18,30 @@ from pipeline import contents
 
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.storage.folder import ArtifactWriter, open_finished
-from run_moefication.moefication.storage.manifest import Claim
+from run_moefication.moefication.storage.manifest import ArtifactSpec
 from run_moefication.moefication.storage.tensors import load_tensors
 
-CLAIM = Claim(
+SPEC = ArtifactSpec(
     stage="split",
     options={"num_experts": 8, "seed": 0},
     source={"name": "llama_7B", "fingerprint": "abc"},
     environment={"torch": "2"},
     inputs={"text": "digest"},
 )
-OTHER = dataclasses.replace(CLAIM, options={"num_experts": 8, "seed": 1})
-PIECES = ["layer.0", "layer.1", "layer.2"]
+OTHER = dataclasses.replace(SPEC, options={"num_experts": 8, "seed": 1})
+PARTS = ["layer.0", "layer.1", "layer.2"]
 
 
-def fill(writer: ArtifactWriter, pieces: list[str]) -> None:
-    for piece in pieces:
-        entry = writer.write_tensors(f"files/{piece}", torch.arange(3) + int(piece[-1]))
-        writer.write_piece(piece, {f"files/{piece}": entry}, {"cost": int(piece[-1])})
+def fill(writer: ArtifactWriter, parts: list[str]) -> None:
+    for part in parts:
+        entry = writer.write_tensors(f"files/{part}", torch.arange(3) + int(part[-1]))
+        writer.write_part(part, {f"files/{part}": entry}, {"cost": int(part[-1])})
 
 
 @pytest.fixture
 def finished(tmp_path) -> Path:
-    writer = ArtifactWriter(tmp_path / "folder", CLAIM, PIECES)
-    fill(writer, PIECES)
+    writer = ArtifactWriter(tmp_path / "folder", SPEC, PARTS)
+    fill(writer, PARTS)
     assert writer.finish()
     return writer.folder
 
@@ -49,54 +49,54 @@ def finished(tmp_path) -> Path:
 # ---------------------------------------------------------------------------------------------------- a folder's life
 
 
-def test_manifest_appears_with_the_last_piece(tmp_path):
-    writer = ArtifactWriter(tmp_path / "folder", CLAIM, PIECES)
-    assert writer.missing() == PIECES
+def test_manifest_appears_with_the_last_part(tmp_path):
+    writer = ArtifactWriter(tmp_path / "folder", SPEC, PARTS)
+    assert writer.missing() == PARTS
     assert not writer.finish()
     assert not list(tmp_path.iterdir())  # nothing is touched before the first write
-    fill(writer, PIECES[:2])
-    assert writer.missing() == PIECES[2:]
+    fill(writer, PARTS[:2])
+    assert writer.missing() == PARTS[2:]
     assert not writer.finish()
     assert not (writer.folder / "manifest.json").exists()
     assert writer.metrics() == {"layer.0": {"cost": 0}, "layer.1": {"cost": 1}}
     with pytest.raises(MoEficationError, match=r"unfinished \(2 parts done\); run llama_split_clustering.py again"):
         open_finished(writer.folder, "split")
 
-    resumed = ArtifactWriter(writer.folder, CLAIM, PIECES)
-    assert resumed.missing() == PIECES[2:]
-    fill(resumed, PIECES[2:])
+    resumed = ArtifactWriter(writer.folder, SPEC, PARTS)
+    assert resumed.missing() == PARTS[2:]
+    fill(resumed, PARTS[2:])
     assert resumed.finish()
     assert resumed.finished
     assert not (writer.folder / "manifest.parts").exists()
     manifest = json.loads((writer.folder / "manifest.json").read_text())
-    assert manifest["options"] == CLAIM.options
-    assert manifest["metrics"] == {piece: {"cost": i} for i, piece in enumerate(PIECES)}
+    assert manifest["options"] == SPEC.options
+    assert manifest["metrics"] == {part: {"cost": i} for i, part in enumerate(PARTS)}
     for name, entry in manifest["files"].items():
         data = (writer.folder / name).read_bytes()
         assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def test_a_piece_without_files_may_be_the_first_write(finished):
-    writer = ArtifactWriter(finished, OTHER, PIECES, overwrite=True)
-    writer.write_piece(PIECES[0], {}, {"cost": 7})
-    assert writer.missing() == PIECES[1:]
-    assert ArtifactWriter(finished, OTHER, PIECES).metrics() == {"layer.0": {"cost": 7}}  # begun, and so resumed
-    fill(writer, PIECES[1:])
+def test_a_part_without_files_may_be_the_first_write(finished):
+    writer = ArtifactWriter(finished, OTHER, PARTS, overwrite=True)
+    writer.write_part(PARTS[0], {}, {"cost": 7})
+    assert writer.missing() == PARTS[1:]
+    assert ArtifactWriter(finished, OTHER, PARTS).metrics() == {"layer.0": {"cost": 7}}  # begun, and so resumed
+    fill(writer, PARTS[1:])
     assert writer.finish()
     assert writer.metrics()["layer.0"] == {"cost": 7}
 
 
 def test_finished_folder_is_left_alone(finished):
     before = contents(finished.parent)
-    writer = ArtifactWriter(finished, CLAIM, PIECES)
+    writer = ArtifactWriter(finished, SPEC, PARTS)
     assert (writer.was_finished, writer.missing(), writer.finish()) == (True, [], True)
     assert contents(finished.parent) == before
 
 
 def hold(folder, begun):
     """Begin to fill an exclusive folder, and never finish."""
-    writer = ArtifactWriter(folder, CLAIM, PIECES, exclusive=True)
-    fill(writer, PIECES[:1])
+    writer = ArtifactWriter(folder, SPEC, PARTS, exclusive=True)
+    fill(writer, PARTS[:1])
     begun.set()
     time.sleep(600)
 
@@ -112,7 +112,7 @@ def test_an_exclusive_folder_has_one_writer_at_a_time(overwrite, tmp_path):
     try:
         assert begun.wait(60)
         before = contents(tmp_path)
-        second = ArtifactWriter(folder, CLAIM, PIECES, exclusive=True, overwrite=overwrite)
+        second = ArtifactWriter(folder, SPEC, PARTS, exclusive=True, overwrite=overwrite)
         with pytest.raises(MoEficationError, match=r"another run is writing .*: let it finish"):
             second.begin()
         assert contents(tmp_path) == before
@@ -139,48 +139,48 @@ def test_an_exclusive_folder_has_one_writer_at_a_time(overwrite, tmp_path):
         ({"stage": "select"}, "was written by llama_split_clustering.py"),
     ],
 )
-def test_other_claims_are_refused(state, change, words, tmp_path):
-    writer = ArtifactWriter(tmp_path / "folder", CLAIM, PIECES)
-    fill(writer, PIECES if state == "finished" else PIECES[:1])
+def test_other_specs_are_refused(state, change, words, tmp_path):
+    writer = ArtifactWriter(tmp_path / "folder", SPEC, PARTS)
+    fill(writer, PARTS if state == "finished" else PARTS[:1])
     writer.finish()
     before = contents(tmp_path)
     with pytest.raises(MoEficationError) as error:
-        ArtifactWriter(writer.folder, dataclasses.replace(CLAIM, **change), PIECES)
+        ArtifactWriter(writer.folder, dataclasses.replace(SPEC, **change), PARTS)
     assert words in str(error.value)
     assert str(writer.folder) in str(error.value)
     assert contents(tmp_path) == before
 
 
 def test_environment_counts_only_while_unfinished(tmp_path):
-    other = dataclasses.replace(CLAIM, environment={"torch": "3"})
-    writer = ArtifactWriter(tmp_path / "folder", CLAIM, PIECES)
-    fill(writer, PIECES[:1])
+    other = dataclasses.replace(SPEC, environment={"torch": "3"})
+    writer = ArtifactWriter(tmp_path / "folder", SPEC, PARTS)
+    fill(writer, PARTS[:1])
     with pytest.raises(MoEficationError, match="was begun with torch 2, this run has 3"):
-        ArtifactWriter(writer.folder, other, PIECES)
-    fill(writer, PIECES[1:])
+        ArtifactWriter(writer.folder, other, PARTS)
+    fill(writer, PARTS[1:])
     writer.finish()
-    assert ArtifactWriter(writer.folder, other, PIECES).was_finished
+    assert ArtifactWriter(writer.folder, other, PARTS).was_finished
 
 
 def test_foreign_folders_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(MoEficationError, match=r"holds files but no manifest.json: not ours to fill"):
-            ArtifactWriter(tmp_path, CLAIM, PIECES, overwrite=overwrite)
+            ArtifactWriter(tmp_path, SPEC, PARTS, overwrite=overwrite)
     with pytest.raises(MoEficationError, match="is a file"):
-        ArtifactWriter(tmp_path / "notes.txt", CLAIM, PIECES)
+        ArtifactWriter(tmp_path / "notes.txt", SPEC, PARTS)
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 
-@pytest.mark.parametrize("claim", [CLAIM, OTHER])
-def test_overwrite_removes_only_what_was_written_here(claim, finished, tmp_path):
+@pytest.mark.parametrize("spec", [SPEC, OTHER])
+def test_overwrite_removes_only_what_was_written_here(spec, finished, tmp_path):
     (finished / "files" / "notes.txt").write_text("mine")
     (finished / "empty").mkdir()
     before = contents(tmp_path)
-    writer = ArtifactWriter(finished, claim, PIECES[2:], overwrite=True)
-    assert writer.missing() == PIECES[2:]
+    writer = ArtifactWriter(finished, spec, PARTS[2:], overwrite=True)
+    assert writer.missing() == PARTS[2:]
     assert contents(tmp_path) == before  # until the first write
-    fill(writer, PIECES[2:])
+    fill(writer, PARTS[2:])
     assert {name: data for name, data in contents(tmp_path).items() if not name.startswith(".")} == before
     assert writer.finish()
     after = contents(tmp_path)
@@ -211,15 +211,15 @@ def test_what_has_the_partial_folder_s_name_and_is_not_ours_is_refused(is_link, 
     before = contents(tmp_path)
     for overwrite in (False, True):
         with pytest.raises(MoEficationError, match=r"\.folder\.partial is in the way, and not ours: move it away"):
-            ArtifactWriter(tmp_path / "folder", CLAIM, PIECES, overwrite=overwrite)
+            ArtifactWriter(tmp_path / "folder", SPEC, PARTS, overwrite=overwrite)
     assert contents(tmp_path) == before
 
 
 def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "disk" / "real").mkdir(parents=True)
     (tmp_path / "folder").symlink_to(tmp_path / "disk" / "real")
-    for claim in (CLAIM, OTHER):
-        made(tmp_path / "folder", claim, PIECES)
+    for spec in (SPEC, OTHER):
+        made(tmp_path / "folder", spec, PARTS)
     assert (tmp_path / "folder").is_symlink()
     assert {path.name for path in (tmp_path / "disk").iterdir()} == {"real"}
     assert open_finished(tmp_path / "folder", "split").options == OTHER.options
@@ -229,7 +229,7 @@ def test_an_unfinished_folder_of_an_earlier_version_is_replaced_when_asked(tmp_p
     """These filled a folder in place, and noted the names of what they wrote."""
     folder = tmp_path / "folder"
     old = {
-        "manifest.parts/claim.json": "{}",
+        "manifest.parts/spec.json": "{}",
         "manifest.parts/names.txt": "\nfiles/layer.0\n\nfiles/deep/cut\n",
         "files/layer.0": "ours",
         "files/deep/cut": "ours",
@@ -239,11 +239,11 @@ def test_an_unfinished_folder_of_an_earlier_version_is_replaced_when_asked(tmp_p
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     before = contents(tmp_path)
-    for use in (lambda: ArtifactWriter(folder, CLAIM, PIECES), lambda: open_finished(folder, "split")):
+    for use in (lambda: ArtifactWriter(folder, SPEC, PARTS), lambda: open_finished(folder, "split")):
         with pytest.raises(MoEficationError, match=r"was begun by an earlier version; .* --overwrite"):
             use()
     assert contents(tmp_path) == before
-    assert made(folder, CLAIM, PIECES) == made(tmp_path / "new", CLAIM, PIECES) | {"files/notes.txt": b"mine"}
+    assert made(folder, SPEC, PARTS) == made(tmp_path / "new", SPEC, PARTS) | {"files/notes.txt": b"mine"}
     assert not (folder / "files" / "deep").exists()
 
 
@@ -251,15 +251,15 @@ def overwrite_in_step(folders, rank, step):
     """One of two processes that overwrite finished folders, each filling its part of them."""
     for folder in folders:
         step.wait()
-        writer = ArtifactWriter(folder, OTHER, PIECES, overwrite=True, shared=True)
-        fill(writer, PIECES[rank::2])
+        writer = ArtifactWriter(folder, OTHER, PARTS, overwrite=True, shared=True)
+        fill(writer, PARTS[rank::2])
         writer.finish()
 
 
 def test_processes_that_overwrite_at_the_same_time(tmp_path):
     folders = [tmp_path / str(number) for number in range(8)]
     for folder in folders:
-        made(folder, CLAIM, PIECES)
+        made(folder, SPEC, PARTS)
     processes = multiprocessing.get_context("spawn")
     step = processes.Barrier(2, timeout=120)  # one that fails is not waited for
     both = [processes.Process(target=overwrite_in_step, args=(folders, rank, step)) for rank in range(2)]
@@ -268,15 +268,15 @@ def test_processes_that_overwrite_at_the_same_time(tmp_path):
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
-    expected = made(tmp_path / "expected", OTHER, PIECES)
+    expected = made(tmp_path / "expected", OTHER, PARTS)
     assert all(contents(folder) == expected for folder in folders)
     assert {path.name for path in tmp_path.iterdir()} == {"expected", *map(str, range(8))}
 
 
-def made(folder: Path, claim: Claim, pieces: list[str]) -> dict[str, bytes]:
+def made(folder: Path, spec: ArtifactSpec, parts: list[str]) -> dict[str, bytes]:
     """Fill a folder to its end, and read it."""
-    writer = ArtifactWriter(folder, claim, pieces, overwrite=True)
-    fill(writer, pieces)
+    writer = ArtifactWriter(folder, spec, parts, overwrite=True)
+    fill(writer, parts)
     assert writer.finish()
     return contents(folder)
 
@@ -309,7 +309,7 @@ def killed_at(number: int):
 def test_a_run_killed_at_any_change_of_a_folder(tmp_path):
     """Whatever it was doing, the next run ends in the same bytes, whether it resumes or begins anew, and foreign files
     are there. Until then a reader finds the old folder, or is refused."""
-    old, new = made(tmp_path / "old", CLAIM, PIECES[:2]), made(tmp_path / "new", OTHER, PIECES)
+    old, new = made(tmp_path / "old", SPEC, PARTS[:2]), made(tmp_path / "new", OTHER, PARTS)
     foreign = {"notes.txt": b"mine", "files/notes.txt": b"mine"}
     for number in itertools.count(1):
         root = tmp_path / str(number)
@@ -318,7 +318,7 @@ def test_a_run_killed_at_any_change_of_a_folder(tmp_path):
             (folder / name).write_bytes(data)
 
         def run(folder, overwrite):
-            writer = ArtifactWriter(folder, OTHER, PIECES, overwrite=overwrite, exclusive=True)
+            writer = ArtifactWriter(folder, OTHER, PARTS, overwrite=overwrite, exclusive=True)
             fill(writer, writer.missing())
             assert writer.finish()
             assert contents(folder) == new | foreign
@@ -338,22 +338,22 @@ def test_a_run_killed_at_any_change_of_a_folder(tmp_path):
         anew = shutil.copytree(root, tmp_path / f"{number} anew")
         run(anew / "folder", True)
         # What had not begun has not been asked to replace the old one.
-        run(folder, options == CLAIM.options and not (root / ".folder.partial/manifest.parts/spec.json").exists())
+        run(folder, options == SPEC.options and not (root / ".folder.partial/manifest.parts/spec.json").exists())
     assert number > 30
     assert old["manifest.json"] != new["manifest.json"]
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone"])
 def test_damaged_files_of_a_half_finished_folder_are_made_again(harm, tmp_path, caplog):
-    expected = made(tmp_path / "expected", CLAIM, PIECES)
+    expected = made(tmp_path / "expected", SPEC, PARTS)
     folder = tmp_path / "folder"
-    fill(ArtifactWriter(folder, CLAIM, PIECES), PIECES[:2])
-    file = tmp_path / ".folder.partial" / "files" / PIECES[1]
+    fill(ArtifactWriter(folder, SPEC, PARTS), PARTS[:2])
+    file = tmp_path / ".folder.partial" / "files" / PARTS[1]
     file.write_bytes(file.read_bytes()[:-1])
     if harm == "gone":
         file.unlink()
-    writer = ArtifactWriter(folder, CLAIM, PIECES)
-    assert writer.missing() == PIECES[1:]
+    writer = ArtifactWriter(folder, SPEC, PARTS)
+    assert writer.missing() == PARTS[1:]
     fill(writer, writer.missing())
     assert "files of layer.1 are missing or cut short; it is made again" in caplog.text
     assert writer.finish()
@@ -366,7 +366,7 @@ def test_manifest_that_names_files_outside_removes_nothing_there(finished, tmp_p
     manifest["files"]["../precious"] = {"size": 4, "sha256": "x"}
     (finished / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(MoEficationError, match=r"names ../precious, outside of it"):
-        ArtifactWriter(finished, CLAIM, PIECES, overwrite=True)
+        ArtifactWriter(finished, SPEC, PARTS, overwrite=True)
     with pytest.raises(MoEficationError, match="outside of it"):
         open_finished(finished, "split").load("../precious")
     assert (tmp_path / "precious").read_text() == "mine"
@@ -388,7 +388,7 @@ def test_manifest_that_names_files_outside_removes_nothing_there(finished, tmp_p
 )
 def test_bad_manifests_are_refused(content, words, finished):
     (finished / "manifest.json").write_bytes(content)
-    for use in (lambda: open_finished(finished, "split"), lambda: ArtifactWriter(finished, CLAIM, PIECES)):
+    for use in (lambda: open_finished(finished, "split"), lambda: ArtifactWriter(finished, SPEC, PARTS)):
         with pytest.raises(MoEficationError) as error:
             use()
         assert words in str(error.value)
@@ -453,8 +453,8 @@ def test_mismatch_with_the_reader_is_named(finished):
 
 def test_digest_stands_for_the_files_alone(finished, tmp_path):
     digests = []
-    for folder, pieces in ((tmp_path / "same", PIECES), (tmp_path / "fewer", PIECES[:2])):
-        made(folder, OTHER, pieces)
+    for folder, parts in ((tmp_path / "same", PARTS), (tmp_path / "fewer", PARTS[:2])):
+        made(folder, OTHER, parts)
         digests.append(open_finished(folder, "split").digest)
     assert digests[0] == open_finished(finished, "split").digest != digests[1]
 
@@ -469,10 +469,10 @@ class Bomb:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_file_is_refused_not_run_even_with_a_true_checksum(zipped, tmp_path):
-    writer = ArtifactWriter(tmp_path / "folder", CLAIM, PIECES[:1])
+    writer = ArtifactWriter(tmp_path / "folder", SPEC, PARTS[:1])
     bomb = {0: Bomb(tmp_path / "exploded")}
     entry = writer.write("bomb", lambda file: torch.save(bomb, file, _use_new_zipfile_serialization=zipped))
-    writer.write_piece(PIECES[0], {"bomb": entry})
+    writer.write_part(PARTS[0], {"bomb": entry})
     assert writer.finish()
     artifact = open_finished(writer.folder, "split")
     for read in (artifact.load, artifact.map, lambda name: load_tensors(writer.folder / name)):
@@ -497,9 +497,9 @@ def test_a_finished_folder_that_lost_a_file_says_so_and_is_redone(finished):
     before = contents(finished)
     (finished / "files" / "layer.1").unlink()
     with pytest.raises(MoEficationError, match=r"layer.1 is missing .* again with --overwrite"):
-        ArtifactWriter(finished, CLAIM, PIECES)
-    writer = ArtifactWriter(finished, CLAIM, PIECES, overwrite=True)
-    fill(writer, PIECES)
+        ArtifactWriter(finished, SPEC, PARTS)
+    writer = ArtifactWriter(finished, SPEC, PARTS, overwrite=True)
+    fill(writer, PARTS)
     assert writer.finish()
     assert contents(finished) == before
 
@@ -507,4 +507,4 @@ def test_a_finished_folder_that_lost_a_file_says_so_and_is_redone(finished):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_overwrite_is_not_offered_where_it_would_be_refused(overwrite, finished):
     with pytest.raises(MoEficationError, match=r"llama_split_clustering.py; choose another --save_path$"):
-        ArtifactWriter(finished, dataclasses.replace(CLAIM, stage="select"), PIECES, overwrite=overwrite)
+        ArtifactWriter(finished, dataclasses.replace(SPEC, stage="select"), PARTS, overwrite=overwrite)
