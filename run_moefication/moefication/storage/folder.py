@@ -35,7 +35,6 @@ from .tensors import load_tensors
 logger = logging.getLogger(__name__)
 
 ELSEWHERE = "choose another --save_path"
-OVERWRITE = "add --overwrite to redo it"
 OVERWRITES = "overwrites"  # in the workspace: a finished folder may be replaced
 
 
@@ -47,22 +46,21 @@ def require_place(folder: Path, stage: str) -> None:
 def _look(files: FolderWriter, stage: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The spec of an unfinished folder and the manifest of a finished one, each None where there is none."""
     # In this order: another process may just be giving the folder its name.
-    partial, finished = (
-        read_manifest(path) if path.exists() else None for path in (files.workspace / SPEC, files.folder / MANIFEST)
-    )
+    partial, finished = None, None
+    with contextlib.suppress(FileNotFoundError):
+        partial = read_manifest(files.workspace / SPEC)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        finished = read_manifest(files.folder / MANIFEST)
     if finished is None:
         files.refuse_place()
-        if files.folder.exists() and any(files.folder.iterdir()) and not _is_of_earlier_version(files.folder):
-            raise MoEficationError(f"{files.folder} holds files but no {MANIFEST}: not ours to fill; {ELSEWHERE}")
+        if files.folder.exists() and any(files.folder.iterdir()):
+            is_old = (files.folder / WORKSPACE).is_dir()
+            why = "an earlier version left it unfinished, so remove it" if is_old else "not ours to fill"
+            raise MoEficationError(f"{files.folder} holds files but no {MANIFEST}: {why}; {ELSEWHERE}")
     for existing in filter(None, (partial, finished)):
         if existing["stage"] != stage:
             raise MoEficationError(f"{files.folder} was written by {STAGE_SCRIPTS[existing['stage']]}; {ELSEWHERE}")
     return partial, finished
-
-
-def _is_of_earlier_version(folder: Path) -> bool:
-    """Whether the folder was being filled in place, as earlier versions did."""
-    return (folder / WORKSPACE).is_dir() and not (folder / MANIFEST).exists()
 
 
 class ArtifactWriter:
@@ -150,12 +148,10 @@ class ArtifactWriter:
         if self._overwrite:
             self._files.refuse_place()
             return None
-        if _is_of_earlier_version(self.folder):
-            raise MoEficationError(f"{self.folder} was begun by an earlier version; {ELSEWHERE}, or {OVERWRITE}")
         existing = finished or partial
         unlike = existing and difference(existing, self._wanted, is_finished=finished is not None)
         if unlike:
-            raise MoEficationError(f"{self.folder} {unlike}; {ELSEWHERE}, or {OVERWRITE}")
+            raise MoEficationError(f"{self.folder} {unlike}; {ELSEWHERE}, or add --overwrite to redo it")
         if finished is not None:
             Artifact(self.folder, finished).check_sizes()  # "finished" is not said of a folder that has lost files
         return finished
@@ -184,7 +180,8 @@ class ArtifactWriter:
         """Record a finished unit: the entries of its files and its metrics."""
         self.begin()  # of a unit without files, this may be the first write
         content = {"files": files} if metrics is None else {"files": files, "metrics": metrics}
-        write_json(self._part_path(part), content)
+        with self._files.locked():  # else another process could rename the folder while the record is synced
+            write_json(self._part_path(part), content)
 
     def metrics(self) -> dict[str, Any]:
         """Metrics of the parts that are there, by part."""
@@ -310,8 +307,6 @@ def open_finished(folder: str | Path, *stages: str) -> Artifact:
         if (workspace / SPEC).exists():
             script, done = STAGE_SCRIPTS[read_manifest(workspace / SPEC)["stage"]], len([*workspace.glob("*.json")]) - 1
             raise MoEficationError(f"{folder} is unfinished ({done} parts done); run {script} again, it goes on there")
-        if _is_of_earlier_version(folder):
-            raise MoEficationError(f"{folder} was begun by an earlier version; run {script} again with --overwrite")
         if not folder.is_dir():
             raise MoEficationError(f"{folder} is not a folder; run {script} first")
         raise MoEficationError(f"{folder} has no {MANIFEST}: not a folder written by {script}")

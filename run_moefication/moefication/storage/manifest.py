@@ -1,7 +1,7 @@
 """What a folder's `manifest.json` says, how two of them differ, and refusing those that cannot be trusted."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from ..errors import MoEficationError
-from .folder_writer import WORKSPACE
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-SPEC = "spec.json"  # in WORKSPACE: what the folder will be
+SPEC = "spec.json"  # in a folder's workspace: what it will be
 STAGE_SCRIPTS = {
     "split": "llama_split_clustering.py",
     "hidden_features": "llama_get_hidden_features.py",
@@ -51,29 +50,17 @@ class ArtifactSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The spec as it stands in manifests."""
-        return {
-            "format": FORMAT_VERSION,
-            "stage": self.stage,
-            "options": self.options,
-            "source": self.source,
-            "inputs": self.inputs,
-            "environment": self.environment,
-            "facts": self.facts,
-        }
+        return {"format": FORMAT_VERSION, **asdict(self)}
 
 
 def own_files(folder: Path) -> list[str]:
-    """Names of the files that a stage wrote into this folder, the manifest last; none without a manifest.
-
-    Earlier versions filled a folder in place. What such a run left has noted its names in `WORKSPACE`.
-    """
-    names = read_manifest(folder / MANIFEST)["files"] if (folder / MANIFEST).exists() else {}
-    notes = folder / WORKSPACE / "names.txt"
-    noted = notes.read_text().split("\n")[:-1] if notes.exists() else []
-    names = sorted({*names, *(name for name in noted if name and "\0" not in name)})
+    """Names of the files that a stage wrote into this folder, the manifest last; none without a manifest."""
+    if not (folder / MANIFEST).exists():
+        return []
+    names = [*read_manifest(folder / MANIFEST)["files"], MANIFEST]
     for name in names:
         inside(folder, name)
-    return [*names, MANIFEST]
+    return names
 
 
 def difference(existing: dict[str, Any], wanted: dict[str, Any], is_finished: bool) -> str | None:
