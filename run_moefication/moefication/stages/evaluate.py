@@ -33,7 +33,7 @@ from ..text.tokens import tokenize
 class Evaluation:
     """One row of the table. `num_experts` and `num_selects` count shared experts, too. `active`: parameters of the MLP
     blocks that ran, over the dense model's; `expert_load`: per layer, the share of tokens that each routed expert ran
-    for (MoE only)."""
+    for (MoE only); `block_losses`: mean negative log-likelihood of each block."""
 
     model: str
     num_experts: int | None
@@ -42,6 +42,7 @@ class Evaluation:
     predicted_tokens: int
     active: float
     expert_load: list[list[float]] | None
+    block_losses: list[float]
 
     @property
     def label(self) -> str:
@@ -99,7 +100,7 @@ def evaluate(
     for path, name, config, model_budgets in zip(paths, model_paths, configs, budgets, strict=True):
         model = _load(path, config, dtype, device)
         for budget in model_budgets:
-            results.append(_evaluate(model, Path(name).name, budget, blocks, batch_size, progress))
+            results.append(evaluate_model(model, Path(name).name, blocks, budget, batch_size, progress))
         del model
     return results
 
@@ -177,14 +178,19 @@ def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) 
 
 
 @torch.inference_mode()
-def _evaluate(
+def evaluate_model(
     model: PreTrainedModel,
     name: str,
-    budget: int | None,
     blocks: list[torch.Tensor],
-    batch_size: int,
-    progress: Progress,
+    budget: int | None = None,
+    batch_size: int = 4,
+    progress: Progress = no_progress,
 ) -> Evaluation:
+    """A loaded model on blocks of tokens, of which all but the last are equally long; `name` is for the row.
+
+    Args:
+        budget: experts to run per token, shared ones included; None for those that the model runs as it is.
+    """
     num_experts = None
     if model.config.model_type == "llama_moe":
         shared = model.config.num_shared_experts
@@ -197,23 +203,24 @@ def _evaluate(
                 model.set_num_experts_per_tok(budget - shared)
             except ValueError as error:  # thresholds without quantiles
                 raise MoEficationError(f"{name} cannot run --num_selects {budget}: {error}") from error
-    loss_sum, predicted = 0.0, 0
+    loss_sums: list[float] = []
     label = _label(name, budget, num_experts)
     with record_routing(model) as routing:
         for batch in progress(list(_batches(blocks, batch_size)), f"evaluate {label}", "batch"):
             tokens = torch.stack(batch).long().to(model.device)
             logits = model(input_ids=tokens, use_cache=False).logits
             for row, targets in zip(logits[:, :-1], tokens[:, 1:], strict=True):  # a row at a time: logits are large
-                loss_sum += F.cross_entropy(row.float(), targets, reduction="sum").item()
-            predicted += tokens[:, 1:].numel()
+                loss_sums.append(F.cross_entropy(row.float(), targets, reduction="sum").item())
+    predicted = [len(block) - 1 for block in blocks]
     return Evaluation(
         model=name,
         num_experts=num_experts,
         num_selects=budget,
-        perplexity=float(torch.tensor(loss_sum / predicted, dtype=torch.float64).exp()),
-        predicted_tokens=predicted,
+        perplexity=float(torch.tensor(sum(loss_sums) / sum(predicted), dtype=torch.float64).exp()),
+        predicted_tokens=sum(predicted),
         active=active_share(model, routing) if routing else 1.0,
         expert_load=[layer.expert_load.tolist() for layer in routing] or None,
+        block_losses=[loss / count for loss, count in zip(loss_sums, predicted, strict=True)],
     )
 
 
