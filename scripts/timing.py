@@ -27,6 +27,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
 
 
+def require_positive(arguments: argparse.Namespace, *options: str) -> None:
+    """Refuse a count below 1."""
+    for option in options:
+        value = getattr(arguments, option)
+        if value < 1:
+            raise MoEficationError(f"--{option} {value} must be at least 1")
+
+
 def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) -> Any:
     """Refuse what cannot be measured; returns the torch device."""
     import torch
@@ -40,9 +48,21 @@ def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) 
             raise MoEficationError(
                 f"--active {active} of {arguments.num_experts} experts is not a whole number of them above 0"
             )
-    if arguments.rounds < 1:
-        raise MoEficationError(f"--rounds {arguments.rounds} must be at least 1")
+    require_positive(arguments, "rounds")
     return torch.device(command_line.pick_device(arguments))
+
+
+def fill(module: Any, dtype: Any, device: Any, generator: Any) -> None:
+    """Random numbers of a trained layer's size for every parameter still on the meta device; zeros for buffers."""
+    import torch
+
+    for child in module.modules():
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                values = torch.empty(parameter.shape).normal_(std=0.02, generator=generator).to(device, dtype)
+                setattr(child, name, torch.nn.Parameter(values, requires_grad=False))
+        for name, buffer in list(child.named_buffers(recurse=False)):
+            child.register_buffer(name, torch.zeros(buffer.shape, device=device))
 
 
 def write_json(path: Path | None, device: Any, rows: list[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say they measure."""
 
 import json
+from itertools import product
 
 import bench_generate
 import bench_moe_layer
@@ -71,25 +72,36 @@ def test_layer_bench_writes_its_numbers(tmp_path, capsys):
 
 
 def test_models_of_the_whole_bench_share_all_but_their_mlps():
-    arguments = bench_generate.build_parser().parse_args(["--layers", "1", "--prompt_tokens", "6", "--new_tokens", "3"])
-    dense, moe, threshold = bench_generate.make_models(arguments, torch.float32, CPU)
-    assert (
-        threshold.model.layers[0].mlp.experts.down_proj.data_ptr()
-        == moe.model.layers[0].mlp.experts.down_proj.data_ptr()
-    )
-    threshold.set_active_fraction(0.25)
+    arguments = bench_generate.build_parser().parse_args(["--layers", "1"])
+    prompt = bench_generate.random_prompt(6, CPU)
+    dense, moe, threshold = bench_generate.make_models(arguments, prompt, torch.float32)
+    experts, threshold_experts = (model.model.layers[0].mlp.experts for model in (moe, threshold))
+    assert threshold_experts.down_proj.data_ptr() == experts.down_proj.data_ptr()
     assert dense.model.embed_tokens.weight.data_ptr() == moe.model.embed_tokens.weight.data_ptr()
-    mlp = sum(parameter.numel() for parameter in moe.model.layers[0].mlp.experts.parameters())
+    mlp = sum(parameter.numel() for parameter in experts.parameters())
     assert mlp == sum(parameter.numel() for parameter in dense.model.layers[0].mlp.parameters())
-    decode = bench_generate.Phase("decode", arguments, CPU)
+    threshold.set_active_fraction(0.25)
     with torch.inference_mode():
         with record_routing(threshold) as routing:
-            threshold(decode.prompt)
+            threshold(prompt)
         assert routing[0].experts_per_tok == pytest.approx(0.25 * 16, abs=0.3)
-        assert 0.2 < decode.mlp_share(dense) < 1
+        decode = bench_generate.runs("decode", moe, prompt, 3)
+        expected = moe.generate(prompt, max_new_tokens=3, do_sample=False)[:, -1:]
         for _ in range(2):  # each run begins at the end of the prompt
-            decode(moe)
-            assert decode.caches[moe].get_seq_length() == 6
+            assert torch.equal(decode(), expected)
+
+
+def test_the_whole_bench_writes_its_numbers(tmp_path, run_script):
+    options = ["--layers", 1, "--prompt_tokens", 4, "--new_tokens", 2, "--active", 0.25, "--rounds", 1]
+    status, out, _ = run_script(bench_generate.main, *options, "--json", tmp_path / "generate.json")
+    rows = json.loads((tmp_path / "generate.json").read_text())["rows"]
+    assert (status, len(out.splitlines())) == (0, 2 + 4)
+    routings = ("top_k", "threshold")
+    assert [(row["phase"], row["routing"]) for row in rows] == list(product(("prefill", "decode"), routings))
+    for row in rows:
+        assert 0 < row["mlp_share"]
+        assert row["possible"] == pytest.approx(1 - 0.75 * row["mlp_share"])
+        assert row["time_ratio"] == pytest.approx(row["dense_tokens_per_second"] / row["moe_tokens_per_second"])
 
 
 def test_times_are_medians_of_all_alternatives():
