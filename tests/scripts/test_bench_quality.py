@@ -1,7 +1,9 @@
 """The quality bench: its baselines are what they claim, and its table follows from its numbers."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from transformers import LlamaForCausalLM
 from run_moefication.moefication.stages.evaluate import evaluate_model
 from run_moefication.settings import CALIBRATED, PLAIN
 
+RESULTS = Path(bench_quality.__file__).parent / "results"
 BLOCKS = 3
 STATIC = ("", ", refitted", ", refitted and distilled")
 
@@ -138,6 +141,16 @@ def test_our_rows_are_the_products_recipes(bench):
     options = bench_quality.build_parser()
     assert options.get_default("experts") == [CALIBRATED.num_experts]
     assert options.get_default("calibration_tokens") == CALIBRATED.calibration_tokens
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_rows_say_how_they_were_made(path):
+    for row in read_rows(path).values():
+        assert {"minutes", "machine", "settings"} <= row.keys()
+        ours = re.fullmatch(r"calibrated, (\d+) experts(, distilled)?", row["method"])
+        if ours:
+            recipe = replace(CALIBRATED.at(row["budget"]), num_experts=int(ours[1]))
+            assert row["settings"]["recipe"] == bench_quality.as_data(recipe)
 
 
 def test_budgets_count_experts_and_active_shares_gates_and_biases_too(bench):
