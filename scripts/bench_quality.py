@@ -12,20 +12,16 @@ no row twice.
 
 import argparse
 import datetime
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from quality_table import DENSE, read_rows, rounded, row_key, table, write_rows
 
 from run_moefication import command_line
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.settings import CALIBRATED, PLAIN, Recipe
+from run_moefication.settings import CALIBRATED
 
 METHODS = ("plain", "cmoe", "oracle", "static", "steps", "top_k", "calibrated", "dialled")
 METHODS_HELP = (
@@ -68,36 +64,38 @@ def main(argv: list[str] | None = None) -> int:
     return command_line.run(build_parser(), bench, argv)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of the table: its name, its budget, how to measure it, and the settings that its numbers depend on beside
-    those of all rows."""
-
-    method: str
-    budget: float
-    measure: Callable[[Any], dict[str, Any]]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
 def bench(arguments: argparse.Namespace) -> None:
-    """Measure all that was asked for, printing as it goes."""
+    """Measure all that was asked for and is not in the file of rows with the same settings, printing as it goes."""
     import timing
     import torch
-    from quality_methods import prepare
 
     check(arguments)
+    from quality_methods import prepare, rows
+
     setup = prepare(arguments)
     arguments.work.mkdir(parents=True, exist_ok=True)
+    path = arguments.json or arguments.work / "rows.jsonl"
+    kept = read_rows(path) if path.exists() else {}
     machine = timing.machine(torch.device(setup.device))
-    store = Store(setup, arguments.json or arguments.work / "rows.jsonl", machine)
     print(f"{setup.dense.name}; {machine}; {arguments.calibration_tokens:,} calibration tokens, seed {arguments.seed}")
-    results = {}
-    for row in rows(arguments):
-        key = row_key(row.method, row.budget)
-        results[key] = store.numbers(row)
-        if key != DENSE:
-            *head, cells = table({DENSE: results[DENSE], key: results[key]}, arguments.seed).splitlines()
-            print("\n".join([*head, cells] if len(results) == 2 else [cells]), flush=True)
+    common = {
+        "model": setup.dense.fingerprint,
+        "corpus": setup.text(arguments.calibration_tokens).digest,
+        "calibration_tokens": arguments.calibration_tokens,
+        "seed": arguments.seed,
+        "texts": {name: sha256(torch.cat(blocks).numpy()).hexdigest() for name, blocks in setup.texts.items()},
+    }
+    for row in rows(setup):
+        key, settings = row_key(row.method, row.budget), common | row.settings
+        if kept.get(key, {}).get("settings") != settings:
+            start = time.time()
+            numbers = row.measure()
+            about = {"method": row.method, "budget": row.budget, "minutes": (time.time() - start) / 60}
+            about |= {"machine": machine, "date": datetime.date.today().isoformat(), "settings": settings}
+            kept[key] = about | rounded(numbers)
+            write_rows(path, kept)
+        head, rule, *cells = table({DENSE: kept[DENSE], key: kept[key]}, arguments.seed).splitlines()
+        print("\n".join(cells or [head, rule]), flush=True)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -110,88 +108,6 @@ def check(arguments: argparse.Namespace) -> None:
             raise MoEficationError(f"--budgets {budget:g}: shares from 0.05 to below 1 are measured")
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         raise MoEficationError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
-
-
-class Store:
-    """The file of rows: what an earlier run measured with the same settings is not measured again."""
-
-    def __init__(self, setup: Any, path: Path, machine: str):
-        import torch
-
-        self._setup, self._path, self._machine = setup, path, machine
-        self._rows = read_rows(path) if path.exists() else {}
-        arguments = setup.arguments
-        self._settings = {
-            "model": setup.dense.fingerprint,
-            "corpus": setup.text(arguments.calibration_tokens).digest,
-            "calibration_tokens": arguments.calibration_tokens,
-            "seed": arguments.seed,
-            "texts": {name: sha256(torch.cat(blocks).numpy()).hexdigest() for name, blocks in setup.texts.items()},
-        }
-
-    def numbers(self, row: Row) -> dict[str, Any]:
-        """A row's numbers, measured now unless they are there."""
-        key, settings = row_key(row.method, row.budget), self._settings | row.settings
-        if self._rows.get(key, {}).get("settings") != settings:
-            start = time.time()
-            numbers = row.measure(self._setup)
-            minutes = (time.time() - start) / 60
-            about = {"method": row.method, "budget": row.budget, "minutes": minutes, "machine": self._machine}
-            about |= {"date": datetime.date.today().isoformat(), "settings": settings}
-            self._rows[key] = about | rounded(numbers)
-            write_rows(self._path, self._rows)
-        return self._rows[key]
-
-
-def as_data(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as it looks in a file of rows."""
-    return json.loads(json.dumps(asdict(recipe), default=str))
-
-
-def rows(arguments: argparse.Namespace) -> Iterator[Row]:
-    """All rows, the dense model first."""
-    import quality_methods as quality
-
-    tokens, methods = arguments.calibration_tokens, arguments.methods
-
-    def row(method: str, measure: Callable[..., dict[str, Any]], *inputs: Any, **settings: Any) -> Row:
-        recipe = next((one for one in inputs if isinstance(one, Recipe)), None)
-        settings |= {"recipe": as_data(recipe)} if recipe else {}
-        return Row(method, budget, lambda bench: measure(bench, *inputs), settings)
-
-    def recipe_at(budget: float, experts: int = arguments.experts[0], **changes: Any) -> Recipe:
-        return replace(CALIBRATED.at(budget), num_experts=experts, calibration_tokens=tokens, **changes)
-
-    yield Row("dense", 1.0, quality.measure_dense)
-    for budget in arguments.budgets:
-        chosen, name = recipe_at(budget), f"calibrated, {arguments.experts[0]} experts"
-        if "plain" in methods:
-            yield row("plain recipe", quality.measure_recipe, PLAIN.at(budget))
-        if "cmoe" in methods:
-            yield row("CMoE's recipe", quality.measure_cmoe, budget)
-        if "static" in methods:
-            yield row("static mask", quality.measure_static, chosen)
-            yield row("static mask, refitted", quality.measure_static, chosen, True)
-        for step in quality.STEPS if "steps" in methods else ():
-            yield row(f"step: {step}", quality.measure_step, chosen, step)
-        for experts in arguments.experts if "top_k" in methods else ():
-            recipe = recipe_at(budget, experts, name="top_k", routing="top_k")
-            yield row(f"calibrated, {experts} experts, top_k", quality.measure_recipe, recipe)
-        for experts in arguments.experts if "calibrated" in methods else ():
-            yield row(f"calibrated, {experts} experts", quality.measure_recipe, recipe_at(budget, experts))
-        for other in arguments.budgets if "dialled" in methods else ():
-            if other != budget:
-                num_selects = chosen.num_selects(chosen.num_experts)
-                yield row(f"{name}, made for {other:.0%}", quality.measure_recipe, recipe_at(other), num_selects)
-        if arguments.distill:
-            settings = {"distillation_tokens": arguments.distillation_tokens, "bf16": arguments.bf16}
-            if "static" in methods:
-                method = "static mask, refitted and distilled"
-                yield row(method, quality.measure_static, chosen, True, True, **settings)
-            if "calibrated" in methods:
-                yield row(f"{name}, distilled", quality.measure_distilled, chosen, **settings)
-        if "oracle" in methods:
-            yield row("neuron oracle", quality.measure_oracle, budget)
 
 
 if __name__ == "__main__":

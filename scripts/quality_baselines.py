@@ -42,6 +42,11 @@ def masked(model: LlamaForCausalLM, choices: list[Choice]) -> Iterator[list[torc
             hook.remove()
 
 
+def all_neurons(model: LlamaForCausalLM) -> list[Choice]:
+    """The dense model as it is."""
+    return [lambda hidden: torch.ones_like(hidden, dtype=torch.bool)] * len(model.model.layers)
+
+
 def oracle(budget: float, model: LlamaForCausalLM) -> list[Choice]:
     """The neurons that add most to each token's output, known by running them all: no router can do better."""
 

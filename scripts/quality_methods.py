@@ -1,19 +1,20 @@
-"""What the quality bench measures: how each method's model is made, and what it loses and runs on each text.
+"""What the quality bench measures: how each row's model is made, and what it loses and runs on each text.
 
 Our models are made by `run_moefication.moefy`, from a recipe of `run_moefication.settings` or one with some parts left
 out. What is made stays in the bench's work folder and is not made again.
 """
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from quality_baselines import Choice, cmoe, masked, oracle
+from quality_baselines import Choice, all_neurons, cmoe, masked, oracle
 from transformers import PreTrainedModel
 
 import run_moefication as rm
@@ -23,7 +24,7 @@ from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.stages.evaluate import evaluate_model, first_tokens
 from run_moefication.moefication.stages.split import split_at_random
 from run_moefication.moefication.text.corpus import Corpus, pack
-from run_moefication.settings import TEMPLATES, RandomSplitSettings, Recipe
+from run_moefication.settings import CALIBRATED, PLAIN, TEMPLATES, RandomSplitSettings, Recipe
 
 # What each part of the recipe adds: changes that leave out the parts after it. The recipe itself adds a last one, the
 # fit of the final norm.
@@ -69,6 +70,17 @@ class Bench:
         return rm.read_text(self.dense, self.arguments.train_data_path, cache, max_tokens=tokens, **options)
 
 
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: its name, its budget, how to measure it, and the settings that its numbers depend on beside
+    those of all rows."""
+
+    method: str
+    budget: float
+    measure: Callable[[], dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
 def prepare(arguments: argparse.Namespace) -> Bench:
     """Open the dense model, and cut the texts into blocks."""
     dense = rm.DenseCheckpoint(arguments.model_path)
@@ -88,14 +100,62 @@ def prepare(arguments: argparse.Namespace) -> Bench:
     return Bench(dense, texts, arguments, pick_device(arguments))
 
 
+def rows(bench: Bench) -> Iterator[Row]:
+    """All rows that were asked for, the dense model first."""
+    arguments = bench.arguments
+    methods, experts, tokens = arguments.methods, arguments.experts, arguments.calibration_tokens
+
+    def recipe_at(budget: float, num_experts: int = experts[0], **changes: Any) -> Recipe:
+        return replace(CALIBRATED.at(budget), num_experts=num_experts, calibration_tokens=tokens, **changes)
+
+    def row(method: str, recipe: Recipe, make: Callable[..., rm.MoECheckpoint], *inputs: Any, **how: Any) -> Row:
+        measure = partial(measure_moe, bench, partial(make, bench, recipe, *inputs), **how)
+        return Row(method, budget, measure, {"recipe": as_data(recipe)})
+
+    def distilled_row(method: str, *model: Any, **how: Any) -> Row:
+        plain = row(method, chosen, distilled, *model, **how)
+        settings = {"distillation_tokens": arguments.distillation_tokens, "bf16": arguments.bf16}
+        return replace(plain, settings=plain.settings | settings)
+
+    yield Row("dense", 1.0, partial(measure_masked, bench, all_neurons))
+    for budget in arguments.budgets:
+        chosen, name = recipe_at(budget), f"calibrated, {experts[0]} experts"
+        if "plain" in methods:
+            yield row("plain recipe", PLAIN.at(budget), made)
+        if "cmoe" in methods:
+            yield Row(
+                "CMoE's recipe",
+                budget,
+                partial(measure_masked, bench, partial(cmoe, bench.text(tokens).blocks, budget)),
+            )
+        if "static" in methods:
+            yield row("static mask", chosen, static, is_static=True)
+            yield row("static mask, refitted", chosen, refitted_static, is_static=True)
+        for step in STEPS if "steps" in methods else ():
+            yield row(f"step: {step}", chosen, up_to, step, has_dense_norm=True)
+        for number in experts if "top_k" in methods else ():
+            yield row(
+                f"calibrated, {number} experts, top_k", recipe_at(budget, number, name="top_k", routing="top_k"), made
+            )
+        for number in experts if "calibrated" in methods else ():
+            yield row(f"calibrated, {number} experts", recipe_at(budget, number), made)
+        for other in (other for other in arguments.budgets if other != budget and "dialled" in methods):
+            num_selects = chosen.num_selects(chosen.num_experts)
+            yield row(f"{name}, made for {other:.0%}", recipe_at(other), made, num_selects=num_selects)
+        if arguments.distill and "static" in methods:
+            yield distilled_row("static mask, refitted and distilled", refitted_static, is_static=True)
+        if arguments.distill and "calibrated" in methods:
+            yield distilled_row(f"{name}, distilled", made)
+        if "oracle" in methods:
+            yield Row("neuron oracle", budget, partial(measure_masked, bench, partial(oracle, budget)))
+
+
+def as_data(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as it looks in a file of rows."""
+    return json.loads(json.dumps(asdict(recipe), default=str))
+
+
 # ---------------------------------------------------------------------------------------------------- measuring
-
-
-def measure_dense(bench: Bench) -> dict[str, Any]:
-    """The dense model."""
-    model = bench.dense.load_causal_lm(bench.device, torch.float32)
-    rows = {name: evaluate_model(model, name, blocks) for name, blocks in bench.texts.items()}
-    return {name: {"losses": row.block_losses, "active": row.active} for name, row in rows.items()}
 
 
 def measure_masked(bench: Bench, make: Callable[[PreTrainedModel], list[Choice]]) -> dict[str, Any]:
@@ -112,103 +172,42 @@ def measure_masked(bench: Bench, make: Callable[[PreTrainedModel], list[Choice]]
 
 def measure_moe(
     bench: Bench,
-    moe: rm.MoECheckpoint,
+    make: Callable[[], rm.MoECheckpoint],
     *,
     num_selects: int | None = None,
     is_static: bool = False,
     has_dense_norm: bool = False,
 ) -> dict[str, Any]:
-    """A LlamaMoE checkpoint.
+    """A LlamaMoE checkpoint, made first.
 
     Args:
         num_selects: the budget, if not its own.
         is_static: its shared experts run alone, for which no gate is needed.
         has_dense_norm: it gets the dense model's final norm.
     """
-    model = moe.load(torch.float32).to(bench.device)
+    model = make().load(torch.float32).to(bench.device)
+    config, gate = model.config, 0.0
     if has_dense_norm:
         model.model.norm.weight.data.copy_(bench.dense.tensor("norm.weight"))
-    gate = 0.0
     if is_static:
         for layer in model.model.layers:
             layer.mlp.gate.set_active_share(0)
         gate = sum(weights.numel() for weights in model.model.layers[0].mlp.gate.parameters())
-        gate /= 3 * bench.dense.config.hidden_size * bench.dense.config.intermediate_size
-    numbers: dict[str, Any] = {}
+        gate /= 3 * config.hidden_size * config.intermediate_size
+    numbers = {name: getattr(config, name) for name in ("num_selects", "num_shared_experts", "gate_rank")}
     for name, blocks in bench.texts.items():
         row = evaluate_model(model, name, blocks, num_selects)
         routed = sum(map(sum, row.expert_load)) / len(row.expert_load)
-        neurons = (routed + model.config.num_shared_experts) / row.num_experts
+        neurons = (routed + config.num_shared_experts) / row.num_experts
         numbers[name] = {"losses": row.block_losses, "active": row.active - gate, "neurons": neurons}
-    return {name: getattr(model.config, name) for name in ("num_selects", "num_shared_experts", "gate_rank")} | numbers
+    return numbers
 
 
-# ---------------------------------------------------------------------------------------------------- baselines
-
-
-def measure_cmoe(bench: Bench, budget: float) -> dict[str, Any]:
-    """CMoE's recipe."""
-    blocks = bench.text(bench.arguments.calibration_tokens).blocks
-    return measure_masked(bench, partial(cmoe, blocks, budget))
-
-
-def measure_oracle(bench: Bench, budget: float) -> dict[str, Any]:
-    """The best neurons of every token, known beforehand."""
-    return measure_masked(bench, partial(oracle, budget))
-
-
-def measure_static(bench: Bench, recipe: Recipe, refit: bool = False, is_distilled: bool = False) -> dict[str, Any]:
-    """The neurons that add most, for every token alike: as shared experts, which use up the recipe's budget."""
-    experts = recipe.num_experts
-    shared = recipe.num_selects(experts)
-    recipe = replace(
-        recipe,
-        name="static",
-        selects=shared + 1,
-        shared=((Fraction(0), Fraction(shared, experts)),),
-        gate_rank=1,
-        rank_from=0,
-        is_calibrated=False,
-    )
-    moe = made(bench, recipe)
-    if refit:
-        moe = calibrated(bench, moe, rm.CalibrateSettings(num_selects=shared, output_bias=recipe.output_bias))
-    if is_distilled:
-        moe = distilled(bench, moe)
-    return measure_moe(bench, moe, is_static=True)
-
-
-# ---------------------------------------------------------------------------------------------------- ours
-
-
-def measure_recipe(bench: Bench, recipe: Recipe, num_selects: int | None = None) -> dict[str, Any]:
-    """A recipe; run at `num_selects` experts per token instead of its own, if given."""
-    return measure_moe(bench, made(bench, recipe), num_selects=num_selects)
-
-
-def measure_distilled(bench: Bench, recipe: Recipe) -> dict[str, Any]:
-    """A recipe, distilled."""
-    return measure_moe(bench, distilled(bench, made(bench, recipe)))
-
-
-def measure_step(bench: Bench, recipe: Recipe, step: str) -> dict[str, Any]:
-    """A recipe up to a step, with the dense model's final norm."""
-    if STEPS[step]:
-        name = next(name for name, changes in STEPS.items() if changes == STEPS[step])
-        recipe = replace(recipe, name=name, **STEPS[step])
-    experts = None
-    if step == RANDOM_EXPERTS:
-        settings = RandomSplitSettings(num_experts=recipe.num_experts, seed=bench.arguments.seed)
-        folder = split_at_random(bench.dense, bench.work, [TEMPLATES[0]], settings).folder
-        experts = Split(folder, bench.dense, TEMPLATES[0], recipe.num_experts)
-    moe = made(bench, recipe, experts)
-    if step == KEPT_GATES:
-        moe = calibrated(bench, moe, rm.CalibrateSettings(output_bias=recipe.output_bias))
-    return measure_moe(bench, moe, has_dense_norm=True)
+# ---------------------------------------------------------------------------------------------------- models
 
 
 def made(bench: Bench, recipe: Recipe, experts: Split | None = None) -> rm.MoECheckpoint:
-    """The recipe's checkpoint, made unless it is there."""
+    """The recipe's model."""
     folder = bench.work / f"{recipe.name}-{recipe.num_selects(recipe.num_experts)}-of-{recipe.num_experts}"
     return rm.moefy(
         bench.dense,
@@ -224,14 +223,44 @@ def made(bench: Bench, recipe: Recipe, experts: Split | None = None) -> rm.MoECh
     )
 
 
-def calibrated(bench: Bench, moe: rm.MoECheckpoint, settings: rm.CalibrateSettings) -> rm.MoECheckpoint:
-    """The checkpoint calibrated, with the gates that it has."""
-    text = bench.text(bench.arguments.calibration_tokens)
+def up_to(bench: Bench, recipe: Recipe, step: str) -> rm.MoECheckpoint:
+    """The recipe's model up to a step of `STEPS`."""
+    if STEPS[step]:
+        name = next(name for name, changes in STEPS.items() if changes == STEPS[step])
+        recipe = replace(recipe, name=name, **STEPS[step])
+    experts = None
+    if step == RANDOM_EXPERTS:
+        settings = RandomSplitSettings(num_experts=recipe.num_experts, seed=bench.arguments.seed)
+        folder = split_at_random(bench.dense, bench.work, [TEMPLATES[0]], settings).folder
+        experts = Split(folder, bench.dense, TEMPLATES[0], recipe.num_experts)
+    moe = made(bench, recipe, experts)
+    return refitted(bench, moe, recipe, None) if step == KEPT_GATES else moe
+
+
+def static(bench: Bench, recipe: Recipe) -> rm.MoECheckpoint:
+    """The neurons that add most, for every token alike: as shared experts, which use up the recipe's budget."""
+    shared = recipe.num_selects(recipe.num_experts)
+    rule = ((Fraction(0), Fraction(shared, recipe.num_experts)),)
+    small_gate = dict(gate_rank=1, rank_from=0)
+    recipe = replace(recipe, name="static", selects=shared + 1, shared=rule, is_calibrated=False, **small_gate)
+    return made(bench, recipe)
+
+
+def refitted_static(bench: Bench, recipe: Recipe) -> rm.MoECheckpoint:
+    """The same, calibrated as our models are."""
+    return refitted(bench, static(bench, recipe), recipe, recipe.num_selects(recipe.num_experts))
+
+
+def refitted(bench: Bench, moe: rm.MoECheckpoint, recipe: Recipe, num_selects: int | None) -> rm.MoECheckpoint:
+    """A model calibrated with the gates that it has."""
+    settings = rm.CalibrateSettings(num_selects=num_selects, output_bias=recipe.output_bias)
+    text = bench.text(recipe.calibration_tokens)
     return rm.calibrate(bench.dense, moe, text, moe.path.with_name("Refitted"), settings, **bench.run)
 
 
-def distilled(bench: Bench, moe: rm.MoECheckpoint) -> rm.MoECheckpoint:
-    """The checkpoint distilled at its budget."""
+def distilled(bench: Bench, recipe: Recipe, make: Callable[[Bench, Recipe], rm.MoECheckpoint]) -> rm.MoECheckpoint:
+    """A recipe's model distilled at its budget."""
+    moe = make(bench, recipe)
     tokens, bf16 = bench.arguments.distillation_tokens, bench.arguments.bf16
     folder = moe.path.with_name(f"{moe.path.name}-Distilled-{tokens}{'-bf16' if bf16 else ''}")
     return rm.distill(bench.dense, moe, bench.text(tokens), folder, rm.DistillSettings(bf16=bf16), **bench.run)

@@ -133,8 +133,8 @@ def test_the_bench_measures_every_method(bench):
 def test_our_rows_are_the_products_recipes(bench):
     row = bench.rows["calibrated, 16 experts at 0.5"]
     recipe = replace(CALIBRATED, num_experts=16, calibration_tokens=512)  # whose budget is a half
-    assert row["settings"]["recipe"] == bench_quality.as_data(recipe)
-    assert bench.rows["plain recipe at 0.5"]["settings"]["recipe"] == bench_quality.as_data(PLAIN.at(0.5))
+    assert row["settings"]["recipe"] == quality_methods.as_data(recipe)
+    assert bench.rows["plain recipe at 0.5"]["settings"]["recipe"] == quality_methods.as_data(PLAIN.at(0.5))
     counts = ("num_selects", "num_shared_experts", "gate_rank")
     assert [row[count] for count in counts] == [8, recipe.num_shared_experts(16, 8), recipe.rank(16)]
     assert bench.rows["plain recipe at 0.75"]["num_selects"] == 6
@@ -150,7 +150,7 @@ def test_rows_say_how_they_were_made(path):
         ours = re.fullmatch(r"calibrated, (\d+) experts(, distilled)?", row["method"])
         if ours:
             recipe = replace(CALIBRATED.at(row["budget"]), num_experts=int(ours[1]))
-            assert row["settings"]["recipe"] == bench_quality.as_data(recipe)
+            assert row["settings"]["recipe"] == quality_methods.as_data(recipe)
 
 
 def test_budgets_count_experts_and_active_shares_gates_and_biases_too(bench):
