@@ -24,9 +24,9 @@ INTERMEDIATE_SIZE = 8192
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = command_line.new_parser(__doc__)
-    parser.add_argument("--layers", type=int, default=16, help="decoder layers")
-    parser.add_argument("--prompt_tokens", type=int, default=512, help="length of the prompt")
-    parser.add_argument("--new_tokens", type=int, default=16, help="tokens to decode after it")
+    parser.add_argument("--layers", type=timing.positive, default=16, help="decoder layers")
+    parser.add_argument("--prompt_tokens", type=timing.positive, default=512, help="length of the prompt")
+    parser.add_argument("--new_tokens", type=timing.positive, default=16, help="tokens to decode after it")
     parser.add_argument("--dtype", choices=timing.DTYPES, default="fp32", help="of weights")
     timing.add_options(parser)
     return parser
@@ -42,7 +42,6 @@ def bench(arguments: argparse.Namespace) -> None:
     import torch
 
     device = timing.check_options(arguments, [INTERMEDIATE_SIZE])
-    timing.require_positive(arguments, "layers", "prompt_tokens", "new_tokens")
     dtype = getattr(torch, timing.DTYPES[arguments.dtype])
     print(f"{timing.machine(device)}; {arguments.dtype}, {arguments.layers} layers")
     prompt = random_prompt(arguments.prompt_tokens, device)

@@ -17,7 +17,6 @@ from typing import Any
 import timing
 
 from run_moefication import command_line
-from run_moefication.moefication.errors import MoEficationError
 
 SHAPES = {"7B": (4096, 11008), "SmolLM2": (576, 1536), "1B": (2048, 8192)}  # hidden and intermediate size
 # batched_mm copies the weights of every slot: cases beyond this many bytes are left out.
@@ -29,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7B", "SmolLM2"], help="layers to measure")
     parser.add_argument("--dtypes", nargs="+", choices=timing.DTYPES, default=["fp32", "bf16"], help="of weights")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512], help="tokens per forward pass")
+    parser.add_argument(
+        "--tokens", nargs="+", type=timing.positive, default=[1, 8, 64, 512], help="tokens per forward pass"
+    )
     timing.add_options(parser)
     return parser
 
@@ -44,8 +45,6 @@ def bench(arguments: argparse.Namespace) -> None:
     import torch
 
     device = timing.check_options(arguments, [SHAPES[shape][1] for shape in arguments.shapes])
-    if min(arguments.tokens) < 1:
-        raise MoEficationError(f"--tokens {min(arguments.tokens)} must be at least 1")
     print(timing.machine(device))
     rows = []
     for dtype_name in arguments.dtypes:

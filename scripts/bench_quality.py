@@ -18,6 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from quality_table import DENSE, read_rows, rounded, row_key, table, write_rows
+from timing import machine, positive
 
 from run_moefication import command_line
 from run_moefication.moefication.errors import MoEficationError
@@ -41,17 +42,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--wikitext_path", type=command_line.path, help="WikiText-2 test, raw; never calibrated on")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and results")
     tokens, distillation_tokens = CALIBRATED.calibration_tokens, CALIBRATED.distillation_tokens
-    parser.add_argument("--calibration_tokens", type=int, default=tokens, help="the same for every method")
-    parser.add_argument("--heldout_tokens", type=int, default=4096, help="of each held-out file")
-    parser.add_argument("--wikitext_tokens", type=int, default=16384, help="of --wikitext_path")
-    parser.add_argument("--block_size", type=int, default=512, help="tokens per block, of all texts")
+    parser.add_argument("--calibration_tokens", type=positive, default=tokens, help="the same for every method")
+    parser.add_argument("--heldout_tokens", type=positive, default=4096, help="of each held-out file")
+    parser.add_argument("--wikitext_tokens", type=positive, default=16384, help="of --wikitext_path")
+    parser.add_argument("--block_size", type=positive, default=512, help="tokens per block, of all texts")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="shares of the experts")
     parser.add_argument(
-        "--experts", type=int, nargs="+", default=[CALIBRATED.num_experts], help="for our rows; the first for --methods"
+        "--experts",
+        type=positive,
+        nargs="+",
+        default=[CALIBRATED.num_experts],
+        help="of our models; static, steps, dialled and --distill take the first",
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help=METHODS_HELP)
     parser.add_argument("--distill", action="store_true", help="distil the calibrated model, and the static mask alike")
-    parser.add_argument("--distillation_tokens", type=int, default=distillation_tokens, help="one pass over so many")
+    parser.add_argument(
+        "--distillation_tokens", type=positive, default=distillation_tokens, help="one pass over so many"
+    )
     parser.add_argument("--bf16", action="store_true", help="distil in bfloat16")
     command_line.add_device(parser)
     parser.add_argument("--json", type=Path, help="JSON lines, one row each (default: rows.jsonl in --work)")
@@ -66,7 +73,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def bench(arguments: argparse.Namespace) -> None:
     """Measure all that was asked for and is not in the file of rows with the same settings, printing as it goes."""
-    import timing
     import torch
 
     check(arguments)
@@ -76,8 +82,8 @@ def bench(arguments: argparse.Namespace) -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     path = arguments.json or arguments.work / "rows.jsonl"
     kept = read_rows(path) if path.exists() else {}
-    machine = timing.machine(torch.device(setup.device))
-    print(f"{setup.dense.name}; {machine}; {arguments.calibration_tokens:,} calibration tokens, seed {arguments.seed}")
+    where = machine(torch.device(setup.device))
+    print(f"{setup.dense.name}; {where}; {arguments.calibration_tokens:,} calibration tokens, seed {arguments.seed}")
     common = {
         "model": setup.dense.fingerprint,
         "corpus": setup.text(arguments.calibration_tokens).digest,
@@ -91,7 +97,7 @@ def bench(arguments: argparse.Namespace) -> None:
             start = time.time()
             numbers = row.measure()
             about = {"method": row.method, "budget": row.budget, "minutes": (time.time() - start) / 60}
-            about |= {"machine": machine, "date": datetime.date.today().isoformat(), "settings": settings}
+            about |= {"machine": where, "date": datetime.date.today().isoformat(), "settings": settings}
             kept[key] = about | rounded(numbers)
             write_rows(path, kept)
         head, rule, *cells = table({DENSE: kept[DENSE], key: kept[key]}, arguments.seed).splitlines()
@@ -100,9 +106,6 @@ def bench(arguments: argparse.Namespace) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what no row could be measured with, before any work."""
-    for name in ("calibration_tokens", "heldout_tokens", "wikitext_tokens", "distillation_tokens"):
-        if getattr(arguments, name) < 1:
-            raise MoEficationError(f"--{name} {getattr(arguments, name)} must be at least 1")
     for budget in arguments.budgets:
         if not 0.05 <= budget < 1:
             raise MoEficationError(f"--budgets {budget:g}: shares from 0.05 to below 1 are measured")

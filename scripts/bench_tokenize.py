@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
     command_line.add_model_path(parser)
     parser.add_argument("--text_path", type=command_line.path, required=True, help="folder or file of documents")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
+    parser.add_argument("--rounds", type=timing.positive, default=5, help="rounds, of which the median counts")
     parser.add_argument("--gigabytes", type=float, help="size of a generated file to measure memory on (default: none)")
     parser.add_argument("--seed", type=command_line.seed_number, default=0, help="seed of the order of documents")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
@@ -50,7 +50,6 @@ def bench(arguments: argparse.Namespace) -> None:
     from run_moefication.moefication.text.text_files import find_text_files
     from run_moefication.moefication.text.tokens import tokenize
 
-    timing.require_positive(arguments, "rounds")
     checkpoint = DenseCheckpoint(arguments.model_path)
     reader = DocumentReader(find_text_files(Path(arguments.text_path)))
     documents = list(reader)

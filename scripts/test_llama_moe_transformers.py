@@ -55,11 +55,11 @@ def show(arguments: argparse.Namespace) -> None:
         complete(dense, tokenizer, arguments)
     for num_selects in arguments.num_selects or [None]:
         if num_selects is not None:
-            require_num_selects(num_selects, model.config)
             try:
+                require_num_selects(num_selects, model.config)
                 model.set_num_experts_per_tok(num_selects - model.config.num_shared_experts)
-            except ValueError as error:
-                raise MoEficationError(str(error)) from error
+            except ValueError as error:  # thresholds without quantiles
+                raise MoEficationError(f"--num_selects {num_selects}: {error}") from error
         speak(model, tokenizer, arguments)
 
 

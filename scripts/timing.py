@@ -20,19 +20,18 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """`--num_experts`, `--active`, `--rounds`, `--device` and `--json`."""
-    parser.add_argument("--num_experts", type=int, default=16, help="experts per layer")
+    parser.add_argument("--num_experts", type=positive, default=16, help="experts per layer")
     parser.add_argument("--active", nargs="+", type=float, default=[0.25, 0.5, 0.75], help="shares of experts to run")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds, of which the median counts")
+    parser.add_argument("--rounds", type=positive, default=7, help="rounds, of which the median counts")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
 
 
-def require_positive(arguments: argparse.Namespace, *options: str) -> None:
-    """Refuse a count below 1."""
-    for option in options:
-        value = getattr(arguments, option)
-        if value < 1:
-            raise MoEficationError(f"--{option} {value} must be at least 1")
+def positive(text: str) -> int:
+    """The type of options that count something."""
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
+    return int(text)
 
 
 def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) -> Any:
@@ -40,7 +39,7 @@ def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) 
     import torch
 
     for size in intermediate_sizes:
-        if arguments.num_experts < 1 or size % arguments.num_experts:
+        if size % arguments.num_experts:
             raise MoEficationError(f"--num_experts {arguments.num_experts} does not divide {size} neurons")
     for active in arguments.active:
         experts = active * arguments.num_experts
@@ -48,7 +47,6 @@ def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) 
             raise MoEficationError(
                 f"--active {active} of {arguments.num_experts} experts is not a whole number of them above 0"
             )
-    require_positive(arguments, "rounds")
     return torch.device(command_line.pick_device(arguments))
 
 

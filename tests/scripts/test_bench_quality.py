@@ -235,7 +235,7 @@ def test_no_row_is_measured_twice(bench, run_script):
     ("changes", "words"),
     [
         ({"--budgets": "nan"}, "--budgets nan: shares from 0.05 to below 1 are measured"),
-        ({"--calibration_tokens": 0}, "--calibration_tokens 0 must be at least 1"),
+        ({"--calibration_tokens": 0}, "argument --calibration_tokens: 0 must be a whole number"),
         ({"--json": "nowhere/rows.jsonl"}, "--json nowhere/rows.jsonl: there is no folder nowhere"),
     ],
 )

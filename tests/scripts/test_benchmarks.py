@@ -123,10 +123,10 @@ def test_times_are_medians_of_all_alternatives():
     [
         (bench_moe_layer, ["--num_experts", "7"], "--num_experts 7 does not divide 11008 neurons"),
         (bench_moe_layer, ["--active", "0.3"], "--active 0.3 of 16 experts is not a whole number"),
-        (bench_moe_layer, ["--tokens", "0"], "--tokens 0 must be at least 1"),
-        (bench_moe_layer, ["--rounds", "0"], "--rounds 0 must be at least 1"),
+        (bench_moe_layer, ["--tokens", "0"], "argument --tokens: 0 must be a whole number, at least 1"),
+        (bench_moe_layer, ["--rounds", "0"], "argument --rounds: 0 must be"),
         (bench_generate, ["--active", "0"], "--active 0.0"),
-        (bench_generate, ["--layers", "0"], "--layers 0 must be at least 1"),
+        (bench_generate, ["--layers", "0"], "argument --layers: 0 must be"),
         (bench_generate, ["--device", "nowhere"], "--device 'nowhere' cannot be used here"),
     ],
 )
