@@ -17,7 +17,7 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
-from quality_table import DENSE, read_rows, rounded, row_key, table, write_rows
+from quality_table import DENSE, compared, read_rows, rounded, row_key, table, write_rows
 from timing import machine, positive
 
 from run_moefication import command_line
@@ -91,6 +91,7 @@ def bench(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
         "texts": {name: sha256(torch.cat(blocks).numpy()).hexdigest() for name, blocks in setup.texts.items()},
     }
+    has_head = False
     for row in rows(setup):
         key, settings = row_key(row.method, row.budget), common | row.settings
         if kept.get(key, {}).get("settings") != settings:
@@ -100,8 +101,11 @@ def bench(arguments: argparse.Namespace) -> None:
             about |= {"machine": where, "date": datetime.date.today().isoformat(), "settings": settings}
             kept[key] = about | rounded(numbers)
             write_rows(path, kept)
-        head, rule, *cells = table({DENSE: kept[DENSE], key: kept[key]}, arguments.seed).splitlines()
-        print("\n".join(cells or [head, rule]), flush=True)
+        if key != DENSE:
+            own = compared({"": {DENSE: kept[DENSE], key: kept[key]}})
+            lines = table([own[key]], arguments.seed).splitlines()
+            print(*(lines[2:] if has_head else lines), sep="\n", flush=True)
+            has_head = True
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 from run_moefication import command_line
 from run_moefication.moefication.errors import MoEficationError
 
-# Rows as `bench_quality.py --json` writes them, by `row_key`. In `results`, the dense model comes first.
-Rows = dict[str, dict[str, Any]]
+Row = dict[str, Any]  # as `bench_quality.py --json` writes it
+Rows = dict[str, Row]  # by `row_key`
 DRAWS = 2000  # of the bootstrap
 DECIMALS = 5  # of the losses in a file of rows
 DENSE = "dense at 1"
@@ -54,20 +54,20 @@ def show(arguments: argparse.Namespace) -> None:
     files = {path.stem: read_rows(path) for path in arguments.rows}
     if any(DENSE not in rows for rows in files.values()):
         raise MoEficationError("a file without the dense model's row is not one of bench_quality.py --json")
-    results = merged(files)
-    rows = [row for key, row in results.items() if key != DENSE]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    rows = compared(files)
+    methods = list(dict.fromkeys(row["method"] for row in rows.values()))
+    budgets = sorted({row["budget"] for row in rows.values()}, reverse=True)
     names = dict(option.partition("=")[::2] for option in arguments.methods or methods)
     for method in (method for method in names if method not in methods):
         raise MoEficationError(f"--methods {method!r}: there are {', '.join(methods)}")
     for budget in (budget for budget in arguments.budgets or [] if budget not in budgets):
         raise MoEficationError(f"--budgets {budget:g}: there are {', '.join(f'{budget:g}' for budget in budgets)}")
-    chosen = {DENSE: results[DENSE]}
-    for budget in (budget for budget in budgets if budget in (arguments.budgets or budgets)):
-        for method in (method for method in names if row_key(method, budget) in results):
-            key = row_key(method, budget)
-            chosen[key] = results[key] | {"method": names[method] or method}
+    chosen = [
+        rows[row_key(method, budget)] | {"method": name or method}
+        for budget in (budget for budget in budgets if budget in (arguments.budgets or budgets))
+        for method, name in names.items()
+        if row_key(method, budget) in rows
+    ]
     print(table(chosen, arguments.seed, short=arguments.short))
     if arguments.plot:
         plot(chosen, arguments.seed, arguments.plot)
@@ -101,42 +101,35 @@ def write_rows(path: Path, rows: Rows) -> None:
     write_atomically(path, lambda file: file.write("".join(lines).encode()))
 
 
-def text_names(row: dict[str, Any]) -> list[str]:
+def text_names(row: Row) -> list[str]:
     """The texts that a row was measured on."""
     return [name for name, value in row.items() if isinstance(value, dict) and "losses" in value]
 
 
-def rounded(row: dict[str, Any]) -> dict[str, Any]:
+def rounded(row: Row) -> Row:
     """A row with its block losses as a file keeps them."""
-    return row | {
-        name: row[name] | {"losses": [round(loss, DECIMALS) for loss in row[name]["losses"]]}
-        for name in text_names(row)
-    }
+    losses = {name: [round(loss, DECIMALS) for loss in row[name]["losses"]] for name in text_names(row)}
+    return row | {name: row[name] | {"losses": values} for name, values in losses.items()}
 
 
-def merged(files: dict[str, Rows]) -> Rows:
-    """The rows of several files by their names, each from the first that has it, with that file's name as "file". What
-    they lose beside their own file's dense model they lose beside the first one's: ratios stay what they are, whatever
-    the tokens."""
-    merged: Rows = {}
-    to_dense = next(iter(files.values()))[DENSE]
+def compared(files: dict[str, Rows]) -> Rows:
+    """The rows of several files by their names, each from the first that has it, without the dense models.
+
+    A row says its "file", and of each text its "excess": by block, how much more it loses than the dense model of its
+    own file. So rows can be compared though their files cut the texts into other tokens.
+    """
+    result: Rows = {}
     for file, rows in files.items():
-        for key, row in rows.items():
-            if key not in merged:
-                merged[key] = _moved(row, rows[DENSE], to_dense) | {"file": file}
-    return merged
+        dense = rows[DENSE]
+        for key in (key for key in rows if key != DENSE and key not in result):
+            result[key] = rows[key] | {"file": file}
+            for name in text_names(rows[key]):
+                losses = zip(rows[key][name]["losses"], dense[name]["losses"], strict=True)
+                result[key][name] = rows[key][name] | {"excess": [loss - of_dense for loss, of_dense in losses]}
+    return result
 
 
-def _moved(row: dict[str, Any], dense: dict[str, Any], to_dense: dict[str, Any]) -> dict[str, Any]:
-    """A row whose block losses lie as far from `to_dense`'s as the given ones do from `dense`'s."""
-    moved = dict(row)
-    for name in text_names(row):
-        losses = zip(*(one[name]["losses"] for one in (row, dense, to_dense)), strict=True)
-        moved[name] = row[name] | {"losses": [loss - away + towards for loss, away, towards in losses]}
-    return moved
-
-
-def ratios(row: dict[str, Any], dense: dict[str, Any], names: list[str], seed: int) -> tuple[float, float, float]:
+def ratios(row: Row, names: list[str], seed: int) -> tuple[float, float, float]:
     """Perplexity over the dense model's, the geometric mean over the texts, with the ends of its 95 % interval: paired
     bootstrap over the blocks of each text."""
     import numpy as np
@@ -144,45 +137,41 @@ def ratios(row: dict[str, Any], dense: dict[str, Any], names: list[str], seed: i
     generator = np.random.default_rng(seed)
     means, draws = [], []
     for name in names:
-        differences = np.array(row[name]["losses"]) - np.array(dense[name]["losses"])
-        chosen = generator.integers(len(differences), size=(DRAWS, len(differences)))
-        means.append(differences.mean())
-        draws.append(differences[chosen].mean(axis=1))
+        excess = np.array(row[name]["excess"])
+        chosen = generator.integers(len(excess), size=(DRAWS, len(excess)))
+        means.append(excess.mean())
+        draws.append(excess[chosen].mean(axis=1))
     low, high = np.quantile(np.mean(draws, axis=0), [0.025, 0.975])
     return tuple(float(np.exp(value)) for value in (np.mean(means), low, high))
 
 
-def groups(results: Rows) -> dict[str, list[str]]:
+def groups(rows: list[Row]) -> dict[str, list[str]]:
     """The texts of each column: held-out text, and WikiText-2 where it was measured."""
-    texts = text_names(next(iter(results.values())))
-    heldout = [name for name in texts if name != "WikiText-2"]
-    return {"held-out": heldout} | ({"WikiText-2": ["WikiText-2"]} if "WikiText-2" in texts else {})
+    heldout = [name for name in text_names(rows[0]) if name != "WikiText-2"]
+    return {"held-out": heldout} | ({"WikiText-2": ["WikiText-2"]} if "WikiText-2" in rows[0] else {})
 
 
-def mean_share(row: dict[str, Any], names: list[str], share: str = "active") -> float:
+def mean_share(row: Row, names: list[str], share: str = "active") -> float:
     """A row's share of `active` parameters, or of `neurons`, over some texts."""
     return sum(row[name][share] for name in names) / len(names)
 
 
-def table(results: Rows, seed: int, *, short: bool = False) -> str:
-    """All rows but the dense model's, in markdown; `short`: active shares and ratios alone."""
-    dense, *rows = results.values()
+def table(rows: list[Row], seed: int, *, short: bool = False) -> str:
+    """Rows of `compared` in markdown; `short`: active shares and ratios alone."""
+    has_files = len({row["file"] for row in rows}) > 1
     columns = ["budget", "method"]
-    for group in groups(results):
+    for group in groups(rows):
         columns += ["active", group] if short else ["active", "neurons", group]
-    columns += [] if short else ["minutes"]
-    has_files = len({row.get("file") for row in rows}) > 1
-    columns += ["file"] if has_files else []
+    columns += ([] if short else ["minutes"]) + (["file"] if has_files else [])
     lines = [_cells(columns), "|" + "---|" * len(columns)]
     for row in rows:
         cells = [f"{100 * row['budget']:.0f} %", row["method"]]
-        for names in groups(results).values():
+        for names in groups(rows).values():
             active = mean_share(row, names)
             cells.append(_percent(active) + ("*" if active > row["budget"] + 1e-9 else ""))
-            ratio, low, high = map(_ratio, ratios(row, dense, names, seed))
+            ratio, low, high = map(_ratio, ratios(row, names, seed))
             cells += [ratio] if short else [_percent(mean_share(row, names, "neurons")), f"{ratio} ({low} to {high})"]
-        cells += [] if short else [f"{row['minutes']:.0f}"]
-        cells += [row["file"]] if has_files else []
+        cells += ([] if short else [f"{row['minutes']:.0f}"]) + ([row["file"]] if has_files else [])
         lines.append(_cells(cells))
     return "\n".join(lines)
 
@@ -199,20 +188,19 @@ def _cells(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def plot(results: Rows, seed: int, path: Path) -> None:
+def plot(rows: list[Row], seed: int, path: Path) -> None:
     """Perplexity over dense against active fraction, a line per method, held-out text and WikiText-2 side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    dense, *rows = results.values()
-    columns = groups(results)
+    columns = groups(rows)
     figure, axes = pyplot.subplots(1, len(columns), figsize=(6 * len(columns), 5), squeeze=False)
     for axis, (group, names) in zip(axes[0], columns.items(), strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
             mine = [row for row in rows if row["method"] == method]
-            points = sorted((mean_share(row, names), ratios(row, dense, names, seed)[0]) for row in mine)
+            points = sorted((mean_share(row, names), ratios(row, names, seed)[0]) for row in mine)
             axis.plot(*zip(*points, strict=True), marker="o", label=method)
         axis.set(xlabel="active parameters of the MLPs", ylabel="perplexity over dense", title=group)
         axis.set_yscale("log")

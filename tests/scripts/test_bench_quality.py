@@ -14,7 +14,7 @@ import quality_table
 import torch
 from conftest import SENTENCES, make_llama, write_jsonl
 from quality_baselines import cmoe, masked, oracle
-from quality_table import merged, ratios, read_rows
+from quality_table import compared, ratios, read_rows
 from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.stages.evaluate import evaluate_model
@@ -63,27 +63,24 @@ def test_the_oracle_loses_less_of_each_output_than_any_other_choice(dense):
 def test_ratios_are_geometric_means_with_an_interval_around_them():
     dense = {"a": {"losses": [1.0, 2.0, 3.0]}, "b": {"losses": [2.0, 2.0]}}
     other = {"a": {"losses": [1.3, 2.1, 3.2]}, "b": {"losses": [2.4, 2.4]}}
-    ratio, low, high = ratios(other, dense, ["a", "b"], seed=0)
+    rows = compared({"file": {"dense at 1": dense, "other": other, "same": dense}})
+    ratio, low, high = ratios(rows["other"], ["a", "b"], seed=0)
     assert ratio == pytest.approx(math.exp((0.2 + 0.4) / 2))
     assert math.exp((0.1 + 0.4) / 2) <= low < ratio < high <= math.exp((0.3 + 0.4) / 2)
-    assert ratios(dense, dense, ["a", "b"], seed=0) == (1.0, 1.0, 1.0)
+    assert ratios(rows["same"], ["a", "b"], seed=0) == (1.0, 1.0, 1.0)
 
 
-def test_rows_of_several_files_keep_the_ratios_that_they_have_in_their_own():
-    files = [
-        {"dense at 1": {"a": {"losses": [1.0, 2.0]}}, "x at 0.5": {"a": {"losses": [1.5, 2.25]}, "budget": 0.5}},
-        {"dense at 1": {"a": {"losses": [1.25, 2.5]}}, "y at 0.5": {"a": {"losses": [2.0, 3.5]}}},
-    ]
-    third = {"dense at 1": {"a": {"losses": [0.0, 0.0]}}, "x at 0.5": {"a": {"losses": [9.0, 9.0]}}}
-    rows = merged({"first": files[0], "second": files[1], "third": third})
-    assert {key: row["file"] for key, row in rows.items()} == {
-        "dense at 1": "first",
-        "x at 0.5": "first",
-        "y at 0.5": "second",
+def test_rows_of_several_files_are_compared_with_their_own_dense_model():
+    files = {
+        "first": {"dense at 1": {"a": {"losses": [1.0, 2.0]}}, "x at 0.5": {"a": {"losses": [1.5, 2.25]}}},
+        "second": {"dense at 1": {"a": {"losses": [1.25, 2.5]}}, "y at 0.5": {"a": {"losses": [2.0, 3.5]}}},
+        "third": {"dense at 1": {"a": {"losses": [0.0, 0.0]}}, "x at 0.5": {"a": {"losses": [9.0, 9.0]}}},
     }
-    assert rows["x at 0.5"] == files[0]["x at 0.5"] | {"file": "first"}
-    for file, row in zip(files, ("x at 0.5", "y at 0.5"), strict=True):
-        assert ratios(rows[row], rows["dense at 1"], ["a"], 0) == ratios(file[row], file["dense at 1"], ["a"], 0)
+    rows = compared(files)
+    assert {key: (row["file"], row["a"]["excess"]) for key, row in rows.items()} == {
+        "x at 0.5": ("first", [0.5, 0.25]),
+        "y at 0.5": ("second", [0.75, 1.0]),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +125,7 @@ def test_the_bench_measures_every_method(bench):
         "calibrated, 16 experts, distilled",
         "neuron oracle",
     ]
+    assert len([*(bench.folder / "work").rglob("*-Hidden-Features")]) == 1  # all models share them
 
 
 def test_our_rows_are_the_products_recipes(bench):
@@ -173,13 +171,18 @@ def test_every_step_is_another_model(bench):
     assert len({step["active"] for step in steps[:3]}) == 1
 
 
+def cells(out: str) -> list[list[str]]:
+    """The head and the rows of a printed table."""
+    head, rule, *rows = ([cell.strip() for cell in row.split("|")[1:-1]] for row in out.splitlines())
+    assert set(rule) == {"---"}
+    return [head, *rows]
+
+
 def test_the_rows_of_a_file_make_a_table_and_a_plot(bench, tmp_path, run_script):
     options = ("--methods", "neuron oracle", "--plot", tmp_path / "plot.png")
-    status, out, _ = run_script(quality_table.main, bench.folder / "quality.jsonl", *options)
-    assert status == 0
-    head, rule, *rows = ([cell.strip() for cell in row.split("|")[1:-1]] for row in out.splitlines())
+    _, out, _ = run_script(quality_table.main, bench.folder / "quality.jsonl", *options)
+    head, *rows = cells(out)
     assert head == ["budget", "method", "active", "neurons", "held-out", "active", "neurons", "WikiText-2", "minutes"]
-    assert set(rule) == {"---"}
     assert [row[:3] for row in rows] == [[f"{share} %", "neuron oracle", f"{share}.0 %"] for share in (75, 50)]
     dense, oracle = bench.rows["dense at 1"]["c4"]["losses"], bench.rows["neuron oracle at 0.5"]["c4"]["losses"]
     assert float(rows[1][4].split()[0]) == pytest.approx(math.exp(mean(oracle) - mean(dense)), rel=1e-3)
@@ -188,19 +191,10 @@ def test_the_rows_of_a_file_make_a_table_and_a_plot(bench, tmp_path, run_script)
 
 def test_the_short_table_names_rows_as_it_is_told(bench, run_script):
     options = ("--short", "--budgets", 0.5, "--methods", "plain recipe", "neuron oracle=best neurons")
-    status, out, _ = run_script(quality_table.main, bench.folder / "quality.jsonl", *options)
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in out.splitlines()]
-    assert status == 0
-    assert rows[0] == ["budget", "method", "active", "held-out", "active", "WikiText-2"]
-    assert [row[:2] for row in rows[2:]] == [["50 %", "plain recipe"], ["50 %", "best neurons"]]
-    assert rows[3][2] == "50.0 %"
-
-
-def test_a_file_of_rows_has_one_a_line_and_losses_of_five_decimals(bench):
-    assert len((bench.folder / "quality.jsonl").read_text().splitlines()) == len(bench.rows)
-    row = bench.rows["static mask at 0.5"]
-    assert list(row)[:6] == ["method", "budget", "minutes", "machine", "date", "settings"]
-    assert row["c4"]["losses"] == [round(loss, 5) for loss in row["c4"]["losses"]]
+    _, out, _ = run_script(quality_table.main, bench.folder / "quality.jsonl", *options)
+    head, plain, oracle = cells(out)
+    assert head == ["budget", "method", "active", "held-out", "active", "WikiText-2"]
+    assert (plain[:2], oracle[:3]) == (["50 %", "plain recipe"], ["50 %", "best neurons", "50.0 %"])
 
 
 @pytest.mark.parametrize(
@@ -228,7 +222,13 @@ def test_no_row_is_measured_twice(bench, run_script):
     status, out, _ = run_script(bench_quality.main, *bench.arguments)
     assert (status, len(out.splitlines())) == (0, 1 + 2 + len(bench.rows) - 1)  # a caption, the head, and the rows
     assert path.stat().st_mtime_ns == written
-    assert read_rows(path) == bench.rows
+
+
+def test_a_file_of_rows_has_one_a_line_and_losses_of_five_decimals(bench):
+    assert len((bench.folder / "quality.jsonl").read_text().splitlines()) == len(bench.rows)
+    row = bench.rows["static mask at 0.5"]
+    assert list(row)[:6] == ["method", "budget", "minutes", "machine", "date", "settings"]
+    assert row["c4"]["losses"] == [round(loss, 5) for loss in row["c4"]["losses"]]
 
 
 @pytest.mark.parametrize(
