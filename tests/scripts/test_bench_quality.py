@@ -235,7 +235,6 @@ def test_a_file_of_rows_has_one_a_line_and_losses_of_five_decimals(bench):
     ("changes", "words"),
     [
         ({"--budgets": "nan"}, "--budgets nan: shares from 0.05 to below 1 are measured"),
-        ({"--calibration_tokens": 0}, "argument --calibration_tokens: 0 must be a whole number"),
         ({"--json": "nowhere/rows.jsonl"}, "--json nowhere/rows.jsonl: there is no folder nowhere"),
     ],
 )

@@ -57,12 +57,7 @@ def test_layer_bench_writes_its_numbers(tmp_path, capsys):
     options = ["--shapes", "SmolLM2", "--tokens", "1", "8", "--active", "0.25", "--rounds", "1", "--dtypes", "fp32"]
     assert bench_moe_layer.main([*options, "--json", str(tmp_path / "layer.json")]) == 0
     rows = json.loads((tmp_path / "layer.json").read_text())["rows"]
-    assert [(row["routing"], row["tokens"]) for row in rows] == [
-        ("top_k", 1),
-        ("top_k", 8),
-        ("threshold", 1),
-        ("threshold", 8),
-    ]
+    assert [(row["routing"], row["tokens"]) for row in rows] == list(product(("top_k", "threshold"), (1, 8)))
     for row in rows:
         assert row["active"] == pytest.approx(0.25, abs=0.02)
         assert row["active"] <= row["bound"] <= 1
@@ -124,9 +119,7 @@ def test_times_are_medians_of_all_alternatives():
         (bench_moe_layer, ["--num_experts", "7"], "--num_experts 7 does not divide 11008 neurons"),
         (bench_moe_layer, ["--active", "0.3"], "--active 0.3 of 16 experts is not a whole number"),
         (bench_moe_layer, ["--tokens", "0"], "argument --tokens: 0 must be a whole number, at least 1"),
-        (bench_moe_layer, ["--rounds", "0"], "argument --rounds: 0 must be"),
         (bench_generate, ["--active", "0"], "--active 0.0"),
-        (bench_generate, ["--layers", "0"], "argument --layers: 0 must be"),
         (bench_generate, ["--device", "nowhere"], "--device 'nowhere' cannot be used here"),
     ],
 )
