@@ -108,12 +108,15 @@ def rows(bench: Bench) -> Iterator[Row]:
     def recipe_at(budget: float, num_experts: int = experts[0], **changes: Any) -> Recipe:
         return replace(CALIBRATED.at(budget), num_experts=num_experts, calibration_tokens=tokens, **changes)
 
+    def masked_row(method: str, make: Callable[[PreTrainedModel], list[Choice]]) -> Row:
+        return Row(method, budget, partial(measure_masked, bench, make))
+
     def row(method: str, recipe: Recipe, make: Callable[..., rm.MoECheckpoint], *inputs: Any, **how: Any) -> Row:
         measure = partial(measure_moe, bench, partial(make, bench, recipe, *inputs), **how)
         return Row(method, budget, measure, {"recipe": as_data(recipe)})
 
     def distilled_row(method: str, *model: Any, **how: Any) -> Row:
-        plain = row(method, chosen, distilled, *model, **how)
+        plain = row(method, chosen, make_distilled, *model, **how)
         settings = {"distillation_tokens": arguments.distillation_tokens, "bf16": arguments.bf16}
         return replace(plain, settings=plain.settings | settings)
 
@@ -121,33 +124,28 @@ def rows(bench: Bench) -> Iterator[Row]:
     for budget in arguments.budgets:
         chosen, name = recipe_at(budget), f"calibrated, {experts[0]} experts"
         if "plain" in methods:
-            yield row("plain recipe", PLAIN.at(budget), made)
+            yield row("plain recipe", PLAIN.at(budget), make_model)
         if "cmoe" in methods:
-            yield Row(
-                "CMoE's recipe",
-                budget,
-                partial(measure_masked, bench, partial(cmoe, bench.text(tokens).blocks, budget)),
-            )
+            yield masked_row("CMoE's recipe", partial(cmoe, bench.text(tokens).blocks, budget))
         if "static" in methods:
-            yield row("static mask", chosen, static, is_static=True)
-            yield row("static mask, refitted", chosen, refitted_static, is_static=True)
+            yield row("static mask", chosen, make_static, is_static=True)
+            yield row("static mask, refitted", chosen, make_refitted_static, is_static=True)
         for step in STEPS if "steps" in methods else ():
-            yield row(f"step: {step}", chosen, up_to, step, has_dense_norm=True)
+            yield row(f"step: {step}", chosen, make_step, step, has_dense_norm=True)
         for number in experts if "top_k" in methods else ():
-            yield row(
-                f"calibrated, {number} experts, top_k", recipe_at(budget, number, name="top_k", routing="top_k"), made
-            )
+            recipe = recipe_at(budget, number, name="top_k", routing="top_k")
+            yield row(f"calibrated, {number} experts, top_k", recipe, make_model)
         for number in experts if "calibrated" in methods else ():
-            yield row(f"calibrated, {number} experts", recipe_at(budget, number), made)
+            yield row(f"calibrated, {number} experts", recipe_at(budget, number), make_model)
         for other in (other for other in arguments.budgets if other != budget and "dialled" in methods):
             num_selects = chosen.num_selects(chosen.num_experts)
-            yield row(f"{name}, made for {other:.0%}", recipe_at(other), made, num_selects=num_selects)
+            yield row(f"{name}, made for {other:.0%}", recipe_at(other), make_model, num_selects=num_selects)
         if arguments.distill and "static" in methods:
-            yield distilled_row("static mask, refitted and distilled", refitted_static, is_static=True)
+            yield distilled_row("static mask, refitted and distilled", make_refitted_static, is_static=True)
         if arguments.distill and "calibrated" in methods:
-            yield distilled_row(f"{name}, distilled", made)
+            yield distilled_row(f"{name}, distilled", make_model)
         if "oracle" in methods:
-            yield Row("neuron oracle", budget, partial(measure_masked, bench, partial(oracle, budget)))
+            yield masked_row("neuron oracle", partial(oracle, budget))
 
 
 def as_data(recipe: Recipe) -> dict[str, Any]:
@@ -206,7 +204,7 @@ def measure_moe(
 # ---------------------------------------------------------------------------------------------------- models
 
 
-def made(bench: Bench, recipe: Recipe, experts: Split | None = None) -> rm.MoECheckpoint:
+def make_model(bench: Bench, recipe: Recipe, experts: Split | None = None) -> rm.MoECheckpoint:
     """The recipe's model."""
     folder = bench.work / f"{recipe.name}-{recipe.num_selects(recipe.num_experts)}-of-{recipe.num_experts}"
     return rm.moefy(
@@ -223,7 +221,7 @@ def made(bench: Bench, recipe: Recipe, experts: Split | None = None) -> rm.MoECh
     )
 
 
-def up_to(bench: Bench, recipe: Recipe, step: str) -> rm.MoECheckpoint:
+def make_step(bench: Bench, recipe: Recipe, step: str) -> rm.MoECheckpoint:
     """The recipe's model up to a step of `STEPS`."""
     if STEPS[step]:
         name = next(name for name, changes in STEPS.items() if changes == STEPS[step])
@@ -233,32 +231,32 @@ def up_to(bench: Bench, recipe: Recipe, step: str) -> rm.MoECheckpoint:
         settings = RandomSplitSettings(num_experts=recipe.num_experts, seed=bench.arguments.seed)
         folder = split_at_random(bench.dense, bench.work, [TEMPLATES[0]], settings).folder
         experts = Split(folder, bench.dense, TEMPLATES[0], recipe.num_experts)
-    moe = made(bench, recipe, experts)
-    return refitted(bench, moe, recipe, None) if step == KEPT_GATES else moe
+    moe = make_model(bench, recipe, experts)
+    return refit(bench, moe, recipe, None) if step == KEPT_GATES else moe
 
 
-def static(bench: Bench, recipe: Recipe) -> rm.MoECheckpoint:
+def make_static(bench: Bench, recipe: Recipe) -> rm.MoECheckpoint:
     """The neurons that add most, for every token alike: as shared experts, which use up the recipe's budget."""
     shared = recipe.num_selects(recipe.num_experts)
     rule = ((Fraction(0), Fraction(shared, recipe.num_experts)),)
     small_gate = dict(gate_rank=1, rank_from=0)
     recipe = replace(recipe, name="static", selects=shared + 1, shared=rule, is_calibrated=False, **small_gate)
-    return made(bench, recipe)
+    return make_model(bench, recipe)
 
 
-def refitted_static(bench: Bench, recipe: Recipe) -> rm.MoECheckpoint:
+def make_refitted_static(bench: Bench, recipe: Recipe) -> rm.MoECheckpoint:
     """The same, calibrated as our models are."""
-    return refitted(bench, static(bench, recipe), recipe, recipe.num_selects(recipe.num_experts))
+    return refit(bench, make_static(bench, recipe), recipe, recipe.num_selects(recipe.num_experts))
 
 
-def refitted(bench: Bench, moe: rm.MoECheckpoint, recipe: Recipe, num_selects: int | None) -> rm.MoECheckpoint:
+def refit(bench: Bench, moe: rm.MoECheckpoint, recipe: Recipe, num_selects: int | None) -> rm.MoECheckpoint:
     """A model calibrated with the gates that it has."""
     settings = rm.CalibrateSettings(num_selects=num_selects, output_bias=recipe.output_bias)
     text = bench.text(recipe.calibration_tokens)
     return rm.calibrate(bench.dense, moe, text, moe.path.with_name("Refitted"), settings, **bench.run)
 
 
-def distilled(bench: Bench, recipe: Recipe, make: Callable[[Bench, Recipe], rm.MoECheckpoint]) -> rm.MoECheckpoint:
+def make_distilled(bench: Bench, recipe: Recipe, make: Callable[[Bench, Recipe], rm.MoECheckpoint]) -> rm.MoECheckpoint:
     """A recipe's model distilled at its budget."""
     moe = make(bench, recipe)
     tokens, bf16 = bench.arguments.distillation_tokens, bench.arguments.bf16
