@@ -24,10 +24,11 @@ from ..checkpoints.tokenizers import tokenizer_files
 from ..checkpoints.writer import PlannedTensor, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
 from ..fitting.final_norm import Divergence, fit_final_norm
-from ..layers.decoder import batches_of, embed
+from ..layers.decoder import embed
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import Claim, environment
+from ..text.batches import batches_of
 from ..text.corpus import Corpus, require_held_out_block
 from .calibrate_layer import LayerCalibration
 from .layer_budgets import allocate, measure_sensitivity

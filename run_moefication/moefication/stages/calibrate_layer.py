@@ -12,9 +12,10 @@ from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.moe import MoECheckpoint
 from ..fitting.ridge import NormalEquations, best_strength, token_weights
 from ..fitting.ridge_gates import GateEquations
-from ..layers.decoder import AttentionHalf, Batch, DenseLayer
+from ..layers.decoder import AttentionHalf, DenseLayer
 from ..layers.mlp import PackedMLP
 from ..layers.scores import OutputNorms, token_stride
+from ..text.batches import Batch
 
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the pull to the original down_proj, in mean diagonals of the Gram
 MOST_KEPT_BYTES = 2 << 30  # of a layer's activations on all tokens; where they are more, each pass computes them anew

@@ -14,9 +14,10 @@ from llama_moe.configuration_llama_moe import shift_to_mean
 
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.moe import MoECheckpoint
-from ..layers.decoder import DenseLayer, batches_of, embed
+from ..layers.decoder import DenseLayer, embed
 from ..layers.mlp import PackedMLP
 from ..progress import Progress
+from ..text.batches import batches_of
 
 DECAY = 4.0  # measured on SmolLM2-135M between 25 and 75 % active, with a static mask
 TOKENS = 4096  # of text that sensitivities are measured on: a forward pass over it for every pair of layers

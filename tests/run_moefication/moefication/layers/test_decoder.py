@@ -13,10 +13,11 @@ from transformers import LlamaForCausalLM
 from run_moefication.moefication.artifacts.streams import Streams
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.layers.decoder import AttentionHalf, Batch, batches_of, embed
+from run_moefication.moefication.layers.decoder import AttentionHalf, embed
 from run_moefication.moefication.layers.scores import LayerActivations
 from run_moefication.moefication.storage.folder import ArtifactWriter
 from run_moefication.moefication.storage.manifest import Claim
+from run_moefication.moefication.text.batches import Batch, batches_of
 
 UP = "layers.{}.mlp.up_proj.weight"
 # The same float32 products in another batch shape.
