@@ -22,7 +22,7 @@ from ..errors import MoEficationError, SettingError
 from ..progress import Progress, no_progress
 from ..storage.files import digest
 from .dense_config import expected_shapes, read_dense_config
-from .headers import ADAPTER, MERGE_ADAPTER, open_weights, read_headers
+from .headers import ADAPTER, HEAD, HEADS, MERGE_ADAPTER, StoredTensors, read_headers
 from .transformers_library import first_line, quiet_transformers
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 FINGERPRINT_SAMPLES = 16
 # Fields of config.json that say nothing about what the weights compute.
 CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-HEADS = (HEAD, "score.weight")
+EMBEDDING = "embed_tokens.weight"
 # Tables of rotary embeddings, which older releases stored and today's compute from the config; and the value head of a
 # reinforcement learning, which reads the hidden states and changes none.
 UNUSED_TENSORS = re.compile(
@@ -60,7 +59,7 @@ def resolve_model_path(model_path: str | Path) -> Path:
         ) from error
 
 
-class DenseCheckpoint:
+class DenseCheckpoint(StoredTensors):
     """A validated dense LLaMA checkpoint.
 
     Attributes:
@@ -73,23 +72,20 @@ class DenseCheckpoint:
     """
 
     def __init__(self, model_path: str | Path):
-        self.path = resolve_model_path(model_path)
-        self.name = Path(model_path).name or self.path.name
+        path = resolve_model_path(model_path)
+        self.name = Path(model_path).name or path.name
         if self.name in (".", ".."):
-            self.name = self.path.name
-        self.raw_config, self.config = read_dense_config(self.path)
-        infos = read_headers(self.path)
+            self.name = path.name
+        self.raw_config, self.config = read_dense_config(path)
+        infos = read_headers(path)
         unused = sorted(filter(UNUSED_TENSORS.fullmatch, infos))
         infos = {name: info for name, info in infos.items() if name not in unused}
-        self._prefix = "model." if {f"model.{EMBEDDING}", "model.norm.weight"} & infos.keys() else ""
-        self._renamed: dict[str, str] = {}
-        self._open_files: dict[str, Any] = {}
-        self.tensors = {name.removeprefix(self._prefix): info for name, info in infos.items()}
+        prefix = "model." if {f"model.{EMBEDDING}", "model.norm.weight"} & infos.keys() else ""
+        super().__init__(path, {name.removeprefix(prefix): info for name, info in infos.items()}, prefix)
         # Heads apart, all names carry the prefix or none does.
-        self._refuse_surplus(infos.keys() - map(self._stored_name, self.tensors))
+        self._refuse_surplus(infos.keys() - map(self.stored_name, self.tensors))
         if self.config.tie_word_embeddings and EMBEDDING not in self.tensors and HEAD in self.tensors:
-            self._renamed[EMBEDDING] = HEAD  # the one tensor of a tied model, stored under its other name
-            self.tensors[EMBEDDING] = self.tensors.pop(HEAD)
+            self.tensors[EMBEDDING] = self.tensors.pop(HEAD)  # the one tensor of a tied model, under its other name
         self._check_tensors()
         self._settle_head()
         self._tell_unread(unused)
@@ -137,15 +133,6 @@ class DenseCheckpoint:
     def body_tensors(self) -> list[str]:
         """Names of the tensors of the model without its heads."""
         return [name for name in self.tensors if name not in HEADS]
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by its name without `model.` prefix; memory-mapped, not to be written to."""
-        info = self.tensors[name]
-        stored = self._stored_name(name)
-        if info.file not in self._open_files:
-            self._open_files[info.file] = open_weights(self.path / info.file)
-        opened = self._open_files[info.file]
-        return opened[stored].detach() if isinstance(opened, dict) else opened.get_tensor(stored)
 
     def finite_tensor(self, name: str) -> torch.Tensor:
         """As `tensor`, refused if it holds NaN or infinity."""
@@ -195,9 +182,6 @@ class DenseCheckpoint:
             raise MoEficationError(f"{self.path}: weights did not load ({sorted(loading['missing_keys'])[:3]})")
         return model.to(device).eval()
 
-    def _stored_name(self, name: str) -> str:
-        return self._renamed.get(name) or (name if name in HEADS else self._prefix + name)
-
     def _settle_head(self) -> None:
         """Where `tie_word_embeddings` and the tensors disagree, the tensors decide, as they do in transformers."""
         if self.config.tie_word_embeddings and HEAD in self.tensors and not self._has_equal_ends():
@@ -241,7 +225,7 @@ class DenseCheckpoint:
                 if name == HEAD:
                     continue  # base models have none, tied ones need none
                 raise MoEficationError(
-                    f"{self.path} lacks the tensor {self._stored_name(name)}, which its config.json calls for"
+                    f"{self.path} lacks the tensor {self.stored_name(name)}, which its config.json calls for"
                 )
             info = self.tensors[name]
             if info.shape != shape:

@@ -61,6 +61,7 @@ def calibrate(
     Returns: the folder's writer, finished; its metrics say by layer, and for the final norm, what the fit gained.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
+    moe.verify(progress)
     config = _new_config(moe, settings)
     if Path(save_path).resolve() in (checkpoint.path, moe.artifact.folder.resolve()):
         raise SettingError(f"save_path {save_path} is one of the source checkpoints; choose another folder")
@@ -191,10 +192,10 @@ def _plan(
     """File name -> its tensors: a file for each layer, then one of what lies outside of them. Tensors come from
     `fitted` where they are there, else from the uncalibrated checkpoint."""
     num_layers = config.num_hidden_layers
-    weight_dtype = moe.tensors["layers.0.mlp.experts.down_proj"][1]
+    weight_dtype = moe.tensors["layers.0.mlp.experts.down_proj"].dtype
     groups = [moe.layer_tensors(layer) for layer in range(num_layers)]
     groups.append([name for name in moe.tensors if not name.startswith("layers.")])
-    infos = dict(moe.tensors)
+    infos = {name: (info.shape, info.dtype) for name, info in moe.tensors.items()}
     for layer in range(num_layers):
         mlp = f"layers.{layer}.mlp."
         new = {"gate.bias": (config.num_experts,)} if config.gate_bias else {}

@@ -41,7 +41,7 @@ class LayerCalibration:
         """`config`: of the calibrated model; `share`: of the routed experts, that run per token on average."""
         prefix = f"layers.{layer}."
         self._share, self._refit_gate, self._device, self._mlp_prefix = share, refit_gate, device, f"{prefix}mlp."
-        self._dtype = moe.tensors[f"{prefix}mlp.experts.down_proj"][1]
+        self._dtype = moe.tensors[f"{prefix}mlp.experts.down_proj"].dtype
         self._dense = DenseLayer(checkpoint, layer, device)
         self._half = AttentionHalf(config, lambda name: moe.tensor(prefix + name), device)
         self._mlp = PackedMLP.of(moe, config, layer, device)

@@ -67,6 +67,7 @@ def distill(
     Returns: the folder's writer, finished (in the first process); its metrics say what the training gained.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
+    moe.verify(progress)
     _check(checkpoint, moe, corpus, save_path, settings, save_steps)
     arguments = _training_arguments(settings, corpus.options["seed"], save_steps, device)
     claim = Claim(
@@ -160,7 +161,7 @@ def _plan(moe: MoECheckpoint, trained: dict[str, torch.Tensor]) -> list[PlannedT
         return lambda: trained[name] if ".mlp." in name else moe.tensor(name)
 
     return [
-        PlannedTensor(moe.stored_name(name), shape, dtype, source(name)) for name, (shape, dtype) in moe.tensors.items()
+        PlannedTensor(moe.stored_name(name), info.shape, info.dtype, source(name)) for name, info in moe.tensors.items()
     ]
 
 
@@ -261,5 +262,4 @@ def _round(model: LlamaMoEForCausalLM, moe: MoECheckpoint) -> None:
     """Give the trained parameters the values they will be stored with, which thresholds must fit."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            _, dtype = moe.tensors[name.removeprefix("model.")]
-            parameter.copy_(parameter.to(dtype))
+            parameter.copy_(parameter.to(moe.tensors[name.removeprefix("model.")].dtype))
