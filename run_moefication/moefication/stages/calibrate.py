@@ -286,7 +286,7 @@ def _fit_final_norm(
 
     found = fit_final_norm(divergence(fit_to), weight.to(device, torch.float32), progress).to(weight.dtype).cpu()
     measure = divergence(measured_on)
-    before, after = (measure(w.to(device, torch.float32))[0] for w in (weight, found))
+    before, after = (measure(w.to(device, torch.float32)).item() for w in (weight, found))
     if after < before:
         fitted[FINAL_NORM] = found
     return {"divergence_before": before, "divergence_after": min(before, after)}

@@ -6,7 +6,6 @@ fraction where b = ln(c) / DECAY plus the same amount for all, within the bounds
 """
 
 import torch
-from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llama_moe import LlamaMoEConfig
@@ -14,6 +13,7 @@ from llama_moe.configuration_llama_moe import shift_to_mean
 
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.moe import MoECheckpoint
+from ..fitting.losses import next_token_nll
 from ..layers.decoder import DenseLayer, embed
 from ..layers.mlp import PackedMLP
 from ..progress import Progress
@@ -83,8 +83,7 @@ def _losses(
     for stream in streams:
         total, predicted = 0.0, 0
         for rows, block in zip(norm(stream).split(lengths), blocks, strict=True):
-            targets = block[1:].long().to(device)
-            total += F.cross_entropy(F.linear(rows[:-1], head), targets, reduction="sum").item()
-            predicted += len(targets)
+            total += next_token_nll(rows, block.long().to(device), head)
+            predicted += len(block) - 1
         losses.append(total / max(predicted, 1))
     return losses
