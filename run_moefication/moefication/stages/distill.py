@@ -7,6 +7,7 @@ walk through the layers, so that the model ends on its budget.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def distill(
     moe = MoECheckpoint(moe_path, checkpoint)
     moe.verify(progress)
     _check(checkpoint, moe, corpus, save_path, settings, save_steps)
-    arguments = _training_arguments(settings, corpus.options["seed"], save_steps, device)
+    arguments = training_arguments(settings, corpus.options["seed"], save_steps, device)
     claim = Claim(
         stage="distill",
         options=asdict(settings) | corpus.options,
@@ -78,8 +79,7 @@ def distill(
         inputs={"moe_path": moe.artifact.digest, "train_data_path": corpus.digest},
         facts={"tokens": corpus.num_tokens, "mix": [asdict(share) for share in corpus.mix]},
     )
-    trained: dict[str, torch.Tensor] = {}
-    shards = plan_shards(_plan(moe, trained), MAX_SHARD_BYTES)
+    shards = _shards(moe, moe.tensor)
     is_first = arguments.process_index == 0
     writer = ArtifactWriter(
         Path(save_path), claim, [*shards, RESULT], overwrite=overwrite, shared=not is_first, exclusive=is_first
@@ -96,7 +96,8 @@ def distill(
     arguments.output_dir = str(writer.scratch("training"))
     metrics = _train(checkpoint, moe, model, corpus, settings, arguments, progress)
     if is_first:
-        trained |= {name.removeprefix("model."): tensor.cpu() for name, tensor in model.state_dict().items()}
+        trained = model.state_dict()
+        shards = _shards(moe, lambda name: trained[f"model.{name}"].cpu() if ".mlp." in name else moe.tensor(name))
         for file in (file for file in shards if file in missing):
             write_shard(writer, file, shards[file])
         config = _new_config(moe, model)
@@ -137,32 +138,13 @@ def _check(
     require_held_out_block(corpus)
 
 
-def _training_arguments(settings: DistillSettings, seed: int, save_steps: int, device: str) -> TrainingArguments:
-    """The settings in the Trainer's words; under torchrun this joins the other processes."""
-    arguments = training_arguments(
-        seed,
-        device,
-        learning_rate=settings.lr,
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        bf16=settings.bf16,
-        save_steps=save_steps,
-    )
-    if torch.device(device).index not in (None, arguments.device.index):
-        raise MoEficationError(f"--device {device}: one process trains on the first GPU; set CUDA_VISIBLE_DEVICES")
-    return arguments
-
-
-def _plan(moe: MoECheckpoint, trained: dict[str, torch.Tensor]) -> list[PlannedTensor]:
-    """The tensors of the new checkpoint, each in the dtype it had: those of the MLPs from `trained`."""
-
-    def source(name: str) -> Callable[[], torch.Tensor]:
-        return lambda: trained[name] if ".mlp." in name else moe.tensor(name)
-
-    return [
-        PlannedTensor(moe.stored_name(name), info.shape, info.dtype, source(name)) for name, info in moe.tensors.items()
+def _shards(moe: MoECheckpoint, tensor: Callable[[str], torch.Tensor]) -> dict[str, list[PlannedTensor]]:
+    """The files of the new checkpoint and their tensors, each in the dtype it had; `tensor(name)` gives its values."""
+    plan = [
+        PlannedTensor(moe.stored_name(name), info.shape, info.dtype, partial(tensor, name))
+        for name, info in moe.tensors.items()
     ]
+    return plan_shards(plan, MAX_SHARD_BYTES)
 
 
 def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
