@@ -1,6 +1,7 @@
 """LlamaMoE checkpoints that a stage here wrote, read tensor by tensor."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from .headers import StoredTensors, read_headers
 from .transformers_library import CONFIG_ERRORS, first_line, quiet_transformers
 
 
-def experts_per_tok(config: LlamaMoEConfig, thresholds: list[float]) -> list[float]:
-    """Routed experts that run per token, by layer; `thresholds` are those of the layers, if they have any. None run
-    where the threshold is out of every score's reach, a budget for which the config has no number."""
+def experts_per_tok(config: LlamaMoEConfig, threshold_of: Callable[[int], float]) -> list[float]:
+    """Routed experts that run per token, by layer; `threshold_of(layer)` is asked for models that route by threshold.
+
+    The config has no number for layers that run no routed expert: their threshold is out of every score's reach.
+    """
     counts = [float(config.experts_per_tok_of(layer)) for layer in range(config.num_hidden_layers)]
     if config.routing != "threshold":
         return counts
-    runs_none = [threshold >= -Gate.LOWEST_THRESHOLD for threshold in thresholds]
-    return [0.0 if none else count for none, count in zip(runs_none, counts, strict=True)]
+    return [0.0 if threshold_of(layer) >= -Gate.LOWEST_THRESHOLD else count for layer, count in enumerate(counts)]
 
 
 def require_num_selects(num_selects: int, config: LlamaMoEConfig, least_routed: int = 1) -> None:
@@ -77,8 +79,7 @@ class MoECheckpoint(StoredTensors):
     @property
     def experts_per_tok(self) -> list[float]:
         """Routed experts that run per token, by layer."""
-        names = [f"layers.{layer}.mlp.gate.threshold" for layer in range(self.config.num_hidden_layers)]
-        return experts_per_tok(self.config, [self.tensor(name).item() for name in names if name in self.tensors])
+        return experts_per_tok(self.config, lambda layer: self.tensor(f"layers.{layer}.mlp.gate.threshold").item())
 
     def layer_tensors(self, layer: int) -> list[str]:
         """Names of the tensors of one layer."""

@@ -206,8 +206,8 @@ def _train(
     """Train the model in place, as it will be stored. Returns the metrics (in the first process)."""
     device, is_first, batch_size = arguments.device, arguments.process_index == 0, settings.batch_size
     config, gates = model.config, [layer.mlp.gate for layer in model.model.layers]
-    thresholds = [gate.threshold.item() for gate in gates] if config.routing == "threshold" else []
-    shares = [count / config.num_experts for count in experts_per_tok(config, thresholds)]
+    counts = experts_per_tok(config, lambda layer: gates[layer].threshold.item())
+    shares = [count / config.num_experts for count in counts]
     num_held_out = -(-len(corpus.blocks) // HELD_OUT)
     blocks, held_out = corpus.blocks[:-num_held_out], corpus.blocks[-num_held_out:]
     model.to(device)

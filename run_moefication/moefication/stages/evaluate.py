@@ -1,14 +1,15 @@
 """Perplexity of checkpoints, dense or MoE, and how evenly an MoE uses its experts."""
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 # Importing it registers LlamaMoE with the Auto classes.
 from llama_moe import LlamaMoEConfig, RoutingStatistics, record_routing
@@ -21,6 +22,7 @@ from ..checkpoints.moe import experts_per_tok, require_num_selects
 from ..checkpoints.tokenizers import load_tokenizer
 from ..checkpoints.transformers_library import CONFIG_ERRORS, first_line, last_line, plain_config, quiet_transformers
 from ..errors import MoEficationError, SettingError
+from ..fitting.losses import next_token_nll
 from ..progress import Progress, no_progress
 from ..storage.files import read_json_object
 from ..text.corpus import pack, require_block_size
@@ -187,25 +189,15 @@ def _evaluate(
 ) -> Evaluation:
     num_experts = None
     if model.config.model_type == "llama_moe":
-        shared = model.config.num_shared_experts
-        num_experts, has_thresholds = model.config.num_experts + shared, model.config.routing == "threshold"
-        if budget is None:
-            thresholds = [layer.mlp.gate.threshold.item() for layer in model.model.layers if has_thresholds]
-            budget = model.config.num_selects if any(experts_per_tok(model.config, thresholds)) else shared
-        else:
-            try:
-                model.set_num_experts_per_tok(budget - shared)
-            except ValueError as error:  # thresholds without quantiles
-                raise MoEficationError(f"{name} cannot run --num_selects {budget}: {error}") from error
-    loss_sum, predicted = 0.0, 0
-    label = _label(name, budget, num_experts)
+        num_experts = model.config.num_experts + model.config.num_shared_experts
+        budget = _own_budget(model) if budget is None else _with_budget(model, name, budget)
+    # Batches of blocks of one length, so that nothing is padded: padding would count as routed.
+    equal = (torch.stack(list(group)) for _, group in groupby(blocks, len))
+    batches = [batch for stacked in equal for batch in stacked.split(batch_size)]
     with record_routing(model) as routing:
-        for batch in progress(list(_batches(blocks, batch_size)), f"evaluate {label}", "batch"):
-            tokens = torch.stack(batch).long().to(model.device)
-            logits = model(input_ids=tokens, use_cache=False).logits
-            for row, targets in zip(logits[:, :-1], tokens[:, 1:], strict=True):  # a row at a time: logits are large
-                loss_sum += F.cross_entropy(row.float(), targets, reduction="sum").item()
-            predicted += tokens[:, 1:].numel()
+        work = progress(batches, f"evaluate {_label(name, budget, num_experts)}", "batch")
+        loss_sum = sum(_nll(model, batch.long().to(model.device)) for batch in work)
+    predicted = sum(len(block) - 1 for block in blocks)
     return Evaluation(
         model=name,
         num_experts=num_experts,
@@ -214,6 +206,34 @@ def _evaluate(
         predicted_tokens=predicted,
         active=active_share(model, routing) if routing else 1.0,
         expert_load=[layer.expert_load.tolist() for layer in routing] or None,
+    )
+
+
+def _own_budget(model: PreTrainedModel) -> int:
+    """Experts per token that a MoE model runs as it is, shared ones included."""
+    counts = experts_per_tok(model.config, lambda layer: model.model.layers[layer].mlp.gate.threshold.item())
+    return model.config.num_selects if any(counts) else model.config.num_shared_experts
+
+
+def _with_budget(model: PreTrainedModel, name: str, budget: int) -> int:
+    """Set a MoE model to this many experts per token, shared ones included."""
+    try:
+        model.set_num_experts_per_tok(budget - model.config.num_shared_experts)
+    except ValueError as error:  # thresholds without quantiles
+        raise MoEficationError(f"{name} cannot run --num_selects {budget}: {error}") from error
+    return budget
+
+
+def _nll(model: PreTrainedModel, tokens: torch.Tensor) -> float:
+    """Negative log-likelihood of blocks `[B, N]`, each from its second token on, summed, in nats."""
+    if isinstance(model, LlamaForCausalLM):  # dense or MoE: its logits can be made for a few tokens at a time
+        states = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        head = model.lm_head.weight
+        return sum(next_token_nll(rows, block, head) for rows, block in zip(states, tokens, strict=True))
+    logits = model(input_ids=tokens, use_cache=False).logits
+    return sum(
+        F.cross_entropy(rows.float(), targets, reduction="sum").item()
+        for rows, targets in zip(logits[:, :-1], tokens[:, 1:], strict=True)
     )
 
 
@@ -230,12 +250,3 @@ def active_share(model: PreTrainedModel, routing: list[RoutingStatistics]) -> fl
         always = sum(parameter.numel() for parameter in block.parameters()) - routed
         ran += always + routed * statistics.experts_per_tok / config.num_experts
     return ran / (dense * len(blocks))
-
-
-def _batches(blocks: list[torch.Tensor], batch_size: int) -> Iterator[list[torch.Tensor]]:
-    """Batches of equally long blocks: the last block, if shorter, is a batch of its own, so nothing is padded."""
-    whole = [block for block in blocks if len(block) == len(blocks[0])]
-    for start in range(0, len(whole), batch_size):
-        yield whole[start : start + batch_size]
-    if len(whole) < len(blocks):
-        yield blocks[len(whole) :]
