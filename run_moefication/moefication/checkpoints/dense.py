@@ -32,13 +32,13 @@ FINGERPRINT_SAMPLES = 16
 # Fields of config.json that say nothing about what the weights compute.
 CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
 EMBEDDING = "embed_tokens.weight"
-# Tables of rotary embeddings, which older releases stored and today's compute from the config; and the value head of a
-# reinforcement learning, which reads the hidden states and changes none.
+# Older releases stored tables of rotary embeddings, which today's compute from the config. Reinforcement learning adds
+# a value head, which reads the hidden states and changes none.
 UNUSED_TENSORS = re.compile(
     r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|(v_head|value_head)\..+"
 )
-COMPARED_ROWS = 4096  # rows of two matrices that are compared at a time
-# What the hub client raises: for an answer of the hub, for a file, a name, and (as the base of the first) the network.
+COMPARED_ROWS = 4096  # of two matrices at a time, to bound the memory
+# The hub client raises these for the hub's answers, the network (the base of the first), files, and names.
 HUB_ERRORS = (HfHubHTTPError, HfHubHTTPError.__bases__[0], OSError, ValueError)
 
 
@@ -82,7 +82,7 @@ class DenseCheckpoint(StoredTensors):
         infos = {name: info for name, info in infos.items() if name not in unused}
         prefix = "model." if {f"model.{EMBEDDING}", "model.norm.weight"} & infos.keys() else ""
         super().__init__(path, {name.removeprefix(prefix): info for name, info in infos.items()}, prefix)
-        # Heads apart, all names carry the prefix or none does.
+        # All names but those of heads carry the prefix, or none does.
         self._refuse_surplus(infos.keys() - map(self.stored_name, self.tensors))
         if self.config.tie_word_embeddings and EMBEDDING not in self.tensors and HEAD in self.tensors:
             self.tensors[EMBEDDING] = self.tensors.pop(HEAD)  # the one tensor of a tied model, under its other name
@@ -92,7 +92,7 @@ class DenseCheckpoint(StoredTensors):
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the MLP weights."""
+        """The dtype of the MLP weights."""
         return self.tensors[TEMPLATES[0].format(0)].dtype
 
     @property
@@ -104,7 +104,7 @@ class DenseCheckpoint(StoredTensors):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the config and over name, shape and sampled values of every tensor; free of the file layout."""
+        """sha256 over the config and every tensor's name, shape and sampled values, whatever files they lie in."""
         config = {key: value for key, value in self.raw_config.items() if key not in CONFIG_NOISE}
         tensors = []
         for name in sorted(self.tensors):
@@ -115,7 +115,7 @@ class DenseCheckpoint(StoredTensors):
 
     @property
     def source(self) -> dict[str, Any]:
-        """What manifests say of this model."""
+        """How manifests describe this model."""
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -125,7 +125,7 @@ class DenseCheckpoint(StoredTensors):
         }
 
     def check_finite(self, progress: Progress = no_progress) -> None:
-        """Raise MoEficationError, naming it, if a tensor that a causal LM uses holds NaN or infinite values."""
+        """Raise MoEficationError if a tensor that a causal LM uses holds NaN or infinity; the error names it."""
         head = [] if self.lm_head is None else [self.lm_head]
         for name in progress([*self.body_tensors(), *head], "check", "tensor"):
             self.finite_tensor(name)
@@ -135,7 +135,7 @@ class DenseCheckpoint(StoredTensors):
         return [name for name in self.tensors if name not in HEADS]
 
     def finite_tensor(self, name: str) -> torch.Tensor:
-        """As `tensor`, refused if it holds NaN or infinity."""
+        """As `tensor`; raises MoEficationError if it holds NaN or infinity."""
         tensor = self.tensor(name)
         if not tensor.sum(dtype=torch.float64).isfinite():
             raise MoEficationError(f"{self.path / self.tensors[name].file}: {name} holds NaN or infinite values")
@@ -146,7 +146,7 @@ class DenseCheckpoint(StoredTensors):
         return self.finite_tensor(f"layers.{layer}.mlp.{projection}").to(device, torch.float32)
 
     def require_experts(self, num_experts: int) -> None:
-        """Refuse a number of experts that does not cut the MLP into equal parts; names what would."""
+        """Raise SettingError if so many experts cannot be equal parts of the MLP; the error names numbers that can."""
         width = self.config.intermediate_size
         if 1 <= num_experts <= width and width % num_experts == 0:
             return
@@ -173,7 +173,7 @@ class DenseCheckpoint(StoredTensors):
     def _load(
         self, model_class: type[PreTrainedModel], state: dict[str, torch.Tensor], device: str, dtype: torch.dtype
     ) -> PreTrainedModel:
-        # From the tensors as they were checked here, whatever files they lie in.
+        # transformers gets the tensors that were checked here, not the files.
         with quiet_transformers():
             model, loading = model_class.from_pretrained(
                 None, config=self.config, state_dict=state, dtype=dtype, output_loading_info=True
@@ -183,7 +183,7 @@ class DenseCheckpoint(StoredTensors):
         return model.to(device).eval()
 
     def _settle_head(self) -> None:
-        """Where `tie_word_embeddings` and the tensors disagree, the tensors decide, as they do in transformers."""
+        """If `tie_word_embeddings` and the tensors disagree, the tensors decide, as they do in transformers."""
         if self.config.tie_word_embeddings and HEAD in self.tensors and not self._has_equal_ends():
             self.config.tie_word_embeddings = False
             logger.warning(
@@ -192,7 +192,7 @@ class DenseCheckpoint(StoredTensors):
             )
 
     def _has_equal_ends(self) -> bool:
-        """Whether head and embedding hold the same values (in the dtype of the model, where theirs differ)."""
+        """Whether head and embedding hold the same values in the dtype of the model."""
         head, embedding = self.tensor(HEAD), self.tensor(EMBEDDING)
         if head.dtype == embedding.dtype and head.data_ptr() == embedding.data_ptr():  # one tensor under two names
             return True
@@ -216,7 +216,7 @@ class DenseCheckpoint(StoredTensors):
     def _check_tensors(self) -> None:
         expected = set()
         shapes = expected_shapes(self.path, self.config)
-        if "score.weight" in self.tensors:  # of a classifier, with any number of labels
+        if "score.weight" in self.tensors:  # a classifier has any number of labels
             labels = self.tensors["score.weight"].shape[:1]
             shapes = chain(shapes, [("score.weight", (*labels, self.config.hidden_size))])
         for name, shape in shapes:

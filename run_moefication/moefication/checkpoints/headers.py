@@ -77,7 +77,7 @@ def open_weights(path: Path) -> Any:
     """The tensors of a file by name: an open safetensors file, or a dict; memory-mapped but for torch's old format."""
     if path.suffix == ".safetensors":
         return safe_open(path, "pt")
-    # Not a zip archive: as torch wrote before 1.6 (or no torch file at all, which the loader says).
+    # torch wrote no zip archives before 1.6. (A file that is not torch's at all is refused by the loader.)
     return load_tensors(path, mmap=zipfile.is_zipfile(path))
 
 
@@ -95,7 +95,7 @@ def _indexed_headers(path: Path, index: Path) -> dict[str, TensorInfo]:
             infos[name] = info
     for name, file in weight_map.items():
         if name == HEAD and name not in infos:
-            continue  # of a tied model, which needs none; where one is needed, its absence is told there
+            continue  # a tied model needs none; the checkpoint refuses where one is needed
         if name not in infos or infos[name].file != file:
             raise MoEficationError(f"{index} says that {name} lies in {file}, where it is not; download both again")
     return infos
@@ -104,7 +104,7 @@ def _indexed_headers(path: Path, index: Path) -> dict[str, TensorInfo]:
 def _file_header(path: Path, file: str) -> dict[str, TensorInfo]:
     if not (path / file).is_file():
         raise MoEficationError(f"{path / file} is missing; download it again")
-    (path / file).open("rb").close()  # safetensors says of a file that may not be read that it is not there
+    (path / file).open("rb").close()  # raises PermissionError, where safetensors would say that there is no such file
     if file.endswith(".bin"):
         tensors = open_weights(path / file)
         if not isinstance(tensors, dict) or not all(

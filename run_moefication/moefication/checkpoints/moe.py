@@ -1,4 +1,4 @@
-"""LlamaMoE checkpoints that a stage here wrote, read tensor by tensor."""
+"""LlamaMoE checkpoints that a stage wrote, read tensor by tensor."""
 
 import json
 from collections.abc import Callable
@@ -60,7 +60,7 @@ class MoECheckpoint(StoredTensors):
         path = self.artifact.folder
         try:
             self.config = LlamaMoEConfig.from_dict(json.loads((path / "config.json").read_bytes()))
-        except CONFIG_ERRORS as error:  # not JSON, or values that the config refuses
+        except CONFIG_ERRORS as error:  # it is not JSON, or has values that the config refuses
             raise MoEficationError(f"{path} has no usable config.json ({first_line(error)})") from error
         self.model_class = self.config.architectures[0]
         prefix = "" if self.model_class == "LlamaMoEModel" else "model."
@@ -72,7 +72,7 @@ class MoECheckpoint(StoredTensors):
             self._open_files[file] = self._open(file)
 
     def load(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The whole model, of the installed `llama_moe`, in its own dtype or another."""
+        """The whole model, as a class of the installed `llama_moe`, in its own dtype or another."""
         with quiet_transformers():
             return getattr(llama_moe, self.model_class).from_pretrained(self.path, dtype=dtype or "auto")
 

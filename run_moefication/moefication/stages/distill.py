@@ -41,8 +41,8 @@ from .distill_trainer import (
     training_arguments,
 )
 
-HELD_OUT = 16  # one block of so many is not trained on: the loss before and after is measured there
-RESULT = "distillation"  # the last piece: config, code, card, and what the training gained
+HELD_OUT = 16  # one block in so many is not trained on; the loss before and after is measured there
+RESULT = "distillation"  # the last piece holds config, code, card, and what the training gained
 
 
 def distill(
@@ -88,7 +88,7 @@ def distill(
     if not missing:
         leave_group()
         if is_first:
-            writer.finish()  # what an interrupted run may have left to do
+            writer.finish()  # an interrupted run may have left this to do
         return writer
     checkpoint.check_finite(progress)
     model = _load(moe, settings)
@@ -120,7 +120,7 @@ def _check(
     settings: DistillSettings,
     save_steps: int,
 ) -> None:
-    """Refuse what cannot be distilled, before any work."""
+    """Raise MoEficationError for what cannot be distilled, before any work."""
     folder, config = moe.artifact.folder, moe.config
     if importlib.util.find_spec("accelerate") is None:
         raise MoEficationError("distillation needs the package accelerate: pip install accelerate")
@@ -154,7 +154,7 @@ def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
     if settings.num_selects is not None:
         try:
             model.set_num_experts_per_tok(settings.num_selects - moe.config.num_shared_experts)
-        except ValueError as error:  # thresholds without quantiles
+        except ValueError as error:  # its thresholds have no quantiles
             raise MoEficationError(
                 f"{moe.artifact.folder} cannot run --num_selects {settings.num_selects}: {error}"
             ) from error
@@ -164,7 +164,7 @@ def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
 
 
 def _agreed(missing: list[str]) -> list[str]:
-    """What the first of the processes misses: it writes, and the others may have looked at another moment."""
+    """The pieces that the first process misses: it writes them, and the others may have looked at another moment."""
     box = [missing]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(box)
@@ -172,7 +172,7 @@ def _agreed(missing: list[str]) -> list[str]:
 
 
 def _begin(writer: ArtifactWriter, is_first: bool) -> None:
-    """Claim the folder: the first of the processes does, after all have looked at it, and the others join."""
+    """Claim the folder: the first process does, after all have looked at it, and the others join."""
     if not torch.distributed.is_initialized():
         writer.begin()
         return

@@ -29,7 +29,7 @@ from ..text.batches import batches_of
 logger = logging.getLogger(__name__)
 
 WARMUP = 0.05  # share of the steps in which the learning rate rises to --lr; it falls as a cosine afterwards
-WHOLE = "whole.json"  # in a saved step's folder: everything else of it is there, of these sizes
+WHOLE = "whole.json"  # in a saved step's folder: says that all other files are there, and their sizes
 TRAINED = {
     "gates": lambda name: ".mlp.gate." in name,
     "experts": lambda name: ".mlp." in name and ".mlp.gate." not in name,
@@ -68,12 +68,12 @@ def collate(blocks: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 def mean_kl(
     model: LlamaMoEForCausalLM, teacher: DenseTeacher, blocks: list[torch.Tensor], batch_size: int, device: torch.device
 ) -> float:
-    """KL(dense || MoE) in nats, on average over the tokens of the blocks, the model as it runs, in its own dtype."""
+    """KL(dense || MoE) in nats, on average over the tokens of the blocks; the model runs in its own dtype."""
     model.eval()
     total = 0.0
     for index in range(0, len(blocks), batch_size):
         tokens, kept = (tensor.to(device) for tensor in collate(blocks[index : index + batch_size]).values())
-        # Not through `model` itself: after a training in bfloat16 that would go on in it.
+        # After a training in bfloat16, `model` itself would still compute in it; its body does not.
         hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
         kl = TeacherKL(teacher(tokens)[kept], teacher.head, model.lm_head.weight)
         total += kl(hidden[kept]).sum(dtype=torch.float64).item()
@@ -108,13 +108,13 @@ def training_arguments(settings: DistillSettings, seed: int, save_steps: int, de
             bf16=settings.bf16,
             save_steps=save_steps,
         )
-    except ValueError as error:  # such as a GPU without bfloat16
+    except ValueError as error:  # for example, the GPU has no bfloat16
         raise MoEficationError(f"--device {device} cannot train like this: {first_line(error)}") from error
     except torch.distributed.DistError as error:
         raise MoEficationError(f"the other processes of this run did not come ({first_line(error)})") from error
     if torch.device(device).index not in (None, arguments.device.index):
         raise MoEficationError(f"--device {device}: one process trains on the first GPU; set CUDA_VISIBLE_DEVICES")
-    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for torchrun, not for one process's threads
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU; torchrun starts more
     return arguments
 
 
@@ -124,9 +124,9 @@ def leave_group() -> None:
     DDP's reducer must go before the process group. Were it the last to hold the group, it would wait for gloo's threads
     with the GIL in hand, and one of them may be waiting for the GIL to free its last tensor (pytorch/pytorch#56297).
     """
-    gc.collect()  # a trainer and what it wraps refer to each other
+    gc.collect()  # the trainer and what it wraps refer to each other
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # the first process may be the one that hosts the group
+        torch.distributed.barrier()  # the first process may host the group
         torch.distributed.destroy_process_group()
 
 
@@ -154,18 +154,18 @@ class DistillationTrainer(Trainer):
         tokens, kept = inputs["input_ids"], inputs["kept"]
         for block in self._soft_blocks:
             block.kept = kept
-        # The model's hidden states, by way of its wrappers (DDP's, autocast's); it makes logits of the last token only.
+        # Calling the wrapped model (DDP, autocast) makes logits too; here, of the last token only.
         outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
         kl = TeacherKL(self._teacher(tokens)[kept], self._teacher.head, self.model.lm_head.weight)
         loss = kl(outputs.hidden_states[-1][kept]).mean()
         return (loss, outputs) if return_outputs else loss
 
     def _save_checkpoint(self, *args, **kwargs):
-        """A step that cannot be saved is no defect: each of the libraries that write its files says so in its way."""
+        """Turn the errors of all libraries that write a step's files into MoEficationError."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             if self.is_world_process_zero():
-                (folder / WHOLE).unlink(missing_ok=True)  # of a damaged one, of which the training began anew
+                (folder / WHOLE).unlink(missing_ok=True)  # the step may be a damaged one, so the training began anew
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
@@ -230,7 +230,7 @@ def _sizes(step: Path) -> dict[str, int]:
 
 
 def check_finite(model: LlamaMoEForCausalLM) -> None:
-    """Refuse what a training that diverged has left."""
+    """Raise MoEficationError if the training has diverged."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not math.isfinite(parameter.detach().sum(dtype=torch.float64).item()):
             raise diverged(f"{name} is not finite")

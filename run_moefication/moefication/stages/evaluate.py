@@ -33,9 +33,13 @@ from ..text.tokens import tokenize
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One row of the table. `num_experts` and `num_selects` count shared experts, too. `active`: parameters of the MLP
-    blocks that ran, over the dense model's; `expert_load`: per layer, the share of tokens that each routed expert ran
-    for (MoE only)."""
+    """One row of the table.
+
+    Attributes:
+        num_experts, num_selects: shared experts included; None for dense models.
+        active: parameters of the MLP blocks that ran per token, over those of the dense model.
+        expert_load: by layer, the share of tokens that each routed expert ran for; None for dense models.
+    """
 
     model: str
     num_experts: int | None
@@ -109,8 +113,8 @@ def evaluate(
 def _same_tokens(
     text_path: Path, paths: list[Path], configs: list[PreTrainedConfig], max_tokens: int | None
 ) -> torch.Tensor:
-    """The text as the tokenizers of all models cut it; refused where they do not agree, for then no ratio of
-    perplexities means anything."""
+    """The tokens of the text; MoEficationError if the models' tokenizers differ there, for then their perplexities
+    cannot be compared."""
     sizes = [config.get_text_config().vocab_size for config in configs]
     tokens = [first_tokens(text_path, path, max_tokens, size) for path, size in zip(paths, sizes, strict=True)]
     for path, others in zip(paths[1:], tokens[1:], strict=True):
@@ -123,7 +127,7 @@ def _same_tokens(
 
 
 def first_tokens(text_path: Path, model_path: Path, max_tokens: int | None, vocab_size: int) -> torch.Tensor:
-    """The text as the model's tokenizer cuts it, read no further than needed; `vocab_size` as in `tokenize`."""
+    """The first tokens of a text by a model's tokenizer, read no further than needed; `vocab_size` as in `tokenize`."""
     pieces, count = [], 0
     reader = DocumentReader(find_text_files(text_path))
     for piece in tokenize(reader, load_tokenizer(model_path), vocab_size, reader.bad):
@@ -135,11 +139,11 @@ def first_tokens(text_path: Path, model_path: Path, max_tokens: int | None, voca
 
 
 def _read_config(path: Path) -> PreTrainedConfig:
-    """The config of a checkpoint, without what steers the library; that of a model with code of its own is refused."""
+    """The config of a checkpoint, without fields that steer the library; a model with code of its own is refused."""
     raw = read_json_object(path / "config.json", "is this the folder of a transformers checkpoint?")
     if is_convertible(raw):
         return read_dense_config(path)[1]
-    if raw.get("auto_map") and raw.get("model_type") != LlamaMoEConfig.model_type:  # whose code is the installed one
+    if raw.get("auto_map") and raw.get("model_type") != LlamaMoEConfig.model_type:  # the installed package is its code
         raise MoEficationError(f"{path} brings code of its own (auto_map in config.json), which is not run here")
     try:
         return plain_config(raw)
@@ -158,7 +162,7 @@ def _budgets(config, num_selects: list[int] | None) -> list[int | None]:
 def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) -> PreTrainedModel:
     default = torch.float32 if torch.device(device).type == "cpu" else "auto"
     torch_dtype = DTYPES[dtype] if dtype else default
-    if type(config) is LlamaConfig:  # as the stages read it
+    if type(config) is LlamaConfig:  # read it as the stages do
         checkpoint = DenseCheckpoint(str(path))
         return checkpoint.load_causal_lm(device, checkpoint.dtype if torch_dtype == "auto" else torch_dtype)
     if (path / ADAPTER).exists():  # transformers would apply it without a word
@@ -168,7 +172,7 @@ def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) 
             model, loading = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True
             )
-    # Files cut or missing, sizes that do not fit, classes that are no causal LM, and packages that a class needs.
+    # Files are cut or missing, sizes do not fit, the class is no causal LM, or a package that it needs is missing.
     except (OSError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError, *CONFIG_ERRORS) as error:
         raise MoEficationError(f"{path} does not load as a causal LM ({first_line(error)})") from error
     if loading["missing_keys"] or loading["mismatched_keys"]:
@@ -191,7 +195,7 @@ def _evaluate(
     if model.config.model_type == "llama_moe":
         num_experts = model.config.num_experts + model.config.num_shared_experts
         budget = _own_budget(model) if budget is None else _with_budget(model, name, budget)
-    # Batches of blocks of one length, so that nothing is padded: padding would count as routed.
+    # All blocks of a batch have one length: padding would count as tokens that were routed.
     equal = (torch.stack(list(group)) for _, group in groupby(blocks, len))
     batches = [batch for stacked in equal for batch in stacked.split(batch_size)]
     with record_routing(model) as routing:
@@ -219,7 +223,7 @@ def _with_budget(model: PreTrainedModel, name: str, budget: int) -> int:
     """Set a MoE model to this many experts per token, shared ones included."""
     try:
         model.set_num_experts_per_tok(budget - model.config.num_shared_experts)
-    except ValueError as error:  # thresholds without quantiles
+    except ValueError as error:  # its thresholds have no quantiles
         raise MoEficationError(f"{name} cannot run --num_selects {budget}: {error}") from error
     return budget
 
@@ -238,7 +242,7 @@ def _nll(model: PreTrainedModel, tokens: torch.Tensor) -> float:
 
 
 def active_share(model: PreTrainedModel, routing: list[RoutingStatistics]) -> float:
-    """Parameters of the MoE blocks that ran per token on average, gates and biases and shared experts included, over
+    """Parameters of the MoE blocks that ran per token on average (gates, biases and shared experts included), over
     those of the dense model's MLPs; `routing` is what `record_routing` gave."""
     config = model.config
     hidden, neurons = config.hidden_size, config.intermediate_size

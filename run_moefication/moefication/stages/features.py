@@ -88,7 +88,7 @@ def _require_space(
     width = config.hidden_size + (config.intermediate_size if feature_format == "full" else 0)
     needed = corpus.num_tokens * config.num_hidden_layers * width * dtype.itemsize
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    # What an interrupted run already wrote counts as room.
+    # A run that was interrupted has used some of the room already.
     written = sum(file.stat().st_size for file in folder.rglob("*.pth")) if folder.is_dir() else 0
     free = shutil.disk_usage(existing).free + written
     if needed > free:
@@ -147,7 +147,7 @@ class _Recorder:
 def _write_shard(
     writer: ArtifactWriter, number: int, first_block: int, features: dict[str, list[torch.Tensor]]
 ) -> None:
-    writer.begin()  # another process may have, with its own count of processes
+    writer.begin()  # the claim may be another process's, with its own number of processes
     index, rank = divmod(number, writer.claim["facts"]["processes"])
     files = {}
     for kind, layers in features.items():
