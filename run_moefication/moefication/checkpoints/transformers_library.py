@@ -45,11 +45,14 @@ def quiet_transformers() -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its class where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    return _line(error, 0)
 
 
 def last_line(error: BaseException) -> str:
     """The last line, where the validators of configs put the reason."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
+    return _line(error, -1)
+
+
+def _line(error: BaseException, index: int) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[index].strip()
