@@ -5,7 +5,6 @@ walk through the layers, so that the model ends on its budget.
 """
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -79,7 +78,7 @@ def distill(
         inputs={"moe_path": moe.artifact.digest, "train_data_path": corpus.digest},
         facts={"tokens": corpus.num_tokens, "mix": [asdict(share) for share in corpus.mix]},
     )
-    shards = _shards(moe, moe.tensor)
+    shards = _shards(moe)
     is_first = arguments.process_index == 0
     writer = ArtifactWriter(
         Path(save_path), claim, [*shards, RESULT], overwrite=overwrite, shared=not is_first, exclusive=is_first
@@ -97,9 +96,9 @@ def distill(
     metrics = _train(checkpoint, moe, model, corpus, settings, arguments, progress)
     if is_first:
         trained = model.state_dict()
-        shards = _shards(moe, lambda name: trained[f"model.{name}"].cpu() if ".mlp." in name else moe.tensor(name))
         for file in (file for file in shards if file in missing):
-            write_shard(writer, file, shards[file])
+            values = {tensor.name: trained[tensor.name].cpu() for tensor in shards[file] if tensor.make is None}
+            write_shard(writer, file, shards[file], values)
         config = _new_config(moe, model)
         card = distillation_card(checkpoint.name, config, moe.model_class, settings.train, corpus.num_tokens, metrics)
         source = moe.artifact.folder
@@ -138,11 +137,11 @@ def _check(
     require_held_out_block(corpus)
 
 
-def _shards(moe: MoECheckpoint, tensor: Callable[[str], torch.Tensor]) -> dict[str, list[PlannedTensor]]:
-    """The files of the new checkpoint and their tensors, each in the dtype it had; `tensor(name)` gives its values."""
+def _shards(moe: MoECheckpoint) -> dict[str, list[PlannedTensor]]:
+    """The files of the new checkpoint and their tensors, each in the dtype it had; those of the MLPs are trained."""
+    makers = {name: None if ".mlp." in name else partial(moe.tensor, name) for name in moe.tensors}
     plan = [
-        PlannedTensor(moe.stored_name(name), info.shape, info.dtype, partial(tensor, name))
-        for name, info in moe.tensors.items()
+        PlannedTensor(moe.stored_name(name), info.shape, info.dtype, makers[name]) for name, info in moe.tensors.items()
     ]
     return plan_shards(plan, MAX_SHARD_BYTES)
 
