@@ -45,13 +45,8 @@ PLAIN_TEXTS = (
 # sentencepiece's character for a space, and tokens of many vocabularies, spelled out.
 MARKUP_TEXTS = (
     *("▁", "▁a", "a▁b", " ▁ a", "a\x00b", "<0x0A>", "<0x41>", "<s>", "</s>", "<unk>", "<pad>", "<|endoftext|>"),
-    *(
-        " <s> a </s> b",
-        "a<s>b</s>c",
-        "[INST] a [/INST]",
-        "<|im_start|>user\na<|im_end|>",
-        "<|begin_of_text|>a<|eot_id|>",
-    ),
+    *(" <s> a </s> b", "a<s>b</s>c", "[INST] a [/INST]"),
+    *("<|im_start|>user\na<|im_end|>", "<|begin_of_text|>a<|eot_id|>"),
 )
 COMPARED_ATTRIBUTES = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"),
@@ -75,19 +70,18 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             f"{path} has a tokenizer with code of its own (auto_map in tokenizer_config.json), which is not run here; "
             f"give a checkpoint whose tokenizer is one of transformers' own"
         )
-    _require_readable(path / "tokenizer.json")
     try:
+        if (path / "tokenizer.json").is_file():
+            Tokenizer.from_file(str(path / "tokenizer.json"))  # transformers may pass over one that is damaged
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(path, config=_config_beside(path), trust_remote_code=False)
-    # A file lacks something, a class does not exist, or a package that it needs is missing.
-    except (OSError, RuntimeError, ImportError, AttributeError, *CONFIG_ERRORS) as error:
-        raise MoEficationError(f"{path} has no usable tokenizer ({first_line(error)})") from error
-    try:
         tokenizer([*PLAIN_TEXTS])
     except Exception as error:
-        if type(error) is not Exception:  # what the library raises for a vocabulary that lacks a token
-            raise
-        raise MoEficationError(f"{path} has a tokenizer that cannot read text ({first_line(error)})") from error
+        # The tokenizers library raises plain Exceptions. The others mean that a file lacks something, a class does not
+        # exist, or a package that it needs is missing.
+        if type(error) is Exception or isinstance(error, (OSError, RuntimeError, ImportError, *CONFIG_ERRORS)):
+            raise MoEficationError(f"{path} has no usable tokenizer ({first_line(error)})") from error
+        raise
     return tokenizer
 
 
@@ -101,18 +95,6 @@ def _config_beside(path: Path) -> PreTrainedConfig | None:
     if raw.get("tokenizer_class"):
         config.tokenizer_class = raw["tokenizer_class"]
     return config
-
-
-def _require_readable(file: Path) -> None:
-    """Raise MoEficationError for a tokenizer.json that the library cannot read."""
-    if not file.is_file():
-        return
-    try:
-        Tokenizer.from_file(str(file))
-    except Exception as error:
-        if type(error) is not Exception:  # the library has no class of its own
-            raise
-        raise MoEficationError(f"{file} is no whole tokenizer ({first_line(error)}); download it again") from error
 
 
 def provoking_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
