@@ -7,7 +7,7 @@ from llama_moe.gates import LinearGate
 from ..layers.scores import TOKENS_PER_CHUNK
 from .ridge import NormalEquations, best_strength, low_rank_map, token_weights
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # in units of the mean diagonal of the Gram matrix
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # ridge strengths, in units of the mean diagonal of the Gram matrix
 
 
 class GateEquations:
@@ -27,16 +27,13 @@ class GateEquations:
         A gate with a rank gets the nearest map of that rank, by `low_rank_map`.
 
         Args:
-            refines: the gate has values, to which the map is pulled (else to zero); and once the strength is chosen,
-                held-out tokens are fitted to as well.
+            refines: the gate has values. The map is pulled to these instead of to zero, and once the strength is
+                chosen, it is fitted to held-out tokens as well.
 
         Returns: the strength, and the share of the held-out scores' (weighted) variance that the map explains when
         fitted without them, and before its rank is cut.
         """
-        import os
-
-        mode = os.environ.get("GATES", "refine")
-        prior = linear_map(gate) if refines and mode == "refine" else None
+        prior = _linear_map(gate) if refines else None
         constant = torch.zeros_like(self._train.cross)
         constant[-1] = self._train.cross[-1] / self._train.gram[-1, -1]  # the weighted mean of each score
         unexplained = self._held_out.error(constant)
@@ -55,13 +52,6 @@ class GateEquations:
         return {"ridge_strength": strength, "explained_variance": 1 - error / unexplained if unexplained else 0.0}
 
 
-@torch.no_grad()
-def linear_map(gate: LinearGate) -> torch.Tensor:
-    """The gate as one map of `[x, 1]` to scores, `[hidden + 1, experts]`."""
-    weight = gate.weight if gate.rank is None else gate.output_weight @ gate.input_weight
-    return torch.cat([weight, gate.bias[:, None]], dim=1).T
-
-
 def fit_ridge_gate(gate: LinearGate, inputs: torch.Tensor, scores: torch.Tensor, num_valid: int) -> dict[str, float]:
     """Fit a gate in place, holding out the last `num_valid` tokens to choose the strength.
 
@@ -78,3 +68,10 @@ def fit_ridge_gate(gate: LinearGate, inputs: torch.Tensor, scores: torch.Tensor,
         for x, y, w in zip(*chunks, strict=True):
             equations.add(x, y, w, held_out=held_out)
     return equations.fit(gate, refines=False)
+
+
+@torch.no_grad()
+def _linear_map(gate: LinearGate) -> torch.Tensor:
+    """The gate as one map of `[x, 1]` to scores, `[hidden + 1, experts]`."""
+    weight = gate.weight if gate.rank is None else gate.output_weight @ gate.input_weight
+    return torch.cat([weight, gate.bias[:, None]], dim=1).T
