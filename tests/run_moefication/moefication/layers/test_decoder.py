@@ -5,19 +5,17 @@ import resource
 import pytest
 import torch
 from conftest import TINY, VARIANTS, make_llama
-from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.artifacts.streams import Streams
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.layers.decoder import PreMLP, embed
-from run_moefication.moefication.layers.scores import LayerActivations
+from run_moefication.moefication.layers.mlp import GatedMLP
 from run_moefication.moefication.storage.folder import ArtifactWriter
 from run_moefication.moefication.storage.manifest import Claim
 from run_moefication.moefication.text.batches import Batch, batches_of
 
-UP = "layers.{}.mlp.up_proj.weight"
 # The same float32 products in another batch shape.
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)
 LENGTHS = [9, 1, 24, 100, 2, 24, 7]
@@ -47,16 +45,14 @@ def test_layer_by_layer_is_the_model(variant, batch_size, tmp_path):
         states = [model(block[None].long(), output_hidden_states=True).hidden_states for block in blocks]
     for index in range(config.num_hidden_layers):
         torch.testing.assert_close(stream, torch.cat([s[index][0] for s in states]), **TOLERANCE)
-        half = PreMLP(config, lambda name, i=index: checkpoint.tensor(f"layers.{i}.{name}"), "cpu")
-        activations = LayerActivations(checkpoint, index, UP, "cpu")
-        down = checkpoint.mlp_tensor(index, "down_proj.weight")
-        bias = checkpoint.mlp_tensor(index, "down_proj.bias") if config.mlp_bias else None
+        half = PreMLP.of_dense(checkpoint, index, "cpu")
+        mlp = GatedMLP.of_dense(checkpoint, index, "cpu")
         of_mlp = []
         with torch.no_grad():
             for batch in batches:
                 before_mlp, inputs = half(stream[batch.rows], batch)
                 of_mlp.append(inputs)
-                stream[batch.rows] = before_mlp + F.linear(activations(inputs), down, bias)
+                stream[batch.rows] = before_mlp + mlp.output(mlp.activations(inputs))
         torch.testing.assert_close(torch.cat(of_mlp), torch.cat(seen[index :: config.num_hidden_layers]), **TOLERANCE)
     assert stream.std() > 0.5
     # The last of the hidden states is normalised.
