@@ -132,29 +132,16 @@ def r_novels(members: Members) -> Iterator[Document]:
 
 
 def r_character_vectors(rdb: bytes) -> Iterator[list[str]]:
-    """The character vectors of an R data base, of R's serialisation format 3.
+    """The character vectors of an R data base: objects of 4 bytes (a length) and zlib data each.
 
-    Each object is a length (4 bytes, big-endian) and zlib data. This reads a vector of type 16, the strings of which
-    are of type 9 with a length (-1: missing) before their bytes; other objects are passed over.
+    Before each string R writes its encoding, its type (9) and its length. Objects without strings are passed over.
     """
-    position = 0
-    while position + 4 < len(rdb):
+    while rdb:
         decompressor = zlib.decompressobj()
-        data = decompressor.decompress(rdb[position + 4 :], 64 << 20)
-        position = len(rdb) - len(decompressor.unused_data)
-        start = 14 + 4 + int.from_bytes(data[14:18])  # format, versions, the name of the encoding
-        if data[start + 3] == 16:
-            yield _strings(data, start + 4)
-
-
-def _strings(data: bytes, position: int) -> list[str]:
-    strings = []
-    for _ in range(int.from_bytes(data[position : position + 4])):
-        length = int.from_bytes(data[position + 8 : position + 12], signed=True)
-        position += 8
-        strings.append(data[position + 4 : position + 4 + max(0, length)].decode("utf-8", "replace"))
-        position += max(0, length)
-    return strings
+        _, *strings = re.split(rb"\0\x04[\0\x80]\x09.{4}", decompressor.decompress(rdb[4:]), flags=re.DOTALL)
+        rdb = decompressor.unused_data
+        if strings:
+            yield [string.decode() for string in strings]
 
 
 def plain_novel(members: Members) -> Iterator[Document]:

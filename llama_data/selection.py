@@ -65,7 +65,7 @@ def candidates(sources: Iterable[Source], paths: Mapping[Package, Path]) -> list
         Candidate(source, document.work or source.package.name, document.text)
         for source in sources
         if source.package in paths
-        for document in source.extract(dict(read_members(paths[source.package], source.members)))
+        for document in source.extract(read_members(paths[source.package], source.members))
         if len(document.text) >= SHORTEST_DOCUMENT
     ]
 
