@@ -60,18 +60,17 @@ def is_uncleaned(page: str) -> bool:
 
 def web_mails(members: Members) -> Iterator[Document]:
     """HTML mails (newsletters, advertisements) in English as pages; the work is the sender's site. Nothing explicit."""
-    yield from _mails(members, mail.page_text)
+    yield from _mails(members, lambda message: html_text(message.html))
 
 
 def plain_mails(members: Members) -> Iterator[Document]:
     """The same of mails that have no HTML."""
-    yield from _mails(members, mail.plain_text)
+    yield from _mails(members, lambda message: "" if message.html else message.plain)
 
 
 def _mails(members: Members, text_of: Callable[[mail.Mail], str]) -> Iterator[Document]:
-    for content in members.values():
-        message = mail.parse_mail(content)
-        text = text_of(message)
+    for message in map(mail.parse_mail, members.values()):
+        text = mail.readable(text_of(message))
         # As many letters beyond ASCII as this are another language, mostly one whose encoding was lost.
         if text and not EXPLICIT.search(text) and sum(map(str.isascii, text)) >= 0.95 * len(text):
             yield from _parts(message.sender or message.thread, text)
@@ -138,7 +137,7 @@ def r_character_vectors(rdb: bytes) -> Iterator[list[str]]:
     """
     while rdb:
         decompressor = zlib.decompressobj()
-        _, *strings = re.split(rb"\0\x04[\0\x80]\x09.{4}", decompressor.decompress(rdb[4:]), flags=re.DOTALL)
+        _, *strings = re.split(rb"\0[\0\x04][\0\x80]\x09.{4}", decompressor.decompress(rdb[4:]), flags=re.DOTALL)
         rdb = decompressor.unused_data
         if strings:
             yield [string.decode() for string in strings]
