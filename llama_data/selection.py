@@ -93,7 +93,7 @@ def select(documents: Sequence[Candidate], count_tokens: CountTokens) -> dict[st
 
 def take(documents: Sequence[Candidate], tokens: int, count_tokens: CountTokens) -> Half:
     """As many documents as reach that many tokens, of all works alike; those of spare sources only after the others."""
-    drawn = sorted(range(len(documents)), key=lambda i: (documents[i].source.spare, number(documents[i].text)))
+    drawn = sorted(range(len(documents)), key=lambda i: (bool(documents[i].source.spare), number(documents[i].text)))
     taken, total = [], 0
     for start in range(0, len(drawn), TOKEN_BATCH):
         batch = drawn[start : start + TOKEN_BATCH]

@@ -17,22 +17,21 @@ import pytest
 from pipeline import contents
 from transformers import AutoTokenizer
 
-from llama_data import make_sample_data, packages
+from llama_data import make_sample_data
 from llama_data.deduplication import unique_texts, untangled
 from llama_data.extraction import WIKITEXT2_TEST_TITLES
 from llama_data.make_sample_data import make, zipped
 from llama_data.selection import number
-from llama_data.sources import DOMAINS, SOURCES
+from llama_data.sources import DOMAINS, PACKAGES, SOURCES
 from llama_download.download_smollm2 import load_tokenizer
 from llama_download.registry import exit_status, fetch, file_sha256
 
 SCRIPT = Path(make_sample_data.__file__)
 CACHE = make_sample_data.REPOSITORY / ".cache" / "wheels"
+LUNR, DEBIAN_FAQ = PACKAGES["lunr"], PACKAGES["debian-faq"]
 # Small sources of each registry, for builds within seconds.
 SMALL = [
-    source
-    for source in SOURCES
-    if source.package in (packages.LUNR, packages.DEBIAN_FAQ, packages.FLASK) or source.domain == "c4"
+    source for source in SOURCES if source.package in (LUNR, DEBIAN_FAQ, PACKAGES["flask"]) or source.domain == "c4"
 ]
 LEAST_TRAIN, LEAST_HELD_OUT = 300_000, 30_000
 SHORT = {"c4"}  # its source holds no more
@@ -239,21 +238,19 @@ def test_without_npm_and_apt_the_rest_is_made_and_later_completed(small, small_c
         status, out, err = run(capfd, folder, cache)
         assert status == 0
         assert err == [
-            f"stackexchange has less text: {packages.LUNR.title} needs npm, which is not installed",
-            f"stackexchange has less text: {packages.DEBIAN_FAQ.title} needs apt-get, which is not installed",
+            f"stackexchange has less text: {LUNR.title} needs npm, which is not installed",
+            f"stackexchange has less text: {DEBIAN_FAQ.title} needs apt-get, which is not installed",
         ]
         assert "stackexchange   nothing: none of its sources could be had" in out
         assert {path.name for path in folder.glob("*.zip")} == {"c4.zip", "github.zip"}
         skipped = json.loads((folder / "manifest.json").read_text())["skipped"]
-        assert skipped == [
-            {"domain": "stackexchange", "package": package.title} for package in (packages.LUNR, packages.DEBIAN_FAQ)
-        ]
+        assert skipped == [{"domain": "stackexchange", "package": package.title} for package in (LUNR, DEBIAN_FAQ)]
         assert "lunr" not in (folder / "LICENCES.md").read_text()
         before = contents(folder)
         status, out, err = run(capfd, folder, cache)
         assert (status, "nothing to do" in out, len(err)) == (0, True, 2)
         assert contents(folder) == before
-    for package in (packages.LUNR, packages.DEBIAN_FAQ):
+    for package in (LUNR, DEBIAN_FAQ):
         os.link(small_cache / package.file_name, cache / package.file_name)
     assert run(capfd, folder, cache)[0] == 0
     assert contents(folder) == contents(small)
@@ -276,8 +273,8 @@ def test_a_damaged_package_is_not_read(small_cache, tmp_path, monkeypatch, capfd
     """A cached file that is not the pinned one counts as absent."""
     cache = tmp_path / "cache"
     shutil.copytree(small_cache, cache, copy_function=os.link)
-    (cache / packages.LUNR.file_name).unlink()
-    (cache / packages.LUNR.file_name).write_bytes(b"damaged")
+    (cache / LUNR.file_name).unlink()
+    (cache / LUNR.file_name).write_bytes(b"damaged")
     monkeypatch.setenv("PATH", str(tmp_path))
     status, _, err = run(capfd, tmp_path / "data", cache)
     assert (status, len(err)) == (0, 1)
