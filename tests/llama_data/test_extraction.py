@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import tarfile
@@ -157,19 +156,8 @@ def test_a_vignette_becomes_a_paper():
         "\\title{A {\\em nice} title}\n\n\\begin{abstract}\nAbout 5\\% of it.\n\\end{abstract}\n\n\\section{First}"
     )
     assert text.endswith("The end $\\alpha$.")
-    for gone in (
-        "library",
-        "Sexpr",
-        "Sinput",
-        "comment",
-        "trailing",
-        "bibliography",
-        "ignored",
-        "vspace",
-        "Sweave",
-        "Vignette",
-    ):
-        assert gone not in text
+    gone = "library Sexpr Sinput comment trailing bibliography ignored vspace Sweave Vignette"
+    assert not [word for word in gone.split() if word in text]
     assert paper(VIGNETTE) == paper("no document") == ""
     assert paper(VIGNETTE.replace("The end", filler + "Copyright \\copyright{} 2008 Publisher")) == ""
     assert argument(r"\title{a {b} \} c}", "title") == r"a {b} \} c"
@@ -233,27 +221,6 @@ def test_html_mails_become_pages_of_their_site():
     assert texts(extraction.plain_mails({"1": FIRST.split(b"\n--")[0]})) == [
         "How do I sort a list? Write to <address>."
     ]
-
-
-@pytest.mark.parametrize(
-    "pathology", ["-" * 30 + "\n", "> x\n", "a:\n", "\\b{", "<<x>>=\n", "A<", "(was: ", "<!", "x " * 3]
-)
-def test_no_input_takes_long(pathology):
-    """Patterns that try everything would run for hours on these: two minutes end the test."""
-
-    def give_up(*_) -> None:
-        raise TimeoutError(f"{pathology!r} takes too long")
-
-    text = pathology * 3000
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(120)
-    try:
-        results = [mail.own_words(text), mail.thread_name(text[:3000]), paper("\\begin{document}" + text)]
-        results += [pod_text(text), html_text(text)]
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    assert all(len(result) <= len(text) for result in results)  # they take away, and add nothing
 
 
 # ------------------------------------------------------------------------------------------------ packages
