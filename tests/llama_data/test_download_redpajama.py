@@ -1,9 +1,9 @@
 """Streaming a dataset into one file per domain: real `datasets`, on small datasets of every shape it can have."""
 
 import hashlib
+import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -37,52 +37,33 @@ def make_texts(per_domain: int = PER_DOMAIN) -> dict[str, list[str]]:
 
 
 def labelled(texts: dict[str, list[str]]) -> list[dict]:
-    """The records of one dataset with all domains, shuffled, and some of a domain that nobody asks for."""
-    records = [(domain, i) for domain in texts for i in range(len(texts[domain]))]
-    random.Random(0).shuffle(records)
-    position = dict.fromkeys(texts, 0)
-    out = []
-    for domain, _ in records:  # shuffled across domains, in order within each
-        out.append({"text": texts[domain][position[domain]], "meta": {"redpajama_set_name": NAMES[domain]}})
-        position[domain] += 1
-    return [*out[:50], {"text": "tiny", "meta": {"redpajama_set_name": "RedPajamaOther"}}, *out[50:]]
+    """The records of one dataset with all domains in turn, and one of a domain that nobody asks for."""
+    turns = [zip(NAMES.values(), turn, strict=True) for turn in itertools.zip_longest(*texts.values())]
+    records = [("RedPajamaOther", "tiny"), *((name, text) for turn in turns for name, text in turn if text)]
+    return [{"text": text, "meta": {"redpajama_set_name": name}} for name, text in records]
 
 
-def write_zst(path: Path, records: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(zstandard.compress("".join(json.dumps(record) + "\n" for record in records).encode()))
-
-
-def make_labelled(folder: Path, texts: dict[str, list[str]], shards: int = 3) -> Path:
-    """A dataset as SlimPajama-627B was: folders of jsonl.zst, the domain in a field."""
-    records = labelled(texts)
-    size = -(-len(records) // shards)
-    for shard in range(shards):
-        path = folder / "train" / f"chunk{shard}" / f"example_train_{shard}.jsonl.zst"
-        write_zst(path, records[shard * size : (shard + 1) * size])
-    write_zst(folder / "validation" / "example_holdout_0.jsonl.zst", records[:5])
-    return folder
-
-
-def make_parquet(folder: Path, texts: dict[str, list[str]]) -> Path:
+def make_labelled(folder: Path, texts: dict[str, list[str]]) -> Path:
     """A dataset as SlimPajama-6B is: parquet files of several row groups, the domain in a field."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    records = [record | {"__index_level_0__": i} for i, record in enumerate(labelled(texts))]
+    records = labelled(texts)
     (folder / "data").mkdir(parents=True)
-    for shard in range(2):
-        table = pa.Table.from_pylist(records[shard * 150 : (shard + 1) * 150 if shard == 0 else None])
-        pq.write_table(table, folder / "data" / f"train-0000{shard}-of-00002.parquet", row_group_size=40)
+    for shard, part in enumerate((records[:150], records[150:])):
+        path = folder / "data" / f"train-0000{shard}-of-00002.parquet"
+        pq.write_table(pa.Table.from_pylist(part), path, row_group_size=40)
     return folder
 
 
 def make_folders(folder: Path, texts: dict[str, list[str]]) -> Path:
     """A dataset as SlimPajama-627B-DC is: a folder of jsonl.zst for each domain."""
     for domain, documents in texts.items():
-        for shard in range(2):
+        for shard, part in enumerate((documents[:20], documents[20:])):
             path = folder / "train" / NAMES[domain] / f"chunk_{shard}.jsonl.zst"
-            write_zst(path, [{"text": text} for text in documents[shard * 20 : 20 if shard == 0 else None]])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps({"text": text}) + "\n" for text in part]
+            path.write_bytes(zstandard.compress("".join(lines).encode()))
     return folder
 
 
@@ -97,8 +78,7 @@ def make_configs(folder: Path, texts: dict[str, list[str]]) -> Path:
 
 
 SHAPES = {
-    "label_jsonl_zst": (make_labelled, []),
-    "label_parquet": (make_parquet, []),
+    "label": (make_labelled, []),
     "folders": (make_folders, ["--data_dir", "train/{}"]),
     "configs": (make_configs, ["--config", "{}"]),
 }
@@ -185,11 +165,13 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path, run_script):
     assert manifest["records"] < sum(map(len, texts.values()))  # it stopped reading
 
 
-def test_without_a_tokenizer_four_characters_are_a_token(dataset, tmp_path, run_script):
-    status, printed, _ = run_script(main, "--dataset", dataset, "--output_dir", tmp_path, "--tokens_per_domain", 100)
+def test_only_the_domains_asked_for_where_four_characters_are_a_token(dataset, tmp_path, run_script):
+    options = ["--domain_names", "c4=RedPajamaC4,books=RedPajamaBook", "--tokens_per_domain", 100]
+    status, printed, _ = run_script(main, "--dataset", dataset, "--output_dir", tmp_path, *options)
     assert (status, "about got" in printed) == (0, True)
-    for domain in DOMAINS:
-        assert 100 <= sum(-(-len(text) // 4) for text in texts_of(tmp_path / f"{domain}.jsonl")) <= 101
+    assert {path.name for path in tmp_path.glob("*.jsonl")} == {"c4.jsonl", "books.jsonl"}
+    for path in tmp_path.glob("*.jsonl"):
+        assert 100 <= sum(-(-len(text) // 4) for text in texts_of(path)) <= 101
 
 
 def test_a_domain_that_is_absent_or_ends_early_is_said(tmp_path, run_script):
@@ -206,13 +188,6 @@ def test_a_domain_that_is_absent_or_ends_early_is_said(tmp_path, run_script):
     assert lines["github"].endswith("the dataset has no more")
     assert "the dataset" not in lines["c4"]
     assert not (tmp_path / "out" / "arxiv.jsonl").exists()
-
-
-def test_only_the_domains_asked_for(dataset, tmp_path, run_script):
-    names = "c4=RedPajamaC4,books=RedPajamaBook"
-    options = ["--output_dir", tmp_path, "--domain_names", names, "--tokens_per_domain", 50]
-    assert run_script(main, "--dataset", dataset, *options)[0] == 0
-    assert {path.name for path in tmp_path.glob("*.jsonl")} == {"c4.jsonl", "books.jsonl"}
 
 
 def test_bad_records_are_skipped_and_counted(tmp_path, run_script):
@@ -244,7 +219,7 @@ class Interruption:
         return self.function(*arguments, **options)
 
 
-@pytest.mark.parametrize("shape", ["label_parquet", "folders"])
+@pytest.mark.parametrize("shape", ["label", "folders"])
 def test_interrupted_between_commits_it_ends_in_the_same_bytes(shape, tmp_path, run_script, often, monkeypatch):
     make, options = SHAPES[shape]
     folder, out = make(tmp_path / "set", make_texts()), tmp_path / "out"
@@ -263,7 +238,7 @@ def test_interrupted_between_commits_it_ends_in_the_same_bytes(shape, tmp_path, 
 def test_interrupted_before_any_renaming_it_ends_in_the_same_bytes(tmp_path, run_script, dataset, often, monkeypatch):
     """The renamings of a run: commits of the state, then the files' final names, then the manifest."""
     names = ["--domain_names", "c4=RedPajamaC4,books=RedPajamaBook"]
-    options = ["--dataset", dataset, *names, "--tokens_per_domain", 600, "--output_dir"]
+    options = ["--dataset", dataset, *names, "--tokens_per_domain", 800, "--output_dir"]
     with monkeypatch.context() as patch:
         counter = Interruption(os.replace)
         patch.setattr(os, "replace", counter)
@@ -279,7 +254,7 @@ def test_interrupted_before_any_renaming_it_ends_in_the_same_bytes(tmp_path, run
 
 
 def test_killed_it_goes_on_and_ends_in_the_same_bytes(tmp_path, run_script):
-    folder = make_labelled(tmp_path / "set", make_texts(1500), shards=4)
+    folder = make_labelled(tmp_path / "set", make_texts(1500))
     out = tmp_path / "out"
     options = ["--dataset", folder, "--tokens_per_domain", EVERYTHING, "--output_dir"]
     process = subprocess.Popen([sys.executable, SCRIPT, *map(str, options), out], stdout=subprocess.DEVNULL)
@@ -299,11 +274,11 @@ def test_unreadable_data_is_one_line_and_repaired_it_goes_on(tmp_path, run_scrip
     folder = make_labelled(tmp_path / "set", make_texts())
     options = ["--dataset", folder, "--tokens_per_domain", EVERYTHING, "--output_dir"]
     assert run_script(main, *options, tmp_path / "whole")[0] == 0
-    shard = folder / "train" / "chunk1" / "example_train_1.jsonl.zst"
+    shard = folder / "data" / "train-00001-of-00002.parquet"
     good = shard.read_bytes()
-    shard.write_bytes(zstandard.compress(zstandard.decompress(good)[:-40] + b"\nnot json\n"))
-    assert "JSON parse error" in one_line(run_script(main, *options, tmp_path / "out"))
-    assert json.loads((tmp_path / "out" / domain_download.STATE).read_text())["records"] == 80
+    shard.write_bytes(good[:1000])
+    assert "Parquet" in one_line(run_script(main, *options, tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / domain_download.STATE).read_text())["records"] == 120
     shard.write_bytes(good)
     assert run_script(main, *options, tmp_path / "out")[0] == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -382,7 +357,7 @@ def hub():
 
 def test_from_a_hub_that_fails_and_comes_back(hub, tmp_path):
     """A dataset by its id, from a server that refuses everything at first, then the second of two shards."""
-    hub.folder, url = make_parquet(tmp_path / "set", make_texts()), f"http://127.0.0.1:{hub.server_port}"
+    hub.folder, url = make_labelled(tmp_path / "set", make_texts()), f"http://127.0.0.1:{hub.server_port}"
     program = (
         "import sys, urllib.request\n"
         "from llama_data import domain_download, download_redpajama\n"
@@ -484,7 +459,7 @@ WRONG = {
     "name twice": (["--domain_names", "c4=a,books=a"], "'books=a'"),
     "no tokens": (["--tokens_per_domain", 0], "--tokens_per_domain 0 must be at least 1"),
     "no such folder": (["--dataset", "./nowhere"], "./nowhere is not a folder"),
-    "no such split": (["--split", "dev"], "Available splits: ['train', 'validation']"),
+    "no such split": (["--split", "dev"], "Available splits: ['train']"),
     "no such configuration": (["--config", "en-{}"], "'en-RedPajamaCommonCrawl' not found"),
     "no such data_dir": (["--data_dir", "{}"], "RedPajamaCommonCrawl"),
     "no such text": (["--text_field", "content"], "none of 316 records has a text in 'content'"),
