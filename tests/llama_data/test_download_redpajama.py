@@ -27,6 +27,7 @@ SCRIPT = Path(download_redpajama.__file__)
 NAMES = {domain: name for domain, (name, _) in DOMAINS.items()}
 PER_DOMAIN = 45
 EVERYTHING = 10**9
+COMMIT = "c0ffee" + "0" * 34
 
 
 def make_texts(per_domain: int = PER_DOMAIN) -> dict[str, list[str]]:
@@ -285,7 +286,7 @@ def test_unreadable_data_is_one_line_and_repaired_it_goes_on(tmp_path, run_scrip
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """The part of the hub's protocol that reading one dataset takes; answers 403 to paths with `server.refused`."""
+    """The part of the hub's protocol that reading one dataset takes; answers 403 to what `server.refused` names."""
 
     protocol_version = "HTTP/1.1"
 
@@ -294,46 +295,40 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server, path = self.server, self.path.split("?")[0]
-        place, _, inner = path.partition(f"/{server.commit}")
+        place, _, inner = path.partition(f"/{COMMIT}")
         target = server.folder / inner.strip("/")
         if path.startswith("/refuse/"):
             server.refused = path.removeprefix("/refuse/")
-            self.answer(b"")
-        elif server.refused in ("everything", path[-len(server.refused) - len(".parquet") : -len(".parquet")]):
-            self.answer(b"", 403)
+            self.answer({})
+        elif server.refused in ("everything", target.stem):
+            self.answer({}, 403)
         elif place.endswith("/resolve") and target.is_file():
-            self.answer_file(target.read_bytes())
+            content = target.read_bytes()
+            first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+            part = slice(int(first), int(last or len(content) - 1) + 1)
+            headers = {"ETag": '"0"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{len(content)}"
+            self.answer(content[part], 206 if "Range" in self.headers else 200, headers)
         elif place.endswith("/tree") and target.is_dir():
-            self.answer_json([self.entry(child) for child in sorted(target.iterdir())])
+            self.answer([self.entry(child) for child in sorted(target.iterdir())])
         elif path.startswith("/api/datasets/owner/set") and not inner:
-            self.answer_json({"id": "owner/set", "sha": server.commit, "siblings": [], "tags": []})
+            self.answer({"id": "owner/set", "sha": COMMIT, "siblings": [], "tags": []})
         else:
-            self.answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
+            self.answer({}, 404, {"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
         asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        paths = [path for path in self.server.folder.rglob("*") if str(path.relative_to(self.server.folder)) in asked]
-        self.answer_json([self.entry(path) for path in paths])
+        entries = map(self.entry, self.server.folder.rglob("*"))
+        self.answer([entry for entry in entries if entry["path"] in asked])
 
     def entry(self, path: Path) -> dict:
         kind = {"type": "directory"} if path.is_dir() else {"type": "file", "size": path.stat().st_size}
         return {**kind, "oid": "0" * 40, "path": path.relative_to(self.server.folder).as_posix()}
 
-    def answer_file(self, content: bytes) -> None:
-        headers = {"ETag": '"0"', "X-Repo-Commit": self.server.commit, "Accept-Ranges": "bytes"}
-        if "Range" not in self.headers:
-            return self.answer(content, 200, headers)
-        first, last = self.headers["Range"].removeprefix("bytes=").split("-")
-        last = int(last or len(content) - 1)
-        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-        return self.answer(content[int(first) : last + 1], 206, headers)
-
-    def answer_json(self, content: object) -> None:
-        self.answer(json.dumps(content).encode(), 200, {"Content-Type": "application/json"})
-
-    def answer(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+    def answer(self, content: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -345,14 +340,11 @@ class HubHandler(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     """A server on this machine with the one dataset owner/set, from the folder that a test sets."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
-    server.commit, server.refused = "c0ffee" + "0" * 34, "nothing"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as server:
+        server.refused = "nothing"
+        threading.Thread(target=server.serve_forever).start()
+        yield server
+        server.shutdown()
 
 
 def test_from_a_hub_that_fails_and_comes_back(hub, tmp_path):
@@ -362,7 +354,7 @@ def test_from_a_hub_that_fails_and_comes_back(hub, tmp_path):
         "import sys, urllib.request\n"
         "from llama_data import domain_download, download_redpajama\n"
         "domain_download.COMMIT_EVERY = 40\n"
-        "for refused in ('everything', '00001-of-00002', 'nothing'):\n"
+        "for refused in ('everything', 'train-00001-of-00002', 'nothing'):\n"
         "    urllib.request.urlopen(f'{sys.argv[1]}/refuse/{refused}').read()\n"
         "    print('status', download_redpajama.main(sys.argv[2:]), flush=True)\n"
     )
@@ -380,7 +372,7 @@ def test_from_a_hub_that_fails_and_comes_back(hub, tmp_path):
     assert sorted(document["text"] for document in documents) == sorted(
         text for texts in make_texts().values() for text in texts
     )
-    assert all(document["source"].startswith(f"owner/set@{hub.commit} RedPajama") for document in documents)
+    assert all(document["source"].startswith(f"owner/set@{COMMIT} RedPajama") for document in documents)
 
 
 # ---------------------------------------------------------------------------------------------------- the folder

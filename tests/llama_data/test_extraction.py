@@ -93,14 +93,14 @@ def test_code_between_marks_and_files():
 
 
 def r_data_base(*vectors: list[str]) -> bytes:
-    """Character vectors as R writes them (serialisation format 3, big-endian), each compressed on its own."""
+    """Character vectors as R writes them: before each string its encoding, type and length."""
     content = b""
-    for strings in vectors:
-        data = b"X\n" + struct.pack(">iiii", 3, 0x40201, 0x30500, 5) + b"UTF-8" + struct.pack(">ii", 16, len(strings))
-        for string in strings:
-            data += struct.pack(">ii", 0x40009, len(string.encode())) + string.encode()
-        compressed = zlib.compress(data)
-        content += struct.pack(">I", len(data)) + compressed
+    for vector in vectors:
+        data = b"X\n"
+        for string in vector:
+            data += b"\0\4\0\x09" if string.isascii() else b"\0\0\x80\x09"
+            data += struct.pack(">I", len(string.encode())) + string.encode()
+        content += struct.pack(">I", len(data)) + zlib.compress(data)
     return content
 
 
