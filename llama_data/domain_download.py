@@ -1,6 +1,6 @@
-"""What download_redpajama.py does: a dataset read record by record, its texts written to one file per domain.
+"""Reads a dataset record by record and writes its texts to one file per domain, for download_redpajama.py.
 
-It goes on from the state that an interrupted run left.
+A later run goes on from the state that an interrupted one left.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ DOMAINS = {
 HELD_OUT_ONE_IN = 20
 COMMIT_EVERY = 1000  # records between two points from which a later run can go on
 LOOK_AHEAD = 10_000  # records after which a dataset that gave no document is given up
-NETWORK_RETRIES = 5  # of a read, half a minute each
+NETWORK_RETRIES = 5  # per read, half a minute each
 
 
 class NetworkError(RegistryError):

@@ -1,4 +1,4 @@
-"""What a package's files hold, as documents: one pure function for each kind of source."""
+"""Turns the files of a package into documents: one pure function for each kind of source."""
 
 import html
 import json
@@ -64,7 +64,7 @@ def web_mails(members: Members) -> Iterator[Document]:
 
 
 def plain_mails(members: Members) -> Iterator[Document]:
-    """The same of mails that have no HTML."""
+    """Mails without HTML, by the same rules."""
     yield from _mails(members, lambda message: "" if message.html else message.plain)
 
 

@@ -27,7 +27,7 @@ BODY = regex.compile(r"\\begin\{document\}(.*?)(?:\\end\{document\}|\Z)", regex.
 BIBLIOGRAPHY = regex.compile(
     r"\\begin\{thebibliography\}.*?\\end\{thebibliography\}|\\bibliography(?:style)?\{[^}]*\}", regex.DOTALL
 )
-PUBLISHED = regex.compile(r"Copyright\s*\\copyright")  # a publisher's, whatever licence the package has
+PUBLISHED = regex.compile(r"Copyright\s*\\copyright")  # the publisher owns it, whatever licence the package has
 SHORTEST_PAPER = 1000
 
 

