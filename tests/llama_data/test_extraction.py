@@ -13,7 +13,6 @@ from llama_data import extraction, mail
 from llama_data.archives import read_members
 from llama_data.cleaning import PART_CHARACTERS, decode, html_text, in_parts, pod_text, tidy
 from llama_data.latex import argument, paper
-from llama_download.registry import RegistryError
 
 
 def texts(documents) -> list[str]:
@@ -245,9 +244,3 @@ def test_damaged_packages_are_refused_by_name(suffix, tmp_path):
     path.write_bytes(b"damaged" * 100)
     with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read as a package")):
         read_members(path, ".*")
-
-
-def test_without_dpkg_it_says_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RegistryError, match=r"p\.deb needs dpkg-deb, which is not installed"):
-        read_members(tmp_path / "p.deb", ".*")
