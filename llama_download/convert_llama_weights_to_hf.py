@@ -15,8 +15,6 @@ import shlex
 import shutil
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,15 +148,8 @@ def write_model(
     model.config.save_pretrained(folder)
     GenerationConfig(**ids).save_pretrained(folder)
     shards = plan_shards(model.plan(dtype), max_shard_bytes)
-    sizes = [sum(planned.num_bytes for planned in group) for group in shards.values()]
-    ends = [0.0, *(end / sum(sizes) for end in accumulate(sizes))]
-    parts = pairwise([*ends, 1.0])  # the next shard's input is read while this one is written
-    with ThreadPoolExecutor(1) as reader:
-        reader.submit(model.read_ahead, *next(parts))
-        steps = list(zip(shards.items(), parts, strict=True))
-        for (name, group), part in progress_bar(steps, "convert", "shard"):
-            reader.submit(model.read_ahead, *part)
-            save_shard(group, folder / name)
+    for name, group in progress_bar(shards.items(), "convert", "shard"):
+        save_shard(group, folder / name)
     if len(shards) > 1:
         (folder / WEIGHTS_INDEX).write_text(json.dumps(shard_index(shards), indent=2) + "\n", encoding="utf-8")
     DenseCheckpoint(str(folder))
@@ -169,15 +160,9 @@ def save_shard(group: "list[PlannedTensor]", file: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {planned.name: planned.made() for planned in group}
-    storages = set()
-    for name, tensor in tensors.items():
-        if tensor.untyped_storage().data_ptr() in storages:  # of a file that holds one tensor under two names
-            tensors[name] = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
     try:
-        save_file(tensors, file, {"format": "pt"})
-    except SafetensorError as error:  # its way to say that the disk is full
+        save_file({planned.name: planned.made() for planned in group}, file, {"format": "pt"})
+    except SafetensorError as error:  # this is how it says that the disk is full
         raise OSError(errno.EIO, str(error), str(file)) from error
 
 

@@ -266,7 +266,7 @@ DAMAGES = {
     ),
     "a rank twice": (
         lambda f: (f / "consolidated.1.pth").write_bytes((f / "consolidated.01.pth").read_bytes()),
-        "are one rank twice",
+        "consolidated.02.pth is missing; the folder has consolidated.00.pth, consolidated.01.pth, consolidated.1.pth",
     ),
     "heads cut in two": (lambda f: edit_params(f, n_heads=1, n_kv_heads=1), "attention.w"),
     "a tensor without values": (
