@@ -62,16 +62,13 @@ class MetaTensor:
     axis: int | None = None
     head_dim: int | None = None
 
-    def part_shape(self, num_shards: int) -> tuple[int, ...]:
-        """The shape of each shard's part."""
-        return tuple(size // num_shards if axis == self.axis else size for axis, size in enumerate(self.shape))
-
     def fits(self, parts: list[torch.Tensor]) -> bool:
-        """Whether these are the parts that shards should hold: of the right shapes, with no head cut in two."""
+        """Whether these are the parts that shards should hold: of equal shapes, with no head cut in two."""
         if self.axis is None:
             return all(tuple(part.shape) == self.shape and torch.equal(part, parts[0]) for part in parts)
-        is_divided = self.shape[self.axis] % (len(parts) * (self.head_dim or 1)) == 0
-        return is_divided and all(tuple(part.shape) == self.part_shape(len(parts)) for part in parts)
+        size, remainder = divmod(self.shape[self.axis], len(parts))
+        shape = (*self.shape[: self.axis], size, *self.shape[self.axis + 1 :])
+        return not remainder and not size % (self.head_dim or 1) and all(tuple(part.shape) == shape for part in parts)
 
     def merge(self, parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """A new tensor, made of the parts, as transformers has it."""
