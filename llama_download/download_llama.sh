@@ -15,7 +15,7 @@ TARGET_FOLDER="${TARGET_FOLDER:-}"  # where all files should end up
 # end a try). Exit status: 2 for wrong settings, files that the server refuses or that are not what Meta's list says,
 # and folders that cannot be written; 3 where the network fails.
 
-# No line above is a shebang, so that the settings come first: bash reads this file by name.
+# The settings come first, so there is no shebang: run this file with bash.
 if [ -z "${BASH_VERSION:-}" ] || [ "${BASH_VERSINFO:-0}" -lt 4 ]; then
     echo "download_llama.sh: error: this needs bash 4 or newer: bash download_llama.sh (macOS: brew install bash)" >&2
     exit 2

@@ -9,12 +9,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from run_moefication.command_line import fail
 from run_moefication.moefication.errors import MoEficationError, NetworkError
 from run_moefication.moefication.storage.files import file_sha256
 
@@ -171,19 +170,6 @@ def _download(packages: Sequence[Package], cache_dir: Path) -> None:
             for package in packages:
                 if package.is_in(Path(folder)):
                     os.replace(Path(folder) / package.file_name, cache_dir / package.file_name)
-
-
-def exit_status(work: Callable[[], None], program: str) -> int:
-    """Do a script's work. Returns its exit status: 0, or after one line on stderr 3 where the registry could not be
-    reached, 2 for wrong input and other errors of files."""
-    try:
-        work()
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
-    except (RegistryError, OSError, ValueError) as error:
-        return fail(program, str(error), getattr(error, "exit_status", 2))
-    return 0
 
 
 def _run_client(command: list[str], wanted: list[str], folder: Path, advice: str) -> None:
