@@ -10,7 +10,7 @@ from itertools import repeat
 from pathlib import Path
 
 import pytest
-from local_server import LocalServer, Reply
+from local_server import LocalServer, Reply, assert_one_line
 
 SCRIPT = Path(__file__).parents[2] / "llama_download" / "download_hf.sh"
 MODEL = "some-lab/tiny-llama"
@@ -111,14 +111,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 def assert_complete(result: subprocess.CompletedProcess, hub: Hub, target: Path, names: list[str] = NEEDED) -> None:
     assert (result.returncode, result.stderr) == (0, ""), result.stdout
     assert contents(target) == {name: hub.contents[name] for name in names}
-
-
-def assert_one_line(result: subprocess.CompletedProcess, *words: str, status: int = 2) -> None:
-    assert result.returncode == status, result.stdout + result.stderr
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert result.stderr.startswith("download_hf.sh: error: ")
-    for word in words:
-        assert word in result.stderr
 
 
 def test_what_a_checkpoint_needs_is_fetched_once(run, hub, target):

@@ -15,7 +15,7 @@ from itertools import repeat
 from pathlib import Path
 
 import pytest
-from local_server import LocalServer, Reply
+from local_server import LocalServer, Reply, assert_one_line
 
 SCRIPT = Path(__file__).parents[2] / "llama_download" / "download_llama.sh"
 BASH, ENV = shutil.which("bash"), shutil.which("env")
@@ -120,16 +120,6 @@ def assert_complete(result: subprocess.CompletedProcess, server: LocalServer, ta
     """The script succeeded, silently, and the folder holds the server's files, nothing else."""
     assert (result.returncode, result.stderr) == (0, ""), result.stdout
     assert contents(target) == server.files
-
-
-def assert_one_line(result: subprocess.CompletedProcess, *words: str, status: int = 2) -> None:
-    """The script failed with one line that has these words, and without the link's secret."""
-    assert result.returncode == status, result.stdout + result.stderr
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert result.stderr.startswith("download_llama.sh: error: ")
-    for word in words:
-        assert word in result.stderr
-    assert "SeCrEt" not in result.stdout + result.stderr
 
 
 def test_the_first_lines_are_the_settings():
