@@ -29,6 +29,7 @@ SIZES = {
     "3B": (3072, 28, 24, 8),
     "8B": (4096, 32, 32, 8),
 }
+READ_AHEAD_BYTES = 16 << 20
 # How many positions each generation was trained on, which params.json does not tell.
 POSITIONS = {
     "LLaMA 1": 2048,
@@ -71,8 +72,8 @@ class MetaTensor:
         return not remainder and not size % (self.head_dim or 1) and all(tuple(part.shape) == shape for part in parts)
 
     def merge(self, parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """A new tensor, made of the parts, as transformers has it."""
-        merged = parts[0].clone() if self.axis is None else torch.cat(parts, self.axis)
+        """The whole tensor as transformers has it; the mapped file itself, which needs no memory, where it is that."""
+        merged = torch.cat(parts, self.axis) if self.axis is not None and len(parts) > 1 else parts[0]
         if self.head_dim is not None:
             # Meta rotates neighbours (2i, 2i + 1) of a head, transformers pairs (i, i + head_dim / 2).
             merged = merged.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
@@ -146,6 +147,19 @@ class MetaCheckpoint:
             PlannedTensor(tensor.name, tensor.shape, dtype, partial(make, meta_name, tensor))
             for meta_name, tensor in self._tensors.items()
         ]
+
+    def read_ahead(self, start: float, stop: float) -> None:
+        """Read this part of every file, in fractions of it, into the system's cache, where the mapping then finds it.
+
+        Only time depends on it. The tensors lie in the files in about the order of the plan.
+        """
+        buffer = bytearray(READ_AHEAD_BYTES)
+        for file in self.files:
+            size = file.stat().st_size
+            with file.open("rb", buffering=0) as opened:
+                opened.seek(int(start * size))
+                while opened.tell() < int(stop * size) and opened.readinto(buffer):
+                    pass
 
     def _require(self, name: str, ndim: int) -> torch.Tensor:
         """A tensor of the first shard, needed before the layout of all is known."""
