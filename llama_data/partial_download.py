@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_data.own_files import old_names
+from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.storage.files import write_json
 
 MANIFEST = "redpajama.json"
@@ -17,13 +18,13 @@ def part_path(folder: Path, name: str) -> Path:
 
 
 def refuse_other_options(folder: Path, record: dict[str, Any], options: dict[str, Any]) -> None:
-    """Raise ValueError where the folder holds a download with other options, or one that has lost a file."""
+    """Raise MoEficationError where the folder holds a download with other options, or one that has lost a file."""
     others = [f"--{name}" for name, value in options.items() if record["options"].get(name) != value]
     if others:
-        raise ValueError(f"{folder} holds a download with another {', '.join(others)}: --overwrite replaces it")
+        raise MoEficationError(f"{folder} holds a download with another {', '.join(others)}: --overwrite replaces it")
     missing = [name for name in record["files"] if "position" not in record and not (folder / name).exists()]
     if missing:
-        raise ValueError(f"{folder / missing[0]} is missing: --overwrite downloads everything again")
+        raise MoEficationError(f"{folder / missing[0]} is missing: --overwrite downloads everything again")
 
 
 def publish(folder: Path, state: dict[str, Any], manifest: dict[str, Any] | None) -> dict[str, Any]:

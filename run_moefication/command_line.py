@@ -239,7 +239,7 @@ def progress_bar(items: Iterable, what: str, unit: str) -> Iterable:
 
 
 def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
-    """Parse, work, and turn wrong input into one line on stderr and exit status 2.
+    """Parse, work, and turn wrong input into one line on stderr and exit status 2 (3 where a server is at fault).
 
     Returns: the exit status. Other exceptions are defects of ours and keep their traceback.
     """
@@ -256,7 +256,7 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
     except SettingError as error:
         return fail(parser.prog, with_dashes(str(error), vars(arguments)))
     except MoEficationError as error:
-        return fail(parser.prog, str(error))
+        return fail(parser.prog, str(error), error.exit_status)
     except OSError as error:
         return fail(parser.prog, f"{error.filename or 'file'}: {error.strerror or error}")
     except RuntimeError as error:
@@ -276,15 +276,15 @@ def with_dashes(message: str, options: Collection[str]) -> str:
     return re.sub(rf"(?<![\w/.-])({names})(?![\w/.-])", r"--\1", message)
 
 
-def fail(program: str, message: str) -> int:
+def fail(program: str, message: str, status: int = 2) -> int:
     """Say in one line what went wrong (after the traceback of the error at hand, if `TRACEBACK` is set).
 
-    Returns: the exit status, 2.
+    Returns: the exit status.
     """
     if os.environ.get(TRACEBACK):
         traceback.print_exc()
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return status
 
 
 def report(writer: Any, next_step: str, missing: str = "still missing") -> None:

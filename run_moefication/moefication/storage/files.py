@@ -54,6 +54,7 @@ def locked(lock: FileLock, timeout: float = -1) -> Iterator[None]:
         timeout: seconds to wait for another process, after which `filelock.Timeout` is raised; -1: any time.
     """
     path = Path(lock.lock_file)
+    new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock.acquire(timeout):
         try:
@@ -61,6 +62,9 @@ def locked(lock: FileLock, timeout: float = -1) -> Iterator[None]:
         finally:
             if lock.lock_counter == 1:
                 path.unlink(missing_ok=True)  # whoever waits for it makes a new one
+                with contextlib.suppress(OSError):  # something was written there
+                    for folder in new_folders:
+                        folder.rmdir()
 
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
