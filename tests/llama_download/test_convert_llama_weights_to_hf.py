@@ -370,7 +370,7 @@ def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_none_of_its_remains(
 ):
     folder = write_meta(small_llama(num_hidden_layers=60), tmp_path / "in")
     (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
-    results = tmp_path / "results"
+    (results := tmp_path / "results").mkdir()
     process = start(folder, results / "out")
     while process.poll() is None and not list(results.glob(".out.partial/model-*")):
         time.sleep(0.01)
