@@ -14,11 +14,6 @@ from .split import require_template
 INPUTS, GATE_OUTPUTS = "hidden_inputs", "hidden_gate_outputs"
 
 
-def features_folder(save_path: str | Path, model_name: str) -> Path:
-    """`SAVE/NAME-Hidden-Features`"""
-    return Path(save_path) / f"{model_name}-Hidden-Features"
-
-
 def shard_file(kind: str, rank: int, index: int) -> str:
     """`hidden_inputs/R_I.pth` or `hidden_gate_outputs/R_I.pth`, relative to the features folder."""
     return f"{kind}/{rank}_{index}.pth"

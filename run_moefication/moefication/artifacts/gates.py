@@ -14,11 +14,6 @@ from ..storage.folder import open_finished
 from .split import Split
 
 
-def select_folder(save_path: str | Path, model_name: str, num_experts: int) -> Path:
-    """`SAVE/NAME-8Expert-Select-MLP`"""
-    return Path(save_path) / f"{model_name}-{num_experts}Expert-Select-MLP"
-
-
 class TrainedGates:
     """A finished select folder, checked against the model and the split its gates were trained for.
 
@@ -37,8 +32,8 @@ class TrainedGates:
         options = self.artifact.options
         self.config_fields = {
             "gate_network": GATE_NETWORKS[options["gate_network"]],
-            "gate_rank": options["gate_rank"],
-            "gate_bias": options["gate_fit"] == "ridge",
+            "gate_rank": options.get("gate_rank"),
+            "gate_bias": options.get("gate_fit") == "ridge",
         }
         self._template = split.template
         config = LlamaMoEConfig(

@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 from ...settings import TEMPLATES
 from ..errors import MoEficationError, SettingError
+from ..names import model_name
 from ..progress import Progress, no_progress
 from ..storage.files import digest
 from .dense_config import expected_shapes, read_dense_config
@@ -74,9 +75,7 @@ class DenseCheckpoint:
 
     def __init__(self, model_path: str | Path):
         self.path = resolve_model_path(model_path)
-        self.name = Path(model_path).name or self.path.name
-        if self.name in (".", ".."):
-            self.name = self.path.name
+        self.name = model_name(model_path)
         self.raw_config, self.config = read_dense_config(self.path)
         infos = read_headers(self.path)
         unused = sorted(filter(UNUSED_TENSORS.fullmatch, infos))

@@ -1,6 +1,5 @@
 """Stage 4: dense tensors, a split and gates become a LlamaMoE checkpoint, tensor by tensor."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def convert(
     shards = plan_shards(_plan(checkpoint, split, gates, config, settings), MAX_SHARD_BYTES)
     claim = Claim(
         stage="convert",
-        options=asdict(settings) | {"num_labels": _num_labels(checkpoint, settings)},
+        options=settings.recorded() | {"num_labels": _num_labels(checkpoint, settings)},
         source=checkpoint.source,
         environment=environment("cpu"),
         inputs={"split_file_path": split.artifact.digest, "select_file_path": gates.artifact.digest},
@@ -191,8 +190,6 @@ def _num_labels(checkpoint: DenseCheckpoint, settings: ConvertSettings) -> int |
             f"embedding is its head, set tie_word_embeddings to true in its config.json"
         )
     if convert_type != "LlamaMoEForSequenceClassification":
-        if num_labels is not None:
-            raise SettingError(f"num_labels is for LlamaMoEForSequenceClassification, not for {convert_type}")
         return None
     if "score.weight" in checkpoint.tensors:
         found = checkpoint.tensors["score.weight"].shape[0]

@@ -51,7 +51,6 @@ def distill(
     save_path: str | Path,
     settings: DistillSettings,
     *,
-    save_steps: int = 100,
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress = no_progress,
@@ -61,17 +60,14 @@ def distill(
     Memory: both models whole, the MoE in float32 with its gradients and two moments of what is trained, and for each
     token of a batch the activations of all experts. Disk, until it is finished: the MoE in float32 with the moments.
 
-    Args:
-        save_steps: training steps between two saves, from which an interrupted run goes on.
-
     Returns: the folder's writer, finished (in the first process); its metrics say what the training gained.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
-    _check(checkpoint, moe, corpus, save_path, settings, save_steps)
-    arguments = _training_arguments(settings, corpus.options["seed"], save_steps, device)
+    _check(checkpoint, moe, corpus, save_path, settings)
+    arguments = _training_arguments(settings, corpus.options["seed"], device)
     claim = Claim(
         stage="distill",
-        options=asdict(settings) | corpus.options,
+        options=settings.recorded() | corpus.options,
         source=checkpoint.source,
         environment=environment(device) | {"processes": str(arguments.world_size)},
         inputs={"moe_path": moe.artifact.digest, "train_data_path": corpus.digest},
@@ -116,7 +112,6 @@ def _check(
     corpus: Corpus,
     save_path: str | Path,
     settings: DistillSettings,
-    save_steps: int,
 ) -> None:
     """Refuse what cannot be distilled, before any work."""
     folder, config = moe.artifact.folder, moe.config
@@ -128,15 +123,13 @@ def _check(
         raise MoEficationError(f"{folder} weighs its experts by gate scores; that is not distilled")
     if settings.num_selects is not None:
         require_num_selects(settings.num_selects, config)
-    if save_steps < 1:
-        raise SettingError(f"save_steps {save_steps} must be at least 1")
     if Path(save_path).resolve() in (checkpoint.path, folder.resolve()):
         raise SettingError(f"save_path {save_path} is one of the source checkpoints; choose another folder")
     require_place(Path(save_path), "distill")
     require_held_out_block(corpus)
 
 
-def _training_arguments(settings: DistillSettings, seed: int, save_steps: int, device: str) -> TrainingArguments:
+def _training_arguments(settings: DistillSettings, seed: int, device: str) -> TrainingArguments:
     """The settings in the Trainer's words; under torchrun this joins the other processes."""
     arguments = training_arguments(
         seed,
@@ -146,7 +139,7 @@ def _training_arguments(settings: DistillSettings, seed: int, save_steps: int, d
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         bf16=settings.bf16,
-        save_steps=save_steps,
+        save_steps=settings.save_steps,
     )
     if torch.device(device).index not in (None, arguments.device.index):
         raise MoEficationError(f"--device {device}: one process trains on the first GPU; set CUDA_VISIBLE_DEVICES")

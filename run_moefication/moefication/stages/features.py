@@ -14,9 +14,10 @@ import torch
 from transformers import LlamaModel
 
 from ...settings import FeatureSettings
-from ..artifacts.features import features_folder, shard_file
+from ..artifacts.features import shard_file
 from ..checkpoints.dense import DTYPES, DenseCheckpoint
 from ..errors import MoEficationError
+from ..names import features_folder
 from ..progress import Progress, no_progress
 from ..storage.files import tensor_sha256
 from ..storage.folder import ArtifactWriter, require_place
@@ -57,7 +58,7 @@ def extract_features(
     batch_size, dtype = settings.batch_size, DTYPES[settings.dtype]
     claim = Claim(
         stage="hidden_features",
-        options=asdict(settings) | corpus.options,
+        options=settings.recorded() | corpus.options,
         source=checkpoint.source,
         environment=environment(device),
         inputs={"train_data_path": corpus.digest},

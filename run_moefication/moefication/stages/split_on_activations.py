@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ...settings import SplitSettings
 from ..artifacts.features import Features
-from ..artifacts.split import require_template, split_folder, write_labels
+from ..artifacts.split import require_template, write_labels
 from ..artifacts.streams import Streams
 from ..checkpoints.dense import TEMPLATES, DenseCheckpoint
 from ..checkpoints.tokenizers import carried_over
@@ -27,6 +27,7 @@ from ..fitting.balanced_kmeans import Clustering, balanced_kmeans
 from ..fitting.ridge import NormalEquations, gram, low_rank_map, token_weights
 from ..layers.decoder import Batch, DenseLayer, batches_of, embed
 from ..layers.scores import TOKENS_PER_CHUNK, LayerActivations, token_stride
+from ..names import split_folder
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import Claim, environment
@@ -124,7 +125,8 @@ def split_by_activations(
 
     Returns: the writer of the folder, finished.
     """
-    num_experts, num_shared_experts, keep_fraction = settings.num_experts, settings.num_shared_experts, settings.kept
+    num_experts, num_shared_experts = settings.num_experts, settings.num_shared_experts
+    keep_fraction = settings.keep_fraction
     checkpoint.require_experts(num_experts)
     require_template(template)
     from_corpus = isinstance(text, Corpus)

@@ -85,9 +85,9 @@ def difference(existing: dict[str, Any], wanted: dict[str, Any], finished: bool)
     """What keeps an existing folder from being the wanted one, as the rest of a sentence, or None."""
     if existing["source"].get("fingerprint") != wanted["source"]["fingerprint"]:
         return f"was made from another model ({existing['source'].get('name')}: its weights or config differ)"
-    # An option that only one of the two knows (a newer version's) counts as different.
-    for name in sorted({*existing["options"], *wanted["options"]}):
-        before, now = existing["options"].get(name), wanted["options"].get(name)
+    # Older versions also recorded options without an effect, which this run does not name.
+    for name, now in sorted(wanted["options"].items()):
+        before = existing["options"].get(name)
         if before != now:
             return f"was made with --{name} {before}, this run asks for {now}"
     for name, value in wanted["inputs"].items():
