@@ -171,6 +171,27 @@ def run_options(arguments: argparse.Namespace, process: "Process | None" = None)
     return options | {"overwrite": arguments.overwrite, "progress": progress_bar if is_first else no_progress}
 
 
+def this_process(arguments: argparse.Namespace, what_alone: str) -> "Process":
+    """Which of several processes this one is, as torchrun says in the environment.
+
+    If something else set these variables, they may be left over from another run: a line on stderr says what this
+    process will do.
+
+    Args:
+        what_alone: what a process does if it is one of several.
+    """
+    from .moefication import processes
+
+    process = processes.this_process(arguments.local_rank)
+    if process.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        print(
+            f"the environment says RANK {process.rank} of WORLD_SIZE {process.world_size}: {what_alone}; "
+            f"`unset RANK WORLD_SIZE` if this process is to do all",
+            file=sys.stderr,
+        )
+    return process
+
+
 def pick_device(arguments: argparse.Namespace, local_rank: int = 0) -> str:
     """The device that `--device` names, checked; by default the GPU of this process where there is one."""
     from .moefication import processes

@@ -31,10 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def distill(arguments: argparse.Namespace) -> None:
     """Run the stage in this process of one or several, and print what the training gained."""
-    from run_moefication.moefication.processes import this_process
-
     place = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
-    process = this_process(f"it trains with the others, and waits for them at {place}", arguments.local_rank)
+    process = command_line.this_process(arguments, f"it trains with the others, and waits for them at {place}")
     run = command_line.run_options(arguments, process)
     from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.stages import distill as stage

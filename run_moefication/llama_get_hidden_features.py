@@ -26,9 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def get_hidden_features(arguments: argparse.Namespace) -> None:
     """Run the stage in this process of one or several, and print the mix of domains."""
-    from run_moefication.moefication.processes import this_process
-
-    process = this_process("it records its share, and the others must be started, too", arguments.local_rank)
+    process = command_line.this_process(arguments, "it records its share, and the others must be started, too")
     run = command_line.run_options(arguments, process)
     from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.stages.features import extract_features

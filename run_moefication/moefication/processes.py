@@ -1,14 +1,11 @@
 """Which of several processes this one is, and the device that it computes on."""
 
-import logging
 import os
 from dataclasses import dataclass
 
 import torch
 
 from .errors import MoEficationError, SettingError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,16 +17,9 @@ class Process:
     local_rank: int
 
 
-def this_process(what_alone: str, local_rank: int | None = None) -> Process:
-    """Which process this is by RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets.
-
-    If they are set, but not by torchrun, they may be left over from another run: a warning says what this process
-    will do.
-
-    Args:
-        what_alone: what a process does if it is one of several.
-        local_rank: where LOCAL_RANK is not set.
-    """
+def this_process(local_rank: int | None = None) -> Process:
+    """Which process this is by RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; `local_rank` where the last of
+    them is not set."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": local_rank or 0}
     try:
         process = Process(*(int(os.environ.get(name) or default) for name, default in names.items()))
@@ -41,13 +31,6 @@ def this_process(what_alone: str, local_rank: int | None = None) -> Process:
         raise MoEficationError(
             f"the environment says RANK {process.rank}, which is outside of WORLD_SIZE {process.world_size}: "
             f"start the processes with torchrun, or unset RANK and WORLD_SIZE"
-        )
-    if process.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        logger.warning(
-            "the environment says RANK %d of WORLD_SIZE %d: %s; `unset RANK WORLD_SIZE` if this process is to do all",
-            process.rank,
-            process.world_size,
-            what_alone,
         )
     return process
 
