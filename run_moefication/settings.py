@@ -30,7 +30,6 @@ GATE_NETWORKS = {"mlp": "mlp", "linear": "linear", "similarity": "linear"}
 GATE_FITS = ("ridge", "adam")
 ROUTINGS = ("top_k", "threshold")
 CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
-LAYER_BUDGETS = ("equal", "sensitivity")
 TRAINED = ("gates", "experts", "all")
 EQUAL = "equal"
 
@@ -354,11 +353,6 @@ class CalibrateSettings(Settings):
     refit_gates: bool = setting(False, "fit linear gates anew, on what the calibrated layers before produce")
     output_bias: bool = setting(
         False, "fit a bias on each MLP's output as well; engines for other MoE architectures have no place for it"
-    )
-    layer_budgets: str = setting(
-        "equal",
-        "equal: every layer runs as many experts; sensitivity: more where the loss rises most without them",
-        choices=LAYER_BUDGETS,
     )
     batch_size: int = setting(4, "blocks at a time", check=at_least(1))
 

@@ -28,6 +28,7 @@ from run_moefication.moefication.checkpoints.dense import DTYPES
 from run_moefication.moefication.fitting.balanced_kmeans import DISTANCES
 from run_moefication.moefication.layers.scores import CRITERIA
 from run_moefication.moefication.stages.distill_trainer import TRAINED
+from run_moefication.moefication.storage.manifest import difference
 
 ROOT = Path(__file__).parents[2]
 STAGES = {
@@ -139,3 +140,19 @@ def test_every_field_is_explained():
     for stage in (*STAGES.values(), settings.CorpusSettings):
         for one in fields(stage):
             assert re.match(r"[a-z].{7,}", one.metadata["help"]), one.name
+
+
+@pytest.mark.parametrize(
+    ("recorded", "wanted", "said"),
+    [
+        ({"gate_fit": "ridge", "epochs": 30}, {"gate_fit": "ridge"}, None),  # epochs had no effect
+        ({"gate_fit": "adam", "epochs": 30}, {"gate_fit": "ridge"}, "was made with --gate_fit adam"),
+        ({"gate_fit": "adam"}, {"gate_fit": "adam", "new": 1}, "was made with --new None"),
+        ({"layer_budgets": "equal"}, {}, None),
+        ({"layer_budgets": "sensitivity"}, {}, "was made with --layer_budgets sensitivity"),
+    ],
+)
+def test_options_that_older_versions_recorded(recorded, wanted, said):
+    claim = {"source": {"fingerprint": "1"}, "inputs": {}, "environment": {}}
+    told = difference(claim | {"options": recorded}, claim | {"options": wanted}, finished=True)
+    assert told is None if said is None else told.startswith(said)

@@ -28,6 +28,8 @@ STAGE_SCRIPTS = {
     "calibrate": "llama_calibrate.py",
     "distill": "llama_distill.py",
 }
+# Options that older versions had, and the value with which their results are those of today.
+GONE = {"layer_budgets": "equal"}
 VERSIONED_PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "safetensors")
 MOE_STAGES = ("convert", "calibrate", "distill")  # whose folders are LlamaMoE checkpoints
 MAX_MANIFEST_BYTES = 1 << 30
@@ -86,7 +88,8 @@ def difference(existing: dict[str, Any], wanted: dict[str, Any], finished: bool)
     if existing["source"].get("fingerprint") != wanted["source"]["fingerprint"]:
         return f"was made from another model ({existing['source'].get('name')}: its weights or config differ)"
     # Older versions also recorded options without an effect, which this run does not name.
-    for name, now in sorted(wanted["options"].items()):
+    gone = {name: value for name, value in GONE.items() if name in existing["options"]}
+    for name, now in sorted((gone | wanted["options"]).items()):
         before = existing["options"].get(name)
         if before != now:
             return f"was made with --{name} {before}, this run asks for {now}"
