@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from run_moefication import (
     llama_calibrate,
     llama_convert,
+    llama_distill,
     llama_evaluate,
     llama_get_hidden_features,
     llama_select_mlp,
@@ -30,6 +31,7 @@ MAINS = {
     "select": llama_select_mlp.main,
     "convert": llama_convert.main,
     "calibrate": llama_calibrate.main,
+    "distill": llama_distill.main,
     "evaluate": llama_evaluate.main,
 }
 LABELS = "layers.0.mlp.gate_proj.weight"
@@ -113,6 +115,14 @@ def untouched(finished, places) -> tuple[dict[str, bytes], dict[str, bytes]]:
 ON_FEATURES = {"cluster_on": "activations", "hidden_features_path": "{features}"}
 ON_TEXT = {"cluster_on": "activations", "train_data_path": "{text}", "block_size": 32, "max_tokens": 128}
 COUNTS = {"num_experts": 4, "num_selects": 2}
+ON_MOE = {
+    "model_path": "{model}",
+    "moe_path": "{moe}",
+    "train_data_path": "{text}",
+    "save_path": "{save}",
+    "block_size": 32,
+    "max_tokens": 128,
+}
 GOOD = {
     "split": {"model_path": "{model}", "save_path": "{save}", "num_experts": 4},
     "split_random": {"model_path": "{model}", "save_path": "{save}", "num_experts": 4},
@@ -131,14 +141,8 @@ GOOD = {
         "save_path": "{save}",
         **COUNTS,
     },
-    "calibrate": {
-        "model_path": "{model}",
-        "moe_path": "{moe}",
-        "train_data_path": "{text}",
-        "save_path": "{save}",
-        "block_size": 32,
-        "max_tokens": 128,
-    },
+    "calibrate": ON_MOE,
+    "distill": ON_MOE,
     "evaluate": {"model_path": "{moe}", "text_path": "{text}/c4.jsonl", "max_tokens": 64, "block_size": 32},
 }
 
@@ -326,6 +330,21 @@ def test_unknown_option_and_abbreviation_are_refused(stage, places, run_script):
         assert_refused(
             run_script(MAINS[stage], *arguments_of(stage, {}, places), option, "x"), "unrecognized arguments"
         )
+
+
+def test_left_over_names_of_processes_are_told(places, run_script, monkeypatch):
+    """Processes that do not meet are not started; where they would meet is told before anything is read."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = run_script(llama_distill.main, *arguments_of("distill", {}, places))
+    told, error = err.splitlines()
+    assert status == 2
+    assert "RANK 0 of WORLD_SIZE 2: it trains with the others, and waits for them at MASTER_ADDR:MASTER_PORT" in told
+    assert "MASTER_ADDR does not say where they meet: start them with torchrun" in error
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29517")
+    _, _, err = run_script(llama_distill.main, *arguments_of("distill", {"model_path": "{tmp}/nowhere"}, places))
+    assert "waits for them at 127.0.0.1:29517" in err.splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------------- other options

@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pipeline import contents
@@ -25,7 +27,6 @@ from run_moefication import (
 from run_moefication.command_line import settings_of
 
 STAGES = Path(__file__).parents[2] / "run_moefication"
-NUMBERED = sorted(path.name for path in STAGES.glob("[0-9]_*.sh"))
 SCRIPTS = {
     "1_split.sh": (llama_split_clustering, settings.SplitSettings),
     "2_get_hidden_features.sh": (llama_get_hidden_features, settings.FeatureSettings),
@@ -35,12 +36,20 @@ SCRIPTS = {
     "6_distill.sh": (llama_distill, settings.DistillSettings),
     "evaluate.sh": (llama_evaluate, settings.EvaluateSettings),
 }
+# Prints the words of the command, unless it is one of those that the scripts need to make up their own.
+PYTHON = f"""#!/bin/bash
+case "$1 $2" in
+    "-c "* | "-m run_moefication.settings") exec "{sys.executable}" "$@" ;;
+    *) printf '%s\\n' "$@" ;;
+esac
+"""
 
 
 @pytest.fixture
-def run(tiny_llama, text_folder, tmp_path):
+def run(tiny_llama, text_folder, tmp_path, monkeypatch) -> Callable[..., subprocess.CompletedProcess]:
     """`run("1_split.sh", "--option", NAME="value")` in a directory of its own, paths given relative to it."""
     (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
     base = os.environ | {
         "MODEL_PATH": str(tiny_llama),
         "SAVE_PATH": "out",
@@ -51,29 +60,23 @@ def run(tiny_llama, text_folder, tmp_path):
         "MAX_TOKENS": "512",
         "NUM_GPUS": "1",
         "PYTHON": sys.executable,
-        "OMP_NUM_THREADS": "1",  # as the tests' own process: sums are in another order on more threads
     }
 
-    def run(script: str, *options: str, **settings: str) -> subprocess.CompletedProcess:
+    def run(script: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
         command = ["bash", STAGES / script, *options]
-        return subprocess.run(command, env=base | settings, cwd=tmp_path / "a b", capture_output=True, text=True)
+        return subprocess.run(command, env=base | environment, capture_output=True, text=True)
 
-    run.folder = tmp_path / "a b" / "out"
     return run
 
 
 @pytest.fixture
-def typed(run, tmp_path):
-    """`typed("1_split.sh", NAME="value")`: the words after `python` of the command that the script ends with."""
-    python = tmp_path / "python"
-    python.write_text(
-        '#!/bin/bash\ncase "$1 $2" in "-c "* | "-m run_moefication.settings") '
-        f'exec "{sys.executable}" "$@" ;; *) printf "%s\\n" "$@" ;; esac\n'
-    )
-    python.chmod(0o755)
+def typed(run, tmp_path) -> Callable[..., list[str]]:
+    """`typed("1_split.sh", NAME="value")`: what the script types after `python`."""
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
 
-    def typed(script: str, **settings: str) -> list[str]:
-        result = run(script, PYTHON=str(python), **settings)
+    def typed(script: str, *options: str, **environment: str) -> list[str]:
+        result = run(script, *options, PYTHON=str(tmp_path / "python"), **environment)
         assert (result.returncode, result.stderr) == (0, "")
         return result.stdout.splitlines()
 
@@ -81,13 +84,12 @@ def typed(run, tmp_path):
 
 
 @pytest.fixture
-def options(typed):
-    """`options("1_split.sh", NAME="value")`: the options that the script gives to its stage, and the settings that they
-    are."""
+def options(typed) -> Callable[..., tuple[argparse.Namespace, Any]]:
+    """`options("1_split.sh", NAME="value")`: the options that the script types, and the stage's settings among them."""
 
-    def options(script: str, **settings: str) -> tuple[argparse.Namespace, settings.Settings]:
+    def options(script: str, **environment: str) -> tuple[argparse.Namespace, Any]:
         module, kind = SCRIPTS[script]
-        path, *words = typed(script, **settings)
+        path, *words = typed(script, **environment)
         assert Path(path).samefile(module.__file__)
         arguments = module.build_parser().parse_args(words)
         return arguments, settings_of(arguments, kind)
@@ -95,87 +97,65 @@ def options(typed):
     return options
 
 
-def moefy(model: Path, text: Path, save_path: Path, recipe: rm.Recipe, num_experts: int, **changes) -> rm.MoECheckpoint:
-    """The library's way of what the scripts do."""
-    dense = rm.DenseCheckpoint(str(model))
-    return rm.moefy(dense, text, save_path, replace(recipe, **changes), num_experts=num_experts, block_size=32)
+@pytest.fixture
+def printed(typed, run_script) -> Callable[..., list[str]]:
+    """`printed("1_split.sh", NAME="value")`: the lines that the stage prints, which runs in this process."""
 
+    def printed(script: str, *options: str, **environment: str) -> list[str]:
+        status, out, err = run_script(SCRIPTS[script][0].main, *typed(script, *options, **environment)[1:])
+        assert status == 0, err
+        return out.splitlines()
 
-def assert_same_checkpoint(one: Path, other: Path) -> None:
-    """Every file has the same bytes, and both were made with the same options."""
-    files = [contents(folder) for folder in (one, other)]
-    manifests = [json.loads(content.pop("manifest.json")) for content in files]
-    assert files[0] == files[1]
-    assert manifests[0]["options"] == manifests[1]["options"]
+    return printed
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
 
 
-def test_scripts_in_order_do_what_the_library_does(run, tiny_llama, text_folder, tmp_path):
-    plain = {"RECIPE": "plain", "NUM_EXPERTS": "4"}
-    for script in NUMBERED[:4]:
-        result = run(script, **plain)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.splitlines()[-1].startswith("next: ")
-    result = run("evaluate.sh", TEXT_PATH=str(text_folder / "c4.jsonl"), NUM_SELECTS="4 2")
-    assert result.returncode == 0, result.stderr
-    dense, full, half = (line.split()[-3] for line in result.stdout.splitlines()[-3:])  # perplexities
-    assert dense == full != half
+@pytest.mark.parametrize(
+    ("recipe", "environment", "changes"),
+    [
+        (rm.PLAIN, {"NUM_EXPERTS": "4"}, {}),
+        (rm.CALIBRATED, {"NUM_EXPERTS": "8", "GATE_RANK": "2"}, {"gate_rank": 2, "rank_from": 1}),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_scripts_in_order_do_what_the_library_does(
+    recipe, environment, changes, printed, tiny_llama, text_folder, tmp_path
+):
+    out, heldout = tmp_path / "a b" / "out", text_folder / "c4.jsonl"
+    for script in list(SCRIPTS)[: 5 if recipe.is_calibrated else 4]:
+        assert printed(script, RECIPE=recipe.name, **environment)[-1].startswith("next: ")
+    rows = [line.split() for line in printed("evaluate.sh", TEXT_PATH=str(heldout), NUM_SELECTS="4 2")[2:]]
+    names = [row[0].rstrip(",") for row in rows if row and row[0].startswith("tiny-llama")]
+    assert {*names} >= {"tiny-llama", "tiny-llama-MoE"}
+    assert ("tiny-llama-MoE-Calibrated" in names) == recipe.is_calibrated
 
-    # MAX_TOKENS of the environment is the number of tokens of stage 2.
-    library = moefy(tiny_llama, text_folder, tmp_path / "moe", rm.PLAIN, num_experts=4, feature_tokens=512)
-    assert_same_checkpoint(library.path, run.folder / "tiny-llama-MoE")
-    made = {path.name for path in run.folder.iterdir()} - {"cache", "tiny-llama-MoE"}
-    assert len(made) == 3
-    for name in made:
-        assert_same_checkpoint(tmp_path / "moe-work" / name, run.folder / name)
-
-
-def test_the_default_recipe_ends_with_a_calibrated_model(run, tiny_llama, text_folder, tmp_path):
-    for script in NUMBERED[:5]:
-        result = run(script, NUM_EXPERTS="8", GATE_RANK="2")
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.splitlines()[-1].startswith("next: ")
-    config = json.loads((run.folder / "tiny-llama-MoE-Calibrated" / "config.json").read_text())
-    expected = {
-        "routing": "threshold",
-        "num_experts": 7,
-        "num_shared_experts": 1,
-        "num_experts_per_tok": 3,
-        "gate_network": "linear",
-        "gate_rank": 2,
-        "gate_bias": True,
-        "output_bias": True,
-    }
-    assert {name: config[name] for name in expected} == expected
-    tokens = dict(feature_tokens=512, calibration_tokens=512)
-    library = moefy(tiny_llama, text_folder, tmp_path / "moe", rm.CALIBRATED, 8, gate_rank=2, rank_from=1, **tokens)
-    assert_same_checkpoint(library.path, run.folder / "tiny-llama-MoE-Calibrated")
-    result = run("evaluate.sh", TEXT_PATH=str(text_folder / "c4.jsonl"))
-    names = [line.split()[0] for line in result.stdout.splitlines()[-3:]]
-    assert names == ["tiny-llama", "tiny-llama-MoE,", "tiny-llama-MoE-Calibrated,"]
-
-    result = run("6_distill.sh", "--epochs", "2", TRAIN="experts", LR="0.001", DISTILLED_PATH="distilled")
-    assert result.returncode == 0, result.stderr
-    written, following = result.stdout.splitlines()[-2:]
-    assert written.startswith("written: distilled (")
-    assert following == "next: llama_evaluate.py (evaluate.sh)"
-    options = json.loads((run.folder.parent / "distilled" / "manifest.json").read_text())["options"]
-    expected = {"train": "experts", "lr": 0.001, "epochs": 2, "domain_weights": "equal", "max_tokens": 512}
-    assert {name: options[name] for name in expected} == expected
+    # MAX_TOKENS of the environment is the number of tokens of stages 2 and 5.
+    recipe = replace(recipe, feature_tokens=512, calibration_tokens=512, **changes)
+    dense, counts = rm.DenseCheckpoint(str(tiny_llama)), {"num_experts": int(environment["NUM_EXPERTS"])}
+    library = rm.moefy(dense, text_folder, tmp_path / "moe", recipe, block_size=32, **counts).path
+    made = {path.name: path for path in out.iterdir() if path.name != "cache"}
+    last = made.pop("tiny-llama-MoE-Calibrated" if recipe.is_calibrated else "tiny-llama-MoE")
+    assert len(made) == (4 if recipe.is_calibrated else 3)
+    for one, other in [(last, library), *((path, tmp_path / "moe-work" / name) for name, path in made.items())]:
+        files = [contents(folder) for folder in (one, other)]
+        manifests = [json.loads(content.pop("manifest.json")) for content in files]
+        assert files[0] == files[1]
+        assert manifests[0]["options"] == manifests[1]["options"]
 
 
-def test_features_on_two_processes(run):
+def test_features_on_two_processes(run, tmp_path):
     result = run("2_get_hidden_features.sh", NUM_GPUS="2")
     assert result.returncode == 0, result.stderr
-    assert {path.name for path in run.folder.rglob("hidden_inputs/*.pth")} >= {"0_0.pth", "1_0.pth"}
+    shards = (tmp_path / "a b" / "out").rglob("hidden_inputs/*.pth")
+    assert {path.name for path in shards} >= {"0_0.pth", "1_0.pth"}
 
 
-# ---------------------------------------------------------------------------------------------------- their commands
+# ---------------------------------------------------------------------------------------------------- what they type
 
 
-@pytest.mark.parametrize("recipe", rm.settings.RECIPES)
+@pytest.mark.parametrize("recipe", settings.RECIPES)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_recipe_gives_options_that_have_an_effect(script, recipe, options):
     """Settings refuse those that have none."""
@@ -183,7 +163,7 @@ def test_every_recipe_gives_options_that_have_an_effect(script, recipe, options)
 
 
 @pytest.mark.parametrize(
-    ("changes", "fit", "use_softmax", "seed"),
+    ("environment", "fit", "use_softmax", "seed"),
     [
         ({}, "ridge", None, None),
         ({"GATE_FIT": "adam", "GATE_RANK": ""}, "adam", True, 3),
@@ -191,15 +171,20 @@ def test_every_recipe_gives_options_that_have_an_effect(script, recipe, options)
         ({"GATE_NETWORK": "similarity", "GATE_RANK": ""}, None, None, None),
     ],
 )
-def test_gates_that_are_not_trained_take_no_options_of_training(changes, fit, use_softmax, seed, options):
-    _, made = options("3_select.sh", SEED="3", **changes)
+def test_gates_that_are_not_trained_take_no_options_of_training(environment, fit, use_softmax, seed, options):
+    _, made = options("3_select.sh", SEED="3", **environment)
     assert (made.gate_fit, made.use_softmax, made.seed) == (fit, use_softmax, seed)
 
 
-def test_recorded_activations_have_a_template(options):
-    up_proj = settings.TEMPLATES[1]
-    _, made = options("2_get_hidden_features.sh", FEATURE_FORMAT="full", TEMPLATES=up_proj)
-    assert made.templates == up_proj
+def test_settings_of_the_environment_arrive(options, typed):
+    _, made = options("2_get_hidden_features.sh", FEATURE_FORMAT="full", TEMPLATES=settings.TEMPLATES[1])
+    assert made.templates == settings.TEMPLATES[1]
+    arguments, made = options("6_distill.sh", TRAIN="experts", LR="0.001", DISTILLED_PATH="distilled")
+    assert (made.train, made.lr, arguments.save_path) == ("experts", 0.001, "distilled")
+    assert (arguments.domain_weights, arguments.max_tokens, arguments.block_size) == ("equal", 512, 32)
+    words = typed("6_distill.sh", "--epochs", "2", NUM_GPUS="3")
+    assert words[:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    assert words[-2:] == ["--epochs", "2"]
 
 
 @pytest.mark.parametrize("script", ["5_calibrate.sh", "6_distill.sh"])
@@ -223,32 +208,7 @@ def test_a_model_called_dot_has_a_name(options, tmp_path):
     assert arguments.save_path == str(tmp_path / "a b-MoE")
 
 
-def test_several_gpus_have_a_process_each(typed):
-    words = typed("6_distill.sh", NUM_GPUS="3")
-    assert words[:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-
-
 # ---------------------------------------------------------------------------------------------------- wrong settings
-
-
-@pytest.mark.parametrize(
-    ("environment", "words"),
-    [
-        ({"RECIPE": "best"}, "RECIPE=best: calibrated or plain"),
-        ({"NUM_EXPERTS": "abc"}, "NUM_EXPERTS=abc: a whole number is needed, 1 or more"),
-        ({"NUM_EXPERTS": "08"}, "NUM_EXPERTS=08: a whole number is needed, 1 or more"),
-        ({"NUM_EXPERTS": "0"}, "NUM_EXPERTS=0: a whole number is needed, 1 or more"),
-        ({"NUM_EXPERTS": "9" * 20}, f"NUM_EXPERTS={'9' * 20}: a whole number is needed, 1 or more"),
-        ({"NUM_SELECTS": "2.5"}, "NUM_SELECTS=2.5: a whole number is needed, 1 or more"),
-        ({"NUM_EXPERTS": "4", "NUM_SELECTS": "5"}, "NUM_SELECTS=5 is outside of 1 to NUM_EXPERTS=4"),
-        ({"NUM_EXPERTS": "1"}, "NUM_SELECTS=0 is outside of 1 to NUM_EXPERTS=1"),
-        ({"NUM_SHARED_EXPERTS": "-1"}, "NUM_SHARED_EXPERTS=-1: a whole number is needed, 0 or more"),
-    ],
-)
-def test_wrong_counts_are_refused(environment, words):
-    with pytest.raises(rm.SettingError) as error:
-        settings.shell_settings(environment)
-    assert str(error.value) == words
 
 
 @pytest.mark.parametrize(
@@ -262,7 +222,7 @@ def test_wrong_counts_are_refused(environment, words):
 def test_a_wrong_setting_is_one_line_before_any_work(script, setting, words, run):
     result = run(script, **setting)
     assert (result.returncode, result.stderr) == (2, f"error: {words}\n")
-    assert not run.folder.exists()
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -270,7 +230,7 @@ def test_a_model_not_given_is_one_line(script, run):
     result = run(script, MODEL_PATH="")
     assert result.returncode == 2
     assert "argument --model_path: the path is empty" in result.stderr.splitlines()[-1]
-    assert not run.folder.exists()
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "../scripts/quickstart.sh"])
