@@ -9,18 +9,9 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 . "$HERE/recipe.sh" # NUM_EXPERTS, NUM_SHARED_EXPERTS, CLUSTER_ON and SPLIT_TOKENS, the tokens to look at
 
 DOMAIN_WEIGHTS="${DOMAIN_WEIGHTS:-equal}" # or domain=weight,...
+MAX_TOKENS="$SPLIT_TOKENS"
 
-ON=(--cluster_on "$CLUSTER_ON")
-if [ "$CLUSTER_ON" = activations ]; then
-    ON+=(--num_shared_experts "$NUM_SHARED_EXPERTS" --train_data_path "$TRAIN_DATA_PATH")
-    ON+=(--train_data_cache_path "$TRAIN_DATA_CACHE_PATH" --domain_weights "$DOMAIN_WEIGHTS")
-    ON+=(--max_tokens "$SPLIT_TOKENS" ${BLOCK_SIZE:+--block_size "$BLOCK_SIZE"})
-fi
-"$PYTHON" "$HERE/llama_split_clustering.py" \
-    --model_path "$MODEL_PATH" \
-    --save_path "$SAVE_PATH" \
-    --templates "$TEMPLATES" \
-    --num_experts "$NUM_EXPERTS" \
-    --seed "$SEED" \
-    "${ON[@]}" \
-    "$@"
+options TEMPLATES NUM_EXPERTS CLUSTER_ON SEED
+[ "$CLUSTER_ON" != activations ] ||
+    options NUM_SHARED_EXPERTS TRAIN_DATA_PATH TRAIN_DATA_CACHE_PATH DOMAIN_WEIGHTS BLOCK_SIZE MAX_TOKENS
+"$PYTHON" "$HERE/llama_split_clustering.py" --model_path "$MODEL_PATH" --save_path "$SAVE_PATH" "${OPTIONS[@]}" "$@"

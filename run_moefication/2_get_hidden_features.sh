@@ -14,18 +14,7 @@ MAX_TOKENS="${MAX_TOKENS:-$FEATURE_TOKENS}" # LLaMA-7B, 65,536: 17 GB with input
 BATCH_SIZE="${BATCH_SIZE:-4}"               # blocks per forward pass
 SAVE_INTERVAL="${SAVE_INTERVAL:-1}"         # batches per file
 
-FORMAT=(--feature_format "$FEATURE_FORMAT")
-[ "$FEATURE_FORMAT" != full ] || FORMAT+=(--templates "$TEMPLATES")
-launch "$HERE/llama_get_hidden_features.py" \
-    --model_path "$MODEL_PATH" \
-    --train_data_path "$TRAIN_DATA_PATH" \
-    --train_data_cache_path "$TRAIN_DATA_CACHE_PATH" \
-    --save_path "$SAVE_PATH" \
-    "${FORMAT[@]}" \
-    --data_use_percent "$DATA_USE_PERCENT" \
-    ${MAX_TOKENS:+--max_tokens "$MAX_TOKENS"} \
-    ${BLOCK_SIZE:+--block_size "$BLOCK_SIZE"} \
-    --batch_size "$BATCH_SIZE" \
-    --save_interval "$SAVE_INTERVAL" \
-    --seed "$SEED" \
-    "$@"
+options TRAIN_DATA_PATH TRAIN_DATA_CACHE_PATH DATA_USE_PERCENT MAX_TOKENS BLOCK_SIZE SEED
+options FEATURE_FORMAT BATCH_SIZE SAVE_INTERVAL
+[ "$FEATURE_FORMAT" != full ] || options TEMPLATES
+launch "$HERE/llama_get_hidden_features.py" --model_path "$MODEL_PATH" --save_path "$SAVE_PATH" "${OPTIONS[@]}" "$@"

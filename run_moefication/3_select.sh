@@ -11,22 +11,9 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 GATE_FIT="${GATE_FIT:-}"           # ridge or adam; empty: ridge for linear gates
 SPECIFY_LAYER="${SPECIFY_LAYER:-}" # such as 0-7; empty: all layers
 
-TRAINING=() # only gates that are trained take these options
-case "$GATE_NETWORK-${GATE_FIT:-ridge}" in
-    mlp-* | linear-adam) TRAINING=(--use_softmax --seed "$SEED") ;;
+options TEMPLATES NUM_EXPERTS NUM_SELECTS SELECT_CRITERION GATE_NETWORK GATE_FIT GATE_RANK SPECIFY_LAYER
+case "$GATE_NETWORK-${GATE_FIT:-ridge}" in # only gates that are trained take these options
+    mlp-* | linear-adam) options SEED && OPTIONS+=(--use_softmax) ;;
 esac
-"$PYTHON" "$HERE/llama_select_mlp.py" \
-    --model_path "$MODEL_PATH" \
-    --split_file_path "$SPLIT_FOLDER" \
-    --hidden_features_path "$FEATURES_FOLDER" \
-    --save_path "$SAVE_PATH" \
-    --templates "$TEMPLATES" \
-    --select_criterion "$SELECT_CRITERION" \
-    --num_experts "$NUM_EXPERTS" \
-    --num_selects "$NUM_SELECTS" \
-    ${SPECIFY_LAYER:+--specify_layer "$SPECIFY_LAYER"} \
-    --gate_network "$GATE_NETWORK" \
-    ${GATE_FIT:+--gate_fit "$GATE_FIT"} \
-    ${GATE_RANK:+--gate_rank "$GATE_RANK"} \
-    ${TRAINING[@]+"${TRAINING[@]}"} \
-    "$@"
+"$PYTHON" "$HERE/llama_select_mlp.py" --model_path "$MODEL_PATH" --split_file_path "$SPLIT_FOLDER" \
+    --hidden_features_path "$FEATURES_FOLDER" --save_path "$SAVE_PATH" "${OPTIONS[@]}" "$@"

@@ -10,14 +10,6 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 CONVERT_TYPE="${CONVERT_TYPE:-LlamaMoEForCausalLM}" # or LlamaMoEModel, LlamaMoEForSequenceClassification
 
-"$PYTHON" "$HERE/llama_convert.py" \
-    --model_path "$MODEL_PATH" \
-    --split_file_path "$SPLIT_FOLDER" \
-    --select_file_path "$SELECT_FOLDER" \
-    --save_path "$MOE_PATH" \
-    --templates "$TEMPLATES" \
-    --num_experts "$NUM_EXPERTS" \
-    --num_selects "$NUM_SELECTS" \
-    --routing "$ROUTING" \
-    --convert_type "$CONVERT_TYPE" \
-    "$@"
+options TEMPLATES NUM_EXPERTS NUM_SELECTS ROUTING CONVERT_TYPE
+"$PYTHON" "$HERE/llama_convert.py" --model_path "$MODEL_PATH" --split_file_path "$SPLIT_FOLDER" \
+    --select_file_path "$SELECT_FOLDER" --save_path "$MOE_PATH" "${OPTIONS[@]}" "$@"

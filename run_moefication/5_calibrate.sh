@@ -14,18 +14,6 @@ MAX_TOKENS="${MAX_TOKENS:-$CALIBRATION_TOKENS}"                          # more 
 BATCH_SIZE="${BATCH_SIZE:-4}"                                            # blocks at a time
 REFIT_GATES="${REFIT_GATES-$([ "$GATE_NETWORK" != linear ] || echo 1)}" # empty: gates stay as they are
 
-"$PYTHON" "$HERE/llama_calibrate.py" \
-    --model_path "$MODEL_PATH" \
-    --moe_path "$MOE_PATH" \
-    --save_path "$CALIBRATED_PATH" \
-    --train_data_path "$TRAIN_DATA_PATH" \
-    --train_data_cache_path "$TRAIN_DATA_CACHE_PATH" \
-    --domain_weights "$DOMAIN_WEIGHTS" \
-    --max_tokens "$MAX_TOKENS" \
-    ${BLOCK_SIZE:+--block_size "$BLOCK_SIZE"} \
-    --batch_size "$BATCH_SIZE" \
-    --seed "$SEED" \
-    ${BUDGET:+--num_selects "$BUDGET"} \
-    ${REFIT_GATES:+--refit_gates} \
-    ${OUTPUT_BIAS:+--output_bias} \
-    "$@"
+options TRAIN_DATA_PATH TRAIN_DATA_CACHE_PATH DOMAIN_WEIGHTS MAX_TOKENS BLOCK_SIZE BATCH_SIZE SEED
+"$PYTHON" "$HERE/llama_calibrate.py" --model_path "$MODEL_PATH" --moe_path "$MOE_PATH" --save_path "$CALIBRATED_PATH" \
+    "${OPTIONS[@]}" ${BUDGET:+--num_selects "$BUDGET"} ${REFIT_GATES:+--refit_gates} ${OUTPUT_BIAS:+--output_bias} "$@"

@@ -16,18 +16,6 @@ BATCH_SIZE="${BATCH_SIZE:-2}"                    # blocks at a time in each proc
 TRAIN="${TRAIN:-all}"                            # gates, experts or all
 LR="${LR:-1e-4}"                                 # learning rate
 
-launch "$HERE/llama_distill.py" \
-    --model_path "$MODEL_PATH" \
-    --moe_path "$CALIBRATED_PATH" \
-    --save_path "$DISTILLED_PATH" \
-    --train_data_path "$TRAIN_DATA_PATH" \
-    --train_data_cache_path "$TRAIN_DATA_CACHE_PATH" \
-    --domain_weights "$DOMAIN_WEIGHTS" \
-    --max_tokens "$MAX_TOKENS" \
-    --block_size "$BLOCK_SIZE" \
-    --batch_size "$BATCH_SIZE" \
-    --train "$TRAIN" \
-    --lr "$LR" \
-    ${BUDGET:+--num_selects "$BUDGET"} \
-    --seed "$SEED" \
-    "$@"
+options TRAIN_DATA_PATH TRAIN_DATA_CACHE_PATH DOMAIN_WEIGHTS MAX_TOKENS BLOCK_SIZE BATCH_SIZE TRAIN LR SEED
+launch "$HERE/llama_distill.py" --model_path "$MODEL_PATH" --moe_path "$CALIBRATED_PATH" \
+    --save_path "$DISTILLED_PATH" "${OPTIONS[@]}" ${BUDGET:+--num_selects "$BUDGET"} "$@"

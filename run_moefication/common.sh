@@ -37,6 +37,15 @@ shared_settings() {
     SEED="${SEED:-0}"
 }
 
+# options SETTING...: add to OPTIONS each of these settings that is not empty, as `--setting value`.
+OPTIONS=()
+options() {
+    local setting
+    for setting in "$@"; do
+        [ -z "${!setting:-}" ] || OPTIONS+=("--$(tr '[:upper:]' '[:lower:]' <<<"$setting")" "${!setting}")
+    done
+}
+
 # launch SCRIPT OPTION...: start a process for each of NUM_GPUS, by default all that are there, or one on the CPU.
 launch() {
     local launcher=()

@@ -16,12 +16,7 @@ CHECKPOINTS=("$MOE_PATH")
 for path in "$CALIBRATED_PATH" "$DISTILLED_PATH"; do
     [ ! -e "$path/manifest.json" ] || CHECKPOINTS+=("$path")
 done
+options TEXT_PATH BLOCK_SIZE MAX_TOKENS BATCH_SIZE
 # shellcheck disable=SC2086 # NUM_SELECTS is a list
-"$PYTHON" "$HERE/llama_evaluate.py" \
-    --model_path "$MODEL_PATH" "${CHECKPOINTS[@]}" \
-    --text_path "$TEXT_PATH" \
-    ${NUM_SELECTS:+--num_selects $NUM_SELECTS} \
-    ${BLOCK_SIZE:+--block_size "$BLOCK_SIZE"} \
-    ${MAX_TOKENS:+--max_tokens "$MAX_TOKENS"} \
-    --batch_size "$BATCH_SIZE" \
-    "$@"
+"$PYTHON" "$HERE/llama_evaluate.py" --model_path "$MODEL_PATH" "${CHECKPOINTS[@]}" \
+    ${NUM_SELECTS:+--num_selects $NUM_SELECTS} "${OPTIONS[@]}" "$@"

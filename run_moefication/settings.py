@@ -499,15 +499,10 @@ def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
         "NUM_EXPERTS": num_experts,
         "NUM_SELECTS": num_selects,
         "NUM_SHARED_EXPERTS": _whole(environment, "NUM_SHARED_EXPERTS", 0, shared),
-        "CLUSTER_ON": recipe.cluster_on,
-        "SELECT_CRITERION": recipe.select_criterion,
-        "GATE_NETWORK": recipe.gate_network,
-        "ROUTING": recipe.routing,
-        "SPLIT_TOKENS": recipe.split_tokens,
-        "FEATURE_TOKENS": recipe.feature_tokens,
-        "CALIBRATION_TOKENS": recipe.calibration_tokens,
-        "DISTILLATION_TOKENS": recipe.distillation_tokens,
     }
+    same = "cluster_on", "select_criterion", "gate_network", "routing"
+    tokens = "split_tokens", "feature_tokens", "calibration_tokens", "distillation_tokens"
+    values |= {name.upper(): getattr(recipe, name) for name in (*same, *tokens)}
     # These two may be given as empty, which says none.
     may_be_empty = {"GATE_RANK": recipe.rank(num_experts) or "", "OUTPUT_BIAS": 1 if recipe.output_bias else ""}
     model, save_path = model_name(environment.get("MODEL_PATH", "")), environment.get("SAVE_PATH", "")
