@@ -91,7 +91,7 @@ class LayerCalibration:
         for batch in batches:
             scores = norms(self._activations(batch, after))
             equations.add(self._inputs(batch, after), scores, weights[batch.rows], held_out=batch.held_out)
-        metrics = equations.fit(self._gate, to_all=True)
+        metrics = equations.fit(self._gate, refines=True)
         for parameter in self._gate.parameters():
             parameter.copy_(self._as_stored(parameter))
         return metrics

@@ -42,6 +42,9 @@ class NeuronStatistics:
     """How much each neuron of a layer adds to the MLP's output, and which neurons are needed together.
 
     Holds the MLP's inputs of all tokens that are added, in the dtype that they have.
+
+    Attributes:
+        importance: float64 `[I]`, sum over tokens of weight * (activation * norm of the neuron's down_proj column)^2.
     """
 
     def __init__(self, mlp: GatedMLP):
@@ -50,27 +53,26 @@ class NeuronStatistics:
         self._column_norms = _column_norms(mlp)
         self._equations = NormalEquations(hidden_size + 1, num_neurons, device)
         self._inputs: list[torch.Tensor] = []
-        # sum over tokens of weight * (activation * norm of the neuron's down_proj column)^2
-        self._importance = torch.zeros(num_neurons, dtype=torch.float64, device=device)
+        self.importance = torch.zeros(num_neurons, dtype=torch.float64, device=device)
 
     def add(self, inputs: torch.Tensor, activations: torch.Tensor, weights: torch.Tensor) -> None:
         """Add tokens: the MLP's inputs `[T, H]`, what enters down_proj, float32 `[T, I]`, and their weights `[T]`."""
         added = activations.abs() * self._column_norms
-        self._importance += (added.square() * weights[:, None]).sum(dim=0, dtype=torch.float64)
+        self.importance += (added.square() * weights[:, None]).sum(dim=0, dtype=torch.float64)
         self._equations.add(F.pad(inputs.float(), (0, 1), value=1.0), added, weights)
         self._inputs.append(inputs)
 
     def together(self, keep_fraction: float) -> torch.Tensor:
         """Tokens that need both neurons, float32 `[I, I]` (exact up to 2^24)."""
         solution = self._equations.solve(RIDGE_STRENGTH)
-        rank = min(PREDICTION_RANK, len(solution) - 1, len(self._importance))
+        rank = min(PREDICTION_RANK, len(solution) - 1, len(self.importance))
         factors = [part.float() for part in low_rank_map(self._equations, solution, RIDGE_STRENGTH, rank)]
-        stride = token_stride(sum(map(len, self._inputs)) * len(self._importance))
+        stride = token_stride(sum(map(len, self._inputs)) * len(self.importance))
         # The sample comes from the same products as below, so that the least score that counts is one of those.
         sample = torch.cat([_predicted(part, *factors)[::stride] for part in self._inputs]).flatten().cpu().numpy()
         rank_of_least = int((1 - keep_fraction) * (len(sample) - 1))
         least = float(np.partition(sample, rank_of_least)[rank_of_least])  # PyTorch's kthvalue takes ten times as long
-        together = torch.zeros(2 * self._importance.shape, device=self._importance.device)
+        together = torch.zeros(2 * self.importance.shape, device=self.importance.device)
         for part in self._inputs:
             added = _predicted(part, *factors)
             needed = ((added >= least) & (added > 0)).float()
@@ -80,8 +82,8 @@ class NeuronStatistics:
     def split(self, settings: SplitSettings) -> tuple[torch.Tensor, Clustering]:
         """Labels int64 `[I]`, shared experts last and hottest of all, and the clustering of the others."""
         num_experts, num_shared_experts = settings.num_experts, settings.num_shared_experts
-        width = len(self._importance) // num_experts
-        hottest = self._importance.argsort(descending=True, stable=True)
+        width = len(self.importance) // num_experts
+        hottest = self.importance.argsort(descending=True, stable=True)
         shared, rest = hottest[: num_shared_experts * width], hottest[num_shared_experts * width :].sort().values
         cosines = self.together(settings.keep_fraction)[rest][:, rest].double()
         norms = cosines.diagonal().clamp(min=1).sqrt()
@@ -91,7 +93,7 @@ class NeuronStatistics:
         rows = torch.linalg.cholesky(cosines).float()
         num_routed, common = num_experts - num_shared_experts, dict(distance=settings.distance, seed=settings.seed)
         clusters = balanced_kmeans(rows, num_routed, device=str(rows.device), **common)
-        labels = torch.empty(len(self._importance), dtype=torch.long)
+        labels = torch.empty(len(self.importance), dtype=torch.long)
         labels[rest.cpu()] = clusters.labels
         labels[shared.cpu()] = torch.arange(num_routed, num_experts).repeat_interleave(width)
         return labels, clusters
