@@ -166,10 +166,10 @@ def test_every_field_is_explained():
     ("recorded", "wanted", "said"),
     [
         ({"gate_fit": "ridge", "epochs": 30}, {"gate_fit": "ridge"}, None),  # epochs had no effect
-        ({"gate_fit": "adam", "epochs": 30}, {"gate_fit": "ridge"}, "was made with --gate_fit adam"),
-        ({"gate_fit": "adam"}, {"gate_fit": "adam", "new": 1}, "was made with --new None"),
+        ({"gate_fit": "adam", "epochs": 30}, {"gate_fit": "ridge"}, "was made with gate_fit adam"),
+        ({"gate_fit": "adam"}, {"gate_fit": "adam", "new": 1}, "was made with new None"),
         ({"layer_budgets": "equal"}, {}, None),
-        ({"layer_budgets": "sensitivity"}, {}, "was made with --layer_budgets sensitivity"),
+        ({"layer_budgets": "sensitivity"}, {}, "was made with layer_budgets sensitivity"),
     ],
 )
 def test_options_that_older_versions_recorded(recorded, wanted, said):

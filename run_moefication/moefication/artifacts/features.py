@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.dense import DenseCheckpoint
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..storage.files import tensor_sha256
 from ..storage.folder import open_finished
 from .split import require_template
@@ -53,8 +53,8 @@ class Features:
         if not isinstance(tensor, torch.Tensor) or tensor.shape != shape or not tensor.is_contiguous():
             raise MoEficationError(f"{path} has no tensor of shape {list(shape)} for layer {layer}")
         if tensor_sha256(tensor) != entry["layers"][str(layer)]:
-            raise MoEficationError(
+            raise SettingError(
                 f"{path} is damaged: the checksum of layer {layer} is not the manifest's; "
-                f"run llama_get_hidden_features.py again with --overwrite"
+                f"run llama_get_hidden_features.py again with overwrite"
             )
         return tensor

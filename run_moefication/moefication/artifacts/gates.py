@@ -9,7 +9,7 @@ from llama_moe.gates import make_gate
 
 from ...settings import GATE_NETWORKS
 from ..checkpoints.dense import DenseCheckpoint
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..storage.folder import open_finished
 from .split import Split
 
@@ -58,9 +58,7 @@ class TrainedGates:
         state = self.artifact.load(name)
         shapes = {key: tuple(tensor.shape) for key, tensor in state.items()} if isinstance(state, dict) else None
         if isinstance(state, dict) and "score_quantiles" not in state:
-            raise MoEficationError(
-                f"{self.artifact.folder / name} is of an older version; run it again with --overwrite"
-            )
+            raise SettingError(f"{self.artifact.folder / name} is of an older version; run it again with overwrite")
         if shapes != self.shapes:
             network = self.config_fields["gate_network"]
             raise MoEficationError(f"{self.artifact.folder / name} is not a {network} gate of shape {self.shapes}")

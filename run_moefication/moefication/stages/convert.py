@@ -175,7 +175,7 @@ def _require_fit(checkpoint: DenseCheckpoint, name: str, dtype: str | None) -> N
     """Refuse a source tensor that is not finite, or would not be in the new dtype."""
     tensor = checkpoint.finite_tensor(name)
     if dtype is not None and tensor.abs().max() > torch.finfo(DTYPES[dtype]).max:
-        raise MoEficationError(f"{checkpoint.path}: {name} has values beyond torch.{dtype}; choose another --dtype")
+        raise SettingError(f"{checkpoint.path}: {name} has values beyond torch.{dtype}; choose another dtype")
 
 
 # ---------------------------------------------------------------------------------------------------- config
@@ -185,8 +185,8 @@ def _num_labels(checkpoint: DenseCheckpoint, settings: ConvertSettings) -> int |
     """Labels of the classification head; None for the other two classes, whose heads are checked here too."""
     convert_type, num_labels = settings.convert_type, settings.num_labels
     if convert_type == "LlamaMoEForCausalLM" and checkpoint.lm_head is None:
-        raise MoEficationError(
-            f"{checkpoint.path} has no lm_head.weight: use --convert_type LlamaMoEModel, or, if its "
+        raise SettingError(
+            f"{checkpoint.path} has no lm_head.weight: use convert_type LlamaMoEModel, or, if its "
             f"embedding is its head, set tie_word_embeddings to true in its config.json"
         )
     if convert_type != "LlamaMoEForSequenceClassification":

@@ -142,7 +142,7 @@ def _training_arguments(settings: DistillSettings, seed: int, device: str) -> Tr
         save_steps=settings.save_steps,
     )
     if torch.device(device).index not in (None, arguments.device.index):
-        raise MoEficationError(f"--device {device}: one process trains on the first GPU; set CUDA_VISIBLE_DEVICES")
+        raise SettingError(f"device {device}: one process trains on the first GPU; set CUDA_VISIBLE_DEVICES")
     return arguments
 
 
@@ -165,8 +165,8 @@ def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
         try:
             model.set_num_experts_per_tok(settings.num_selects - moe.config.num_shared_experts)
         except ValueError as error:  # thresholds without quantiles
-            raise MoEficationError(
-                f"{moe.artifact.folder} cannot run --num_selects {settings.num_selects}: {error}"
+            raise SettingError(
+                f"{moe.artifact.folder} cannot run num_selects {settings.num_selects}: {error}"
             ) from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(TRAINED[settings.train](name))

@@ -20,7 +20,7 @@ from llama_moe import LlamaMoEForCausalLM
 
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.transformers_library import first_line
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..layers.straight_through import SoftBlock, nudge_thresholds
 from ..progress import Progress
 from ..storage.files import sync, write_json
@@ -144,7 +144,7 @@ def training_arguments(seed: int, device: str, **settings) -> TrainingArguments:
             **settings,
         )
     except ValueError as error:  # such as a GPU without bfloat16
-        raise MoEficationError(f"--device {device} cannot train like this: {first_line(error)}") from error
+        raise SettingError(f"device {device} does not serve here: {first_line(error)}") from error
     except torch.distributed.DistError as error:
         raise MoEficationError(f"the other processes of this run did not come ({first_line(error)})") from error
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for torchrun, not for one process's threads
@@ -280,4 +280,4 @@ def check_finite(model: LlamaMoEForCausalLM) -> None:
 
 def diverged(why: str) -> MoEficationError:
     """The error of a training that went wrong."""
-    return MoEficationError(f"the training diverged: {why}; use a smaller --lr, and --overwrite to begin anew")
+    return SettingError(f"the training diverged: {why}; use a smaller lr, and overwrite to begin anew")

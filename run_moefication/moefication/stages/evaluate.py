@@ -190,7 +190,7 @@ def _evaluate(
             try:
                 model.set_num_experts_per_tok(budget - shared)
             except ValueError as error:  # thresholds without quantiles
-                raise MoEficationError(f"{name} cannot run --num_selects {budget}: {error}") from error
+                raise SettingError(f"{name} cannot run num_selects {budget}: {error}") from error
     loss_sum, predicted = 0.0, 0
     label = _label(name, budget, num_experts)
     with record_routing(model) as routing:

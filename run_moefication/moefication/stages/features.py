@@ -16,7 +16,7 @@ from transformers import LlamaModel
 from ...settings import FeatureSettings
 from ..artifacts.features import shard_file
 from ..checkpoints.dense import DTYPES, DenseCheckpoint
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..names import features_folder
 from ..progress import Progress, no_progress
 from ..storage.files import tensor_sha256
@@ -92,9 +92,9 @@ def _require_space(
     written = sum(file.stat().st_size for file in folder.rglob("*.pth")) if folder.is_dir() else 0
     free = shutil.disk_usage(existing).free + written
     if needed > free:
-        raise MoEficationError(
+        raise SettingError(
             f"{folder} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            f"use --feature_format inputs, --max_tokens or --data_use_percent"
+            f"use feature_format inputs, max_tokens or data_use_percent"
         )
 
 
@@ -146,9 +146,9 @@ class _Recorder:
             self._model(input_ids=tokens, use_cache=False)
         for kind, layer in ((kind, layer) for kind in self._features for layer in layers):
             if not self._features[kind][layer].sum(dtype=torch.float32).isfinite():
-                raise MoEficationError(
+                raise SettingError(
                     f"{kind} of layer {layer} are not finite in {self._dtype} in blocks {first_block} to "
-                    f"{first_block + len(blocks) - 1}; use --dtype float32, or look at the model's weights"
+                    f"{first_block + len(blocks) - 1}; use dtype float32, or look at the model's weights"
                 )
         return self._features
 

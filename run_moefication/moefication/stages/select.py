@@ -259,7 +259,7 @@ def _epochs(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: Ga
                 schedule.step()
             total += loss.item() * len(batch)
         if not math.isfinite(total):
-            raise MoEficationError(f"the loss of a gate did not stay finite; use a smaller --lr than {settings.lr}")
+            raise SettingError(f"the loss of a gate did not stay finite; use a smaller lr than {settings.lr}")
         yield total / len(inputs)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -74,7 +74,7 @@ class Claim:
 def existing_claim(folder: Path) -> tuple[dict[str, Any] | None, bool]:
     """The claim or manifest in a folder (None: there is none), and whether it is finished."""
     if folder.exists() and not folder.is_dir():
-        raise MoEficationError(f"{folder} is a file; choose another --save_path")
+        raise SettingError(f"{folder} is a file; choose another save_path")
     manifest, claim = folder / MANIFEST, folder / PARTS / CLAIM
     # The manifest once more: another process may just have written it, and taken the claim away.
     for path in (manifest, claim, manifest):
@@ -92,7 +92,7 @@ def difference(existing: dict[str, Any], wanted: dict[str, Any], finished: bool)
     for name, now in sorted((gone | wanted["options"]).items()):
         before = existing["options"].get(name)
         if before != now:
-            return f"was made with --{name} {before}, this run asks for {now}"
+            return f"was made with {name} {before}, this run asks for {now}"
     for name, value in wanted["inputs"].items():
         if existing["inputs"].get(name) != value:
             return f"was made from another {name}"
