@@ -89,17 +89,13 @@ def places(finished, tmp_path_factory) -> dict[str, object]:
         "features": finished.features_folder,
         "select": finished.select_folder,
         "moe": finished.moe,
-        "other_moe": root / "other" / "other-llama-MoE",
-        "gpt2": gpt2,
-        "mistral": mistral,
-        "cut": cut,
-        "nan": nan,
-        "other": root / "other-llama",
-        "other_split": root / "other" / "other-llama-4Expert-Split-Clustering",
-        "other_features": root / "other" / "other-llama-Hidden-Features",
-        "other_select": root / "other" / "other-llama-4Expert-Select-MLP",
-        "split8": root / "out" / "tiny-llama-8Expert-Split-Clustering",
-        "split_seed1": root / "seed1" / "tiny-llama-4Expert-Split-Clustering",
+        "root": root,
+        "other_moe": root / "other/other-llama-MoE",
+        "other_split": root / "other/other-llama-4Expert-Split-Clustering",
+        "other_features": root / "other/other-llama-Hidden-Features",
+        "other_select": root / "other/other-llama-4Expert-Select-MLP",
+        "split8": root / "out/tiny-llama-8Expert-Split-Clustering",
+        "split_seed1": root / "seed1/tiny-llama-4Expert-Split-Clustering",
         "tmp": tmp_path,
         "gate_proj": TEMPLATES[0],
         "both": ",".join(TEMPLATES),
@@ -155,30 +151,27 @@ WRONG = [
             ("{tmp}/nowhere", "no folder here, and no hub id"),
             ("", "path is empty"),
             ("{tmp}/file", "is a file"),
-            ("{gpt2}", "'gpt2' model; llama, and mistral"),
-            ("{mistral}", "sliding_window"),
-            ("{cut}", "not a whole safetensors file"),
+            ("{tmp}/gpt2", "'gpt2' model; llama, and mistral"),
+            ("{tmp}/mistral", "sliding_window"),
+            ("{tmp}/cut", "not a whole safetensors file"),
             ("{tmp}/empty", "no config.json"),
         ]
     ],
     *[
-        (stage, {"model_path": "{mistral}"}, "sliding_window")
+        (stage, {"model_path": "{tmp}/mistral"}, "sliding_window")
         for stage in ("split_random", "features", "select", "convert", "calibrate")
     ],
     ("split", {"num_experts": 5}, "5 does not divide the MLP width 64 of tiny-llama; near it, 1, 2, 4, 8"),
     ("split", {"num_experts": 0}, "--num_experts 0 does not divide"),
-    ("split", {"num_experts": -4}, "--num_experts -4 does not divide"),
     ("split", {"num_experts": 128}, "--num_experts 128 does not divide"),
     ("split", {"num_experts": 2.5}, "--num_experts: invalid int value"),
     ("split", {"num_experts": None}, "required: --num_experts"),
     ("split", {"templates": "layers.{}.mlp.down_proj.weight"}, "--templates 'layers.{}.mlp.down_proj.weight'"),
-    ("split", {"templates": "../{}"}, "--templates '../{}' is not one of"),
     ("split", {"templates": "layers.{}.mlp.gate_proj.weight," * 2}, "--templates"),
     ("split", {"seed": -1}, "--seed: '-1' is not an integer from 0 to 2^32 - 1"),
     ("split", {"device": "meta"}, "--device 'meta' cannot be used here"),
     ("split", {"device": "warp"}, "--device 'warp' cannot be used here"),
-    ("split", {"distance": "l3"}, "--distance: invalid choice"),
-    ("split", {"model_path": "{nan}"}, "layers.1.mlp.gate_proj.weight holds NaN"),
+    ("split", {"model_path": "{tmp}/nan"}, "layers.1.mlp.gate_proj.weight holds NaN"),
     ("split", {"save_path": "{tmp}/file"}, "tmp}/file"),
     ("split", {"num_shared_experts": 1}, "--num_shared_experts is for --cluster_on activations"),
     ("split", {"keep_fraction": 0.3}, "--keep_fraction is for --cluster_on activations"),
@@ -197,9 +190,7 @@ WRONG = [
     ("split", ON_TEXT | {"keep_fraction": 0}, "--keep_fraction 0.0 is not a fraction between 0 and 1"),
     ("split", ON_TEXT | {"keep_fraction": 1}, "--keep_fraction 1.0 is not a fraction between 0 and 1"),
     ("split", ON_TEXT | {"batch_size": 0}, "--batch_size 0 must be at least 1"),
-    ("split", ON_TEXT | {"num_experts": 5}, "--num_experts 5 does not divide"),
-    ("split", ON_TEXT | {"model_path": "{nan}"}, "layers.1.mlp.gate_proj.weight holds NaN"),
-    ("split_random", {"num_experts": 5}, "--num_experts 5 does not divide"),
+    ("split", ON_TEXT | {"model_path": "{tmp}/nan"}, "layers.1.mlp.gate_proj.weight holds NaN"),
     ("split_random", {"num_shared_experts": 4}, "--num_shared_experts 4 is outside of 0 to 3"),
     ("split_random", {"templates": "layers.{}.mlp.down_proj.weight"}, "is not one of"),
     ("features", {"seed": 2**32}, "--seed: '4294967296' is not an integer"),
@@ -210,7 +201,6 @@ WRONG = [
     ("features", {"block_size": 129}, "--block_size 129 is outside of 2 to 128, the positions of tiny-llama"),
     ("features", {"block_size": 1}, "--block_size 1 is outside"),
     ("features", {"data_use_percent": 0}, "--data_use_percent 0.0 is not a fraction in (0, 1]; one percent is 0.01"),
-    ("features", {"data_use_percent": 1.5}, "--data_use_percent 1.5 is not a fraction"),
     ("features", {"data_use_percent": "nan"}, "--data_use_percent nan is not a fraction"),
     ("features", {"save_interval": 0}, "--save_interval 0 must be at least 1"),
     ("features", {"max_tokens": 0}, "--max_tokens 0 must be at least 1"),
@@ -244,38 +234,30 @@ WRONG = [
     ("convert", {"select_file_path": "{other_select}"}, "was made from another model (other-llama) than tiny-llama"),
     ("convert", {"split_file_path": "{split_seed1}"}, "holds gates of another split than"),
     ("convert", {"split_file_path": "{split8}", "num_experts": 8}, "was made for --num_experts 4"),
-    ("convert", {"model_path": "{nan}"}, "was made from another model"),
+    ("convert", {"model_path": "{tmp}/nan"}, "was made from another model"),
     ("convert", {"num_selects": 9}, "--num_selects 9 is outside of 1 to --num_experts 4"),
     ("convert", {"min_selects": 1}, "--min_selects is for --routing threshold"),
     ("convert", {"max_selects": 3}, "--max_selects is for --routing threshold"),
     ("convert", {"routing": "threshold", "min_selects": 3}, "must not decrease"),
-    ("convert", {"routing": "threshold", "max_selects": 1}, "must not decrease"),
     ("convert", {"routing": "threshold", "max_selects": 5}, "must not decrease"),
     ("convert", {"routing": "threshold", "min_selects": -1}, "must not decrease"),
     ("convert", {"num_labels": 3}, "--num_labels is for --convert_type LlamaMoEForSequenceClassification"),
     ("convert", {"save_path": "{model}"}, "is the source checkpoint itself"),
     ("convert", {"save_path": "{text}"}, "holds files but no manifest.json: not ours to fill"),
-    ("convert", {"save_path": "{split}"}, "was written by llama_split_clustering.py"),
-    ("calibrate", {"model_path": "{other}"}, "was made from another model (tiny-llama) than other-llama"),
+    ("calibrate", {"model_path": "{root}/other-llama"}, "was made from another model (tiny-llama) than other-llama"),
     ("calibrate", {"moe_path": "{other_moe}"}, "was made from another model (other-llama) than tiny-llama"),
-    ("calibrate", {"moe_path": "{tmp}/nowhere"}, "nowhere is not a folder; run llama_convert.py first"),
-    ("calibrate", {"moe_path": "{model}"}, "has no manifest.json: not a folder written by llama_convert.py"),
-    ("calibrate", {"moe_path": "{split}"}, "was written by llama_split_clustering.py, not by llama_convert.py"),
     ("calibrate", {"moe_path": "{tmp}/unfinished_moe"}, "is unfinished (0 parts done); run llama_convert.py again"),
     ("calibrate", {"moe_path": "{tmp}/damaged_moe"}, "is damaged: its checksum is not the manifest's"),
     ("calibrate", {"moe_path": "{tmp}/cut_moe"}, "bytes, the manifest says"),
     ("calibrate", {"moe_path": "{tmp}/old_moe"}, "has no usable config.json"),
     ("calibrate", {"save_path": "{moe}"}, "is one of the source checkpoints; choose another folder"),
     ("calibrate", {"save_path": "{model}"}, "is one of the source checkpoints; choose another folder"),
-    ("calibrate", {"save_path": "{split}"}, "was written by llama_split_clustering.py"),
     ("calibrate", {"max_tokens": 16, "domain_weights": "c4=1"}, "a single block, and one is held out; use a smaller"),
     ("calibrate", {"refit_gates": True}, "--refit_gates is for linear gates, not for the 'mlp' ones given"),
     ("calibrate", {"num_selects": 0}, "--num_selects 0 is outside of 1 to 4"),
     ("calibrate", {"num_selects": 5}, "--num_selects 5 is outside of 1 to 4"),
     ("calibrate", {"layer_budgets": "sensitivity"}, "unrecognized arguments: --layer_budgets"),
-    ("evaluate", {"model_path": "{tmp}/nowhere"}, "no folder here, and no hub id"),
-    ("evaluate", {"model_path": "{tmp}/empty"}, "empty has no config.json"),
-    ("evaluate", {"model_path": "{cut}"}, "not a whole safetensors file"),
+    ("evaluate", {"model_path": "{tmp}/cut"}, "not a whole safetensors file"),
     ("evaluate", {"text_path": "{tmp}/nowhere"}, "nowhere is not a file"),
     ("evaluate", {"text_path": "{tmp}/no_text/c4.jsonl"}, "holds fewer than 2 tokens"),
     ("evaluate", {"num_selects": 5}, "--num_selects 5 is outside of 1 to 4"),
@@ -310,14 +292,14 @@ def test_wrong_input_is_refused(stage, changes, words, places, finished, untouch
     assert_refused(result, words.replace("tmp}", str(places["tmp"])).replace("{{}}", "{}"))
     domains = {path.name.partition("-")[0] for path in (tmp_path / "cache").rglob("*")}
     # Tokens are kept where text, or weights, turn out to be bad only in the reading.
-    reads_first = any(word in str(changes) for word in ("/bad", "{nan}", "max_tokens': 16"))
+    reads_first = any(word in str(changes) for word in ("/bad", "{tmp}/nan", "max_tokens': 16"))
     assert reads_first or not domains
     assert (contents(finished.save.parent), contents(places["tmp"])) == untouched
 
 
 def test_one_variable_shows_the_traceback(places, run_script, monkeypatch):
     monkeypatch.setenv("MOEFICATION_TRACEBACK", "1")
-    status, _, err = run_script(MAINS["split"], *arguments_of("split", {"model_path": "{cut}"}, places))
+    status, _, err = run_script(MAINS["split"], *arguments_of("split", {"model_path": "{tmp}/cut"}, places))
     assert status == 2
     assert "SafetensorError" in err  # the cause, too
     assert "Traceback (most recent call last)" in err

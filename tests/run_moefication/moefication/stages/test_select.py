@@ -236,7 +236,9 @@ def test_similarity_gate_is_not_trained():
     rows, neurons, inputs, scores = problem()
     gate = initial_gate("similarity", rows, neurons)
     before = gate.weight.clone()
-    metrics = fit_gate(gate, inputs, scores, GateSettings(num_experts=EXPERTS, num_selects=K, gate_network="similarity"))
+    metrics = fit_gate(
+        gate, inputs, scores, GateSettings(num_experts=EXPERTS, num_selects=K, gate_network="similarity")
+    )
     assert torch.equal(gate.weight, before)
     assert metrics["loss"]["train"] == []
     assert metrics["best_epoch"] == 0
