@@ -242,7 +242,7 @@ def report(arguments: argparse.Namespace, writer: Any, next_step: str, missing: 
         print(f"written: {writer.folder} ({took})")
     else:
         parts = f"{len(writer.missing())} of {len(writer.pieces)} parts {missing}"
-        print(f"written so far: {writer.folder} ({took}; {parts})")
+        print(f"written so far: {writer.folder} ({parts}) after {took}")
     if writer.finished:
         print(f"next: {next_step}")
 
