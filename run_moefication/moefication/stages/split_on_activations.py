@@ -23,13 +23,14 @@ from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.tokenizers import carried_over
 from ..fitting.balanced_kmeans import Clustering, balanced_kmeans
 from ..fitting.ridge import NormalEquations, gram, low_rank_map, token_weights
-from ..layers.decoder import Batch, PreMLP, batches_of, embed
+from ..layers.decoder import PreMLP, embed
 from ..layers.mlp import GatedMLP
 from ..layers.scores import TOKENS_PER_CHUNK, token_stride
 from ..names import split_folder
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import Claim, environment
+from ..text.batches import Batch, batches_of
 from ..text.corpus import Corpus
 
 # Added to the diagonal of the Gram matrix of normalised rows, so that it has a Cholesky factor in float64.
