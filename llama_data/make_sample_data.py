@@ -182,8 +182,8 @@ def stale_files(output_dir: Path, files: dict[str, bytes], old: dict) -> list[Pa
 
 
 def refuse_foreign_files(output_dir: Path, files: dict[str, bytes], old: dict) -> None:
-    """Raise MoEficationError where a file to write exists and holds neither the new content nor what an older run wrote, or
-    where an extracted DOMAIN.jsonl would be read in place of DOMAIN.zip."""
+    """Raise MoEficationError where a file to write exists and holds neither the new content nor what an older run wrote,
+    or where an extracted DOMAIN.jsonl would be read in place of DOMAIN.zip."""
     for name, content in files.items():
         path = output_dir / name
         ours = {hashlib.sha256(content).hexdigest(), old["files"].get(name, {}).get("sha256")}

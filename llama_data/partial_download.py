@@ -19,7 +19,7 @@ def part_path(folder: Path, name: str) -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A manifest or state of this script; None where there is none. Raises MoEficationError where it is something else."""
+    """A manifest or state of this script; None where there is none. Anything else raises MoEficationError."""
     if not path.exists():
         return None
     with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, OSError):
