@@ -12,7 +12,7 @@ class MoEficationError(ValueError):
 
 
 class SettingError(MoEficationError):
-    """A wrong setting: the message speaks of fields by their names, to which the command line adds its dashes."""
+    """A message that speaks of settings by the names of their fields, to which the command line adds its dashes."""
 
 
 class NetworkError(MoEficationError):

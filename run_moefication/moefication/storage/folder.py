@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from .files import digest, file_sha256, file_sizes, write_atomically, write_json
 from .folder_writer import WORKSPACE, FolderWriter
 from .manifest import (
@@ -34,7 +34,7 @@ from .tensors import load_tensors
 
 logger = logging.getLogger(__name__)
 
-ELSEWHERE = "choose another --save_path"
+ELSEWHERE = "choose another save_path"
 OVERWRITES = "overwrites"  # in the workspace: a finished folder may be replaced
 
 
@@ -56,10 +56,10 @@ def _look(files: FolderWriter, stage: str) -> tuple[dict[str, Any] | None, dict[
         if files.folder.exists() and any(files.folder.iterdir()):
             is_old = (files.folder / WORKSPACE).is_dir()
             why = "an earlier version left it unfinished, so remove it" if is_old else "not ours to fill"
-            raise MoEficationError(f"{files.folder} holds files but no {MANIFEST}: {why}; {ELSEWHERE}")
+            raise SettingError(f"{files.folder} holds files but no {MANIFEST}: {why}; {ELSEWHERE}")
     for existing in filter(None, (partial, finished)):
         if existing["stage"] != stage:
-            raise MoEficationError(f"{files.folder} was written by {STAGE_SCRIPTS[existing['stage']]}; {ELSEWHERE}")
+            raise SettingError(f"{files.folder} was written by {STAGE_SCRIPTS[existing['stage']]}; {ELSEWHERE}")
     return partial, finished
 
 
@@ -151,7 +151,7 @@ class ArtifactWriter:
         existing = finished or partial
         unlike = existing and difference(existing, self._wanted, is_finished=finished is not None)
         if unlike:
-            raise MoEficationError(f"{self.folder} {unlike}; {ELSEWHERE}, or add --overwrite to redo it")
+            raise SettingError(f"{self.folder} {unlike}; {ELSEWHERE}, or add overwrite to redo it")
         if finished is not None:
             Artifact(self.folder, finished).check_sizes()  # "finished" is not said of a folder that has lost files
         return finished
@@ -255,8 +255,8 @@ class Artifact:
     def require_option(self, name: str, wanted: Any) -> None:
         """Refuse a folder made with another value of an option than this stage asks for."""
         if self.options.get(name) != wanted:
-            raise MoEficationError(
-                f"{self.folder} was made for --{name} {self.options.get(name)} "
+            raise SettingError(
+                f"{self.folder} was made for {name} {self.options.get(name)} "
                 f"of {self.manifest['source'].get('name')}, this run asks for {wanted}"
             )
 
@@ -264,7 +264,7 @@ class Artifact:
         """A torch file of this folder, its size and sha256 checked against the manifest."""
         path = self._checked_path(relative)
         if file_sha256(path) != self.files[relative]["sha256"]:
-            raise MoEficationError(f"{path} is damaged: its checksum is not the manifest's; {self._cure}")
+            raise SettingError(f"{path} is damaged: its checksum is not the manifest's; {self._cure}")
         return load_tensors(path)
 
     def map(self, relative: str) -> Any:
@@ -280,18 +280,18 @@ class Artifact:
         path = inside(self.folder, relative)
         entry = self.files.get(relative)
         if entry is None:
-            raise MoEficationError(f"{self.folder} has no {relative}; {self._cure}")
+            raise SettingError(f"{self.folder} has no {relative}; {self._cure}")
         if not path.is_file():
-            raise MoEficationError(f"{path} is missing although the manifest lists it; {self._cure}")
+            raise SettingError(f"{path} is missing although the manifest lists it; {self._cure}")
         if path.stat().st_size != entry["size"]:
-            raise MoEficationError(
+            raise SettingError(
                 f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}; {self._cure}"
             )
         return path
 
     @property
     def _cure(self) -> str:
-        return f"run {STAGE_SCRIPTS[self.manifest['stage']]} again with --overwrite"
+        return f"run {STAGE_SCRIPTS[self.manifest['stage']]} again with overwrite"
 
 
 def open_finished(folder: str | Path, *stages: str) -> Artifact:

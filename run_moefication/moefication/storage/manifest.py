@@ -21,6 +21,8 @@ STAGE_SCRIPTS = {
     "calibrate": "llama_calibrate.py",
     "distill": "llama_distill.py",
 }
+# Options that older versions had, and the value with which their results are those of today.
+GONE = {"layer_budgets": "equal"}
 VERSIONED_PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "safetensors")
 MOE_STAGES = ("convert", "calibrate", "distill")  # whose folders are LlamaMoE checkpoints
 # What else lies in the folder cannot be told without its manifest, so --overwrite cannot clear it.
@@ -67,11 +69,12 @@ def difference(existing: dict[str, Any], wanted: dict[str, Any], is_finished: bo
     """What keeps an existing folder from being the wanted one, as the rest of a sentence, or None."""
     if existing["source"].get("fingerprint") != wanted["source"]["fingerprint"]:
         return f"was made from another model ({existing['source'].get('name')}: its weights or config differ)"
-    # An option that only one of the two knows (a newer version's) counts as different.
-    for name in sorted({*existing["options"], *wanted["options"]}):
-        before, now = existing["options"].get(name), wanted["options"].get(name)
+    # Older versions also recorded options without an effect, which this run does not name.
+    gone = {name: value for name, value in GONE.items() if name in existing["options"]}
+    for name, now in sorted((gone | wanted["options"]).items()):
+        before = existing["options"].get(name)
         if before != now:
-            return f"was made with --{name} {before}, this run asks for {now}"
+            return f"was made with {name} {before}, this run asks for {now}"
     for name, value in wanted["inputs"].items():
         if existing["inputs"].get(name) != value:
             return f"was made from another {name}"

@@ -57,7 +57,7 @@ def test_streams_that_are_not_whole_are_refused_by_name(damage, writer):
         path.write_bytes(path.read_bytes()[:-1])
     if damage == "of more tokens":
         streams = Streams(writer, (2, 4, 3))
-    with pytest.raises(MoEficationError, match=r"streams\.2 is missing or cut; run again with --overwrite"):
+    with pytest.raises(MoEficationError, match=r"streams\.2 is missing or cut; run again with overwrite"):
         streams.before(2)
 
 

@@ -305,17 +305,6 @@ def test_another_budget_can_be_asked_for(finished, tmp_path):
     assert json.loads((folder / "config.json").read_text())["num_experts_per_tok"] == 5
 
 
-def test_a_calibrated_model_keeps_the_budgets_of_its_layers(finished, tmp_path):
-    calibrated, folder = tmp_path / "calibrated", tmp_path / "moe"
-    calibrate(finished, calibrated, layer_budgets="sensitivity")
-    assert llama_distill.main(arguments_of(finished, folder, moe_path=calibrated, **SHORT)) == 0
-    before, after = (json.loads((moe / "config.json").read_text()) for moe in (calibrated, folder))
-    assert after == before
-    budgets = before["layer_num_experts_per_tok"]
-    assert len({round(budget, 1) for budget in budgets}) > 1
-    assert metrics_of(folder)["active_share"] == pytest.approx([budget / 7 for budget in budgets], rel=0.01)
-
-
 def test_a_model_that_runs_its_shared_experts_only_goes_on_doing_so(finished, tmp_path):
     calibrated, folder = tmp_path / "calibrated", tmp_path / "moe"
     calibrate(finished, calibrated, num_selects=1)

@@ -132,8 +132,8 @@ def test_an_exclusive_folder_has_one_writer_at_a_time(overwrite, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"options": {"num_experts": 16, "seed": 0}}, "was made with --num_experts 8, this run asks for 16"),
-        ({"options": {"num_experts": 8, "seed": 0, "new": 1}}, "was made with --new None, this run asks for 1"),
+        ({"options": {"num_experts": 16, "seed": 0}}, "was made with num_experts 8, this run asks for 16"),
+        ({"options": {"num_experts": 8, "seed": 0, "new": 1}}, "was made with new None, this run asks for 1"),
         ({"source": {"name": "x", "fingerprint": "other"}}, "was made from another model (llama_7B"),
         ({"inputs": {"text": "other"}}, "was made from another text"),
         ({"stage": "select"}, "was written by llama_split_clustering.py"),
@@ -435,7 +435,7 @@ def test_mismatch_with_the_reader_is_named(finished):
     artifact.require_option("num_experts", 8)
     with pytest.raises(MoEficationError, match=r"was made from another model \(llama_7B\) than alpaca"):
         artifact.require_source("abcd", "alpaca")
-    with pytest.raises(MoEficationError, match="was made for --num_experts 8 of llama_7B, this run asks for 16"):
+    with pytest.raises(MoEficationError, match="was made for num_experts 8 of llama_7B, this run asks for 16"):
         artifact.require_option("num_experts", 16)
 
 
@@ -484,7 +484,7 @@ def test_what_is_no_file_is_refused(read, finished):
 def test_a_finished_folder_that_lost_a_file_says_so_and_is_redone(finished):
     before = contents(finished)
     (finished / "files" / "layer.1").unlink()
-    with pytest.raises(MoEficationError, match=r"layer.1 is missing .* again with --overwrite"):
+    with pytest.raises(MoEficationError, match=r"layer.1 is missing .* again with overwrite"):
         ArtifactWriter(finished, SPEC, PARTS)
     writer = ArtifactWriter(finished, SPEC, PARTS, overwrite=True)
     fill(writer, PARTS)
@@ -494,5 +494,5 @@ def test_a_finished_folder_that_lost_a_file_says_so_and_is_redone(finished):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_overwrite_is_not_offered_where_it_would_be_refused(overwrite, finished):
-    with pytest.raises(MoEficationError, match=r"llama_split_clustering.py; choose another --save_path$"):
+    with pytest.raises(MoEficationError, match=r"llama_split_clustering.py; choose another save_path$"):
         ArtifactWriter(finished, dataclasses.replace(SPEC, stage="select"), PARTS, overwrite=overwrite)
