@@ -92,7 +92,9 @@ def collect_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what is written, checked, by their names on the command line."""
     if args.tokens_per_domain < 1:
         raise MoEficationError(f"--tokens_per_domain {args.tokens_per_domain} must be at least 1")
-    options = {name: value for name, value in vars(args).items() if name not in ("output_dir", "overwrite")}
+    options = {
+        name: value for name, value in vars(args).items() if name not in ("output_dir", "overwrite", "start_time")
+    }
     if Path(args.dataset).is_dir():
         options["dataset"] = str(Path(args.dataset).resolve())
     elif args.dataset.startswith((".", "/", "~")) or args.dataset.count("/") > 1:
