@@ -139,6 +139,22 @@ def text_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def plain_run(tiny_llama, text_folder, tmp_path_factory):
+    """A `Pipeline` with the description's stages run: 4 experts by weights, MLP gates, top-2; shared and read-only."""
+    from pipeline import Pipeline
+
+    return Pipeline(tiny_llama, text_folder, tmp_path_factory.mktemp("plain")).run()
+
+
+@pytest.fixture(scope="session")
+def shared_run(tiny_llama, text_folder, tmp_path_factory):
+    """The same of `shared_pipeline`: 2 of 8 experts shared, linear gates, a threshold for 4 of 8; read-only."""
+    from pipeline import shared_pipeline
+
+    return shared_pipeline(tiny_llama, text_folder, tmp_path_factory.mktemp("shared")).run()
+
+
 @pytest.fixture
 def run_script(capfd) -> Callable[..., tuple[int, str, str]]:
     """`run_script(main, "--option", value, ...)` runs a stage script in this process: status, stdout, stderr."""

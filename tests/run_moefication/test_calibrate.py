@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VARIANTS, make_llama
-from pipeline import LINEAR, Pipeline, contents, corpus_of, load, load_dense, shared_pipeline
+from pipeline import LINEAR, Pipeline, contents, corpus_of, load, shared_pipeline
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 from torch.nn import functional as F
@@ -158,7 +158,7 @@ def test_down_proj_is_scikit_learns_ridge_on_what_the_calibrated_prefix_produces
     folder = finished.calibrated
     if output_bias:
         folder = recalibrated(finished, tmp_path / "biased", "--output_bias").calibrated
-    dense, before, after = load_dense(finished.model), load(finished.moe), load(folder)
+    dense, before, after = load(finished.model), load(finished.moe), load(folder)
     s = seen(dense, after, layer, corpus.blocks)
     mlp = after.model.layers[layer].mlp
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_down_proj_is_scikit_learns_ridge_on_what_the_calibrated_prefix_produces
 @pytest.mark.parametrize("layer", [0, 2])
 def test_gates_are_scikit_learns_ridge_to_the_norms_of_the_experts_outputs(layer, finished, corpus):
     before, after = load(finished.moe), load(finished.calibrated)
-    s = seen(load_dense(finished.model), after, layer, corpus.blocks)
+    s = seen(load(finished.model), after, layer, corpus.blocks)
     mlp, num_held_out = before.model.layers[layer].mlp, -(-len(corpus.blocks) // 6)
     neurons = neurons_of(mlp, s.inputs)[:, :48].unflatten(1, (6, 8))
     norms = torch.einsum("tei,ehi->teh", neurons, mlp.experts.down_proj.detach()).norm(dim=-1)
@@ -203,7 +203,7 @@ def test_gates_are_scikit_learns_ridge_to_the_norms_of_the_experts_outputs(layer
 
 def test_the_final_norm_is_fitted_to_the_dense_models_predictions(finished, corpus):
     """On half of the tokens, drawn by a seed; on the other half it is measured."""
-    dense, model = load_dense(finished.model), load(finished.calibrated)
+    dense, model = load(finished.model), load(finished.calibrated)
     blocks, hidden = corpus.blocks, []
     hook = model.model.norm.register_forward_pre_hook(lambda _, x: hidden.append(x[0][0]))
     logits(model, blocks)
@@ -241,7 +241,7 @@ def test_a_final_norm_that_does_worse_on_other_tokens_is_not_kept(finished, tmp_
 @pytest.mark.parametrize("options", [[], ["--refit_gates"], ["--refit_gates", "--output_bias"]])
 def test_with_all_experts_on_the_dense_model_stays(options, finished, corpus, tmp_path):
     folder = recalibrated(finished, tmp_path / "all", "--num_selects", 8, *options).calibrated
-    model, dense = load(folder), load_dense(finished.model)
+    model, dense = load(folder), load(finished.model)
     assert (logits(model, corpus.blocks[:4]) - logits(dense, corpus.blocks[:4])).abs().max() < 1e-3
     for metrics in metrics_of(folder):
         assert metrics["active_share"] == 1
@@ -281,7 +281,7 @@ def shares(model, blocks: list[torch.Tensor]) -> list[float]:
 
 @pytest.mark.parametrize("num_selects", [3, 4])
 def test_a_calibrated_model_is_nearer_to_the_dense_one_at_the_same_cost(num_selects, finished, corpus, tmp_path):
-    dense, plain = load_dense(finished.model), load(finished.moe)
+    dense, plain = load(finished.model), load(finished.moe)
     folder = recalibrated(finished, tmp_path / "moe", "--refit_gates", "--num_selects", num_selects).calibrated
     calibrated = load(folder)
     assert calibrated.config.num_selects == num_selects
@@ -385,7 +385,7 @@ def test_top_k_models(finished, corpus, tmp_path):
     assert not any("threshold" in name or "quantiles" in name for name in tensors_of(folder))
     assert [m["active_share"] for m in metrics_of(folder)] == [0.5] * 3
     plain.set_num_experts_per_tok(3)
-    dense = load_dense(finished.model)
+    dense = load(finished.model)
     assert divergence(calibrated, dense, corpus.blocks) < 0.95 * divergence(plain, dense, corpus.blocks)
 
 
@@ -412,7 +412,7 @@ def test_any_llama(variant, routing, text_folder, tmp_path):
     layers = VARIANTS[variant].get("num_hidden_layers", 3)
     assert after.keys() - before.keys() == {f"model.layers.{i}.mlp.gate.bias" for i in range(layers)}
     assert before.keys() <= after.keys()
-    calibrated, plain, dense = load(pipeline.calibrated), load(pipeline.moe), load_dense(model)
+    calibrated, plain, dense = load(pipeline.calibrated), load(pipeline.moe), load(model)
     assert calibrated.config.gate_bias
     assert not plain.config.gate_bias
     blocks = read_corpus(model, text_folder).blocks
@@ -443,7 +443,7 @@ def test_bf16_checkpoints_keep_their_dtype(text_folder, tmp_path):
     for name, tensor in tensors_of(pipeline.calibrated).items():
         assert tensor.dtype == (torch.float32 if name.endswith(("threshold", "quantiles")) else torch.bfloat16), name
     blocks = read_corpus(model, text_folder).blocks
-    dense, plain, calibrated = load_dense(model), load(pipeline.moe), load(pipeline.calibrated)
+    dense, plain, calibrated = load(model), load(pipeline.moe), load(pipeline.calibrated)
     set_shares_on(plain, blocks, 1 / 3)
     # Of the weights as they are stored, rounded: what was measured while fitting is what the model does.
     for stored, scores in zip(quantiles_of(calibrated), scores_on(calibrated, blocks), strict=True):
@@ -472,7 +472,7 @@ def test_base_models(text_folder, tmp_path):
 def test_a_calibrated_model_can_be_calibrated_again(finished, corpus, tmp_path):
     folder = recalibrated(finished, tmp_path / "again", "--refit_gates", moe=finished.calibrated).calibrated
     assert shares(load(folder), corpus.blocks) == pytest.approx([1 / 3] * 3, rel=0.01)
-    dense = load_dense(finished.model)
+    dense = load(finished.model)
     first, second = (divergence(load(path), dense, corpus.blocks) for path in (finished.calibrated, folder))
     assert second < 1.02 * first
     manifest = json.loads((folder / "manifest.json").read_text())

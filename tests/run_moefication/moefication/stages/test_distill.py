@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, make_llama
-from pipeline import Pipeline, contents, corpus_of, load_dense
+from pipeline import Pipeline, contents, corpus_of, load
 from safetensors.torch import load_file
 
 from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, record_routing
@@ -86,10 +86,6 @@ def short(finished, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("short") / "moe"
     assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
     return folder
-
-
-def load(folder: Path) -> LlamaMoEForCausalLM:
-    return LlamaMoEForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def metrics_of(folder: Path) -> dict:
@@ -268,7 +264,7 @@ def test_a_text_too_large_to_hold_is_read_in_part(monkeypatch):
 
 def kl(pipeline: Pipeline, folder: Path, blocks: list[torch.Tensor]) -> float:
     """Mean KL of a checkpoint to the dense model, one block at a time, straight from the definition."""
-    dense, moe, total = load_dense(pipeline.model), load(folder), 0.0
+    dense, moe, total = load(pipeline.model), load(folder), 0.0
     with torch.no_grad():
         for block in blocks:
             p, q = (model(block[None].long()).logits.double().softmax(-1) for model in (dense, moe))
