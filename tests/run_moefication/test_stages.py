@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import TINY, as_bin, make_llama
 from pipeline import Pipeline, contents, load, logits, tokens

@@ -1,85 +1,17 @@
-"""A model run layer by layer is the model; streams on the disk are whole or absent."""
+"""Batches hold every token once; streams on the disk are whole or absent. `test_calibrate` walks through whole models."""
 
 import resource
 
 import pytest
 import torch
-from conftest import TINY, VARIANTS, make_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
-from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.artifacts.streams import Streams
-from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.layers.decoder import AttentionHalf, Batch, batches_of, embed
-from run_moefication.moefication.layers.scores import LayerActivations
+from run_moefication.moefication.layers.decoder import Batch, batches_of
 from run_moefication.moefication.storage.folder import ArtifactWriter
 from run_moefication.moefication.storage.manifest import Claim
-
-UP = "layers.{}.mlp.up_proj.weight"
-# The same float32 products in another batch shape.
-TOLERANCE = dict(rtol=1e-4, atol=1e-4)
-LENGTHS = [9, 1, 24, 100, 2, 24, 7]
-
-
-def random_blocks(lengths: list[int] = LENGTHS) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, TINY["vocab_size"], (length,), generator=generator).int() for length in lengths]
-
-
-# ---------------------------------------------------------------------------------------------------- the walk
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_layer_by_layer_is_the_model(variant, batch_size, tmp_path):
-    checkpoint = DenseCheckpoint(str(make_llama(tmp_path, **VARIANTS[variant])))
-    config, blocks = checkpoint.config, random_blocks()
-    batches = batches_of(blocks, batch_size, num_held_out=2)
-    stream = torch.full((sum(LENGTHS), config.hidden_size), float("nan"))
-    embed(stream, blocks, batches, checkpoint.tensor("embed_tokens.weight"))
-    model = LlamaForCausalLM.from_pretrained(checkpoint.path).eval()
-    seen = []  # by the MLPs
-    for layer in model.model.layers:
-        layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
-    with torch.no_grad():
-        states = [model(block[None].long(), output_hidden_states=True).hidden_states for block in blocks]
-    for index in range(config.num_hidden_layers):
-        torch.testing.assert_close(stream, torch.cat([s[index][0] for s in states]), **TOLERANCE)
-        half = AttentionHalf(config, lambda name, i=index: checkpoint.tensor(f"layers.{i}.{name}"), "cpu")
-        activations = LayerActivations(checkpoint, index, UP, "cpu")
-        down = checkpoint.mlp_tensor(index, "down_proj.weight")
-        bias = checkpoint.mlp_tensor(index, "down_proj.bias") if config.mlp_bias else None
-        of_mlp = []
-        with torch.no_grad():
-            for batch in batches:
-                before_mlp, inputs = half(stream[batch.rows], batch)
-                of_mlp.append(inputs)
-                stream[batch.rows] = before_mlp + F.linear(activations(inputs), down, bias)
-        torch.testing.assert_close(torch.cat(of_mlp), torch.cat(seen[index :: config.num_hidden_layers]), **TOLERANCE)
-    assert stream.std() > 0.5
-    # The last of the hidden states is normalised.
-    normed = model.model.norm(stream)
-    torch.testing.assert_close(normed, torch.cat([s[-1][0] for s in states]), **TOLERANCE)
-
-
-def test_half_precision_weights_are_computed_with_in_float32(tmp_path):
-    checkpoint = DenseCheckpoint(str(make_llama(tmp_path, dtype=torch.bfloat16)))
-    half = AttentionHalf(checkpoint.config, lambda name: checkpoint.tensor(f"layers.0.{name}"), "cpu")
-    batch = Batch(slice(0, 12), [12])
-    stream = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
-    layer = LlamaForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval().model.layers[0]
-    inputs = []
-    layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
-    rotary = LlamaForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).model.rotary_emb
-    with torch.no_grad():
-        layer(stream[None], position_embeddings=rotary(stream[None], torch.arange(12)[None]))
-        found = half(stream, batch)[1]
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, inputs[0], **TOLERANCE)
-
 
 # ---------------------------------------------------------------------------------------------------- batches
 
@@ -111,14 +43,6 @@ def test_padded_and_flat_are_each_others_inverse(lengths):
         assert (block[length:] == 0).all()
         start += length
     assert torch.equal(batch.flat(padded), rows)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_embeddings_are_the_tokens_rows_in_float32(dtype):
-    blocks, weight = random_blocks(), torch.randn(TINY["vocab_size"], 5).to(dtype)
-    stream = torch.empty(sum(LENGTHS), 5)
-    embed(stream, blocks, batches_of(blocks, 2, 1), weight)
-    assert torch.equal(stream, torch.cat([weight[block.long()].float() for block in blocks]))
 
 
 # ---------------------------------------------------------------------------------------------------- streams
