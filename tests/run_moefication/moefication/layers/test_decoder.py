@@ -1,4 +1,4 @@
-"""Batches hold every token once; streams on the disk are whole or absent. `test_calibrate` walks through whole models."""
+"""Batches hold every token once; streams on the disk are whole or absent. (`test_calibrate` walks through models.)"""
 
 import resource
 
