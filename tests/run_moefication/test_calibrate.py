@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VARIANTS, make_llama
+from conftest import VARIANTS, change_weights, make_llama
 from pipeline import LINEAR, Killed, Pipeline, contents, corpus_of, load, renames, shared_pipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 from transformers import AutoModel, LlamaModel
@@ -590,10 +590,8 @@ def test_a_budget_that_the_model_cannot_run_is_refused(finished, tmp_path, capfd
 def test_a_dense_model_with_nan_is_refused_before_anything_is_written(finished, tmp_path, capfd):
     model = tmp_path / "nan"
     shutil.copytree(finished.model, model)
-    (file,) = model.glob("*.safetensors")
-    tensors = load_file(file)
-    tensors["model.layers.2.mlp.up_proj.weight"][1, 1] = float("nan")  # not a value that the fingerprint samples
-    save_file(tensors, file, metadata={"format": "pt"})
+    # Not a value that the fingerprint samples.
+    change_weights(model, lambda state: state["model.layers.2.mlp.up_proj.weight"][1, 1:2].fill_(float("nan")))
     pipeline = Pipeline(model, finished.text, tmp_path, moe=finished.moe, calibrated=tmp_path / "moe")
     capfd.readouterr()
     assert pipeline.calibrate() == 2

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import TINY, as_bin, make_llama
+from conftest import TINY, as_bin, change_weights, make_llama
 from pipeline import Pipeline, contents, load, logits, tokens
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, LlamaForSequenceClassification, LlamaModel
 
 from run_moefication import llama_convert
@@ -24,9 +24,7 @@ DENSE_TOLERANCE = 1e-4
 
 def test_values_beyond_the_new_dtype_are_refused_before_anything_is_written(text_folder, tmp_path, capfd):
     model = make_llama(tmp_path / "llama")
-    weights = load_file(model / "model.safetensors")
-    weights["lm_head.weight"][5, 5] = 1e5
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    change_weights(model, lambda state: state["lm_head.weight"][5].fill_(1e5))
     pipeline = Pipeline(model, text_folder, tmp_path / "out", convert_options=["--dtype", "float16"])
     assert [pipeline.split(), pipeline.features(), pipeline.select(), pipeline.convert()] == [0, 0, 0, 2]
     assert "lm_head.weight has values beyond torch.float16; choose another --dtype" in capfd.readouterr().err

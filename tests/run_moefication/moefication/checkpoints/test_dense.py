@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, VARIANTS, as_bin, change_config, make_llama
+from conftest import TINY, VARIANTS, as_bin, change_config, change_weights, make_llama
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
@@ -137,13 +137,8 @@ def test_name_is_the_last_part_of_the_path(tiny_llama, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- refusals
 
 
-def change_state(change) -> None:
-    def damage(folder: Path) -> None:
-        state = state_of(folder)
-        change(state)
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return damage
+def change_state(change):
+    return lambda folder: change_weights(folder, change)
 
 
 def config(**changes):
