@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCABULARY
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import llama_moe  # noqa: F401 (registers LlamaMoE)
+from llama_moe import record_routing
 from run_moefication import (
     llama_calibrate,
     llama_convert,
@@ -160,14 +161,28 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 @torch.no_grad()
-def mlp_inputs(model: PreTrainedModel, layer: int, blocks: list[torch.Tensor]) -> torch.Tensor:
-    """What enters the MLP (or MoE block) of a layer in plain forward passes, a block at a time: `[tokens, H]`."""
+def inputs_to(module: nn.Module, model: PreTrainedModel, blocks: list[torch.Tensor]) -> torch.Tensor:
+    """What enters a module of the model in plain forward passes, a block at a time: `[tokens, width]`."""
     seen = []
-    hook = model.model.layers[layer].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
     for block in blocks:
         model(block[None].long())
     hook.remove()
     return torch.cat(seen)
+
+
+def mlp_inputs(model: PreTrainedModel, layer: int, blocks: list[torch.Tensor]) -> torch.Tensor:
+    """What enters the MLP (or MoE block) of a layer: `[tokens, H]`."""
+    return inputs_to(model.model.layers[layer].mlp, model, blocks)
+
+
+@torch.no_grad()
+def shares_on(model: PreTrainedModel, blocks: list[torch.Tensor]) -> list[float]:
+    """The share of the routed experts that runs on these blocks, by layer."""
+    with record_routing(model) as statistics:
+        for block in blocks:
+            model(block[None].long())
+    return [layer.experts_per_tok / layer.runs.numel() for layer in statistics]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -3,14 +3,25 @@
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import VARIANTS, change_weights, make_llama
-from pipeline import LINEAR, Killed, Pipeline, contents, corpus_of, load, renames, shared_pipeline
+from pipeline import (
+    LINEAR,
+    Killed,
+    Pipeline,
+    contents,
+    corpus_of,
+    inputs_to,
+    load,
+    mlp_inputs,
+    renames,
+    shared_pipeline,
+    shares_on,
+)
 from safetensors.torch import load_file
 from sklearn.linear_model import Ridge
 from torch.nn import functional as F
@@ -93,43 +104,30 @@ def divergence(model, dense, blocks: list[torch.Tensor]) -> float:
 # ---------------------------------------------------------------------------------------------------- one layer's fit
 
 
-@dataclass
-class Seen:
-    """What one layer of the calibrated model and of the dense one see of the calibration text, `[tokens, ...]`."""
-
-    inputs: torch.Tensor  # of the MLP
-    stream: torch.Tensor  # that the MLP's output is added to
-    dense_stream: torch.Tensor
-    target: torch.Tensor  # what the MLP should add
-
-
-@torch.no_grad()
-def seen(dense, moe, layer: int, blocks: list[torch.Tensor]) -> Seen:
-    parts = {name: [] for name in ("inputs", "stream", "dense_stream", "dense_after")}
-    of_moe, of_dense = moe.model.layers[layer], dense.model.layers[layer]
-    hooks = [
-        of_moe.mlp.register_forward_pre_hook(lambda _, x: parts["inputs"].append(x[0][0])),
-        of_moe.post_attention_layernorm.register_forward_pre_hook(lambda _, x: parts["stream"].append(x[0][0])),
-        of_dense.post_attention_layernorm.register_forward_pre_hook(lambda _, x: parts["dense_stream"].append(x[0][0])),
-        of_dense.register_forward_hook(lambda _, __, out: parts["dense_after"].append(out[0])),
-    ]
-    for model in (dense, moe):
-        logits(model, blocks)
-    for hook in hooks:
-        hook.remove()
-    found = {name: torch.cat(part) for name, part in parts.items()}
-    return Seen(found["inputs"], found["stream"], found["dense_stream"], found["dense_after"] - found["stream"])
+def seen(dense, moe, layer: int, blocks: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a layer of the calibrated model, `[tokens, ...]`: what enters its MLP, what that should add to make the
+    residual stream the dense model's, and the weight of each token."""
+    after_layer = [*dense.model.layers[1:], dense.model.norm][layer]
+    stream, dense_stream = (
+        inputs_to(model.model.layers[layer].post_attention_layernorm, model, blocks) for model in (moe, dense)
+    )
+    target = inputs_to(after_layer, dense, blocks) - stream
+    return mlp_inputs(moe, layer, blocks), target, weights_of(stream, dense_stream, blocks)
 
 
-def weights_of(s: Seen, corpus: Corpus, num_held_out: int) -> np.ndarray:
+def weights_of(stream: torch.Tensor, dense_stream: torch.Tensor, blocks: list[torch.Tensor]) -> np.ndarray:
     """1 over the larger of both streams' squares, at most 4 medians of the batch."""
-    squares = torch.maximum(s.stream.square().sum(1), s.dense_stream.square().sum(1)).double()
-    weights = 1 / squares
-    for batch in batches_of(corpus.blocks, 4, num_held_out):
+    weights = 1 / torch.maximum(stream.square().sum(1), dense_stream.square().sum(1)).double()
+    for batch in batches_of(blocks, 4, num_held_out(blocks)):
         part = weights[batch.rows]
         middle = part.sort().values[(len(part) - 1) // 2]
         weights[batch.rows] = part.clamp(max=4 * middle)
     return weights.numpy()
+
+
+def num_held_out(blocks: list[torch.Tensor]) -> int:
+    """The last sixth of the blocks chooses strengths."""
+    return -(-len(blocks) // 6)
 
 
 @torch.no_grad()
@@ -188,22 +186,21 @@ def test_down_proj_is_scikit_learns_ridge_on_what_the_calibrated_prefix_produces
     else:
         run = shared_pipeline(model, text_folder, tmp_path / "out", num_shared, **options).run()
     assert run.calibrate() == 0
-    corpus = read_corpus(model, text_folder)
-    num_held_out = -(-len(corpus.blocks) // 6)
-    fitted = sum(len(block) for block in corpus.blocks[:-num_held_out])
+    blocks = read_corpus(model, text_folder).blocks
+    fitted = sum(len(block) for block in blocks[: -num_held_out(blocks)])
     dense, before, after = load(model), load(run.moe), load(run.calibrated)
     for layer in {0, dense.config.num_hidden_layers - 1}:
-        s, mlp = seen(dense, after, layer, corpus.blocks), after.model.layers[layer].mlp
+        inputs, target, w = seen(dense, after, layer, blocks)
+        mlp = after.model.layers[layer].mlp
         with torch.no_grad():
-            selected = mlp.gate.selected(mlp.gate.score(s.inputs)).repeat_interleave(64 // run.num_experts, dim=1)
-        x = neurons_of(mlp, s.inputs)
+            selected = mlp.gate.selected(mlp.gate.score(inputs)).repeat_interleave(64 // run.num_experts, dim=1)
+        x = neurons_of(mlp, inputs)
         x[:, : selected.shape[1]] *= selected
-        x, y = x.double().numpy(), s.target.double().numpy()
+        x, y = x.double().numpy(), target.double().numpy()
         prior, found = down_of(before.model.layers[layer].mlp), down_of(mlp)
         if mlp.output_bias is not None:
             x = np.pad(x, ((0, 0), (0, 1)), constant_values=1)
             prior = np.pad(prior, ((0, x.shape[1] - len(prior)), (0, 0)))
-        w = weights_of(s, corpus, num_held_out)
         train, held_out = ((x[part], y[part], w[part]) for part in (slice(0, fitted), slice(fitted, None)))
 
         metrics = metrics_of(run.calibrated)[layer]
@@ -218,30 +215,27 @@ def test_down_proj_is_scikit_learns_ridge_on_what_the_calibrated_prefix_produces
 def test_gates_are_scikit_learns_ridge_to_the_norms_of_the_experts_outputs(finished, corpus):
     before, after = load(finished.moe), load(finished.calibrated)
     for layer in (0, 2):
-        s = seen(load(finished.model), after, layer, corpus.blocks)
-        mlp, num_held_out = before.model.layers[layer].mlp, -(-len(corpus.blocks) // 6)
-        neurons = neurons_of(mlp, s.inputs)[:, :48].unflatten(1, (6, 8))
-        norms = torch.einsum("tei,ehi->teh", neurons, mlp.experts.down_proj.detach()).norm(dim=-1)
-        x = np.pad(s.inputs.double().numpy(), ((0, 0), (0, 1)), constant_values=1)
+        inputs, _, w = seen(load(finished.model), after, layer, corpus.blocks)
+        mlp = before.model.layers[layer].mlp
+        neurons = neurons_of(mlp, inputs)[:, :48].unflatten(1, (6, 8))
+        norms = torch.einsum("tei,ehi->teh", neurons, mlp.experts.down_proj.detach()).norm(dim=-1).double().numpy()
+        x = np.pad(inputs.double().numpy(), ((0, 0), (0, 1)), constant_values=1)
         strength = metrics_of(finished.calibrated)[layer]["gate"]["ridge_strength"]
-        w = weights_of(s, corpus, num_held_out)
-        expected = x @ ridge(x, norms.double().numpy(), w, strength, np.zeros((33, 6)))
+        expected = x @ ridge(x, norms, w, strength, np.zeros((33, 6)))
         with torch.no_grad():
-            scores = after.model.layers[layer].mlp.gate.score(s.inputs).numpy()
+            scores = after.model.layers[layer].mlp.gate.score(inputs).numpy()
         np.testing.assert_allclose(scores, expected, rtol=1e-2, atol=1e-2)
-        assert np.corrcoef(scores.flatten(), norms.numpy().flatten())[0, 1] > 0.5
+        assert np.corrcoef(scores.flatten(), norms.flatten())[0, 1] > 0.5
 
 
 def test_the_final_norm_is_fitted_to_the_dense_models_predictions(finished, corpus):
     """On half of the tokens, drawn by a seed; on the other half it is measured."""
     dense, model = load(finished.model), load(finished.calibrated)
-    blocks, hidden = corpus.blocks, []
-    hook = model.model.norm.register_forward_pre_hook(lambda _, x: hidden.append(x[0][0]))
-    logits(model, blocks)
-    hook.remove()
+    blocks = corpus.blocks
     num_tokens = sum(map(len, blocks))
     measured_on = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(0)).chunk(2)[1]
-    expected, hidden = logits(dense, blocks)[measured_on].log_softmax(-1), torch.cat(hidden)[measured_on]
+    expected = logits(dense, blocks)[measured_on].log_softmax(-1)
+    hidden = inputs_to(model.model.norm, model, blocks)[measured_on]
 
     def measured(weight: torch.Tensor) -> float:
         with torch.no_grad():
@@ -280,31 +274,9 @@ def test_with_all_experts_on_the_dense_model_stays(options, finished, corpus, tm
 @torch.no_grad()
 def set_shares_on(model, blocks: list[torch.Tensor], share: float) -> None:
     """Thresholds by which this share of the routed experts runs on this text, layer by layer."""
-    for layer in model.model.layers:
-        inputs = []
-        hook = layer.mlp.register_forward_pre_hook(lambda _, x, kept=inputs: kept.append(x[0][0]))
-        logits(model, blocks)
-        hook.remove()
-        layer.mlp.gate.store_score_quantiles(layer.mlp.gate.score(torch.cat(inputs)))
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.gate.store_score_quantiles(layer.mlp.gate.score(mlp_inputs(model, index, blocks)))
         layer.mlp.gate.set_active_share(share)
-
-
-@torch.no_grad()
-def scores_on(model, blocks: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Scores of every gate, `[tokens, experts]` by layer."""
-    found = [model(block[None].long(), output_router_logits=True).router_logits for block in blocks]
-    return [torch.cat(of_layer) for of_layer in zip(*found, strict=True)]
-
-
-def quantiles_of(model) -> list[torch.Tensor]:
-    return [layer.mlp.gate.score_quantiles for layer in model.model.layers]
-
-
-def shares(model, blocks: list[torch.Tensor]) -> list[float]:
-    """Share of the routed experts that run, by layer."""
-    with record_routing(model) as statistics:
-        logits(model, blocks)
-    return [layer.experts_per_tok / layer.runs.numel() for layer in statistics]
 
 
 def test_a_calibrated_model_is_nearer_to_the_dense_one_at_the_same_cost(finished, corpus, tmp_path):
@@ -314,7 +286,7 @@ def test_a_calibrated_model_is_nearer_to_the_dense_one_at_the_same_cost(finished
     assert calibrated.config.num_selects == 3
     set_shares_on(plain, corpus.blocks, 1 / 6)
     for model in (plain, calibrated):
-        assert shares(model, corpus.blocks) == pytest.approx([1 / 6] * 3, rel=0.01)
+        assert shares_on(model, corpus.blocks) == pytest.approx([1 / 6] * 3, rel=0.01)
     assert divergence(calibrated, dense, corpus.blocks) < 0.95 * divergence(plain, dense, corpus.blocks)
     for metrics in metrics_of(folder):
         assert metrics["error_after"] <= metrics["error_before"]
@@ -339,7 +311,7 @@ def test_without_refit_gates_stay_and_thresholds_move(finished, corpus, tmp_path
             assert torch.equal(before[name], after[name])
         if name.endswith("threshold"):
             assert not torch.equal(before[name], after[name])
-    assert shares(load(folder), corpus.blocks) == pytest.approx([1 / 3] * 3, rel=0.01)
+    assert shares_on(load(folder), corpus.blocks) == pytest.approx([1 / 3] * 3, rel=0.01)
     assert [m["threshold"] for m in metrics_of(folder)] == [
         pytest.approx(after[f"model.layers.{i}.mlp.gate.threshold"].item()) for i in range(3)
     ]
@@ -350,7 +322,7 @@ def test_other_budgets_can_be_set_after_loading(finished, corpus):
     model = load(finished.calibrated)
     for fraction in (0.3, 0.75):
         model.set_active_fraction(fraction)
-        assert 2 + 6 * shares(model, corpus.blocks)[0] == pytest.approx(8 * fraction, rel=0.02)
+        assert 2 + 6 * shares_on(model, corpus.blocks)[0] == pytest.approx(8 * fraction, rel=0.02)
 
 
 def test_shared_experts_alone_can_be_calibrated(finished, corpus, tmp_path, run_script):
@@ -360,7 +332,7 @@ def test_shared_experts_alone_can_be_calibrated(finished, corpus, tmp_path, run_
     assert [row["num_selects"] for row in json.loads(out)] == [2]
     assert "the 2 shared ones alone run. " in (folder / "README.md").read_text()
     before, after = tensors_of(finished.moe), tensors_of(folder)
-    assert shares(load(folder), corpus.blocks) == [0, 0, 0]
+    assert shares_on(load(folder), corpus.blocks) == [0, 0, 0]
     for layer in range(3):
         # What never runs keeps its weights.
         name = f"model.layers.{layer}.mlp.experts.down_proj"
@@ -432,10 +404,12 @@ def test_bf16_checkpoints_keep_their_dtype(text_folder, tmp_path):
     dense, plain, calibrated = load(model), load(pipeline.moe), load(pipeline.calibrated)
     set_shares_on(plain, blocks, 1 / 3)
     # Of the weights as they are stored, rounded: what was measured while fitting is what the model does.
-    for stored, scores in zip(quantiles_of(calibrated), scores_on(calibrated, blocks), strict=True):
+    for index, layer in enumerate(calibrated.model.layers):
+        scores = layer.mlp.gate.score(mlp_inputs(calibrated, index, blocks)).detach()
         places = torch.linspace(0, scores.numel() - 1, 1025, dtype=torch.float64).round().long()
-        torch.testing.assert_close(stored, scores.flatten().sort().values[places], rtol=1e-4, atol=1e-4)
-    assert shares(calibrated, blocks) == pytest.approx([1 / 3] * 3, rel=0.01)
+        expected = scores.flatten().sort().values[places]
+        torch.testing.assert_close(layer.mlp.gate.score_quantiles, expected, rtol=1e-4, atol=1e-4)
+    assert shares_on(calibrated, blocks) == pytest.approx([1 / 3] * 3, rel=0.01)
     assert divergence(calibrated, dense, blocks) < divergence(plain, dense, blocks)
 
 
@@ -449,15 +423,13 @@ def test_base_models(text_folder, tmp_path):
     dense = LlamaModel.from_pretrained(model).eval()
     plain, calibrated = (AutoModel.from_pretrained(path).eval() for path in (pipeline.moe, pipeline.calibrated))
     with torch.no_grad():
-        states = [
-            torch.cat([m(b[None].long()).last_hidden_state[0] for b in blocks]) for m in (dense, plain, calibrated)
-        ]
+        states = [m(blocks[0][None].long()).last_hidden_state for m in (dense, plain, calibrated)]
     assert (states[2] - states[0]).square().mean() < (states[1] - states[0]).square().mean()
 
 
 def test_a_calibrated_model_can_be_calibrated_again(finished, corpus, tmp_path):
     folder = recalibrated(finished, tmp_path / "again", "--refit_gates", moe=finished.calibrated).calibrated
-    assert shares(load(folder), corpus.blocks) == pytest.approx([1 / 3] * 3, rel=0.01)
+    assert shares_on(load(folder), corpus.blocks) == pytest.approx([1 / 3] * 3, rel=0.01)
     dense = load(finished.model)
     first, second = (divergence(load(path), dense, corpus.blocks) for path in (finished.calibrated, folder))
     assert second < 1.02 * first
@@ -468,7 +440,7 @@ def test_a_calibrated_model_can_be_calibrated_again(finished, corpus, tmp_path):
 def test_without_a_budget_given_a_calibrated_model_keeps_its_own(finished, corpus, tmp_path):
     alone = recalibrated(finished, tmp_path / "a", "--num_selects", 2).calibrated
     again = recalibrated(finished, tmp_path / "b", moe=alone).calibrated
-    assert shares(load(again), corpus.blocks) == [0, 0, 0]
+    assert shares_on(load(again), corpus.blocks) == [0, 0, 0]
 
 
 # ---------------------------------------------------------------------------------------------------- what is written

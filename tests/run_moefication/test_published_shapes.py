@@ -56,7 +56,13 @@ class Shape:
 
 
 LEFT_OUT = object()  # of config.json
-MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "mlp_bias": LEFT_OUT}
+MISTRAL = {
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "mlp_bias": LEFT_OUT,
+    "sliding_window": None,
+}
+ROPE_APART = {"rope_parameters": LEFT_OUT}  # rope_theta and rope_scaling stand in config.json, as before 2025
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -147,21 +153,19 @@ SHAPES = {
     "Llama 2": Shape(
         {}, {"pretraining_tp": 1, "rope_scaling": None}, tokenizer_config=LLAMA2, dtype=torch.float16, files=to_shards
     ),
-    "Llama 3": Shape({}, {"rope_parameters": LEFT_OUT, "rope_theta": 500000.0}, save_tiktoken, dtype=torch.bfloat16),
+    "Llama 3": Shape({}, ROPE_APART | {"rope_theta": 500000.0}, save_tiktoken, dtype=torch.bfloat16),
     "Llama 3.1": Shape(
         {},
-        {"rope_parameters": LEFT_OUT, "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE, "eos_token_id": [2, 3, 4]},
+        ROPE_APART | {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE, "eos_token_id": [2, 3, 4]},
         save_tiktoken,
     ),
     "Llama 3.2": Shape({"tie_word_embeddings": True, "head_dim": 16}, {}, save_tiktoken, dtype=torch.bfloat16),
     "Code Llama": Shape(
         {},
-        {"rope_parameters": LEFT_OUT, "rope_theta": 1000000},
+        ROPE_APART | {"rope_theta": 1000000},
         tokenizer_config={"tokenizer_class": "CodeLlamaTokenizer"},
     ),
-    "Yi": Shape(
-        {}, {"rope_parameters": LEFT_OUT, "rope_theta": 5000000.0}, tokenizer_config=LLAMA2 | {"add_bos_token": False}
-    ),
+    "Yi": Shape({}, ROPE_APART | {"rope_theta": 5000000.0}, tokenizer_config=LLAMA2 | {"add_bos_token": False}),
     "DeepSeek-LLM": Shape({}, {}, save_byte_level, {"tokenizer_class": "LlamaTokenizerFast"}),
     "Vicuna": Shape(
         {},
@@ -200,26 +204,26 @@ SHAPES = {
     ),
     "Mistral v0.2": Shape(
         {},
-        MISTRAL | {"sliding_window": None, "rope_parameters": LEFT_OUT, "rope_theta": 1000000.0},
+        MISTRAL | ROPE_APART | {"rope_theta": 1000000.0},
         tokenizer_config={"tokenizer_class": "LlamaTokenizer"},
     ),
     "Mistral v0.3": Shape(
         {},
-        MISTRAL | {"sliding_window": None},
+        MISTRAL,
         tokenizer_config={"tokenizer_class": "LlamaTokenizerFast"},
         files=consolidated,
     ),
-    "Mistral, positions left out": Shape({}, MISTRAL | {"sliding_window": None, "max_position_embeddings": LEFT_OUT}),
+    "Mistral, positions left out": Shape({}, MISTRAL | {"max_position_embeddings": LEFT_OUT}),
     "Mistral, heads left out": Shape(
         {"hidden_size": 64, "num_attention_heads": 16, "num_key_value_heads": 8},
-        MISTRAL | {"sliding_window": None, "num_key_value_heads": LEFT_OUT},
+        MISTRAL | {"num_key_value_heads": LEFT_OUT},
     ),
-    "Mistral, a bias that it ignores": Shape({}, MISTRAL | {"sliding_window": None, "attention_bias": True}),
-    "Devstral": Shape({"head_dim": 16}, MISTRAL | {"sliding_window": None}, save_tekken, dtype=torch.bfloat16),
-    "rope linear": Shape({}, {"rope_parameters": LEFT_OUT, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "Mistral, a bias that it ignores": Shape({}, MISTRAL | {"attention_bias": True}),
+    "Devstral": Shape({"head_dim": 16}, MISTRAL, save_tekken, dtype=torch.bfloat16),
+    "rope linear": Shape({}, ROPE_APART | {"rope_scaling": {"type": "linear", "factor": 4.0}}),
     "rope dynamic": Shape(
         {"max_position_embeddings": 32},
-        {"rope_parameters": LEFT_OUT, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        ROPE_APART | {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     ),
     "rope yarn": Shape(
         {},
@@ -238,7 +242,7 @@ SHAPES = {
     ),
     "rope of no kind": Shape(
         {},
-        {"rope_parameters": LEFT_OUT, "rope_scaling": {"rope_type": "spiral", "factor": 2.0}},
+        ROPE_APART | {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}},
         refused="describes no model that can be built",
     ),
     "rope of half a head": Shape(
@@ -259,9 +263,7 @@ SHAPES = {
     "a stale index": Shape(files=stale_index),
     "tied, its head in the index alone": Shape({"tie_word_embeddings": True}, files=head_in_index_alone),
     "several chat templates": Shape(tokenizer=save_byte_level, files=more_chat_templates),
-    "Mistral with tokenizer.model alone": Shape(
-        {}, MISTRAL | {"sliding_window": None}, tokenizer_config=LLAMA2, files=only_tokenizer_model
-    ),
+    "Mistral with tokenizer.model alone": Shape({}, MISTRAL, tokenizer_config=LLAMA2, files=only_tokenizer_model),
     "torch's old format": Shape(files=functools.partial(to_bin, _use_new_zipfile_serialization=False)),
     "trainable parameters": Shape(files=functools.partial(to_bin, change=torch.nn.Parameter)),
     "rotary tables by layer": Shape(

@@ -10,9 +10,8 @@ import torch
 from conftest import VARIANTS, make_llama
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from pipeline import GATE, UP, Killed, contents, corpus_of, renames
+from pipeline import GATE, UP, Killed, contents, corpus_of, inputs_to, load, renames
 from sklearn.linear_model import Ridge
-from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.artifacts.features import Features
 from run_moefication.moefication.artifacts.split import Split
@@ -194,16 +193,10 @@ def finished(checkpoint, corpus, tmp_path_factory) -> Path:
 
 def seen_by_hooks(folder: Path, blocks: list[torch.Tensor], layer: int) -> tuple[torch.Tensor, ...]:
     """What enters the MLP in a plain forward pass, what enters its down_proj, and the stream its output is added to."""
-    model = LlamaForCausalLM.from_pretrained(folder).eval()
-    inputs, hidden, streams = [], [], []
-    block_of = model.model.layers[layer]
-    block_of.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
-    block_of.mlp.down_proj.register_forward_pre_hook(lambda _, args: hidden.append(args[0][0]))
-    block_of.post_attention_layernorm.register_forward_pre_hook(lambda _, args: streams.append(args[0][0]))
-    with torch.no_grad():
-        for block in blocks:
-            model(block[None].long())
-    return torch.cat(inputs), torch.cat(hidden), torch.cat(streams)
+    model = load(folder)
+    block = model.model.layers[layer]
+    modules = (block.mlp, block.mlp.down_proj, block.post_attention_layernorm)
+    return tuple(inputs_to(module, model, blocks) for module in modules)
 
 
 @pytest.mark.parametrize(("variant", "batch_size"), [("grouped_query", 1), ("mlp_bias", 5), ("llama3_rope", 5)])
