@@ -149,10 +149,24 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def make_text(folder: Path, **domains: int) -> None:
+    """`domain.jsonl` of so many sentences each, all different."""
+    for name, count in domains.items():
+        write_jsonl(folder / f"{name}.jsonl", [f"{name} {i}: {SENTENCES[i % 6]}" for i in range(count)])
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """The plain tiny LLaMA (grouped-query attention), shared and read-only."""
     return make_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_llama):
+    """The tiny LLaMA as a `DenseCheckpoint`."""
+    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
+
+    return DenseCheckpoint(str(tiny_llama))
 
 
 @pytest.fixture(scope="session")

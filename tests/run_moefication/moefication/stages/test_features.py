@@ -20,11 +20,6 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_llama) -> DenseCheckpoint:
-    return DenseCheckpoint(str(tiny_llama))
-
-
-@pytest.fixture(scope="module")
 def corpus(checkpoint, text_folder) -> Corpus:
     return corpus_of(checkpoint, text_folder, None, block_size=16, max_tokens=200)
 

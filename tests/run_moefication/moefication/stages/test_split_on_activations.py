@@ -168,11 +168,6 @@ def test_dead_neurons_and_ties_still_give_equal_experts(num_shared):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_llama) -> DenseCheckpoint:
-    return DenseCheckpoint(str(tiny_llama))
-
-
-@pytest.fixture(scope="module")
 def corpus(checkpoint, text_folder) -> Corpus:
     corpus = corpus_of(checkpoint, text_folder, None, block_size=16, max_tokens=500)
     assert len({len(block) for block in corpus.blocks}) > 1  # shorter blocks sit among the others

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCES, VOCABULARY, make_tokenizer, write_jsonl
+from conftest import SENTENCES, VOCABULARY, make_text, make_tokenizer, write_jsonl
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pipeline import corpus_of
@@ -24,11 +24,6 @@ from run_moefication.moefication.text.documents import DocumentReader, zstd
 from run_moefication.moefication.text.domains import LLAMA_MIX
 from run_moefication.moefication.text.text_files import TextFile
 from run_moefication.moefication.text.tokens import tokenize
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_llama) -> DenseCheckpoint:
-    return DenseCheckpoint(str(tiny_llama))
 
 
 def tokens_of(file: Path) -> torch.Tensor:
@@ -47,12 +42,6 @@ def test_block_size(asked, positions, used):
 def test_block_size_beyond_the_model_is_refused(asked):
     with pytest.raises(MoEficationError, match=f"block_size {asked} is outside of 2 to 128, the positions of x"):
         require_block_size(asked, 128, "x")
-
-
-def make_text(folder, **domains: int) -> None:
-    """`name.jsonl` of so many sentences each, all different."""
-    for name, count in domains.items():
-        write_jsonl(folder / f"{name}.jsonl", [f"{name} {i}: {SENTENCES[i % 6]}" for i in range(count)])
 
 
 def draw(checkpoint, folder, **options):

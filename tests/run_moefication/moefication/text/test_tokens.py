@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCES, make_tokenizer, write_jsonl
+from conftest import SENTENCES, make_text, make_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import corpus_of
@@ -26,21 +26,10 @@ from run_moefication.moefication.text.tokens import tokenize
 fork = multiprocessing.get_context("fork")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tiny_llama) -> DenseCheckpoint:
-    return DenseCheckpoint(str(tiny_llama))
-
-
 def joined(texts: list[str], tokenizer) -> torch.Tensor:
     """All pieces of the stream."""
     pieces = tokenize((Document(text, "somewhere") for text in texts), tokenizer, len(tokenizer), pytest.fail)
     return torch.cat([torch.from_numpy(piece) for piece in pieces] or [torch.empty(0).int()])
-
-
-def make_text(folder: Path, **domains: int) -> None:
-    """`name.jsonl` of so many sentences each, all different."""
-    for name, count in domains.items():
-        write_jsonl(folder / f"{name}.jsonl", [f"{name} {i}: {SENTENCES[i % 6]}" for i in range(count)])
 
 
 def draw(checkpoint, folder, **options):
