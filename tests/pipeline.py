@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,12 @@ class Pipeline:
 
     def calibrate(self) -> int:
         return llama_calibrate.main([*map(str, self.calibrate_arguments())])
+
+    def converted(self, folder: Path, *options: Any, num_selects: int = 4) -> Path:
+        """Another conversion from the same split and gates."""
+        other = replace(self, moe=folder, convert_options=[*options], num_selects=num_selects)
+        assert other.convert() == 0
+        return folder
 
     def run(self) -> "Pipeline":
         """All stages up to the converted model; each must succeed."""

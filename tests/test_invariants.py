@@ -271,10 +271,8 @@ def test_7_thresholds(kind, run_of, tmp_path):
         return [num_shared + num_routed * share for share in shares]
 
     for num_selects in (num_shared + 1, 4, 7):
-        other = shared_pipeline(run.model, run.text, run.save, num_shared, num_selects=num_selects)
-        other.moe = tmp_path / str(num_selects)
-        assert other.convert() == 0
-        assert run_on_average(load(other.moe)) == pytest.approx([num_selects] * 3, rel=0.02)
+        moe = run.converted(tmp_path / str(num_selects), "--routing", "threshold", num_selects=num_selects)
+        assert run_on_average(load(moe)) == pytest.approx([num_selects] * 3, rel=0.02)
         model.set_active_fraction(num_selects / 8)
         assert run_on_average(model) == pytest.approx([num_selects] * 3, rel=0.02)
     for threshold in (-float("inf"), -1e30):

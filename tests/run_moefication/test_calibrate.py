@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,18 +59,9 @@ def read_corpus(model: Path, text: Path) -> Corpus:
     return corpus
 
 
-def converted(run: Pipeline, folder: Path, *options: object, num_selects: int = 4) -> Path:
-    """Another conversion from the same split and gates."""
-    pipeline = Pipeline(run.model, run.text, run.save, num_experts=8, num_selects=num_selects, moe=folder)
-    pipeline.convert_options = [*options]
-    assert pipeline.convert() == 0
-    return folder
-
-
 def recalibrated(run: Pipeline, folder: Path, *options: object, moe: Path | None = None) -> Pipeline:
     """The converted model calibrated with other options."""
-    pipeline = Pipeline(run.model, run.text, run.save, moe=moe or run.moe, calibrated=folder)
-    pipeline.calibrate_options = [*CORPUS, *options]
+    pipeline = replace(run, moe=moe or run.moe, calibrated=folder, calibrate_options=[*CORPUS, *options])
     assert pipeline.calibrate() == 0
     return pipeline
 
@@ -340,7 +332,7 @@ def test_shared_experts_alone_can_be_calibrated(finished, corpus, tmp_path, run_
 
 
 def test_bounds_of_a_token_are_kept_while_fitting(finished, corpus, tmp_path):
-    moe = converted(finished, tmp_path / "a", *THRESHOLD, "--min_selects", 3, "--max_selects", 5)
+    moe = finished.converted(tmp_path / "a", *THRESHOLD, "--min_selects", 3, "--max_selects", 5)
     folder = recalibrated(finished, tmp_path / "b", moe=moe).calibrated
     with record_routing(model := load(folder)) as statistics:
         logits(model, corpus.blocks)
@@ -354,7 +346,7 @@ def test_bounds_of_a_token_are_kept_while_fitting(finished, corpus, tmp_path):
 
 
 def test_top_k_models(finished, corpus, tmp_path):
-    moe = converted(finished, tmp_path / "a")
+    moe = finished.converted(tmp_path / "a")
     folder = recalibrated(finished, tmp_path / "b", "--refit_gates", "--num_selects", 5, moe=moe).calibrated
     plain, calibrated = load(moe, 3), load(folder)
     assert (calibrated.config.routing, calibrated.config.num_experts_per_tok) == ("top_k", 3)
@@ -394,9 +386,8 @@ def test_an_output_bias_is_there_if_asked_for_and_stays(finished, tmp_path):
 
 def test_bf16_checkpoints_keep_their_dtype(text_folder, tmp_path):
     model = make_llama(tmp_path / "llama", dtype=torch.bfloat16)
-    pipeline = shared_pipeline(
-        model, text_folder, tmp_path / "out", calibrate_options=[*CORPUS, "--refit_gates", "--output_bias"]
-    )
+    options = [*CORPUS, "--refit_gates", "--output_bias"]
+    pipeline = shared_pipeline(model, text_folder, tmp_path / "out", calibrate_options=options)
     assert pipeline.run().calibrate() == 0
     for name, tensor in tensors_of(pipeline.calibrated).items():
         assert tensor.dtype == (torch.float32 if name.endswith(("threshold", "quantiles")) else torch.bfloat16), name
@@ -513,8 +504,7 @@ def test_the_same_bytes_whether_activations_are_kept_or_not(finished, tmp_path, 
 
 def test_a_run_interrupted_twice_goes_on_where_it_was(finished, tmp_path):
     """Killed while a layer is written, and while the next one is; no layer that is there is fitted again."""
-    pipeline = Pipeline(finished.model, finished.text, finished.save, moe=finished.moe, calibrated=tmp_path / "moe")
-    pipeline.calibrate_options = [*CORPUS, "--refit_gates"]
+    pipeline = replace(finished, calibrated=tmp_path / "moe")
     files, written = [f"model-{i}-of-00004.safetensors" for i in ("00001", "00002", "00003")], {}
     for layer in (1, 2):
         with renames(fatal=files[layer]), pytest.raises(Killed):
@@ -546,11 +536,11 @@ def test_overwrite_begins_anew_and_spares_foreign_files(finished, tmp_path, capf
 
 
 def test_a_budget_that_the_model_cannot_run_is_refused(finished, tmp_path, capfd):
-    bounded = converted(finished, tmp_path / "bounded", *THRESHOLD, "--min_selects", 3, "--max_selects", 5)
+    bounded = finished.converted(tmp_path / "bounded", *THRESHOLD, "--min_selects", 3, "--max_selects", 5)
     for moe, num_selects, limits in [(finished.moe, 1, "2 to 8"), (finished.moe, 9, "2 to 8")] + [
         (bounded, count, "3 to 5") for count in (2, 6)
     ]:
-        pipeline = Pipeline(finished.model, finished.text, finished.save, moe=moe, calibrated=tmp_path / "out")
+        pipeline = replace(finished, moe=moe, calibrated=tmp_path / "out")
         pipeline.calibrate_options = [*CORPUS, "--num_selects", num_selects]
         assert pipeline.calibrate() == 2
         message = capfd.readouterr().err
@@ -564,7 +554,7 @@ def test_a_dense_model_with_nan_is_refused_before_anything_is_written(finished, 
     shutil.copytree(finished.model, model)
     # Not a value that the fingerprint samples.
     change_weights(model, lambda state: state["model.layers.2.mlp.up_proj.weight"][1, 1:2].fill_(float("nan")))
-    pipeline = Pipeline(model, finished.text, tmp_path, moe=finished.moe, calibrated=tmp_path / "moe")
+    pipeline = replace(finished, model=model, calibrated=tmp_path / "moe")
     capfd.readouterr()
     assert pipeline.calibrate() == 2
     assert "layers.2.mlp.up_proj.weight holds NaN" in capfd.readouterr().err

@@ -4,21 +4,16 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from pipeline import GATE, LINEAR, Pipeline, contents, load, logits
+from pipeline import GATE, Pipeline, contents, load, logits
 from safetensors.torch import load_file
 
 from llama_moe import record_routing
 from run_moefication.moefication.stages import convert as conversion
-
-
-def after_select(shared_run: Pipeline, **options) -> Pipeline:
-    """Another conversion from the same split and gates."""
-    return Pipeline(shared_run.model, shared_run.text, shared_run.save, num_experts=8, **options)
-
 
 # ---------------------------------------------------------------------------------------------------- neurons
 
@@ -67,11 +62,10 @@ def test_the_shared_experts_alone_are_the_least_budget(shared_run):
 
 @pytest.mark.parametrize(("least", "most"), [(3, None), (None, 5), (4, 4)])
 def test_bounds_hold_for_every_token(least, most, shared_run, tmp_path):
-    pipeline = after_select(shared_run, num_selects=4, moe=tmp_path / "moe")
     bounds = [("--min_selects", least), ("--max_selects", most)]
-    pipeline.convert_options = ["--routing", "threshold", *(o for b in bounds if b[1] is not None for o in b)]
-    assert pipeline.convert() == 0
-    for model, widened in ((load(pipeline.moe), False), (load(shared_run.moe), True)):
+    bounds = [option for bound in bounds if bound[1] is not None for option in bound]
+    moe = shared_run.converted(tmp_path / "moe", "--routing", "threshold", *bounds)
+    for model, widened in ((load(moe), False), (load(shared_run.moe), True)):
         counts = []
         for index, layer in enumerate(model.model.layers):
             gate = layer.mlp.gate
@@ -82,11 +76,10 @@ def test_bounds_hold_for_every_token(least, most, shared_run, tmp_path):
 
 
 def test_top_k_runs_k_with_the_shared_experts_among_them(shared_run, tmp_path):
-    pipeline = after_select(shared_run, num_selects=5, moe=tmp_path / "moe")
-    assert pipeline.convert() == 0
-    model = load(pipeline.moe)
+    moe = shared_run.converted(tmp_path / "moe", num_selects=5)
+    model = load(moe)
     assert (model.config.num_experts, model.config.num_experts_per_tok, model.config.num_shared_experts) == (6, 3, 2)
-    assert "gate.threshold" not in " ".join(load_file(pipeline.moe / "model.safetensors"))
+    assert "gate.threshold" not in " ".join(load_file(moe / "model.safetensors"))
     with record_routing(model) as statistics:
         logits(model)
     for layer in statistics:
@@ -96,10 +89,8 @@ def test_top_k_runs_k_with_the_shared_experts_among_them(shared_run, tmp_path):
 
 
 def test_threshold_tensors_stay_in_float32_whatever_the_weights(shared_run, tmp_path):
-    pipeline = after_select(shared_run, num_selects=4, moe=tmp_path / "moe")
-    pipeline.convert_options = ["--routing", "threshold", "--dtype", "bfloat16"]
-    assert pipeline.convert() == 0
-    for name, tensor in load_file(pipeline.moe / "model.safetensors").items():
+    moe = shared_run.converted(tmp_path / "moe", "--routing", "threshold", "--dtype", "bfloat16")
+    for name, tensor in load_file(moe / "model.safetensors").items():
         buffer = name.endswith(("threshold", "score_quantiles"))
         assert tensor.dtype == (torch.float32 if buffer else torch.bfloat16), name
 
@@ -116,16 +107,12 @@ def test_stored_quantiles_are_those_of_the_gates_scores(shared_run):
         assert (gate.score_quantiles.diff() >= 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------- again
-
-
 # ---------------------------------------------------------------------------------------------------- refused
 
 
 @pytest.mark.parametrize("num_selects", [1, 2])
 def test_select_and_convert_want_a_routed_expert_beside_the_shared_ones(num_selects, shared_run, tmp_path, capfd):
-    pipeline = after_select(shared_run, num_selects=num_selects, moe=tmp_path / "moe")
-    pipeline.select_options = LINEAR
+    pipeline = replace(shared_run, num_selects=num_selects, moe=tmp_path / "moe", convert_options=[])
     before = contents(shared_run.save)
     words = f"--num_selects {num_selects} is outside of 3 to --num_experts 8 (2 are shared)"
     for stage in (pipeline.select, pipeline.convert):
@@ -139,7 +126,7 @@ def test_select_and_convert_want_a_routed_expert_beside_the_shared_ones(num_sele
 
 def with_gate(shared_run: Pipeline, save: Path, change: Callable[[dict], dict]) -> tuple[Pipeline, Path]:
     """A pipeline with the gate of layer 1 changed, as its manifest says, too; and that gate's file."""
-    pipeline = Pipeline(shared_run.model, shared_run.text, save, num_experts=8, num_selects=4)
+    pipeline = replace(shared_run, save=save, moe=save / "moe")
     (save / shared_run.split_folder.name).symlink_to(shared_run.split_folder)
     shutil.copytree(shared_run.select_folder, pipeline.select_folder)
     manifest_path, file = pipeline.select_folder / "manifest.json", pipeline.select_folder / GATE.format(1)

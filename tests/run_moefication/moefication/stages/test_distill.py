@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,23 +65,25 @@ def arguments_of(pipeline: Pipeline, save: Path, **changes: object) -> list[str]
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
+def distilled_to(folder: Path, pipeline: Pipeline, *flags: str, **changes: object) -> Path:
+    """The folder of a finished run."""
+    assert llama_distill.main([*arguments_of(pipeline, folder, **changes), *flags]) == 0
+    return folder
+
+
 SHORT = {"max_tokens": 1200, "save_steps": 5}  # 37 blocks, 3 held out: 17 steps
 
 
 @pytest.fixture(scope="module")
 def distilled(finished, tmp_path_factory) -> Path:
     """The whole text, all parameters trained."""
-    folder = tmp_path_factory.mktemp("distilled") / "moe"
-    assert llama_distill.main(arguments_of(finished, folder)) == 0
-    return folder
+    return distilled_to(tmp_path_factory.mktemp("distilled") / "moe", finished)
 
 
 @pytest.fixture(scope="module")
 def short(finished, tmp_path_factory) -> Path:
     """A few steps."""
-    folder = tmp_path_factory.mktemp("short") / "moe"
-    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
-    return folder
+    return distilled_to(tmp_path_factory.mktemp("short") / "moe", finished, **SHORT)
 
 
 def metrics_of(folder: Path) -> dict:
@@ -295,18 +298,17 @@ def test_the_distilled_model_is_on_budget(finished, distilled):
 
 
 def test_another_budget_can_be_asked_for(finished, tmp_path):
-    folder = tmp_path / "moe"
-    assert llama_distill.main(arguments_of(finished, folder, num_selects=6, **SHORT)) == 0
+    folder = distilled_to(tmp_path / "moe", finished, num_selects=6, **SHORT)
     assert metrics_of(folder)["active_share"] == pytest.approx([5 / 7] * 3, rel=0.01)
     assert json.loads((folder / "config.json").read_text())["num_experts_per_tok"] == 5
 
 
 def test_a_model_that_runs_its_shared_experts_only_goes_on_doing_so(finished, tmp_path):
-    calibrated, folder = tmp_path / "calibrated", tmp_path / "moe"
-    run = Pipeline(finished.model, finished.text, tmp_path, moe=finished.moe, calibrated=calibrated)
-    run.calibrate_options += ["--num_selects", 1]
+    calibrated = tmp_path / "calibrated"
+    options = ["--block_size", 32, "--max_tokens", 1200, "--num_selects", 1]
+    run = replace(finished, calibrated=calibrated, calibrate_options=options)
     assert run.calibrate() == 0
-    assert llama_distill.main(arguments_of(finished, folder, moe_path=calibrated)) == 0
+    folder = distilled_to(tmp_path / "moe", finished, moe_path=calibrated)
     metrics = metrics_of(folder)
     assert metrics["active_share"] == [0.0] * 3
     assert metrics["loss_after"] < 0.95 * metrics["loss_before"]  # an eighth of the neurons has no more to give
@@ -317,11 +319,7 @@ def test_a_model_that_runs_its_shared_experts_only_goes_on_doing_so(finished, tm
 
 @pytest.mark.parametrize("train", ["gates", "experts", "all"])
 def test_only_what_was_asked_for_changes(train, finished, short, tmp_path):
-    folder = tmp_path / "moe"
-    if train == "all":
-        folder = short
-    else:
-        assert llama_distill.main(arguments_of(finished, folder, train=train, **SHORT)) == 0
+    folder = short if train == "all" else distilled_to(tmp_path / "moe", finished, train=train, **SHORT)
     before, after = (load_file(moe / "model.safetensors") for moe in (finished.moe, folder))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -335,8 +333,7 @@ def test_only_what_was_asked_for_changes(train, finished, short, tmp_path):
 def test_other_models_are_distilled_too(variant, text_folder, tmp_path):
     fields = {"mlp_bias": True} if variant == "mlp_bias" else {"tie_word_embeddings": True, "dtype": torch.bfloat16}
     pipeline = make_pipeline(make_llama(tmp_path / "llama", **fields), text_folder, tmp_path / "out", "top_k")
-    folder = tmp_path / "moe"
-    assert llama_distill.main(arguments_of(pipeline, folder, max_tokens=2400)) == 0
+    folder = distilled_to(tmp_path / "moe", pipeline, max_tokens=2400)
     before, after = (load_file(moe / "model.safetensors") for moe in (pipeline.moe, folder))
     assert {name: tensor.dtype for name, tensor in before.items()} == {n: t.dtype for n, t in after.items()}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -349,8 +346,7 @@ def test_other_models_are_distilled_too(variant, text_folder, tmp_path):
 
 
 def test_bfloat16_training_keeps_float32_weights(finished, short, tmp_path):
-    folder = tmp_path / "moe"
-    assert llama_distill.main([*arguments_of(finished, folder, **SHORT), "--bf16"]) == 0
+    folder = distilled_to(tmp_path / "moe", finished, "--bf16", **SHORT)
     in_float32, in_bfloat16 = (load_file(moe / "model.safetensors") for moe in (short, folder))
     name = "model.layers.1.mlp.experts.gate_up_proj"
     assert not torch.equal(in_bfloat16[name], in_float32[name])
@@ -412,12 +408,10 @@ def interrupted(pipeline: Pipeline, folder: Path, step: int) -> Path:
     return saved
 
 
-def test_the_same_seed_gives_the_same_bytes(finished, short, tmp_path):
-    assert llama_distill.main(arguments_of(finished, tmp_path / "moe", **SHORT)) == 0
-    assert contents(tmp_path / "moe") == contents(short)
-    assert llama_distill.main(arguments_of(finished, tmp_path / "other", seed=1, **SHORT)) == 0
-    name = "model.safetensors"
-    assert (tmp_path / "other" / name).read_bytes() != (short / name).read_bytes()
+def test_another_seed_gives_other_weights(finished, short, tmp_path):
+    """That the same seed gives the same bytes, the tests around this one show."""
+    other = distilled_to(tmp_path / "moe", finished, seed=1, **SHORT)
+    assert (other / "model.safetensors").read_bytes() != (short / "model.safetensors").read_bytes()
 
 
 def test_an_interrupted_training_goes_on_to_the_same_bytes(finished, short, tmp_path):
@@ -428,7 +422,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(finished, short, tmp_
     (half_written / "whole.json").unlink()
     (half_written / "optimizer.pt").write_bytes(b"cut")
     with training_steps() as steps:
-        assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+        distilled_to(folder, finished, **SHORT)
     assert len(steps) == metrics_of(short)["steps"] - 10
     assert contents(folder) == contents(short)
 
@@ -441,7 +435,7 @@ def test_a_damaged_saved_step_is_not_gone_on_from(harm, finished, short, tmp_pat
     if harm == "gone":
         state.unlink()
     with training_steps() as steps:
-        assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+        distilled_to(folder, finished, **SHORT)
     assert "checkpoint-5: files are missing or cut short; the training begins anew" in caplog.text
     assert len(steps) == metrics_of(short)["steps"]
     assert contents(folder) == contents(short)
@@ -460,8 +454,7 @@ def test_a_step_that_cannot_be_saved_is_one_line(finished, short, tmp_path, run_
         signal.signal(signal.SIGXFSZ, previous)
     assert status == 2
     assert "/checkpoint-5 cannot be saved (" in err.splitlines()[-1]
-    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
-    assert contents(folder) == contents(short)
+    assert contents(distilled_to(folder, finished, **SHORT)) == contents(short)
 
 
 def test_killed_while_the_checkpoint_is_written(finished, short, tmp_path):
@@ -469,7 +462,7 @@ def test_killed_while_the_checkpoint_is_written(finished, short, tmp_path):
     with renames(fatal="manifest.json"), pytest.raises(Killed):
         llama_distill.main(arguments_of(finished, folder, **SHORT))
     with training_steps() as steps:
-        assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+        distilled_to(folder, finished, **SHORT)
     assert steps == []  # the training was over
     assert contents(folder) == contents(short)
 
@@ -479,7 +472,7 @@ def test_overwrite_begins_anew_and_spares_foreign_files(finished, short, tmp_pat
     interrupted(finished, folder, 8)
     for _ in range(2):  # over what is unfinished, and over what is finished
         with training_steps() as steps:
-            assert llama_distill.main([*arguments_of(finished, folder, **SHORT), "--overwrite"]) == 0
+            distilled_to(folder, finished, "--overwrite", **SHORT)
         assert len(steps) == metrics_of(short)["steps"]
         (folder / "notes.txt").write_text("mine")
     assert contents(folder) == contents(short) | {"notes.txt": b"mine"}
@@ -546,12 +539,10 @@ WRONG = [
 def places(finished, short, tmp_path_factory) -> dict[str, Path]:
     """What the table may name in braces."""
     root = tmp_path_factory.mktemp("places")
-    base = Pipeline(finished.model, finished.text, finished.save, num_experts=8, num_selects=4, moe=root / "base")
-    base.convert_options = ["--convert_type", "LlamaMoEModel"]
-    assert base.convert() == 0
+    base = finished.converted(root / "base", "--convert_type", "LlamaMoEModel")
     other = make_llama(root / "other-llama", seed=1)
     named = {"model": finished.model, "moe": finished.moe, "text": finished.text, "short": short}
-    return named | {"base": base.moe, "other": other, "save": root / "save"}
+    return named | {"base": base, "other": other, "save": root / "save"}
 
 
 @pytest.mark.parametrize(("changes", "words"), WRONG)
