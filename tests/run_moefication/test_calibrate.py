@@ -462,16 +462,6 @@ def test_the_folder_holds_a_checkpoint_and_nothing_else(finished, corpus):
     assert index["weight_map"].keys() == tensors_of(folder).keys()
 
 
-def test_it_is_evaluated(finished, run_script):
-    options = ["--text_path", finished.text / "c4.jsonl", "--block_size", BLOCK, "--max_tokens", 512, "--json"]
-    paths = [finished.model, finished.moe, finished.calibrated]
-    status, out, _ = run_script(llama_evaluate.main, "--model_path", *paths, *options)
-    assert status == 0
-    rows = json.loads(out)
-    assert [row["num_selects"] for row in rows] == [None, 4, 4]
-    assert [len(row["expert_load"] or []) for row in rows] == [0, 3, 3]
-
-
 def test_its_code_is_the_converted_models(finished):
     code = [
         {name: data for name, data in contents(f).items() if ".py" in name} for f in (finished.moe, finished.calibrated)
