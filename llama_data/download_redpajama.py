@@ -39,9 +39,8 @@ CHARACTERS_PER_TOKEN = 4  # where no tokenizer counts
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     add, here = parser.add_argument, Path(__file__).resolve().parent
     add("--output_dir", type=Path, default=here, help="folder of the files (default: llama_data in this project)")
     cut = "training tokens of each domain, whose last document is cut there (default: %(default)s)"
@@ -128,10 +127,9 @@ def table(manifest: dict[str, Any]) -> str:
     options, files = manifest["options"], manifest["files"]
     asked, about = options["tokens_per_domain"], "" if options["model_path"] else "about "
     lines = [f"{'domain':<14}{'asked':>14}{about + 'got':>14}{'documents':>12}{'held out':>12}{'bad records':>13}"]
+    nothing = {"documents": 0, "tokens": 0}
     for domain in options["domain_names"]:
-        train, held_out = (
-            files.get(name, {"documents": 0, "tokens": 0}) for name in (f"{domain}.jsonl", f"heldout/{domain}.jsonl")
-        )
+        train, held_out = (files.get(f"{folder}{domain}.jsonl", nothing) for folder in ("", "heldout/"))
         numbers = f"{asked:>14,}{train['tokens']:>14,}{train['documents']:>12,}{held_out['documents']:>12,}"
         short = "" if train["tokens"] >= asked else "  the dataset has " + ("no more" if train["tokens"] else "none")
         lines.append(f"{domain:<14}{numbers}{manifest['skipped'][domain]:>13,}{short}")

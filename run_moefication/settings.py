@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any
 
@@ -394,6 +394,10 @@ class Recipe:
     feature_tokens: int = 65_536
     calibration_tokens: int = 131_072
     distillation_tokens: int = 131_072
+
+    def at(self, active: float) -> "Recipe":
+        """The same for another budget: this share of the experts runs per token, shared ones included."""
+        return replace(self, selects=Fraction(str(active)))
 
     def num_selects(self, num_experts: int) -> int:
         """Experts that run per token, shared ones included."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_data.packages import LUNR
+from llama_data.sources import PACKAGES
 from llama_download.registry import (
     DebianPackage,
     NpmPackage,
@@ -17,6 +17,8 @@ from llama_download.registry import (
     file_sha256,
     prefetch,
 )
+
+LUNR = PACKAGES["lunr"]
 
 
 def fetch_or_skip(package: Package, folder: Path) -> Path:

@@ -31,7 +31,6 @@ from transformers import AutoModel, LlamaModel
 from llama_moe import record_routing
 from run_moefication import llama_evaluate
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
-from run_moefication.moefication.layers.decoder import batches_of
 from run_moefication.moefication.stages import calibrate as calibration
 from run_moefication.moefication.stages import calibrate_layer as layer_calibration
 from run_moefication.moefication.text.corpus import Corpus
@@ -104,17 +103,13 @@ def seen(dense, moe, layer: int, blocks: list[torch.Tensor]) -> tuple[torch.Tens
         inputs_to(model.model.layers[layer].post_attention_layernorm, model, blocks) for model in (moe, dense)
     )
     target = inputs_to(after_layer, dense, blocks) - stream
-    return mlp_inputs(moe, layer, blocks), target, weights_of(stream, dense_stream, blocks)
+    return mlp_inputs(moe, layer, blocks), target, weights_of(stream, dense_stream)
 
 
-def weights_of(stream: torch.Tensor, dense_stream: torch.Tensor, blocks: list[torch.Tensor]) -> np.ndarray:
-    """1 over the larger of both streams' squares, at most 4 medians of the batch."""
+def weights_of(stream: torch.Tensor, dense_stream: torch.Tensor) -> np.ndarray:
+    """1 over the larger of both streams' squares, at most 4 medians."""
     weights = 1 / torch.maximum(stream.square().sum(1), dense_stream.square().sum(1)).double()
-    for batch in batches_of(blocks, 4, num_held_out(blocks)):
-        part = weights[batch.rows]
-        middle = part.sort().values[(len(part) - 1) // 2]
-        weights[batch.rows] = part.clamp(max=4 * middle)
-    return weights.numpy()
+    return weights.clamp(max=4 * weights.median()).numpy()
 
 
 def num_held_out(blocks: list[torch.Tensor]) -> int:
@@ -204,7 +199,7 @@ def test_down_proj_is_scikit_learns_ridge_on_what_the_calibrated_prefix_produces
         assert np.abs(found - prior).max() > 0.02  # and that is another matrix
 
 
-def test_gates_are_scikit_learns_ridge_to_the_norms_of_the_experts_outputs(finished, corpus):
+def test_gates_are_scikit_learns_ridge_from_what_they_were_to_the_norms_of_the_experts_outputs(finished, corpus):
     before, after = load(finished.moe), load(finished.calibrated)
     for layer in (0, 2):
         inputs, _, w = seen(load(finished.model), after, layer, corpus.blocks)
@@ -213,7 +208,8 @@ def test_gates_are_scikit_learns_ridge_to_the_norms_of_the_experts_outputs(finis
         norms = torch.einsum("tei,ehi->teh", neurons, mlp.experts.down_proj.detach()).norm(dim=-1).double().numpy()
         x = np.pad(inputs.double().numpy(), ((0, 0), (0, 1)), constant_values=1)
         strength = metrics_of(finished.calibrated)[layer]["gate"]["ridge_strength"]
-        expected = x @ ridge(x, norms, w, strength, np.zeros((33, 6)))
+        prior = torch.cat([mlp.gate.weight.T, mlp.gate.bias[None]]).detach().double().numpy()
+        expected = x @ ridge(x, norms, w, strength, prior)
         with torch.no_grad():
             scores = after.model.layers[layer].mlp.gate.score(inputs).numpy()
         np.testing.assert_allclose(scores, expected, rtol=1e-2, atol=1e-2)

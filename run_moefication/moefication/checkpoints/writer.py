@@ -1,11 +1,12 @@
-"""New checkpoints: which tensor lies in which file, known before any is made, and writing all that a folder holds."""
+"""Writing new checkpoints: the plan of which tensor lies in which file comes first, the tensors file by file."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,34 +22,30 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 MAX_SHARD_BYTES = 2 << 30
 CODE_FILES = ("configuration_llama_moe.py", "modeling_llama_moe.py", "moe_layers.py", "gates.py")
-# Copied as they are: loading and saving them again loses templates, and refuses some generation configs.
-COPIED_FILES = (
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-    "USE_POLICY.md",
-)
+# These files are copied: loading and saving them would lose templates, and refuse some generation configs.
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+COPIED_FILES = ("chat_template.json", "generation_config.json", *LICENCES)
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the new checkpoint: known by name, shape and dtype before `make` is called for its values."""
+    """A tensor of the new checkpoint: known by name, shape and dtype before its values are.
+
+    `make` gives the values; where it is None, they are handed to `write_shard`.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
+    make: Callable[[], torch.Tensor] | None = None
 
     @property
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def made(self) -> torch.Tensor:
+    def made(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The tensor itself, in its dtype, contiguous; refused where it is not what was planned."""
-        tensor = self.make().to(self.dtype).contiguous()
+        tensor = (self.make() if self.make else values[self.name]).to(self.dtype).contiguous()
         if tuple(tensor.shape) != self.shape:
             raise MoEficationError(f"{self.name} came out as {list(tensor.shape)}, {list(self.shape)} was planned")
         return tensor
@@ -70,7 +67,7 @@ def plan_shards(plan: list[PlannedTensor], max_shard_bytes: int) -> dict[str, li
 
 
 def shard_index(shards: dict[str, list[PlannedTensor]]) -> dict:
-    """The content of `WEIGHTS_INDEX`, which goes with more than one file."""
+    """The content of `WEIGHTS_INDEX`, which more than one file needs."""
     tensors = [(planned, file) for file, group in shards.items() for planned in group]
     return {
         "metadata": {"total_size": sum(planned.num_bytes for planned, _ in tensors)},
@@ -78,9 +75,22 @@ def shard_index(shards: dict[str, list[PlannedTensor]]) -> dict:
     }
 
 
-def write_shard(writer: ArtifactWriter, file: str, planned: list[PlannedTensor], metrics: Any = None) -> None:
-    """Make the tensors of one safetensors file, write it, and record it as a finished piece."""
-    tensors = {tensor.name: tensor.made() for tensor in planned}
+def write_shard(
+    writer: ArtifactWriter,
+    file: str,
+    planned: list[PlannedTensor],
+    values: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    metrics: Any = None,
+) -> None:
+    """Make the tensors of one safetensors file, write it, and record it as a finished piece.
+
+    Args:
+        values: of the tensors that are planned without `make`, by name; exactly these, or it is an error.
+    """
+    unplanned = values.keys() ^ {tensor.name for tensor in planned if tensor.make is None}
+    if unplanned:
+        raise KeyError(f"{file}: planned or given, but not both: {', '.join(sorted(unplanned))}")
+    tensors = {tensor.name: tensor.made(values) for tensor in planned}
     writer.write_piece(file, {file: writer.write(file, lambda f: f.write(save(tensors, {"format": "pt"})))}, metrics)
 
 

@@ -1,53 +1,21 @@
-"""Decoder layers of the dense model, run one at a time over batches of blocks.
+"""Decoder layers up to their MLP, run one at a time over batches of blocks.
 
 Axes: B blocks of a batch, N positions, T tokens of the batch, H hidden size.
 """
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from ..checkpoints.dense import TEMPLATES, DenseCheckpoint
-from .scores import LayerActivations
+from ..checkpoints.dense import DenseCheckpoint
+from ..text.batches import Batch
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Some blocks of the corpus: their rows in the streams, their lengths, and whether fits leave them out."""
-
-    rows: slice
-    lengths: list[int]
-    held_out: bool = False
-
-    def padded(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[T, H]` -> `[B, N, H]`. Padding follows the text, where causal attention keeps it from changing anything."""
-        return pad_sequence(rows.split(self.lengths), batch_first=True)
-
-    def flat(self, padded: torch.Tensor) -> torch.Tensor:
-        """`[B, N, H]` -> `[T, H]`, without the padding."""
-        lengths = torch.tensor(self.lengths, device=padded.device)
-        return padded[torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]]
-
-
-def batches_of(blocks: list[torch.Tensor], batch_size: int, num_held_out: int = 0) -> list[Batch]:
-    """The blocks, `batch_size` at a time, in their order; the last `num_held_out` blocks in batches of their own."""
-    batches, start = [], 0
-    num_fitted = len(blocks) - num_held_out
-    for part, held_out in ((blocks[:num_fitted], False), (blocks[num_fitted:], True)):
-        for index in range(0, len(part), batch_size):
-            lengths = [len(block) for block in part[index : index + batch_size]]
-            batches.append(Batch(slice(start, start := start + sum(lengths)), lengths, held_out))
-    return batches
-
-
-class AttentionHalf:
-    """The first half of a decoder layer: attention, the residual sum, and the norm before the MLP; float32."""
+class PreMLP:
+    """What a decoder layer does before its MLP: attention, the residual sum, and the norm; float32."""
 
     def __init__(self, config: LlamaConfig, tensor: Callable[[str], torch.Tensor], device: str):
         """`tensor(name)`: the layer's tensors by their names within it, such as `self_attn.q_proj.weight`."""
@@ -64,6 +32,11 @@ class AttentionHalf:
             module.eval()
         self._rotary = LlamaRotaryEmbedding(config).to(device)
 
+    @classmethod
+    def of_dense(cls, checkpoint: DenseCheckpoint, layer: int, device: str) -> "PreMLP":
+        """That of a layer of the dense model."""
+        return cls(checkpoint.config, lambda name: checkpoint.finite_tensor(f"layers.{layer}.{name}"), device)
+
     def __call__(self, stream: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream before the layer `[T, H]` -> the stream before the MLP, and what the MLP sees, `[T, H]` each."""
         padded = batch.padded(stream)
@@ -72,22 +45,6 @@ class AttentionHalf:
         attended = self._attention(self._norm(padded), position_embeddings=rotary, attention_mask=None)[0]
         stream = batch.flat(padded + attended)
         return stream, self.mlp_norm(stream)
-
-
-class DenseLayer:
-    """A decoder layer of the dense model, in float32: its attention half, and its MLP in two steps."""
-
-    def __init__(self, checkpoint: DenseCheckpoint, layer: int, device: str):
-        self.attention_half = AttentionHalf(
-            checkpoint.config, lambda name: checkpoint.finite_tensor(f"layers.{layer}.{name}"), device
-        )
-        self.activations = LayerActivations(checkpoint, layer, TEMPLATES[1], device)  # what enters down_proj
-        self._down = checkpoint.mlp_tensor(layer, "down_proj.weight", device)
-        self._bias = checkpoint.mlp_tensor(layer, "down_proj.bias", device) if checkpoint.config.mlp_bias else None
-
-    def output(self, activations: torch.Tensor) -> torch.Tensor:
-        """The MLP's output `[T, H]` from its activations `[T, I]`."""
-        return F.linear(activations, self._down, self._bias)
 
 
 def embed(stream: torch.Tensor, blocks: list[torch.Tensor], batches: list[Batch], weight: torch.Tensor) -> None:

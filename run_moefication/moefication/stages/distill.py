@@ -5,8 +5,8 @@ walk through the layers, so that the model ends on its budget.
 """
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ from .distill_trainer import (
     training_arguments,
 )
 
-HELD_OUT = 16  # one block of so many is not trained on: the loss before and after is measured there
-RESULT = "distillation"  # the last piece: config, code, card, and what the training gained
+HELD_OUT = 16  # one block in so many is not trained on; the loss before and after is measured there
+RESULT = "distillation"  # the last piece holds config, code, card, and what the training gained
 
 
 def distill(
@@ -67,8 +67,9 @@ def distill(
     Returns: the folder's writer, finished (in the first process); its metrics say what the training gained.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
+    moe.verify(progress)
     _check(checkpoint, moe, corpus, save_path, settings, save_steps)
-    arguments = _training_arguments(settings, corpus.options["seed"], save_steps, device)
+    arguments = training_arguments(settings, corpus.options["seed"], save_steps, device)
     claim = Claim(
         stage="distill",
         options=asdict(settings) | corpus.options,
@@ -77,8 +78,7 @@ def distill(
         inputs={"moe_path": moe.artifact.digest, "train_data_path": corpus.digest},
         facts={"tokens": corpus.num_tokens, "mix": [asdict(share) for share in corpus.mix]},
     )
-    trained: dict[str, torch.Tensor] = {}
-    shards = plan_shards(_plan(moe, trained), MAX_SHARD_BYTES)
+    shards = _shards(moe)
     is_first = arguments.process_index == 0
     writer = ArtifactWriter(
         Path(save_path), claim, [*shards, RESULT], overwrite=overwrite, shared=not is_first, exclusive=is_first
@@ -87,7 +87,7 @@ def distill(
     if not missing:
         leave_group()
         if is_first:
-            writer.finish()  # what an interrupted run may have left to do
+            writer.finish()  # an interrupted run may have left this to do
         return writer
     checkpoint.check_finite(progress)
     model = _load(moe, settings)
@@ -95,9 +95,10 @@ def distill(
     arguments.output_dir = str(writer.scratch("training"))
     metrics = _train(checkpoint, moe, model, corpus, settings, arguments, progress)
     if is_first:
-        trained |= {name.removeprefix("model."): tensor.cpu() for name, tensor in model.state_dict().items()}
+        trained = model.state_dict()
         for file in (file for file in shards if file in missing):
-            write_shard(writer, file, shards[file])
+            values = {tensor.name: trained[tensor.name].cpu() for tensor in shards[file] if tensor.make is None}
+            write_shard(writer, file, shards[file], values)
         config = _new_config(moe, model)
         card = distillation_card(checkpoint.name, config, moe.model_class, settings.train, corpus.num_tokens, metrics)
         source = moe.artifact.folder
@@ -118,7 +119,7 @@ def _check(
     settings: DistillSettings,
     save_steps: int,
 ) -> None:
-    """Refuse what cannot be distilled, before any work."""
+    """Raise MoEficationError for what cannot be distilled, before any work."""
     folder, config = moe.artifact.folder, moe.config
     if importlib.util.find_spec("accelerate") is None:
         raise MoEficationError("distillation needs the package accelerate: pip install accelerate")
@@ -136,32 +137,13 @@ def _check(
     require_held_out_block(corpus)
 
 
-def _training_arguments(settings: DistillSettings, seed: int, save_steps: int, device: str) -> TrainingArguments:
-    """The settings in the Trainer's words; under torchrun this joins the other processes."""
-    arguments = training_arguments(
-        seed,
-        device,
-        learning_rate=settings.lr,
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        bf16=settings.bf16,
-        save_steps=save_steps,
-    )
-    if torch.device(device).index not in (None, arguments.device.index):
-        raise MoEficationError(f"--device {device}: one process trains on the first GPU; set CUDA_VISIBLE_DEVICES")
-    return arguments
-
-
-def _plan(moe: MoECheckpoint, trained: dict[str, torch.Tensor]) -> list[PlannedTensor]:
-    """The tensors of the new checkpoint, each in the dtype it had: those of the MLPs from `trained`."""
-
-    def source(name: str) -> Callable[[], torch.Tensor]:
-        return lambda: trained[name] if ".mlp." in name else moe.tensor(name)
-
-    return [
-        PlannedTensor(moe.stored_name(name), shape, dtype, source(name)) for name, (shape, dtype) in moe.tensors.items()
+def _shards(moe: MoECheckpoint) -> dict[str, list[PlannedTensor]]:
+    """The files of the new checkpoint and their tensors, each in the dtype it had; those of the MLPs are trained."""
+    makers = {name: None if ".mlp." in name else partial(moe.tensor, name) for name in moe.tensors}
+    plan = [
+        PlannedTensor(moe.stored_name(name), info.shape, info.dtype, makers[name]) for name, info in moe.tensors.items()
     ]
+    return plan_shards(plan, MAX_SHARD_BYTES)
 
 
 def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
@@ -171,7 +153,7 @@ def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
     if settings.num_selects is not None:
         try:
             model.set_num_experts_per_tok(settings.num_selects - moe.config.num_shared_experts)
-        except ValueError as error:  # thresholds without quantiles
+        except ValueError as error:  # its thresholds have no quantiles
             raise MoEficationError(
                 f"{moe.artifact.folder} cannot run --num_selects {settings.num_selects}: {error}"
             ) from error
@@ -181,7 +163,7 @@ def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
 
 
 def _agreed(missing: list[str]) -> list[str]:
-    """What the first of the processes misses: it writes, and the others may have looked at another moment."""
+    """The pieces that the first process misses: it writes them, and the others may have looked at another moment."""
     box = [missing]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(box)
@@ -189,7 +171,7 @@ def _agreed(missing: list[str]) -> list[str]:
 
 
 def _begin(writer: ArtifactWriter, is_first: bool) -> None:
-    """Claim the folder: the first of the processes does, after all have looked at it, and the others join."""
+    """Claim the folder: the first process does, after all have looked at it, and the others join."""
     if not torch.distributed.is_initialized():
         writer.begin()
         return
@@ -223,8 +205,8 @@ def _train(
     """Train the model in place, as it will be stored. Returns the metrics (in the first process)."""
     device, is_first, batch_size = arguments.device, arguments.process_index == 0, settings.batch_size
     config, gates = model.config, [layer.mlp.gate for layer in model.model.layers]
-    thresholds = [gate.threshold.item() for gate in gates] if config.routing == "threshold" else []
-    shares = [count / config.num_experts for count in experts_per_tok(config, thresholds)]
+    counts = experts_per_tok(config, lambda layer: gates[layer].threshold.item())
+    shares = [count / config.num_experts for count in counts]
     num_held_out = -(-len(corpus.blocks) // HELD_OUT)
     blocks, held_out = corpus.blocks[:-num_held_out], corpus.blocks[-num_held_out:]
     model.to(device)
@@ -261,5 +243,4 @@ def _round(model: LlamaMoEForCausalLM, moe: MoECheckpoint) -> None:
     """Give the trained parameters the values they will be stored with, which thresholds must fit."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            _, dtype = moe.tensors[name.removeprefix("model.")]
-            parameter.copy_(parameter.to(dtype))
+            parameter.copy_(parameter.to(moe.tensors[name.removeprefix("model.")].dtype))
