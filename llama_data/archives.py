@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 from llama_download.registry import RegistryError
+from run_moefication.moefication.errors import MoEficationError
 
 
 def require_reader(path: Path) -> None:
@@ -23,7 +24,7 @@ def require_reader(path: Path) -> None:
 def read_members(path: Path, pattern: str) -> dict[str, bytes]:
     """Content of the package's regular files whose whole name matches the pattern, in order of their names.
 
-    Raises ValueError where the package is damaged.
+    Raises MoEficationError where the package is damaged.
     """
     wanted = re.compile(pattern).fullmatch
     try:
@@ -34,7 +35,7 @@ def read_members(path: Path, pattern: str) -> dict[str, bytes]:
             files = {info.name.removeprefix("./"): info for info in archive if info.isreg()}
             return {name: archive.extractfile(files[name]).read() for name in sorted(files) if wanted(name)}
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a package ({error})") from error
+        raise MoEficationError(f"{path} cannot be read as a package ({error})") from error
 
 
 def _tar_of_deb(path: Path) -> io.BytesIO:

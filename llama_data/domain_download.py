@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llama_data.partial_download import STATE, discard_partial_files, part_path, write_record
-from llama_download.registry import RegistryError, file_sha256
+from run_moefication.moefication.errors import MoEficationError, NetworkError
+from run_moefication.moefication.storage.files import file_sha256
 
 # A sample of SlimPajama, which is RedPajama deduplicated: 14 GB of parquet, 6 billion tokens, domains shuffled.
 DEFAULT_DATASET = "DKYoon/SlimPajama-6B"
@@ -33,16 +34,12 @@ LOOK_AHEAD = 10_000  # records after which a dataset that gave no document is gi
 NETWORK_RETRIES = 5  # per read, half a minute each
 
 
-class NetworkError(RegistryError):
-    """The hub cannot be reached, or went away while it was read."""
-
-
 # ---------------------------------------------------------------------------------------------------- reading
 
 
 @contextlib.contextmanager
 def reading(dataset: str) -> Iterator[None]:
-    """Turn whatever reading a dataset raises into one sentence: ValueError for the data, NetworkError for the rest."""
+    """Turn whatever reading a dataset raises into one line: MoEficationError for the data, else NetworkError."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -51,12 +48,13 @@ def reading(dataset: str) -> Iterator[None]:
     try:
         yield
     except RepositoryNotFoundError as error:
-        sentence = f"--dataset {dataset}: not on the hub, or only for those who log in (hf auth login)"
-        raise ValueError(sentence) from error
+        raise MoEficationError(
+            f"--dataset {dataset}: not on the hub, or only for those who log in (hf auth login)"
+        ) from error
     except (*of_data, *of_network) as error:
         sentence = f"--dataset {dataset}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         if Path(dataset).is_dir() or isinstance(error, of_data):
-            raise ValueError(sentence) from error
+            raise MoEficationError(sentence) from error
         raise NetworkError(f"{sentence}; run the same command again to go on") from error
 
 
@@ -159,7 +157,7 @@ class Download:
         path, length = part_path(self.folder, name), self.tallies[name]["bytes"]
         path.parent.mkdir(parents=True, exist_ok=True)
         if length > (path.stat().st_size if path.exists() else 0):
-            raise ValueError(f"{path} is shorter than it was left: start anew with --overwrite")
+            raise MoEficationError(f"{path} is shorter than it was left: start anew with --overwrite")
         file = path.open("ab")
         file.truncate(length)
         return file
@@ -234,12 +232,12 @@ class Download:
         return {"source": f"{dataset}{'@' + revision if revision else ''} {name}", "licence": licence}
 
     def refuse_no_documents(self) -> None:
-        """Raise ValueError, and leave nothing, where no record so far gave a document."""
+        """Raise MoEficationError, and leave nothing, where no record so far gave a document."""
         if any(tally["documents"] for tally in self.tallies.values()):
             return
         discard_partial_files(self.folder, self.state)
         fields = f"a text in {self.options['text_field']!r} and a domain ({', '.join(self.domain_of)})"
-        raise ValueError(
+        raise MoEficationError(
             f"--dataset {self.options['dataset']}: none of {self.state['records']} records has {fields} in "
             f"{self.options['label_field']!r}; the last one: {str(self.record)[:200]}"
         )

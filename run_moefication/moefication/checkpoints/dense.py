@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 from ...settings import TEMPLATES
 from ..errors import MoEficationError, SettingError
+from ..names import model_name
 from ..progress import Progress, no_progress
 from ..storage.files import digest
 from .dense_config import expected_shapes, read_dense_config
@@ -72,9 +73,7 @@ class DenseCheckpoint(StoredTensors):
 
     def __init__(self, model_path: str | Path):
         path = resolve_model_path(model_path)
-        self.name = Path(model_path).name or path.name
-        if self.name in (".", ".."):
-            self.name = path.name
+        self.name = model_name(model_path)
         self.raw_config, self.config = read_dense_config(path)
         infos = read_headers(path)
         unused = sorted(filter(UNUSED_TENSORS.fullmatch, infos))

@@ -67,7 +67,7 @@ def calibrate(
     require_held_out_block(corpus)
     claim = Claim(
         stage="calibrate",
-        options=asdict(settings) | corpus.options,
+        options=settings.recorded() | corpus.options,
         source=checkpoint.source,
         environment=environment(device),
         inputs={"moe_path": moe.artifact.digest, "train_data_path": corpus.digest},

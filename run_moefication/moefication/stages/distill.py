@@ -51,7 +51,6 @@ def distill(
     save_path: str | Path,
     settings: DistillSettings,
     *,
-    save_steps: int = 100,
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress = no_progress,
@@ -61,18 +60,15 @@ def distill(
     Memory: both models whole, the MoE in float32 with its gradients and two moments of what is trained, and for each
     token of a batch the activations of all experts. Disk, until it is finished: the MoE in float32 with the moments.
 
-    Args:
-        save_steps: training steps between two saves, from which an interrupted run goes on.
-
     Returns: the folder's writer, finished (in the first process); its metrics say what the training gained.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
     moe.verify(progress)
-    _check(checkpoint, moe, corpus, save_path, settings, save_steps)
-    arguments = training_arguments(settings, corpus.options["seed"], save_steps, device)
+    _check(checkpoint, moe, corpus, save_path, settings)
+    arguments = training_arguments(settings, corpus.options["seed"], device)
     claim = Claim(
         stage="distill",
-        options=asdict(settings) | corpus.options,
+        options=settings.recorded() | corpus.options,
         source=checkpoint.source,
         environment=environment(device) | {"processes": str(arguments.world_size)},
         inputs={"moe_path": moe.artifact.digest, "train_data_path": corpus.digest},
@@ -117,7 +113,6 @@ def _check(
     corpus: Corpus,
     save_path: str | Path,
     settings: DistillSettings,
-    save_steps: int,
 ) -> None:
     """Raise MoEficationError for what cannot be distilled, before any work."""
     folder, config = moe.artifact.folder, moe.config
@@ -129,8 +124,6 @@ def _check(
         raise MoEficationError(f"{folder} weighs its experts by gate scores; that is not distilled")
     if settings.num_selects is not None:
         require_num_selects(settings.num_selects, config)
-    if save_steps < 1:
-        raise SettingError(f"save_steps {save_steps} must be at least 1")
     if Path(save_path).resolve() in (checkpoint.path, folder.resolve()):
         raise SettingError(f"save_path {save_path} is one of the source checkpoints; choose another folder")
     require_place(Path(save_path), "distill")
@@ -154,8 +147,8 @@ def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
         try:
             model.set_num_experts_per_tok(settings.num_selects - moe.config.num_shared_experts)
         except ValueError as error:  # its thresholds have no quantiles
-            raise MoEficationError(
-                f"{moe.artifact.folder} cannot run --num_selects {settings.num_selects}: {error}"
+            raise SettingError(
+                f"{moe.artifact.folder} cannot run num_selects {settings.num_selects}: {error}"
             ) from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(TRAINED[settings.train](name))

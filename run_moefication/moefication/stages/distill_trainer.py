@@ -18,7 +18,7 @@ from llama_moe import LlamaMoEForCausalLM
 from ...settings import DistillSettings
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.transformers_library import first_line
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..fitting.losses import TeacherKL
 from ..layers.straight_through import SoftBlock, nudge_thresholds
 from ..progress import Progress
@@ -80,7 +80,7 @@ def mean_kl(
     return total / sum(map(len, blocks))
 
 
-def training_arguments(settings: DistillSettings, seed: int, save_steps: int, device: str) -> TrainingArguments:
+def training_arguments(settings: DistillSettings, seed: int, device: str) -> TrainingArguments:
     """The settings in the Trainer's words, but for its `output_dir`; joins the processes that torchrun started."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "MASTER_ADDR" not in os.environ:
         raise MoEficationError(
@@ -106,14 +106,14 @@ def training_arguments(settings: DistillSettings, seed: int, save_steps: int, de
             per_device_train_batch_size=settings.batch_size,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
             bf16=settings.bf16,
-            save_steps=save_steps,
+            save_steps=settings.save_steps,
         )
     except ValueError as error:  # for example, the GPU has no bfloat16
-        raise MoEficationError(f"--device {device} cannot train like this: {first_line(error)}") from error
+        raise SettingError(f"device {device} does not serve here: {first_line(error)}") from error
     except torch.distributed.DistError as error:
         raise MoEficationError(f"the other processes of this run did not come ({first_line(error)})") from error
     if torch.device(device).index not in (None, arguments.device.index):
-        raise MoEficationError(f"--device {device}: one process trains on the first GPU; set CUDA_VISIBLE_DEVICES")
+        raise SettingError(f"device {device}: one process trains on the first GPU; set CUDA_VISIBLE_DEVICES")
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU; torchrun starts more
     return arguments
 
@@ -238,4 +238,4 @@ def check_finite(model: LlamaMoEForCausalLM) -> None:
 
 def diverged(why: str) -> MoEficationError:
     """The error of a training that went wrong."""
-    return MoEficationError(f"the training diverged: {why}; use a smaller --lr, and --overwrite to begin anew")
+    return SettingError(f"the training diverged: {why}; use a smaller lr, and overwrite to begin anew")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from llama_moe import LlamaMoEConfig, RoutingStatistics, record_routing
 from llama_moe.moe_layers import MoEBlock
 
+from ...settings import EvaluateSettings
 from ..checkpoints.dense import DTYPES, DenseCheckpoint, resolve_model_path
 from ..checkpoints.dense_config import is_convertible, read_dense_config
 from ..checkpoints.headers import ADAPTER, MERGE_ADAPTER
@@ -65,13 +67,9 @@ def evaluate(
     model_paths: Sequence[str | Path],
     text_path: str | Path,
     *,
-    num_selects: list[int] | None = None,
-    block_size: int | None = None,
-    max_tokens: int | None = None,
-    batch_size: int = 4,
-    dtype: str | None = None,
     device: str = "cpu",
     progress: Progress = no_progress,
+    **settings: Any,
 ) -> list[Evaluation]:
     """Perplexity on a text: `exp` of the mean negative log-likelihood over non-overlapping blocks.
 
@@ -79,35 +77,31 @@ def evaluate(
     loaded once for all its budgets.
 
     Args:
-        num_selects: budgets to evaluate MoE checkpoints at; None for the one each was converted with.
-        block_size: None for 2048, or what the smallest model takes.
-        dtype: to run in; None for float32 on CPUs and the checkpoint's own elsewhere.
+        settings: the fields of `EvaluateSettings`.
     """
+    settings = EvaluateSettings(**settings)
     text_path, model_paths = Path(text_path), [str(path) for path in model_paths]
     if not text_path.is_file():
         raise SettingError(f"text_path {text_path} is not a file")
-    if batch_size < 1:
-        raise SettingError(f"batch_size {batch_size} must be at least 1")
-    if max_tokens is not None and max_tokens < 2:
-        raise SettingError(f"max_tokens {max_tokens} must be at least 2")
     paths = [resolve_model_path(path) for path in model_paths]
     configs = [_read_config(path) for path in paths]
-    budgets = [_budgets(config, num_selects) for config in configs]
-    if num_selects and not any(config.model_type == "llama_moe" for config in configs):
+    budgets = [_budgets(config, settings.num_selects) for config in configs]
+    if settings.num_selects and not any(config.model_type == "llama_moe" for config in configs):
         raise SettingError("num_selects is for MoE checkpoints, none of model_path is one")
     positions = min(config.max_position_embeddings for config in configs)
-    block_size = require_block_size(block_size, positions, "the smallest model" if len(paths) > 1 else paths[0].name)
+    name = "the smallest model" if len(paths) > 1 else paths[0].name
+    block_size = require_block_size(settings.block_size, positions, name)
 
-    tokens = _same_tokens(text_path, paths, configs, max_tokens)
+    tokens = _same_tokens(text_path, paths, configs, settings.max_tokens)
     blocks = [block for block in pack(tokens, block_size) if len(block) > 1]
     if not blocks:
         raise MoEficationError(f"{text_path} holds fewer than 2 tokens")
 
     results = []
     for path, name, config, model_budgets in zip(paths, model_paths, configs, budgets, strict=True):
-        model = _load(path, config, dtype, device)
+        model = _load(path, config, settings.dtype, device)
         for budget in model_budgets:
-            results.append(evaluate_model(model, Path(name).name, blocks, budget, batch_size, progress))
+            results.append(evaluate_model(model, Path(name).name, blocks, budget, settings.batch_size, progress))
         del model
     return results
 
@@ -232,7 +226,7 @@ def _with_budget(model: PreTrainedModel, name: str, budget: int) -> int:
     try:
         model.set_num_experts_per_tok(budget - model.config.num_shared_experts)
     except ValueError as error:  # its thresholds have no quantiles
-        raise MoEficationError(f"{name} cannot run --num_selects {budget}: {error}") from error
+        raise SettingError(f"{name} cannot run num_selects {budget}: {error}") from error
     return budget
 
 

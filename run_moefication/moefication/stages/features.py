@@ -14,9 +14,10 @@ import torch
 from transformers import LlamaModel
 
 from ...settings import TEMPLATES, FeatureSettings
-from ..artifacts.features import features_folder, shard_file
+from ..artifacts.features import shard_file
 from ..checkpoints.dense import DTYPES, DenseCheckpoint
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
+from ..names import features_folder
 from ..progress import Progress, no_progress
 from ..storage.files import tensor_sha256
 from ..storage.folder import ArtifactWriter, require_place
@@ -58,7 +59,7 @@ def extract_features(
     batch_size, dtype = settings.batch_size, DTYPES[settings.dtype]
     claim = Claim(
         stage="hidden_features",
-        options=asdict(settings) | corpus.options,
+        options=settings.recorded() | corpus.options,
         source=checkpoint.source,
         environment=environment(device),
         inputs={"train_data_path": corpus.digest},
@@ -92,9 +93,9 @@ def _require_space(
     written = sum(file.stat().st_size for file in folder.rglob("*.pth")) if folder.is_dir() else 0
     free = shutil.disk_usage(existing).free + written
     if needed > free:
-        raise MoEficationError(
+        raise SettingError(
             f"{folder} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            f"use --feature_format inputs, --max_tokens or --data_use_percent"
+            f"use feature_format inputs, max_tokens or data_use_percent"
         )
 
 
@@ -134,9 +135,9 @@ class _Recorder:
         for kind, layers in self._features.items():
             for layer, features in enumerate(layers):
                 if not features.sum(dtype=torch.float32).isfinite():
-                    raise MoEficationError(
+                    raise SettingError(
                         f"{kind} of layer {layer} are not finite in {self._dtype} in blocks {first_block} to "
-                        f"{first_block + len(blocks) - 1}; use --dtype float32, or look at the model's weights"
+                        f"{first_block + len(blocks) - 1}; use dtype float32, or look at the model's weights"
                     )
         return self._features
 

@@ -67,7 +67,7 @@ def record_features(
 ) -> Features:
     """Stage 2, in one process."""
     writer = features_stage.extract_features(dense, text, save_path, settings, **run)
-    return Features(writer.folder, dense, settings.templates)
+    return Features(writer.folder, dense, settings.templates or TEMPLATES[0])
 
 
 def fit_gates(
@@ -177,8 +177,7 @@ def moefy(
         select_criterion=recipe.select_criterion,
         gate_network=recipe.gate_network,
         gate_rank=recipe.rank(num_experts),
-        use_softmax=True,
-        seed=seed,
+        **(dict(use_softmax=True, seed=seed) if recipe.gate_network == "mlp" else {}),  # the others are not trained
     )
     gates = fit_gates(dense, experts, features, work, settings, **run)
     settings = ConvertSettings(num_experts=num_experts, num_selects=num_selects, routing=recipe.routing)

@@ -95,7 +95,7 @@ def require_block_size(block_size: int | None, max_positions: int, name: str) ->
 def require_held_out_block(corpus: Corpus) -> None:
     """Raise MoEficationError if the corpus is a single block, so that none can be held out."""
     if (corpus.options["max_tokens"] or 2) < 2 or len(corpus.blocks) < 2:
-        raise MoEficationError("the corpus is a single block, and one is held out; use a smaller --block_size")
+        raise SettingError("the corpus is a single block, and one is held out; use a smaller block_size")
 
 
 # ---------------------------------------------------------------------------------------------------- the mix

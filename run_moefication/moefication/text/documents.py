@@ -16,7 +16,7 @@ try:
 except ImportError:
     from backports import zstd
 
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from .text_files import TextFile
 
 MAX_LINE_BYTES = 64 << 20
@@ -78,8 +78,8 @@ class DocumentReader:
     def bad(self, place: str, why: str, error: Exception | None = None) -> None:
         """A document cannot be used: raise MoEficationError, or count it where bad lines are skipped."""
         if not self._skip_bad_lines:
-            cure = "" if self._skip_bad_lines is None else "; --skip_bad_lines goes on without it"
-            raise MoEficationError(f"{place}: {why}{cure}") from error
+            cure = "" if self._skip_bad_lines is None else "; skip_bad_lines goes on without it"
+            raise SettingError(f"{place}: {why}{cure}") from error
         self.skipped += 1
 
     def _documents(

@@ -76,17 +76,17 @@ def find_domains(data_path: str | Path, weights: Mapping[str, float] | None = No
             (found.setdefault(domain, []) if domain else unnamed).append(file)
     unread = unread_data(data_path, [folder for folder, _ in folders]) if data_path.is_dir() else ""
     if not found and not unnamed:
-        raise MoEficationError(
-            f"--train_data_path {data_path} holds no .jsonl, .txt or .parquet (nor .gz, .zst of the first two) or .zip "
+        raise SettingError(
+            f"train_data_path {data_path} holds no .jsonl, .txt or .parquet (nor .gz, .zst of the first two) or .zip "
             f"file: llama_data/make_sample_data.py makes some{unread and f'; not read: {unread}'}"
         )
     absent = [domain for domain in weights or () if domain not in found]
     if absent:
         raise SettingError(f"domain_weights names {absent[0]}, but no file name in {data_path} carries that word")
     if unnamed and found and not weights:
-        raise MoEficationError(
+        raise SettingError(
             f"{unnamed[0]} names none of the domains {', '.join(LLAMA_MIX)}, as other files there do; "
-            f"rename it, or choose with --domain_weights"
+            f"rename it, or choose with domain_weights"
         )
     if unread:
         logger.warning("%s: not read: %s", data_path, unread)

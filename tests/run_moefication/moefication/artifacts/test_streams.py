@@ -38,7 +38,7 @@ def test_a_filling_that_failed_begins_anew(writer):
     with suppress(KeyboardInterrupt), streams.filling(0) as stream:
         stream.fill_(1)
         raise KeyboardInterrupt
-    with pytest.raises(MoEficationError, match=r"streams\.0.* is missing or cut; run again with --overwrite"):
+    with pytest.raises(MoEficationError, match=r"streams\.0.* is missing or cut; run again with overwrite"):
         streams.before(0)
     with streams.filling(0) as stream:
         assert (stream == 0).all()
@@ -47,7 +47,7 @@ def test_a_filling_that_failed_begins_anew(writer):
 def test_streams_of_another_number_of_tokens_are_refused_by_name(writer):
     with Streams(writer, SHAPE).filling(2) as stream:
         stream.fill_(1)
-    with pytest.raises(MoEficationError, match=r"streams\.2.* is missing or cut; run again with --overwrite"):
+    with pytest.raises(MoEficationError, match=r"streams\.2.* is missing or cut; run again with overwrite"):
         Streams(writer, (2, 4, 3)).before(2)
 
 

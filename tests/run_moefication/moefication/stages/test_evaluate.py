@@ -117,7 +117,7 @@ def test_a_budget_asked_for_replaces_those_of_single_layers(text, tmp_path):
 def test_thresholds_without_quantiles_have_no_other_budget(text, tmp_path):
     LlamaMoEForCausalLM(LlamaMoEConfig(**TINY, routing="threshold")).save_pretrained(tmp_path / "moe")
     make_tokenizer().save_pretrained(tmp_path / "moe")
-    with pytest.raises(MoEficationError, match="cannot run --num_selects 3: no score quantiles are stored"):
+    with pytest.raises(MoEficationError, match="cannot run num_selects 3: no score quantiles are stored"):
         evaluate([str(tmp_path / "moe")], text, num_selects=[3], block_size=32)
 
 

@@ -149,7 +149,7 @@ def test_a_gate_never_ends_below_its_start(seed, lr, use_softmax, network):
 def test_a_loss_that_is_not_finite_is_refused():
     rows, neurons, inputs, scores = problem(200)
     inputs[7, 3] = float("inf")
-    with pytest.raises(MoEficationError, match="loss of a gate did not stay finite; use a smaller --lr than"):
+    with pytest.raises(MoEficationError, match="loss of a gate did not stay finite; use a smaller lr than"):
         fit_gate(initial_gate("linear", rows, neurons), inputs, scores, LINEAR)
 
 
