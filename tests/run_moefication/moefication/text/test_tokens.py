@@ -218,7 +218,7 @@ def with_added_token(model: Path, folder: Path) -> DenseCheckpoint:
 def test_a_token_outside_of_the_embedding_is_named_by_file_and_line(tiny_llama, tmp_path):
     checkpoint = with_added_token(tiny_llama, tmp_path / "model")
     write_jsonl(tmp_path / "text" / "c4.jsonl", [SENTENCES[0], f"{SENTENCES[1]} [PAD]", SENTENCES[2]])
-    words = r"c4.jsonl:2: holds token 300 \('\[PAD\]'\), but the embedding has 300 rows; --skip_bad_lines goes on"
+    words = r"c4.jsonl:2: holds token 300 \('\[PAD\]'\), but the embedding has 300 rows; skip_bad_lines goes on"
     with pytest.raises(MoEficationError, match=words):
         _ = draw(checkpoint, tmp_path / "text").blocks
     corpus = draw(checkpoint, tmp_path / "text", skip_bad_lines=True, domain_weights="equal")
