@@ -1,5 +1,6 @@
 """Tiny real LLaMAs, a tiny real tokenizer and a little text: what most tests start from. No network is needed."""
 
+import functools
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -68,6 +69,7 @@ def make_llama(
     dtype: torch.dtype = torch.float32,
     model_class: type[PreTrainedModel] = LlamaForCausalLM,
     max_shard_size: str = "5GB",
+    save_tokenizer: Callable[[Path], object] = lambda folder: make_tokenizer().save_pretrained(folder),
     **config,
 ) -> Path:
     """A random LLaMA checkpoint (every parameter random, norms and biases too) with a tokenizer; returns its folder."""
@@ -78,22 +80,45 @@ def make_llama(
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    make_tokenizer().save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
 
 
 def as_bin(folder: Path, target: Path, shards: int = 1) -> Path:
-    """The same checkpoint with its weights in `pytorch_model.bin`, in one file or in shards with an index."""
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("model.safetensors"))
-    state = load_file(folder / "model.safetensors")
-    if shards == 1:
-        torch.save(state, target / "pytorch_model.bin")
-        return target
-    files = {name: f"pytorch_model-{i % shards}.bin" for i, name in enumerate(state)}
-    for file in set(files.values()):
-        torch.save({name: state[name] for name in state if files[name] == file}, target / file)
-    (target / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    """A copy of a checkpoint with its weights in `pytorch_model.bin`, in one file or in shards with an index."""
+    shutil.copytree(folder, target)
+    to_bin(target, shards)
     return target
+
+
+def to_bin(folder: Path, shards: int = 1, change: Callable = lambda tensor: tensor, **options) -> None:
+    """Put the weights of a checkpoint into .bin files, each tensor `change`d; `options` of torch.save."""
+    state = {name: change(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+    _into_files(folder, state, "pytorch_model", "bin", shards, functools.partial(torch.save, **options))
+
+
+def to_shards(folder: Path, shards: int = 3) -> None:
+    """Put the weights of a checkpoint into several safetensors files."""
+    save = functools.partial(save_file, metadata={"format": "pt"})
+    _into_files(folder, load_file(folder / "model.safetensors"), "model", "safetensors", shards, save)
+
+
+def _into_files(folder: Path, state: dict, stem: str, suffix: str, shards: int, save: Callable) -> None:
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        return save(state, folder / f"{stem}.{suffix}")
+    files = {name: f"{stem}-{i % shards}.{suffix}" for i, name in enumerate(state)}
+    for file in set(files.values()):
+        save({name: state[name] for name in state if files[name] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a checkpoint in one file: `change` works on the dict of them."""
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
 def change_config(folder: Path, **changes) -> None:
@@ -124,10 +149,24 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def make_text(folder: Path, **domains: int) -> None:
+    """`domain.jsonl` of so many sentences each, all different."""
+    for name, count in domains.items():
+        write_jsonl(folder / f"{name}.jsonl", [f"{name} {i}: {SENTENCES[i % 6]}" for i in range(count)])
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """The plain tiny LLaMA (grouped-query attention), shared and read-only."""
     return make_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_llama):
+    """The tiny LLaMA as a `DenseCheckpoint`."""
+    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
+
+    return DenseCheckpoint(str(tiny_llama))
 
 
 @pytest.fixture(scope="session")
@@ -137,6 +176,22 @@ def text_folder(tmp_path_factory) -> Path:
     write_jsonl(folder / "c4.jsonl", [f"{i}. {SENTENCES[i % 6]} {SENTENCES[i % 5]}" for i in range(60)])
     write_jsonl(folder / "github.jsonl", [f"{SENTENCES[1]}# {i}\n" * 3 for i in range(60)])
     return folder
+
+
+@pytest.fixture(scope="session")
+def plain_run(tiny_llama, text_folder, tmp_path_factory):
+    """A `Pipeline` with the description's stages run: 4 experts by weights, MLP gates, top-2; shared and read-only."""
+    from pipeline import Pipeline
+
+    return Pipeline(tiny_llama, text_folder, tmp_path_factory.mktemp("plain")).run()
+
+
+@pytest.fixture(scope="session")
+def shared_run(tiny_llama, text_folder, tmp_path_factory):
+    """The same of `shared_pipeline`: 2 of 8 experts shared, linear gates, a threshold for 4 of 8; read-only."""
+    from pipeline import shared_pipeline
+
+    return shared_pipeline(tiny_llama, text_folder, tmp_path_factory.mktemp("shared")).run()
 
 
 @pytest.fixture

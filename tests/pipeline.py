@@ -1,13 +1,20 @@
 """The stages as a user types them, for tests: through each script's `main`, with the description's names."""
 
-from dataclasses import dataclass, field
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from conftest import VOCABULARY
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import llama_moe  # noqa: F401 (registers LlamaMoE)
+from llama_moe import record_routing
 from run_moefication import (
     llama_calibrate,
     llama_convert,
@@ -26,6 +33,7 @@ def corpus_of(checkpoint: DenseCheckpoint, text: Path, cache: Path | None = None
     return training_corpus(checkpoint, text, cache, CorpusSettings(**settings))
 
 
+GATE, UP = "layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"
 LINEAR = ["--gate_network", "linear", "--select_criterion", "output_norm"]  # select options
 
 
@@ -62,6 +70,17 @@ class Pipeline:
     @property
     def select_folder(self) -> Path:
         return self.save / f"{self.model.name}-{self.num_experts}Expert-Select-MLP"
+
+    def labels(self, layer: int, template: str = GATE) -> torch.Tensor:
+        """The expert of each neuron of a layer, shared ones last: `[I]`."""
+        return torch.load(self.split_folder / template.format(layer), weights_only=True)
+
+    def recorded(self, layer: int, kind: str = "hidden_inputs") -> torch.Tensor:
+        """What stage 2 recorded of a layer, in global order, in float32: `[tokens, H or I]`."""
+        files = json.loads((self.features_folder / "manifest.json").read_text())["files"]
+        names = sorted((name for name in files if name.startswith(kind)), key=lambda name: files[name]["shard"])
+        shards = [torch.load(self.features_folder / name, weights_only=True)[layer] for name in names]
+        return torch.cat(shards).float()
 
     def split_arguments(self) -> list[Any]:
         paths = ["--model_path", self.model, "--save_path", self.save]
@@ -101,6 +120,12 @@ class Pipeline:
     def calibrate(self) -> int:
         return llama_calibrate.main([*map(str, self.calibrate_arguments())])
 
+    def converted(self, folder: Path, *options: Any, num_selects: int = 4) -> Path:
+        """Another conversion from the same split and gates."""
+        other = replace(self, moe=folder, convert_options=[*options], num_selects=num_selects)
+        assert other.convert() == 0
+        return folder
+
     def run(self) -> "Pipeline":
         """All stages up to the converted model; each must succeed."""
         for stage in (self.split, self.features, self.select, self.convert):
@@ -122,23 +147,75 @@ def shared_pipeline(model: Path, text: Path, save: Path, num_shared: int = 2, **
     return Pipeline(model, text, save, **({"num_experts": 8, "num_selects": 4} | stages | options))
 
 
-def load(folder: Path) -> PreTrainedModel:
-    """A checkpoint in float32, as it lies there."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def load_dense(folder: Path) -> PreTrainedModel:
-    """The dense model in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def load_moe(folder: Path, num_selects: int, auto_class: type = AutoModelForCausalLM) -> PreTrainedModel:
-    """The converted model in float32, with that many experts per token."""
+def load(folder: Path, num_selects: int | None = None, auto_class: type = AutoModelForCausalLM) -> PreTrainedModel:
+    """A checkpoint, dense or not, in float32; `num_selects` replaces the number of routed experts per token."""
     model = auto_class.from_pretrained(folder, dtype=torch.float32).eval()
-    model.set_num_experts_per_tok(num_selects)
+    if num_selects is not None:
+        model.set_num_experts_per_tok(num_selects)
     return model
+
+
+def tokens(batch: int = 2, length: int = 24) -> torch.Tensor:
+    """Token ids without the special ones."""
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """What a model says of `tokens()`."""
+    return model(tokens()).logits
+
+
+@torch.no_grad()
+def inputs_to(module: nn.Module, model: PreTrainedModel, blocks: list[torch.Tensor]) -> torch.Tensor:
+    """What enters a module of the model in plain forward passes, a block at a time: `[tokens, width]`."""
+    seen = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    for block in blocks:
+        model(block[None].long())
+    hook.remove()
+    return torch.cat(seen)
+
+
+def mlp_inputs(model: PreTrainedModel, layer: int, blocks: list[torch.Tensor]) -> torch.Tensor:
+    """What enters the MLP (or MoE block) of a layer: `[tokens, H]`."""
+    return inputs_to(model.model.layers[layer].mlp, model, blocks)
+
+
+@torch.no_grad()
+def shares_on(model: PreTrainedModel, blocks: list[torch.Tensor]) -> list[float]:
+    """The share of the routed experts that runs on these blocks, by layer."""
+    with record_routing(model) as statistics:
+        for block in blocks:
+            model(block[None].long())
+    return [layer.experts_per_tok / layer.runs.numel() for layer in statistics]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process."""
+
+
+@contextmanager
+def renames(fatal: int | str | None = None) -> Iterator[list[str]]:
+    """The names that files are renamed to while it lasts. The rename of this number (from 1), or to this name, does not
+    happen: the process ends instead."""
+    names: list[str] = []
+
+    def watched(real: Callable) -> Callable:
+        def rename(source: Any, target: Any, **options: Any) -> None:
+            names.append(Path(target).name)
+            if fatal in (len(names), names[-1]):
+                raise Killed
+            real(source, target, **options)
+
+        return rename
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "rename"):
+            patch.setattr(os, name, watched(getattr(os, name)))
+        yield names

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline import Pipeline, load_dense, load_moe
+from pipeline import Pipeline, load
 from transformers import AutoTokenizer
 
 from run_moefication.moefication.stages.evaluate import evaluate
@@ -41,7 +41,7 @@ def pipeline(smollm2, sample_data, tmp_path_factory) -> Pipeline:
 
 def test_all_experts_speak_like_the_dense_model(pipeline, smollm2):
     tokenizer = AutoTokenizer.from_pretrained(pipeline.moe)
-    dense, moe = load_dense(smollm2), load_moe(pipeline.moe, 8)
+    dense, moe = load(smollm2), load(pipeline.moe, 8)
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
         texts = [

@@ -1,6 +1,7 @@
 """Checkpoints of the shapes that people publish: each becomes an MoE that, with all its experts, computes what
 transformers computes from the dense folder and reads the same tokens; or it is refused in one line."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -10,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, change_config, write_jsonl
-from pipeline import LINEAR, Pipeline
-from safetensors.torch import load_file, save_file
+from conftest import TINY, change_config, change_weights, make_llama, to_bin, to_shards, write_jsonl
+from pipeline import LINEAR, Pipeline, load
+from safetensors.torch import save_file
 from tiny_tokenizers import save_byte_level, save_sentencepiece, save_tekken, save_tiktoken
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
-from run_moefication import llama_evaluate
+from run_moefication import llama_evaluate, llama_get_hidden_features
 from run_moefication.moefication.checkpoints.tokenizers import MARKUP_TEXTS, PLAIN_TEXTS
 
 VOCABULARY = 640  # more than any of the tokenizers has
@@ -28,7 +29,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-WEIGHTS, BIN = "model.safetensors", "pytorch_model.bin"
+WEIGHTS = "model.safetensors"
 
 
 @dataclass
@@ -55,77 +56,43 @@ class Shape:
 
 
 LEFT_OUT = object()  # of config.json
-MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "mlp_bias": LEFT_OUT}
+MISTRAL = {
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "mlp_bias": LEFT_OUT,
+    "sliding_window": None,
+}
+ROPE_APART = {"rope_parameters": LEFT_OUT}  # rope_theta and rope_scaling stand in config.json, as before 2025
 
 
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def state_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / WEIGHTS)
-
-
-def changed(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    """The tensors changed in place."""
-
-    def work(folder: Path) -> None:
-        state = state_of(folder)
-        change(state)
-        save_file(state, folder / WEIGHTS, {"format": "pt"})
-
-    return work
-
-
 def added(**tensors: torch.Tensor) -> Callable[[Path], None]:
-    return changed(lambda state: state.update({name.replace("__", "."): tensor for name, tensor in tensors.items()}))
+    """Tensors beside the others; a name's dots are written as two underscores."""
+    named = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    return lambda folder: change_weights(folder, lambda state: state.update(named))
 
 
-def as_bin(shards: int = 1, old: bool = False, parameters: bool = False) -> Callable[[Path], None]:
-    """The weights in .bin files: in torch's old format, or as trainable parameters."""
-
-    def work(folder: Path) -> None:
-        state = state_of(folder)
-        (folder / WEIGHTS).unlink()
-        if parameters:
-            state = {name: torch.nn.Parameter(tensor) for name, tensor in state.items()}
-        if shards == 1:
-            torch.save(state, folder / BIN, _use_new_zipfile_serialization=not old)
-            return
-        files = {name: f"pytorch_model-{i % shards:05d}.bin" for i, name in enumerate(state)}
-        for file in set(files.values()):
-            torch.save({name: state[name] for name in state if files[name] == file}, folder / file)
-        (folder / f"{BIN}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-
-    return work
-
-
-def rotary_tables(level: str, names: tuple[str, ...]) -> Callable[[dict[str, torch.Tensor]], None]:
-    return lambda state: state.update({f"{level}rotary_emb.{name}": torch.ones(4) for name in names})
+def rotary_tables(level: str, *names: str) -> Callable[[Path], None]:
+    return added(**{f"{level}rotary_emb.{name}": torch.ones(4) for name in names})
 
 
 def old_llama(folder: Path) -> None:
     """LLaMA 1 as converted in 2023."""
-    changed(rotary_tables("model.layers.0.self_attn.", ("inv_freq",)))(folder)
-    as_bin(shards=2)(folder)
+    rotary_tables("model.layers.0.self_attn.", "inv_freq")(folder)
+    to_bin(folder, 2)
 
 
 def sampling(folder: Path) -> None:
-    """A generation config that transformers refuses to save again."""
+    """Vicuna's generation config, which transformers refuses to save again."""
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.9, "top_p": 0.6}))
-
-
-def sharded(folder: Path) -> None:
-    state = state_of(folder)
-    files = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(state)}
-    for file in set(files.values()):
-        save_file({name: state[name] for name in state if files[name] == file}, folder / file, {"format": "pt"})
-    (folder / WEIGHTS).unlink()
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    to_bin(folder, 2)
 
 
 def head_in_index_alone(folder: Path) -> None:
     """A tied model whose index was written before its head was left out."""
-    sharded(folder)
+    to_shards(folder)
     index = folder / f"{WEIGHTS}.index.json"
     content = json.loads(index.read_text())
     content["weight_map"]["lm_head.weight"] = content["weight_map"]["model.norm.weight"]
@@ -150,7 +117,7 @@ def stale_index(folder: Path) -> None:
 
 def only_head(folder: Path) -> None:
     """What `safetensors.torch.save_model` leaves of a tied model."""
-    changed(lambda state: state.update({"lm_head.weight": state.pop("model.embed_tokens.weight")}))(folder)
+    change_weights(folder, lambda state: state.update({"lm_head.weight": state.pop("model.embed_tokens.weight")}))
 
 
 def other_head(folder: Path) -> None:
@@ -159,7 +126,7 @@ def other_head(folder: Path) -> None:
 
 
 def equal_head(folder: Path) -> None:
-    changed(lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))(folder)
+    change_weights(folder, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
 
 
 def adapter(folder: Path) -> None:
@@ -184,29 +151,27 @@ SHAPES = {
         said="rotary_emb.inv_freq is not read",
     ),
     "Llama 2": Shape(
-        {}, {"pretraining_tp": 1, "rope_scaling": None}, tokenizer_config=LLAMA2, dtype=torch.float16, files=sharded
+        {}, {"pretraining_tp": 1, "rope_scaling": None}, tokenizer_config=LLAMA2, dtype=torch.float16, files=to_shards
     ),
-    "Llama 3": Shape({}, {"rope_parameters": LEFT_OUT, "rope_theta": 500000.0}, save_tiktoken, dtype=torch.bfloat16),
+    "Llama 3": Shape({}, ROPE_APART | {"rope_theta": 500000.0}, save_tiktoken, dtype=torch.bfloat16),
     "Llama 3.1": Shape(
         {},
-        {"rope_parameters": LEFT_OUT, "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE, "eos_token_id": [2, 3, 4]},
+        ROPE_APART | {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE, "eos_token_id": [2, 3, 4]},
         save_tiktoken,
     ),
     "Llama 3.2": Shape({"tie_word_embeddings": True, "head_dim": 16}, {}, save_tiktoken, dtype=torch.bfloat16),
     "Code Llama": Shape(
         {},
-        {"rope_parameters": LEFT_OUT, "rope_theta": 1000000},
+        ROPE_APART | {"rope_theta": 1000000},
         tokenizer_config={"tokenizer_class": "CodeLlamaTokenizer"},
     ),
-    "Yi": Shape(
-        {}, {"rope_parameters": LEFT_OUT, "rope_theta": 5000000.0}, tokenizer_config=LLAMA2 | {"add_bos_token": False}
-    ),
+    "Yi": Shape({}, ROPE_APART | {"rope_theta": 5000000.0}, tokenizer_config=LLAMA2 | {"add_bos_token": False}),
     "DeepSeek-LLM": Shape({}, {}, save_byte_level, {"tokenizer_class": "LlamaTokenizerFast"}),
     "Vicuna": Shape(
         {},
         {"pad_token_id": 0, "rms_norm_eps": 1e-05},
         tokenizer_config=LLAMA2,
-        files=lambda f: [sampling(f), as_bin(2)(f)],
+        files=sampling,
     ),
     "TinyLlama": Shape(
         {}, {"pretraining_tp": 1}, tokenizer_config={"tokenizer_class": "LlamaTokenizer", "legacy": True}
@@ -215,10 +180,12 @@ SHAPES = {
         {},
         {"torch_dtype": "float16"},
         tokenizer_config={"tokenizer_class": "LlamaTokenizer", "add_bos_token": True},
-        files=as_bin(),
+        files=to_bin,
     ),
     "Sheared-LLaMA": Shape(
-        {"num_key_value_heads": 4}, {"num_key_value_heads": LEFT_OUT, "max_position_embeddings": 128}, files=as_bin(2)
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": LEFT_OUT, "max_position_embeddings": 128},
+        files=functools.partial(to_bin, shards=2),
     ),
     "SmolLM2": Shape(
         {"tie_word_embeddings": True},
@@ -237,26 +204,26 @@ SHAPES = {
     ),
     "Mistral v0.2": Shape(
         {},
-        MISTRAL | {"sliding_window": None, "rope_parameters": LEFT_OUT, "rope_theta": 1000000.0},
+        MISTRAL | ROPE_APART | {"rope_theta": 1000000.0},
         tokenizer_config={"tokenizer_class": "LlamaTokenizer"},
     ),
     "Mistral v0.3": Shape(
         {},
-        MISTRAL | {"sliding_window": None},
+        MISTRAL,
         tokenizer_config={"tokenizer_class": "LlamaTokenizerFast"},
         files=consolidated,
     ),
-    "Mistral, positions left out": Shape({}, MISTRAL | {"sliding_window": None, "max_position_embeddings": LEFT_OUT}),
+    "Mistral, positions left out": Shape({}, MISTRAL | {"max_position_embeddings": LEFT_OUT}),
     "Mistral, heads left out": Shape(
         {"hidden_size": 64, "num_attention_heads": 16, "num_key_value_heads": 8},
-        MISTRAL | {"sliding_window": None, "num_key_value_heads": LEFT_OUT},
+        MISTRAL | {"num_key_value_heads": LEFT_OUT},
     ),
-    "Mistral, a bias that it ignores": Shape({}, MISTRAL | {"sliding_window": None, "attention_bias": True}),
-    "Devstral": Shape({"head_dim": 16}, MISTRAL | {"sliding_window": None}, save_tekken, dtype=torch.bfloat16),
-    "rope linear": Shape({}, {"rope_parameters": LEFT_OUT, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "Mistral, a bias that it ignores": Shape({}, MISTRAL | {"attention_bias": True}),
+    "Devstral": Shape({"head_dim": 16}, MISTRAL, save_tekken, dtype=torch.bfloat16),
+    "rope linear": Shape({}, ROPE_APART | {"rope_scaling": {"type": "linear", "factor": 4.0}}),
     "rope dynamic": Shape(
         {"max_position_embeddings": 32},
-        {"rope_parameters": LEFT_OUT, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        ROPE_APART | {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     ),
     "rope yarn": Shape(
         {},
@@ -275,7 +242,7 @@ SHAPES = {
     ),
     "rope of no kind": Shape(
         {},
-        {"rope_parameters": LEFT_OUT, "rope_scaling": {"rope_type": "spiral", "factor": 2.0}},
+        ROPE_APART | {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}},
         refused="describes no model that can be built",
     ),
     "rope of half a head": Shape(
@@ -296,17 +263,15 @@ SHAPES = {
     "a stale index": Shape(files=stale_index),
     "tied, its head in the index alone": Shape({"tie_word_embeddings": True}, files=head_in_index_alone),
     "several chat templates": Shape(tokenizer=save_byte_level, files=more_chat_templates),
-    "Mistral with tokenizer.model alone": Shape(
-        {}, MISTRAL | {"sliding_window": None}, tokenizer_config=LLAMA2, files=only_tokenizer_model
-    ),
-    "torch's old format": Shape(files=as_bin(old=True)),
-    "trainable parameters": Shape(files=as_bin(parameters=True)),
+    "Mistral with tokenizer.model alone": Shape({}, MISTRAL, tokenizer_config=LLAMA2, files=only_tokenizer_model),
+    "torch's old format": Shape(files=functools.partial(to_bin, _use_new_zipfile_serialization=False)),
+    "trainable parameters": Shape(files=functools.partial(to_bin, change=torch.nn.Parameter)),
     "rotary tables by layer": Shape(
-        files=changed(rotary_tables("model.layers.1.self_attn.", ("cos_cached", "sin_cached"))),
+        files=rotary_tables("model.layers.1.self_attn.", "cos_cached", "sin_cached"),
         said="rotary_emb.cos_cached and 1 more like it are not read",
     ),
     "rotary tables of the model": Shape(
-        files=changed(rotary_tables("model.", ("inv_freq",))), said="model.rotary_emb.inv_freq is not read"
+        files=rotary_tables("model.", "inv_freq"), said="model.rotary_emb.inv_freq is not read"
     ),
     "a value head": Shape(
         files=added(v_head__summary__weight=torch.ones(1, 32), v_head__summary__bias=torch.ones(1)),
@@ -340,19 +305,11 @@ SHAPES = {
 
 
 def write(shape: Shape, folder: Path) -> Path:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(TINY | {"vocab_size": VOCABULARY} | shape.built)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.to(shape.dtype).save_pretrained(folder)
+    save_tokenizer = functools.partial(shape.tokenizer, **shape.tokenizer_config)
+    make_llama(folder, dtype=shape.dtype, save_tokenizer=save_tokenizer, **({"vocab_size": VOCABULARY} | shape.built))
     path = folder / "config.json"
-    config = json.loads(path.read_text())
-    for key, value in shape.written.items():
-        config.pop(key, None) if value is LEFT_OUT else config.update({key: value})
-    path.write_text(json.dumps(config))
-    shape.tokenizer(folder, **shape.tokenizer_config)
+    config = json.loads(path.read_text()) | shape.written
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not LEFT_OUT}))
     shape.files(folder)
     return folder
 
@@ -402,11 +359,9 @@ def test_published_shape(name, text, tmp_path, capfd, caplog):
 
     tokens = torch.arange(2 * 48).view(2, 48) % VOCABULARY
     dense = for_transformers(folder)
-    model = AutoModelForCausalLM.from_pretrained(moe, dtype=torch.float32).eval()
-    model.set_num_experts_per_tok(4)
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()(tokens).logits
-        assert (model(tokens).logits - expected).abs().max() < 1e-4
+        expected = load(dense)(tokens).logits
+        assert (load(moe, 4)(tokens).logits - expected).abs().max() < 1e-4
     assert expected.abs().max() > 1
 
     dense_tokenizer, moe_tokenizer = AutoTokenizer.from_pretrained(dense), AutoTokenizer.from_pretrained(moe)
@@ -434,27 +389,25 @@ def test_evaluation_of_a_shape_agrees_with_its_source(text, tmp_path, run_script
     [
         ({"pad_token_id": 9999}, "describes no model that can be built (Padding_idx must be within num_embeddings)"),
         ({"id2label": ["a", "b"]}, "config.json: "),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0; a positive integer is needed"),
         ({"is_causal": False}, "is no causal model"),
         ({"model_type": "foo"}, "transformers knows no model_type 'foo'"),
         ({"model_type": "gpt2", "n_head": 0}, ""),
+        # What says nothing of the weights is passed over.
+        ({"dtype": "fp8"}, None),
+        ({"text_config": {"hidden_size": 64}}, None),
+        ({"use_return_dict": False}, None),
     ],
 )
 def test_a_wrong_config_is_one_line_in_evaluations_too(field, words, text, tmp_path, run_script):
     folder = write(Shape(), tmp_path / "model")
     change_config(folder, **field)
-    status, out, err = run_script(
-        llama_evaluate.main, "--model_path", folder, "--text_path", text / "c4.jsonl", "--max_tokens", 64
-    )
-    assert (status, out) == (2, "")
-    assert_one_line(err, words)
-
-
-@pytest.mark.parametrize("field", [{"dtype": "fp8"}, {"text_config": {"hidden_size": 64}}, {"use_return_dict": False}])
-def test_a_config_field_that_says_nothing_of_the_weights_is_passed_over(field, text, tmp_path):
-    folder = write(Shape(), tmp_path / "model")
-    change_config(folder, **field)
-    assert llama_evaluate.main(["--model_path", str(folder), "--text_path", str(text / "c4.jsonl")]) == 0
+    arguments = ["--model_path", folder, "--text_path", text / "c4.jsonl", "--max_tokens", 64]
+    status, out, err = run_script(llama_evaluate.main, *arguments)
+    if words is None:
+        assert status == 0
+    else:
+        assert (status, out) == (2, "")
+        assert_one_line(err, words)
 
 
 def test_a_mistrals_own_defaults_reach_the_new_config(text, tmp_path):
@@ -463,29 +416,18 @@ def test_a_mistrals_own_defaults_reach_the_new_config(text, tmp_path):
     assert json.loads((moe / "config.json").read_text())["max_position_embeddings"] == 131072
 
 
-def test_models_that_read_other_tokens_are_not_compared(text, tmp_path, run_script):
-    models = [write(Shape(tokenizer=save), tmp_path / save.__name__) for save in (save_sentencepiece, save_byte_level)]
-    arguments = ["--model_path", *models, "--text_path", text / "c4.jsonl"]
-    status, out, err = run_script(llama_evaluate.main, *arguments)
-    assert (status, out) == (2, "")
-    assert_one_line(err, "read other tokens of")
-
-
-def test_an_adapter_is_left_out_of_evaluations_too(text, tmp_path, run_script, caplog):
+def test_an_adapter_beside_is_left_out_of_evaluations_or_refused(text, tmp_path, run_script, caplog):
     plain = write(Shape(), tmp_path / "plain")
     beside = write(SHAPES["a LoRA adapter beside"], tmp_path / "beside")
-    arguments = ["--model_path", plain, beside, "--text_path", text / "c4.jsonl", "--json"]
-    status, out, _ = run_script(llama_evaluate.main, *arguments)
+    options = ["--text_path", text / "c4.jsonl", "--json"]
+    status, out, _ = run_script(llama_evaluate.main, "--model_path", plain, beside, *options)
     rows = json.loads(out)
     assert status == 0
     assert rows[0]["perplexity"] == rows[1]["perplexity"]
     assert "the LoRA adapter beside the weights is not read" in caplog.text
-
-
-def test_an_adapter_beside_another_model_is_refused_in_evaluations(text, tmp_path, run_script):
-    moe = converted(write(Shape(), tmp_path / "model"), text, tmp_path / "out").moe
+    moe = converted(plain, text, tmp_path / "out").moe
     adapter(moe)
-    status, out, err = run_script(llama_evaluate.main, "--model_path", moe, "--text_path", text / "c4.jsonl")
+    status, out, err = run_script(llama_evaluate.main, "--model_path", moe, *options)
     assert (status, out) == (2, "")
     assert_one_line(err, "holds a LoRA adapter beside its weights; merge it")
 
@@ -500,12 +442,10 @@ def test_no_code_of_a_checkpoint_runs_and_nothing_is_asked(file, text, tmp_path,
     content = json.loads((folder / file).read_text()) | {"auto_map": auto_map, "tokenizer_class": "X"}
     (folder / file).write_text(json.dumps(content))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt"))
-    stages = Pipeline(folder, text, tmp_path / "out")
-    for main, arguments in [
-        ("llama_get_hidden_features", [*stages.feature_arguments()]),
-        ("llama_evaluate", ["--model_path", folder, "--text_path", text / "c4.jsonl"]),
+    for script, arguments in [
+        (llama_get_hidden_features, Pipeline(folder, text, tmp_path / "out").feature_arguments()),
+        (llama_evaluate, ["--model_path", folder, "--text_path", text / "c4.jsonl"]),
     ]:
-        script = __import__(f"run_moefication.{main}", fromlist=["main"])
         status, out, err = run_script(script.main, *arguments)
         assert (status, out) == (2, "")
         assert_one_line(err, f"auto_map in {file}")

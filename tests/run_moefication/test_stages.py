@@ -1,18 +1,17 @@
-"""The four stages together, and the promises that hold across them (DESIGN, invariants 1, 3, 6)."""
+"""The four stages together: what they write, kinds of checkpoints, killed and shared runs."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import pytest
 import torch
-from conftest import TINY, VARIANTS, as_bin, change_config, make_llama
-from pipeline import Pipeline, contents, load_dense, load_moe
-from safetensors.torch import load_file, save_file
+from conftest import TINY, as_bin, change_weights, make_llama
+from pipeline import Pipeline, contents, load, logits, tokens
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, LlamaForSequenceClassification, LlamaModel
 
 from run_moefication import llama_convert
@@ -23,30 +22,9 @@ SCRIPTS = Path(llama_convert.__file__).parent
 DENSE_TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_llama, text_folder, tmp_path_factory) -> Pipeline:
-    """All stages run once on the tiny LLaMA; read-only."""
-    return Pipeline(tiny_llama, text_folder, tmp_path_factory.mktemp("finished")).run()
-
-
-def tokens(batch: int = 2, length: int = 24) -> torch.Tensor:
-    return torch.randint(3, TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(0))
-
-
-def assert_dense_when_all_run(model: Path, moe: Path, num_experts: int = 4) -> None:
-    with torch.no_grad():
-        dense, converted = load_dense(model)(tokens()).logits, load_moe(moe, num_experts)(tokens()).logits
-        partial = load_moe(moe, 1)(tokens()).logits
-    assert dense.std() > 0.1  # the comparison is not between zeros
-    assert (dense - converted).abs().max() < DENSE_TOLERANCE
-    assert (dense - partial).abs().max() > 100 * DENSE_TOLERANCE  # and experts do matter
-
-
 def test_values_beyond_the_new_dtype_are_refused_before_anything_is_written(text_folder, tmp_path, capfd):
     model = make_llama(tmp_path / "llama")
-    weights = load_file(model / "model.safetensors")
-    weights["lm_head.weight"][5, 5] = 1e5
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    change_weights(model, lambda state: state["lm_head.weight"][5].fill_(1e5))
     pipeline = Pipeline(model, text_folder, tmp_path / "out", convert_options=["--dtype", "float16"])
     assert [pipeline.split(), pipeline.features(), pipeline.select(), pipeline.convert()] == [0, 0, 0, 2]
     assert "lm_head.weight has values beyond torch.float16; choose another --dtype" in capfd.readouterr().err
@@ -56,128 +34,37 @@ def test_values_beyond_the_new_dtype_are_refused_before_anything_is_written(text
     assert {tensor.dtype for tensor in load_file(pipeline.moe / "model.safetensors").values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_all_experts_selected_is_the_dense_model(variant, text_folder, tmp_path):
-    model = make_llama(tmp_path / "llama", **VARIANTS[variant])
-    pipeline = Pipeline(model, text_folder, tmp_path / "out").run()
-    assert_dense_when_all_run(model, pipeline.moe)
+def test_weights_in_other_files_give_the_same_checkpoint(plain_run, tmp_path):
+    folder = as_bin(plain_run.model, tmp_path / "tiny-llama", shards=3)
+    pipeline = Pipeline(folder, plain_run.text, tmp_path / "out").run()
+    assert contents(pipeline.moe) == contents(plain_run.moe)
 
 
-def test_rope_fields_of_older_checkpoints_carry_over(text_folder, tmp_path):
-    model = make_llama(tmp_path / "llama", **VARIANTS["llama3_rope"])
-    with torch.no_grad():
-        expected = load_dense(model)(tokens()).logits
-    config = json.loads((model / "config.json").read_text())
-    rope = config.pop("rope_parameters")
-    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": config.pop("dtype")}
-    (model / "config.json").write_text(json.dumps(config))
-    pipeline = Pipeline(model, text_folder, tmp_path / "out").run()
-    with torch.no_grad():
-        converted = load_moe(pipeline.moe, 4)(tokens()).logits
-    assert (expected - converted).abs().max() < DENSE_TOLERANCE
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_sources_keep_their_dtype_and_values(dtype, text_folder, tmp_path):
-    model = make_llama(tmp_path / "llama", dtype=dtype)
-    pipeline = Pipeline(model, text_folder, tmp_path / "out").run()
-    assert {tensor.dtype for tensor in load_file(pipeline.moe / "model.safetensors").values()} == {dtype}
-    assert_dense_when_all_run(model, pipeline.moe)
-
-
-@pytest.mark.parametrize("layout", ["shards", "bin", "bin_shards", "mistral"])
-def test_any_layout_gives_the_same_checkpoint(layout, finished, tmp_path):
-    folder = tmp_path / "tiny-llama"
-    if layout == "shards":
-        make_llama(folder, max_shard_size="40KB")
-    elif layout == "mistral":
-        shutil.copytree(finished.model, folder)
-        change_config(folder, model_type="mistral", sliding_window=None)
-    else:
-        as_bin(finished.model, folder, shards=3 if layout == "bin_shards" else 1)
-    pipeline = Pipeline(folder, finished.text, tmp_path / "out").run()
-    same = [path.name for path in finished.moe.iterdir()]
-    if layout == "mistral":
-        same.remove("manifest.json")  # the fingerprint covers the config
-    for name in same:
-        assert (pipeline.moe / name).read_bytes() == (finished.moe / name).read_bytes(), name
-
-
-@pytest.mark.parametrize("gate", ["mlp", "linear", "similarity"])
-@pytest.mark.parametrize("criterion", ["plain", "positive", "l2_norm", "output_norm"])
-def test_any_gate_and_criterion_gives_the_dense_model(gate, criterion, finished, tmp_path):
-    pipeline = Pipeline(finished.model, finished.text, tmp_path)
-    for folder in (finished.split_folder, finished.features_folder):
-        (tmp_path / folder.name).symlink_to(folder)
-    training = ["--epochs", 2] if gate == "mlp" else []
-    pipeline.select_options = ["--gate_network", gate, "--select_criterion", criterion, *training]
-    assert pipeline.select() == 0
-    assert pipeline.convert() == 0
-    assert_dense_when_all_run(pipeline.model, pipeline.moe)
-
-
-@pytest.mark.parametrize("rank", [None, 2])
-def test_gates_in_closed_form_score_in_the_model_as_they_were_fitted(rank, finished, tmp_path):
-    pipeline = Pipeline(finished.model, finished.text, tmp_path)
-    for folder in (finished.split_folder, finished.features_folder):
-        (tmp_path / folder.name).symlink_to(folder)
-    pipeline.select_options = ["--gate_network", "linear", "--select_criterion", "output_norm"]
-    pipeline.select_options += [] if rank is None else ["--gate_rank", rank]
-    assert (pipeline.select(), pipeline.convert()) == (0, 0)
-    assert_dense_when_all_run(pipeline.model, pipeline.moe)
-    moe = load_moe(pipeline.moe, 2)
-    assert (moe.config.gate_network, moe.config.gate_rank, moe.config.gate_bias) == ("linear", rank, True)
-    state = torch.load(pipeline.select_folder / "layers.1.mlp.gate_proj.weight", weights_only=True)
-    weight = state["weight"] if rank is None else state["output_weight"] @ state["input_weight"]
-    x = torch.randn(5, 32)
-    expected = x @ weight.T + state["bias"]
-    torch.testing.assert_close(moe.model.layers[1].mlp.gate.score(x), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_up_proj_template_and_full_features_give_the_dense_model(tiny_llama, text_folder, tmp_path):
-    template = ["--templates", "layers.{}.mlp.up_proj.weight"]
-    pipeline = Pipeline(tiny_llama, text_folder, tmp_path, split_options=template, convert_options=template)
-    pipeline.feature_options = pipeline.feature_options + template
-    pipeline.select_options = pipeline.select_options + template
-    pipeline.run()
-    assert (pipeline.split_folder / "layers.0.mlp.up_proj.weight").is_file()
-    assert_dense_when_all_run(tiny_llama, pipeline.moe)
-
-
-def test_names_are_those_of_the_description(finished):
+def test_names_are_those_of_the_description(plain_run):
     layers = {f"layers.{i}.mlp.gate_proj.weight" for i in range(3)}
-    assert {path.name for path in finished.split_folder.iterdir()} == layers | {"manifest.json"}
-    assert {path.name for path in finished.select_folder.iterdir()} == layers | {"manifest.json"}
-    assert {path.name for path in finished.features_folder.iterdir()} == {
+    assert {path.name for path in plain_run.split_folder.iterdir()} == layers | {"manifest.json"}
+    assert {path.name for path in plain_run.select_folder.iterdir()} == layers | {"manifest.json"}
+    assert {path.name for path in plain_run.features_folder.iterdir()} == {
         "hidden_inputs",
         "hidden_gate_outputs",
         "manifest.json",
     }
     # 512 tokens, 394 of c4 and 118 of github by LLaMA's mix: 13 + 4 blocks of 32, 4 a batch, 1 batch a file.
     shards = {f"0_{i}.pth" for i in range(5)}
-    assert {path.name for path in (finished.features_folder / "hidden_inputs").iterdir()} == shards
-    labels = torch.load(finished.split_folder / "layers.0.mlp.gate_proj.weight", weights_only=True)
-    assert labels.dtype == torch.int64
-    assert labels.bincount().tolist() == [16] * 4
+    assert {path.name for path in (plain_run.features_folder / "hidden_inputs").iterdir()} == shards
 
 
-def test_converted_folder_holds_config_code_tokenizer_and_card(finished):
-    config = json.loads((finished.moe / "config.json").read_text())
+def test_converted_folder_holds_config_code_tokenizer_and_card(plain_run):
+    config = json.loads((plain_run.moe / "config.json").read_text())
     assert config["architectures"] == ["LlamaMoEForCausalLM"]
     assert config["model_type"] == "llama_moe"
     assert (config["num_experts"], config["num_experts_per_tok"], config["moe_intermediate_size"]) == (4, 2, 16)
     assert len(config["auto_map"]) == 4
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        assert (finished.moe / name).read_bytes() == (finished.model / name).read_bytes()
-    assert "from_pretrained" in (finished.moe / "README.md").read_text()
-    manifest = json.loads((finished.moe / "manifest.json").read_text())
-    assert set(manifest["files"]) == {path.name for path in finished.moe.iterdir()} - {"manifest.json"}
-
-
-def test_budget_may_differ_between_select_and_convert(finished, tmp_path):
-    pipeline = Pipeline(finished.model, finished.text, finished.save, num_selects=3, moe=tmp_path / "moe")
-    assert pipeline.convert() == 0
-    assert json.loads((tmp_path / "moe" / "config.json").read_text())["num_experts_per_tok"] == 3
+        assert (plain_run.moe / name).read_bytes() == (plain_run.model / name).read_bytes()
+    assert "from_pretrained" in (plain_run.moe / "README.md").read_text()
+    manifest = json.loads((plain_run.moe / "manifest.json").read_text())
+    assert set(manifest["files"]) == {path.name for path in plain_run.moe.iterdir()} - {"manifest.json"}
 
 
 # ---------------------------------------------------------------------------------------------------- result classes
@@ -195,7 +82,7 @@ def test_base_model_converts_without_head(text_folder, tmp_path, capfd):
     assert not any(name.startswith("model.") for name in load_file(pipeline.moe / "model.safetensors"))
     with torch.no_grad():
         dense = LlamaModel.from_pretrained(model).eval()(tokens()).last_hidden_state
-        converted = load_moe(pipeline.moe, 4, AutoModel)(tokens()).last_hidden_state
+        converted = load(pipeline.moe, 4, AutoModel)(tokens()).last_hidden_state
     assert (dense - converted).abs().max() < DENSE_TOLERANCE
 
 
@@ -208,210 +95,111 @@ def test_classifier_keeps_its_head(text_folder, tmp_path):
     pipeline.run()
     converted = AutoModelForSequenceClassification.from_pretrained(pipeline.moe).eval()
     converted.set_num_experts_per_tok(4)
-    with torch.no_grad():
-        dense = LlamaForSequenceClassification.from_pretrained(model).eval()(tokens()).logits
-        assert dense.shape == (2, 5)
-        assert (dense - converted(tokens()).logits).abs().max() < DENSE_TOLERANCE
+    dense = logits(LlamaForSequenceClassification.from_pretrained(model).eval())
+    assert dense.shape == (2, 5)
+    assert (dense - logits(converted)).abs().max() < DENSE_TOLERANCE
 
 
-def test_new_classification_head_is_said(finished, tmp_path, capfd):
-    pipeline = Pipeline(finished.model, finished.text, finished.save, moe=tmp_path / "moe")
-    pipeline.convert_options = ["--convert_type", "LlamaMoEForSequenceClassification", "--num_labels", 3]
-    assert pipeline.convert() == 0
+def test_new_classification_head_is_said(plain_run, tmp_path, capfd):
+    plain_run.converted(tmp_path / "moe", "--convert_type", "LlamaMoEForSequenceClassification", "--num_labels", 3)
     assert "head of 3 labels is new" in capfd.readouterr().out
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "moe")
     assert model.score.weight.shape == (3, TINY["hidden_size"])
 
 
-def test_sharded_output_is_the_unsharded_one(finished, tmp_path, monkeypatch):
+def test_sharded_output_is_the_unsharded_one(plain_run, tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "MAX_SHARD_BYTES", 20_000)
-    pipeline = Pipeline(finished.model, finished.text, finished.save, moe=tmp_path / "moe")
-    assert pipeline.convert() == 0
+    plain_run.converted(tmp_path / "moe", num_selects=2)
     index = json.loads((tmp_path / "moe" / "model.safetensors.index.json").read_text())
-    whole = load_file(finished.moe / "model.safetensors")
+    whole = load_file(plain_run.moe / "model.safetensors")
     assert len(set(index["weight_map"].values())) > 3
     assert index["weight_map"].keys() == whole.keys()
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / "moe" / file)[name], whole[name])
-    assert_dense_when_all_run(finished.model, tmp_path / "moe")
 
 
 # ---------------------------------------------------------------------------------------------------- the same bytes
 
 
-def test_finished_stages_do_nothing(finished, capfd):
-    before = contents(finished.save)
-    finished.run()
+def test_finished_stages_do_nothing(plain_run, capfd):
+    before = contents(plain_run.save)
+    plain_run.run()
     assert capfd.readouterr().out.count("already finished") == 4
-    assert contents(finished.save) == before
+    assert contents(plain_run.save) == before
 
 
-def test_same_inputs_and_seed_give_the_same_bytes(finished, tmp_path):
-    again = Pipeline(finished.model, finished.text, tmp_path).run()
-    assert contents(again.save) == contents(finished.save)
-
-
-def test_overwrite_gives_the_same_bytes_and_spares_foreign_files(finished, tmp_path):
-    pipeline = Pipeline(finished.model, finished.text, tmp_path).run()
+def test_the_same_bytes_again_and_overwrite_spares_foreign_files(plain_run, tmp_path):
+    pipeline = Pipeline(plain_run.model, plain_run.text, tmp_path).run()
+    assert contents(tmp_path) == contents(plain_run.save)
     (pipeline.split_folder / "notes.txt").write_text("mine")
     (pipeline.moe / "notes.txt").write_text("mine")
     before = contents(tmp_path)
-    for options in (
-        pipeline.split_options,
-        pipeline.feature_options,
-        pipeline.select_options,
-        pipeline.convert_options,
-    ):
-        options.append("--overwrite")
+    for stage in ("split", "feature", "select", "convert"):
+        getattr(pipeline, f"{stage}_options").append("--overwrite")
     pipeline.run()
     assert contents(tmp_path) == before
 
 
-class Killed(BaseException):
-    """Stands in for the process's end."""
-
-
-@pytest.mark.parametrize("stage", ["split", "features", "select", "convert"])
-def test_interrupted_at_renames_and_resumed_gives_the_same_bytes(stage, finished, tmp_path, monkeypatch):
-    real_replace = os.replace
-    expected = contents(finished.save)
-    for deaths in range(2, 60, 4):
-        pipeline = Pipeline(finished.model, finished.text, tmp_path / str(deaths))
-        pipeline.save.mkdir()
-        for name in ("split_folder", "features_folder", "select_folder"):
-            if stage in ("select", "convert") and not (stage == "select" and name == "select_folder"):
-                (pipeline.save / getattr(finished, name).name).symlink_to(getattr(finished, name))
-        renames = 0
-
-        def replace(source, target, limit=deaths):
-            nonlocal renames
-            renames += 1
-            if renames == limit:
-                raise Killed
-            real_replace(source, target)
-
-        monkeypatch.setattr(os, "replace", replace)
-        try:
-            status = getattr(pipeline, stage)()
-        except Killed:
-            status = None
-        monkeypatch.setattr(os, "replace", real_replace)
-        if status is None:
-            assert getattr(pipeline, stage)() == 0
-        made = {name: data for name, data in contents(pipeline.save).items() if not (pipeline.save / name).is_symlink()}
-        assert made
-        assert all(expected[name] == data for name, data in made.items())
-        assert not any(name.startswith(".") for name in made)
-        if status == 0:
-            break
-    assert deaths > 3  # the sweep did interrupt something, and ended on an undisturbed run
-    assert status == 0
-
-
-def test_killed_extraction_resumes_to_the_same_bytes(finished, tmp_path):
+def test_killed_extraction_resumes_to_the_same_bytes(plain_run, tmp_path):
     """A real SIGKILL, as soon as the first shard is there."""
-    pipeline = Pipeline(finished.model, finished.text, tmp_path)
-    # One thread in both runs, and a shard a block: fp32 sums depend on threads, and the kill must hit midway.
-    pipeline.feature_options = [
-        "--block_size",
-        32,
-        "--max_tokens",
-        2048,
-        "--batch_size",
-        1,
-        "--feature_format",
-        "inputs",
-    ]
-    command = [sys.executable, SCRIPTS / "llama_get_hidden_features.py", *map(str, pipeline.feature_arguments())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.glob(".*.partial/hidden_inputs/*.pth")):
-        pass
+    # A shard a block, so that the kill hits midway; one thread in all runs, for sums in float32 depend on threads.
+    options = ["--block_size", 32, "--max_tokens", 2048, "--batch_size", 1, "--feature_format", "inputs"]
+    killed, undisturbed = (
+        Pipeline(plain_run.model, plain_run.text, tmp_path / name, feature_options=options) for name in ("a", "b")
+    )
+    command = [sys.executable, SCRIPTS / "llama_get_hidden_features.py", *map(str, killed.feature_arguments())]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not list(killed.save.rglob("*.pth")):
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (pipeline.features_folder / "manifest.json").exists()
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    undisturbed = Pipeline(
-        finished.model, finished.text, tmp_path / "undisturbed", feature_options=pipeline.feature_options
-    )
-    command = [sys.executable, SCRIPTS / "llama_get_hidden_features.py", *map(str, undisturbed.feature_arguments())]
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert contents(pipeline.features_folder) == contents(undisturbed.features_folder)
+    assert not (killed.features_folder / "manifest.json").exists()
+    assert (killed.features(), undisturbed.features()) == (0, 0)
+    assert contents(killed.features_folder) == contents(undisturbed.features_folder)
 
 
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
-def shard_tensors(folder: Path) -> list[dict[int, torch.Tensor]]:
-    """hidden_inputs of every shard in global order."""
-    files = json.loads((folder / "manifest.json").read_text())["files"]
-    names = sorted((name for name in files if name.startswith("hidden_inputs/")), key=lambda name: files[name]["shard"])
-    return [torch.load(folder / name, weights_only=True) for name in names]
-
-
-@pytest.mark.parametrize("launcher", ["torch.distributed.run", "torch.distributed.launch"])
-def test_two_processes_give_the_same_features_as_one(launcher, finished, tmp_path):
-    pipeline = Pipeline(finished.model, finished.text, tmp_path)
-    script = SCRIPTS / "llama_get_hidden_features.py"
+def test_two_processes_give_the_same_features_as_one(plain_run, tmp_path):
+    """By the older launcher, which gives each process an option of its own as well."""
+    pipeline = Pipeline(plain_run.model, plain_run.text, tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2"]
+    command = [*launch, SCRIPTS / "llama_get_hidden_features.py", *map(str, pipeline.feature_arguments())]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    launch = [sys.executable, "-m", launcher, "--nproc_per_node=2"]
-    if launcher == "torch.distributed.run":
-        launch.append("--standalone")
-    command = [*launch, script, *map(str, pipeline.feature_arguments())]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("written: ") >= 1
-    names = {path.name for path in (pipeline.features_folder / "hidden_inputs").iterdir()}
-    assert names == {"0_0.pth", "1_0.pth", "0_1.pth", "1_1.pth", "0_2.pth"}
-    for two, one in zip(shard_tensors(pipeline.features_folder), shard_tensors(finished.features_folder), strict=True):
-        assert all(torch.equal(two[layer], one[layer]) for layer in one)
-    # Gates cannot tell how many processes recorded what they learn from.
-    (tmp_path / finished.split_folder.name).symlink_to(finished.split_folder)
-    assert pipeline.select() == 0
-    gates = contents(pipeline.select_folder)
-    assert all(
-        gates[name] == data for name, data in contents(finished.select_folder).items() if name != "manifest.json"
-    )
+    for kind in ("hidden_inputs", "hidden_gate_outputs"):
+        alone, shared = (sorted((run.features_folder / kind).iterdir()) for run in (plain_run, pipeline))
+        assert [path.name for path in shared] == ["0_0.pth", "0_1.pth", "0_2.pth", "1_0.pth", "1_1.pth"]
+        in_global_order = [shared[i] for i in (0, 3, 1, 4, 2)]
+        assert [path.read_bytes() for path in in_global_order] == [path.read_bytes() for path in alone]
 
 
-def test_left_over_names_of_processes_are_told(finished, tmp_path, monkeypatch, capfd):
+def test_left_over_names_of_processes_are_told(plain_run, tmp_path, monkeypatch, capfd):
     """A plain run in a shell where torchrun's variables are set."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert Pipeline(finished.model, finished.text, tmp_path).features() == 0
+    assert Pipeline(plain_run.model, plain_run.text, tmp_path).features() == 0
     out, err = capfd.readouterr()
     assert "the environment says RANK 0 of WORLD_SIZE 2: it records its share, and the others must be started" in err
     assert "`unset RANK WORLD_SIZE` if this process is to do all" in err
     assert "(2 of 5 parts still missing, which the other processes of WORLD_SIZE 2 make)" in out
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # of torchrun
-    assert Pipeline(finished.model, finished.text, tmp_path).features() == 0
+    assert Pipeline(plain_run.model, plain_run.text, tmp_path).features() == 0
     assert "environment" not in capfd.readouterr().err
     monkeypatch.setenv("RANK", "2")
-    assert Pipeline(finished.model, finished.text, tmp_path).features() == 2
+    assert Pipeline(plain_run.model, plain_run.text, tmp_path).features() == 2
     assert "RANK 2, which is outside of WORLD_SIZE 2: start the processes with torchrun" in capfd.readouterr().err
     monkeypatch.setenv("RANK", "")  # as good as unset
     monkeypatch.setenv("WORLD_SIZE", "")
-    assert Pipeline(finished.model, finished.text, tmp_path).features() == 0
+    assert Pipeline(plain_run.model, plain_run.text, tmp_path).features() == 0
 
 
-def test_more_processes_may_finish_what_one_began(finished, tmp_path, monkeypatch):
-    pipeline = Pipeline(finished.model, finished.text, tmp_path)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert pipeline.features() == 0  # rank 1 of 3 does shards 1 and 4 of 0-4
-    assert not (pipeline.features_folder / "manifest.json").exists()
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert pipeline.features() == 0  # one process does the rest
-    for mixed, one in zip(
-        shard_tensors(pipeline.features_folder), shard_tensors(finished.features_folder), strict=True
-    ):
-        assert all(torch.equal(mixed[layer], one[layer]) for layer in one)
-
-
-def test_runs_over_different_layers_fill_one_folder(finished, tmp_path, capfd, caplog):
-    pipeline = Pipeline(finished.model, finished.text, tmp_path)
-    for folder in (finished.split_folder, finished.features_folder):
+def test_runs_over_different_layers_fill_one_folder(plain_run, tmp_path, capfd, caplog):
+    pipeline = Pipeline(plain_run.model, plain_run.text, tmp_path)
+    for folder in (plain_run.split_folder, plain_run.features_folder):
         (tmp_path / folder.name).symlink_to(folder)
     options = pipeline.select_options
     pipeline.select_options = [*options, "--specify_layer", 1]
@@ -423,4 +211,4 @@ def test_runs_over_different_layers_fill_one_folder(finished, tmp_path, capfd, c
     pipeline.select_options = [*options, "--specify_layer", "2-3", 0]  # clipped: there are layers 0-2
     assert pipeline.select() == 0
     assert "the last of 3 layers is 2" in caplog.text
-    assert contents(pipeline.select_folder) == contents(finished.select_folder)
+    assert contents(pipeline.select_folder) == contents(plain_run.select_folder)

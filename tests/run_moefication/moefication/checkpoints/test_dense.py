@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, VARIANTS, as_bin, change_config, make_llama
+from conftest import TINY, VARIANTS, as_bin, change_config, change_weights, make_llama
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
@@ -39,23 +39,11 @@ def test_variants(variant, tmp_path):
     assert checkpoint.config.mlp_bias == (variant == "mlp_bias")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype, tmp_path):
-    folder = make_llama(tmp_path / "llama", dtype=dtype)
-    assert assert_reads(folder, state_of(folder)).dtype == dtype
-
-
 def test_base_model_and_classifier(tmp_path):
     base = make_llama(tmp_path / "base", model_class=LlamaModel)
     assert assert_reads(base, state_of(base)).lm_head is None
     classifier = make_llama(tmp_path / "classifier", model_class=LlamaForSequenceClassification, num_labels=3)
     assert assert_reads(classifier, state_of(classifier)).tensors["score.weight"].shape == (3, TINY["hidden_size"])
-
-
-def test_mistral_without_window_is_a_llama(tiny_llama, tmp_path):
-    folder = Path(shutil.copytree(tiny_llama, tmp_path / "mistral"))
-    change_config(folder, model_type="mistral", sliding_window=None, architectures=["MistralForCausalLM"])
-    assert_reads(folder, state_of(tiny_llama))
 
 
 def test_precomputed_rotary_tensors_of_old_checkpoints_are_passed_over(tiny_llama, tmp_path):
@@ -67,14 +55,14 @@ def test_precomputed_rotary_tensors_of_old_checkpoints_are_passed_over(tiny_llam
     assert set(checkpoint.body_tensors()) == expected
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "base", "classifier", "sharded", "bin", "bins"])
+@pytest.mark.parametrize("variant", ["mlp_bias", "llama3_rope", "base", "classifier", "sharded", "bins"])
 def test_loaded_model_computes_what_transformers_does(variant, tmp_path):
     model_class = {"base": LlamaModel, "classifier": LlamaForSequenceClassification}.get(variant, LlamaForCausalLM)
     shards = {"max_shard_size": "40KB"} if variant == "sharded" else {}
     folder = make_llama(tmp_path / "llama", model_class=model_class, **shards, **VARIANTS.get(variant, {}))
     reference = model_class.from_pretrained(folder)
-    if variant in ("bin", "bins"):
-        folder = as_bin(folder, tmp_path / "bin", shards=1 if variant == "bin" else 3)
+    if variant == "bins":
+        folder = as_bin(folder, tmp_path / "bin", shards=3)
     tokens = torch.arange(40).view(2, 20)
     with torch.no_grad():
         hidden = DenseCheckpoint(str(folder)).load_model("cpu", torch.float32)(tokens).last_hidden_state
@@ -84,7 +72,9 @@ def test_loaded_model_computes_what_transformers_does(variant, tmp_path):
 
 def test_mlp_tensors_come_in_float32(tmp_path):
     folder = make_llama(tmp_path / "llama", dtype=torch.bfloat16)
-    read = DenseCheckpoint(str(folder)).mlp_tensor(1, "up_proj.weight")
+    checkpoint = assert_reads(folder, state_of(folder))
+    assert checkpoint.dtype == torch.bfloat16
+    read = checkpoint.mlp_tensor(1, "up_proj.weight")
     assert read.dtype == torch.float32
     assert torch.equal(read, state_of(folder)["model.layers.1.mlp.up_proj.weight"].float())
 
@@ -137,13 +127,8 @@ def test_name_is_the_last_part_of_the_path(tiny_llama, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- refusals
 
 
-def change_state(change) -> None:
-    def damage(folder: Path) -> None:
-        state = state_of(folder)
-        change(state)
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return damage
+def change_state(change):
+    return lambda folder: change_weights(folder, change)
 
 
 def config(**changes):
@@ -203,9 +188,6 @@ SCORE = "score.weight"
 REFUSED = {
     "gpt2": (config(model_type="gpt2"), "is a 'gpt2' model"),
     "no model_type": (config(model_type=None), "is a None model"),
-    "window": (config(model_type="mistral", sliding_window=4096), "is a Mistral with sliding_window"),
-    "quantised": (config(quantization_config={"bits": 4}), "is quantised"),
-    "own code": (config(auto_map={"AutoModel": "x.Y"}), "brings code of its own"),
     "gelu": (config(hidden_act="gelu"), "has hidden_act 'gelu'"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config not JSON": (file("config.json", b"{"), "is not JSON"),
@@ -213,10 +195,8 @@ REFUSED = {
     "config nested": (file("config.json", b"[" * 100_000), "is not JSON"),
     "config a pipe": (pipe("config.json"), "has no config.json"),
     "no layers": (config(num_hidden_layers=0), "num_hidden_layers is 0; a positive integer is needed"),
-    "layers below zero": (config(num_hidden_layers=-1), "num_hidden_layers is -1"),
     "half a layer": (config(num_hidden_layers=1.5), "num_hidden_layers is 1.5"),
     "layers true": (config(num_hidden_layers=True), "num_hidden_layers is True"),
-    "layers in words": (config(num_hidden_layers="x"), "num_hidden_layers is 'x'"),
     "no width": (config(intermediate_size=None), "intermediate_size is None"),
     "a layer more": (config(num_hidden_layers=4), "lacks the tensor model.layers.3."),
     "a billion layers": (config(num_hidden_layers=10**9), "lacks the tensor model.layers.3."),
@@ -245,14 +225,12 @@ REFUSED = {
     "a byte more": (longer, "model.safetensors is not a whole safetensors file"),
     "cut": (cut(), "model.safetensors is not a whole safetensors file"),
     "LFS pointer": (file("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer?"),
-    "web page": (file("model.safetensors", b"<html>not found</html>" * 9), "not a whole safetensors file"),
     "empty": (file("model.safetensors", b""), "not a whole safetensors file"),
     "huge header": (file("model.safetensors", b"\xff" * 8), "not a whole safetensors file"),
     "shard absent": (index(), "a.safetensors is missing"),
     "shard outside": (index({GATE: "../x/evil.safetensors"}), "names ../x/evil.safetensors, outside"),
     "shard at an absolute path": (index({GATE: "/x/evil.safetensors"}), "names /x/evil.safetensors, outside"),
     "index without map": (bad_index(b"{}"), "has no weight_map from tensor to file"),
-    "index a list": (bad_index(b"[]"), "is not a JSON object"),
     "index of numbers": (index({GATE: 1}), "has no weight_map from tensor to file"),
     "index cut": (bad_index(b"{"), "is not JSON"),
     "index of nothing": (index({}, {}), "lacks the tensor"),
@@ -346,12 +324,7 @@ def test_number_of_experts_must_divide(num_experts, nearby, tiny_llama):
     with pytest.raises(MoEficationError, match="does not divide the MLP width 64 of tiny-llama") as error:
         DenseCheckpoint(str(tiny_llama)).require_experts(num_experts)
     assert nearby in str(error.value)
-
-
-@pytest.mark.parametrize("num_experts", [1, 2, 8, 64])
-def test_divisors_of_the_width_are_taken(num_experts, tiny_llama):
-    assert TINY["intermediate_size"] % num_experts == 0
-    DenseCheckpoint(str(tiny_llama)).require_experts(num_experts)
+    DenseCheckpoint(str(tiny_llama)).require_experts(64)
 
 
 def test_the_largest_half_precision_values_are_finite(tmp_path):
@@ -360,7 +333,7 @@ def test_the_largest_half_precision_values_are_finite(tmp_path):
     assert (DenseCheckpoint(str(folder)).finite_tensor("layers.0.mlp.gate_proj.weight") == 65504.0).all()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_values_must_be_finite(value, tiny_llama, tmp_path):
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
     change_state(lambda state: state[GATE][3].fill_(value))(folder)

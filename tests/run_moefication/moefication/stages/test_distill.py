@@ -7,20 +7,23 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, make_llama
-from pipeline import Pipeline, contents, corpus_of, load_dense
+from pipeline import LINEAR, Killed, Pipeline, contents, corpus_of, load, renames, shares_on
 from safetensors.torch import load_file
 
-from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, record_routing
-from run_moefication import llama_calibrate, llama_distill
+from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
+from run_moefication import llama_distill
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
+from run_moefication.moefication.errors import SettingError
 from run_moefication.moefication.layers import straight_through as soft_routing
 from run_moefication.moefication.layers.straight_through import NUDGE, TEMPERATURE, settle_thresholds, soft_blocks
-from run_moefication.moefication.stages import distill_trainer as distillation_trainer
 from run_moefication.moefication.stages.distill import distill
 from run_moefication.settings import DistillSettings
 
@@ -37,7 +40,7 @@ def make_pipeline(model: Path, text: Path, save: Path, routing: str = "threshold
         num_experts=8,
         num_selects=4,
         split_options=[*activations, "--num_shared_experts", 1],
-        select_options=["--gate_network", "linear", "--select_criterion", "output_norm"],
+        select_options=LINEAR,
         convert_options=["--routing", routing],
     ).run()
 
@@ -61,11 +64,10 @@ def arguments_of(pipeline: Pipeline, save: Path, **changes: object) -> list[str]
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
-def calibrate(pipeline: Pipeline, save: Path, **options: object) -> None:
-    paths = ["--model_path", pipeline.model, "--moe_path", pipeline.moe, "--save_path", save]
-    text = ["--train_data_path", pipeline.text, "--block_size", 32, "--max_tokens", 1200]
-    others = [part for name, value in options.items() for part in (f"--{name}", value)]
-    assert llama_calibrate.main([*map(str, [*paths, *text, *others])]) == 0
+def distilled_to(folder: Path, pipeline: Pipeline, *flags: str, **changes: object) -> Path:
+    """The folder of a finished run."""
+    assert llama_distill.main([*arguments_of(pipeline, folder, **changes), *flags]) == 0
+    return folder
 
 
 SHORT = {"max_tokens": 1200, "save_steps": 5}  # 37 blocks, 3 held out: 17 steps
@@ -74,21 +76,13 @@ SHORT = {"max_tokens": 1200, "save_steps": 5}  # 37 blocks, 3 held out: 17 steps
 @pytest.fixture(scope="module")
 def distilled(finished, tmp_path_factory) -> Path:
     """The whole text, all parameters trained."""
-    folder = tmp_path_factory.mktemp("distilled") / "moe"
-    assert llama_distill.main(arguments_of(finished, folder)) == 0
-    return folder
+    return distilled_to(tmp_path_factory.mktemp("distilled") / "moe", finished)
 
 
 @pytest.fixture(scope="module")
 def short(finished, tmp_path_factory) -> Path:
     """A few steps."""
-    folder = tmp_path_factory.mktemp("short") / "moe"
-    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
-    return folder
-
-
-def load(folder: Path) -> LlamaMoEForCausalLM:
-    return LlamaMoEForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return distilled_to(tmp_path_factory.mktemp("short") / "moe", finished, **SHORT)
 
 
 def metrics_of(folder: Path) -> dict:
@@ -139,10 +133,9 @@ def some_tokens(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_computes_what_the_model_computes(kind):
     model, tokens = random_moe(**KINDS[kind]), some_tokens(2, 40)
-    with torch.no_grad(), record_routing(model) as routing:
+    with torch.no_grad():
         expected = model(tokens).logits
-    ran = [layer.experts_per_tok / model.config.num_experts for layer in routing]
-    assert all(0.1 < share < 0.9 for share in ran)  # the choice matters
+    assert all(0.1 < share < 0.9 for share in shares_on(model, list(tokens)))  # the choice matters
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
     with soft_blocks(model, [0.5] * 3):
         model.train()
@@ -156,10 +149,10 @@ def test_training_computes_what_the_model_computes(kind):
         assert torch.equal(model(tokens).logits, expected)  # the model's own blocks are back
 
 
-@pytest.mark.parametrize("kind", ["top_k", "threshold", "mlp_bias"])
+@pytest.mark.parametrize("kind", ["top_k", "mlp_bias"])
 def test_gates_hear_of_every_expert(kind):
-    """The gradient of a gate's bias against one written out token by token, expert by expert: what an expert would
-    give beyond what those near the boundary, which it would push out, give on average."""
+    """The gradient of a gate's bias is what an expert would give beyond what those near the boundary, which it would
+    push out, give on average."""
     model = random_moe(**KINDS[kind])
     block, hidden = model.model.layers[1].mlp, TINY["hidden_size"]
     x, direction = torch.randn(1, 9, hidden), torch.randn(hidden)
@@ -167,22 +160,16 @@ def test_gates_hear_of_every_expert(kind):
         soft[1].train()
         (soft[1](x) @ direction).sum().backward()
     experts, gate = block.experts, block.gate
-    slopes, gains, idle = (torch.zeros(9, 6) for _ in range(3))
     with torch.no_grad():
-        scores = gate.score(x[0])
+        scores = gate.score(x[0])  # [tokens, experts]
+        both = torch.einsum("eih,th->tei", experts.gate_up_proj, x[0])
+        both = both + experts.gate_up_proj_bias if kind == "mlp_bias" else both
+        of_gate, of_up = both.chunk(2, dim=-1)
+        outputs = torch.einsum("ehi,tei->teh", experts.down_proj, torch.nn.functional.silu(of_gate) * of_up)
+        boundary = gate.threshold if gate.routing == "threshold" else scores.sort(dim=1).values[:, -3, None]
         width = TEMPERATURE * scores.std()
-        for t, (token, of_token) in enumerate(zip(x[0], scores, strict=True)):
-            boundary = gate.threshold.item() if gate.routing == "threshold" else of_token.sort().values[-3].item()
-            for expert in range(6):
-                both = experts.gate_up_proj[expert] @ token
-                if kind == "mlp_bias":
-                    both += experts.gate_up_proj_bias[expert]
-                of_gate, of_up = both.chunk(2)
-                output = experts.down_proj[expert] @ (torch.nn.functional.silu(of_gate) * of_up)
-                soft_choice = torch.sigmoid((of_token[expert] - boundary) / width)
-                slopes[t, expert] = soft_choice * (1 - soft_choice) / width
-                gains[t, expert] = output @ direction
-                idle[t, expert] = of_token[expert] < boundary
+        choice = torch.sigmoid((scores - boundary) / width)
+        slopes, gains, idle = choice * (1 - choice) / width, outputs @ direction, scores < boundary
     rivals = [(slopes[t], gains[t]) for t in range(9)] if kind == "top_k" else [(slopes, gains)] * 9
     others = torch.stack([(slope * gain).sum() / slope.sum() for slope, gain in rivals])[:, None]
     gradients = slopes * (gains - others)
@@ -225,8 +212,8 @@ def test_thresholds_follow_the_text_of_each_step():
     assert gate.threshold.item() == pytest.approx(before + NUDGE * (wanted - before), abs=0.01 * abs(wanted - before))
 
 
-@pytest.mark.parametrize("share", [0.25, 0.4])
-def test_the_text_of_a_step_knows_the_bounds_of_a_token(share):
+def test_the_text_of_a_step_knows_the_bounds_of_a_token():
+    share = 0.4
     model = random_moe(**KINDS["threshold"] | {"min_experts_per_tok": 1, "max_experts_per_tok": 3})
     gate, seen = model.model.layers[0].mlp.gate, []
     with soft_blocks(model, [share] * 3) as soft:
@@ -240,16 +227,12 @@ def test_the_text_of_a_step_knows_the_bounds_of_a_token(share):
     assert set(ran.sum(dim=1).tolist()) == {1, 2, 3}
 
 
-@pytest.mark.parametrize("bounds", [{}, {"min_experts_per_tok": 1, "max_experts_per_tok": 5}])
-@pytest.mark.parametrize("share", [0.2, 0.7])
+@pytest.mark.parametrize(("share", "bounds"), [(0.2, {}), (0.7, {"min_experts_per_tok": 1, "max_experts_per_tok": 5})])
 def test_settled_thresholds_meet_the_budget_in_the_whole_model(share, bounds):
     model = random_moe(**KINDS["threshold"] | bounds)
     blocks = [*some_tokens(30, 32).int(), some_tokens(7).int()]
     active = settle_thresholds(model, blocks, [share] * 3, 4, torch.device("cpu"))
-    with torch.no_grad(), record_routing(model) as routing:
-        for block in blocks:
-            model(block[None].long())
-    assert [layer.experts_per_tok / 6 for layer in routing] == pytest.approx(active, abs=1e-3)
+    assert shares_on(model, blocks) == pytest.approx(active, abs=1e-3)
     assert active == pytest.approx([share] * 3, rel=0.01)
 
 
@@ -267,7 +250,7 @@ def test_a_text_too_large_to_hold_is_read_in_part(monkeypatch):
 
 def kl(pipeline: Pipeline, folder: Path, blocks: list[torch.Tensor]) -> float:
     """Mean KL of a checkpoint to the dense model, one block at a time, straight from the definition."""
-    dense, moe, total = load_dense(pipeline.model), load(folder), 0.0
+    dense, moe, total = load(pipeline.model), load(folder), 0.0
     with torch.no_grad():
         for block in blocks:
             p, q = (model(block[None].long()).logits.double().softmax(-1) for model in (dense, moe))
@@ -285,30 +268,25 @@ def test_predictions_come_nearer_to_the_dense_model(finished, distilled):
 def test_the_distilled_model_is_on_budget(finished, distilled):
     blocks, _ = blocks_of(finished)
     model = load(distilled)
-    with torch.no_grad(), record_routing(model) as routing:
-        for block in blocks:
-            model(block[None].long())
-    ran = [layer.experts_per_tok / 7 for layer in routing]
+    ran = shares_on(model, blocks)
     assert ran == pytest.approx([3 / 7] * 3, rel=0.01)
     assert metrics_of(distilled)["active_share"] == pytest.approx(ran, abs=1e-3)
     model.set_num_experts_per_tok(5)  # quantiles are those of the trained gates
-    with torch.no_grad(), record_routing(model) as routing:
-        for block in blocks:
-            model(block[None].long())
-    assert routing[0].experts_per_tok == pytest.approx(5, rel=0.01)
+    assert shares_on(model, blocks)[0] == pytest.approx(5 / 7, rel=0.01)
 
 
 def test_another_budget_can_be_asked_for(finished, tmp_path):
-    folder = tmp_path / "moe"
-    assert llama_distill.main(arguments_of(finished, folder, num_selects=6, **SHORT)) == 0
+    folder = distilled_to(tmp_path / "moe", finished, num_selects=6, **SHORT)
     assert metrics_of(folder)["active_share"] == pytest.approx([5 / 7] * 3, rel=0.01)
     assert json.loads((folder / "config.json").read_text())["num_experts_per_tok"] == 5
 
 
 def test_a_model_that_runs_its_shared_experts_only_goes_on_doing_so(finished, tmp_path):
-    calibrated, folder = tmp_path / "calibrated", tmp_path / "moe"
-    calibrate(finished, calibrated, num_selects=1)
-    assert llama_distill.main(arguments_of(finished, folder, moe_path=calibrated)) == 0
+    calibrated = tmp_path / "calibrated"
+    options = ["--block_size", 32, "--max_tokens", 1200, "--num_selects", 1]
+    run = replace(finished, calibrated=calibrated, calibrate_options=options)
+    assert run.calibrate() == 0
+    folder = distilled_to(tmp_path / "moe", finished, moe_path=calibrated)
     metrics = metrics_of(folder)
     assert metrics["active_share"] == [0.0] * 3
     assert metrics["loss_after"] < 0.95 * metrics["loss_before"]  # an eighth of the neurons has no more to give
@@ -319,11 +297,7 @@ def test_a_model_that_runs_its_shared_experts_only_goes_on_doing_so(finished, tm
 
 @pytest.mark.parametrize("train", ["gates", "experts", "all"])
 def test_only_what_was_asked_for_changes(train, finished, short, tmp_path):
-    folder = tmp_path / "moe"
-    if train == "all":
-        folder = short
-    else:
-        assert llama_distill.main(arguments_of(finished, folder, train=train, **SHORT)) == 0
+    folder = short if train == "all" else distilled_to(tmp_path / "moe", finished, train=train, **SHORT)
     before, after = (load_file(moe / "model.safetensors") for moe in (finished.moe, folder))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -337,8 +311,7 @@ def test_only_what_was_asked_for_changes(train, finished, short, tmp_path):
 def test_other_models_are_distilled_too(variant, text_folder, tmp_path):
     fields = {"mlp_bias": True} if variant == "mlp_bias" else {"tie_word_embeddings": True, "dtype": torch.bfloat16}
     pipeline = make_pipeline(make_llama(tmp_path / "llama", **fields), text_folder, tmp_path / "out", "top_k")
-    folder = tmp_path / "moe"
-    assert llama_distill.main(arguments_of(pipeline, folder, max_tokens=2400)) == 0
+    folder = distilled_to(tmp_path / "moe", pipeline, max_tokens=2400)
     before, after = (load_file(moe / "model.safetensors") for moe in (pipeline.moe, folder))
     assert {name: tensor.dtype for name, tensor in before.items()} == {n: t.dtype for n, t in after.items()}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -351,8 +324,7 @@ def test_other_models_are_distilled_too(variant, text_folder, tmp_path):
 
 
 def test_bfloat16_training_keeps_float32_weights(finished, short, tmp_path):
-    folder = tmp_path / "moe"
-    assert llama_distill.main([*arguments_of(finished, folder, **SHORT), "--bf16"]) == 0
+    folder = distilled_to(tmp_path / "moe", finished, "--bf16", **SHORT)
     in_float32, in_bfloat16 = (load_file(moe / "model.safetensors") for moe in (short, folder))
     name = "model.layers.1.mlp.experts.gate_up_proj"
     assert not torch.equal(in_bfloat16[name], in_float32[name])
@@ -390,60 +362,58 @@ def test_progress_counts_the_steps(finished, short, tmp_path):
 # ---------------------------------------------------------------------------------------------------- the same bytes
 
 
-class Killed(BaseException):
-    """Stands in for the process's end."""
+@contextmanager
+def training_steps(fatal: int | None = None) -> Iterator[list[int]]:
+    """The steps that training takes while it lasts; the process ends instead of the step of this number."""
+    steps, real = [], torch.optim.AdamW.step
 
-
-def die_at(monkeypatch, step: int) -> list[int]:
-    """Have training stop dead before the end of a step; returns the list that counts the steps."""
-    real, steps = soft_routing.nudge_thresholds, []
-
-    def nudge(blocks):
+    def step(*args, **kwargs):
         steps.append(len(steps) + 1)
-        if len(steps) == step:
+        if len(steps) == fatal:
             raise Killed
-        real(blocks)
+        return real(*args, **kwargs)
 
-    monkeypatch.setattr(distillation_trainer, "nudge_thresholds", nudge)
-    return steps
-
-
-def test_the_same_seed_gives_the_same_bytes(finished, short, tmp_path):
-    assert llama_distill.main(arguments_of(finished, tmp_path / "moe", **SHORT)) == 0
-    assert contents(tmp_path / "moe") == contents(short)
-    assert llama_distill.main(arguments_of(finished, tmp_path / "other", seed=1, **SHORT)) == 0
-    name = "model.safetensors"
-    assert (tmp_path / "other" / name).read_bytes() != (short / name).read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        yield steps
 
 
-def test_an_interrupted_training_goes_on_to_the_same_bytes(finished, short, tmp_path, monkeypatch):
+def interrupted(pipeline: Pipeline, folder: Path, step: int) -> Path:
+    """Training killed at a step; returns the newest of the saved ones."""
+    with training_steps(fatal=step), pytest.raises(Killed):
+        llama_distill.main(arguments_of(pipeline, folder, **SHORT))
+    (saved,) = folder.parent.rglob("checkpoint-*")  # older ones are gone
+    return saved
+
+
+def test_another_seed_gives_other_weights(finished, short, tmp_path):
+    """That the same seed gives the same bytes, the tests around this one show."""
+    other = distilled_to(tmp_path / "moe", finished, seed=1, **SHORT)
+    assert (other / "model.safetensors").read_bytes() != (short / "model.safetensors").read_bytes()
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bytes(finished, short, tmp_path):
     folder = tmp_path / "moe"
-    die_at(monkeypatch, 13)
-    with pytest.raises(Killed):
-        llama_distill.main(arguments_of(finished, folder, **SHORT))
-    saved = tmp_path / ".moe.partial" / "manifest.parts" / "training"
-    assert [path.name for path in saved.iterdir()] == ["checkpoint-10"]  # older ones are gone
-    half_written = Path(shutil.copytree(saved / "checkpoint-10", saved / "checkpoint-12"))
+    saved = interrupted(finished, folder, 13)
+    assert saved.name == "checkpoint-10"
+    half_written = Path(shutil.copytree(saved, saved.with_name("checkpoint-12")))
     (half_written / "whole.json").unlink()
     (half_written / "optimizer.pt").write_bytes(b"cut")
-    steps = die_at(monkeypatch, 0)
-    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+    with training_steps() as steps:
+        distilled_to(folder, finished, **SHORT)
     assert len(steps) == metrics_of(short)["steps"] - 10
     assert contents(folder) == contents(short)
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone"])
-def test_a_damaged_saved_step_is_not_gone_on_from(harm, finished, short, tmp_path, monkeypatch, caplog):
+def test_a_damaged_saved_step_is_not_gone_on_from(harm, finished, short, tmp_path, caplog):
     folder = tmp_path / "moe"
-    die_at(monkeypatch, 8)
-    with pytest.raises(Killed):
-        llama_distill.main(arguments_of(finished, folder, **SHORT))
-    state = tmp_path / ".moe.partial" / "manifest.parts" / "training" / "checkpoint-5" / "optimizer.pt"
+    state = interrupted(finished, folder, 8) / "optimizer.pt"
     state.write_bytes(state.read_bytes()[:-1])
     if harm == "gone":
         state.unlink()
-    steps = die_at(monkeypatch, 0)
-    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+    with training_steps() as steps:
+        distilled_to(folder, finished, **SHORT)
     assert "checkpoint-5: files are missing or cut short; the training begins anew" in caplog.text
     assert len(steps) == metrics_of(short)["steps"]
     assert contents(folder) == contents(short)
@@ -461,57 +431,29 @@ def test_a_step_that_cannot_be_saved_is_one_line(finished, short, tmp_path, run_
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         signal.signal(signal.SIGXFSZ, previous)
     assert status == 2
-    assert f"{tmp_path}/.moe.partial/manifest.parts/training/checkpoint-5 cannot be saved (" in err.splitlines()[-1]
-    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
-    assert contents(folder) == contents(short)
+    assert "/checkpoint-5 cannot be saved (" in err.splitlines()[-1]
+    assert contents(distilled_to(folder, finished, **SHORT)) == contents(short)
 
 
-def test_killed_while_a_step_is_saved(finished, short, tmp_path, monkeypatch):
-    folder, real = tmp_path / "moe", distillation_trainer.write_json
-
-    def write_json(path, content):
-        if path.parent.name == "checkpoint-10":
-            raise Killed
-        return real(path, content)
-
-    monkeypatch.setattr(distillation_trainer, "write_json", write_json)
-    with pytest.raises(Killed):
+def test_killed_while_the_checkpoint_is_written(finished, short, tmp_path):
+    folder = tmp_path / "moe"
+    with renames(fatal="manifest.json"), pytest.raises(Killed):
         llama_distill.main(arguments_of(finished, folder, **SHORT))
-    monkeypatch.setattr(distillation_trainer, "write_json", real)
-    steps = die_at(monkeypatch, 0)
-    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
-    assert len(steps) == metrics_of(short)["steps"] - 5
-    assert contents(folder) == contents(short)
-
-
-@pytest.mark.parametrize("name", ["config.json", "manifest.json"])
-def test_killed_while_the_checkpoint_is_written(name, finished, short, tmp_path, monkeypatch):
-    folder, real_replace = tmp_path / "moe", os.replace
-
-    def replace(source, target):
-        if Path(target) == tmp_path / ".moe.partial" / name:
-            raise Killed
-        real_replace(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(Killed):
-        llama_distill.main(arguments_of(finished, folder, **SHORT))
-    monkeypatch.setattr(os, "replace", real_replace)
-    steps = die_at(monkeypatch, 0)
-    assert llama_distill.main(arguments_of(finished, folder, **SHORT)) == 0
+    with training_steps() as steps:
+        distilled_to(folder, finished, **SHORT)
     assert steps == []  # the training was over
     assert contents(folder) == contents(short)
 
 
-def test_overwrite_begins_anew(finished, short, tmp_path, monkeypatch):
+def test_overwrite_begins_anew_and_spares_foreign_files(finished, short, tmp_path):
     folder = tmp_path / "moe"
-    die_at(monkeypatch, 8)
-    with pytest.raises(Killed):
-        llama_distill.main(arguments_of(finished, folder, **SHORT))
-    steps = die_at(monkeypatch, 0)
-    assert llama_distill.main([*arguments_of(finished, folder, **SHORT), "--overwrite"]) == 0
-    assert len(steps) == metrics_of(short)["steps"]
-    assert contents(folder) == contents(short)
+    interrupted(finished, folder, 8)
+    for _ in range(2):  # over what is unfinished, and over what is finished
+        with training_steps() as steps:
+            distilled_to(folder, finished, "--overwrite", **SHORT)
+        assert len(steps) == metrics_of(short)["steps"]
+        (folder / "notes.txt").write_text("mine")
+    assert contents(folder) == contents(short) | {"notes.txt": b"mine"}
 
 
 # Processes hang now and then as they part, unless DDP goes first.
@@ -561,16 +503,10 @@ WRONG = [
     ({"model_path": "{other}"}, "was made from another model (tiny-llama) than other-llama"),
     ({"train": "attention"}, "argument --train: invalid choice"),
     ({"lr": 0}, "--lr 0.0 must be a positive number"),
-    ({"lr": "nan"}, "--lr nan must be a positive number"),
-    ({"epochs": 0}, "--epochs 0 must be at least 1"),
-    ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
-    ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be at least 1"),
     ({"save_steps": 0}, "--save_steps 0 must be at least 1"),
     ({"num_selects": 1}, "--num_selects 1 is outside of 2 to 8, the model's experts"),
-    ({"num_selects": 9}, "--num_selects 9 is outside of 2 to 8"),
     ({"max_tokens": 1}, "the corpus is a single block, and one is held out"),
     ({"save_path": "{model}"}, "is one of the source checkpoints; choose another folder"),
-    ({"save_path": "{moe}"}, "is one of the source checkpoints"),
     ({"save_path": "{text}"}, "holds files but no manifest.json: not ours to fill"),
     ({"save_path": "{base}"}, "was written by llama_convert.py; choose another --save_path"),
     ({"save_path": "{short}"}, "was made with --lr 0.001, this run asks for 0.002"),
@@ -581,12 +517,10 @@ WRONG = [
 def places(finished, short, tmp_path_factory) -> dict[str, Path]:
     """What the table may name in braces."""
     root = tmp_path_factory.mktemp("places")
-    base = Pipeline(finished.model, finished.text, finished.save, num_experts=8, num_selects=4, moe=root / "base")
-    base.convert_options = ["--convert_type", "LlamaMoEModel"]
-    assert base.convert() == 0
+    base = finished.converted(root / "base", "--convert_type", "LlamaMoEModel")
     other = make_llama(root / "other-llama", seed=1)
     named = {"model": finished.model, "moe": finished.moe, "text": finished.text, "short": short}
-    return named | {"base": base.moe, "other": other, "save": root / "save"}
+    return named | {"base": base, "other": other, "save": root / "save"}
 
 
 @pytest.mark.parametrize(("changes", "words"), WRONG)
@@ -600,6 +534,13 @@ def test_wrong_input_is_refused(changes, words, finished, places, run_script):
     assert words in err
     assert len(err.splitlines()) == 1, err
     assert {name: contents(path) for name, path in places.items()} == before
+
+
+@pytest.mark.parametrize("field", ["lr", "epochs", "batch_size", "gradient_accumulation_steps"])
+def test_numbers_must_be_positive(field):
+    for value in (0, -1, *[float("nan")] * (field == "lr")):
+        with pytest.raises(SettingError, match=f"{field} {value} must be"):
+            DistillSettings(**{field: value})
 
 
 def test_a_training_that_diverges_is_refused(finished, tmp_path, run_script):

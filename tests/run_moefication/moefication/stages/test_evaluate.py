@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import SENTENCES, TINY, make_tokenizer, write_jsonl
-from pipeline import Pipeline, load_dense, load_moe
+from pipeline import load
 
 from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
 from run_moefication import llama_evaluate
@@ -18,8 +18,8 @@ RELATIVE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def moe(tiny_llama, text_folder, tmp_path_factory):
-    return Pipeline(tiny_llama, text_folder, tmp_path_factory.mktemp("out")).run().moe
+def moe(plain_run):
+    return plain_run.moe
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def naive_perplexity(model, token_ids, block_size) -> float:
 def test_perplexity_is_the_straight_computation(block_size, batch_size, tiny_llama, text):
     ids = make_tokenizer()(text.read_text())["input_ids"]
     (row,) = evaluate([str(tiny_llama)], text, block_size=block_size, batch_size=batch_size)
-    assert row.perplexity == pytest.approx(naive_perplexity(load_dense(tiny_llama), ids, block_size), rel=RELATIVE)
+    assert row.perplexity == pytest.approx(naive_perplexity(load(tiny_llama), ids, block_size), rel=RELATIVE)
     assert row.predicted_tokens == len(ids) - math.ceil(len(ids) / block_size)
     counts = [len(ids[start : start + block_size]) - 1 for start in range(0, len(ids) - 1, block_size)]
     losses = sum(loss * count for loss, count in zip(row.block_losses, counts, strict=True))
@@ -59,7 +59,7 @@ def test_budgets_of_one_checkpoint(tiny_llama, moe, text):
     assert [row.num_selects for row in budgets] == [4, 1, 2]
     assert budgets[0].perplexity == pytest.approx(dense.perplexity, rel=RELATIVE)
     for row in budgets:
-        assert row.perplexity == pytest.approx(naive_perplexity(load_moe(moe, row.num_selects), ids, 32), rel=RELATIVE)
+        assert row.perplexity == pytest.approx(naive_perplexity(load(moe, row.num_selects), ids, 32), rel=RELATIVE)
         assert len(row.expert_load) == 3
         assert all(sum(load) == pytest.approx(row.num_selects) for load in row.expert_load)
     assert budgets[1].perplexity != pytest.approx(dense.perplexity, rel=0.01)
@@ -68,11 +68,11 @@ def test_budgets_of_one_checkpoint(tiny_llama, moe, text):
 def test_expert_load_counts_the_gates_choices(moe, text):
     ids = make_tokenizer()(text.read_text())["input_ids"][:64]
     (row,) = evaluate([str(moe)], text, num_selects=[2], block_size=32, max_tokens=64)
-    model = load_moe(moe, 2)
+    model = load(moe, 2)
     with torch.no_grad():
         logits = model(torch.tensor(ids).view(2, 32), output_router_logits=True).router_logits
-    for load, scores in zip(row.expert_load, logits, strict=True):
-        assert load == pytest.approx((scores.topk(2).indices.flatten().bincount(minlength=4) / 64).tolist())
+    for counts, scores in zip(row.expert_load, logits, strict=True):
+        assert counts == pytest.approx((scores.topk(2).indices.flatten().bincount(minlength=4) / 64).tolist())
 
 
 @pytest.mark.parametrize("routing", ["top_k", "threshold"])
@@ -126,7 +126,7 @@ def test_documents_of_a_jsonl_are_joined_with_eos(tiny_llama, tmp_path):
     tokenizer = make_tokenizer()
     ids = [i for sentence in SENTENCES for i in [*tokenizer(sentence)["input_ids"], tokenizer.eos_token_id]][:-1]
     (row,) = evaluate([str(tiny_llama)], path, block_size=64)
-    assert row.perplexity == pytest.approx(naive_perplexity(load_dense(tiny_llama), ids, 64), rel=RELATIVE)
+    assert row.perplexity == pytest.approx(naive_perplexity(load(tiny_llama), ids, 64), rel=RELATIVE)
 
 
 def test_table_and_json(tiny_llama, moe, text, run_script, tmp_path):

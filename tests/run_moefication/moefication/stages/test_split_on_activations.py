@@ -1,7 +1,7 @@
 """A split by what neurons do: statistics against a loop, planted groups found, the dense model's own activations."""
 
 import json
-import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,8 @@ import torch
 from conftest import VARIANTS, make_llama
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from pipeline import contents, corpus_of
+from pipeline import GATE, UP, Killed, contents, corpus_of, inputs_to, load, renames
 from sklearn.linear_model import Ridge
-from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.artifacts.features import Features
 from run_moefication.moefication.artifacts.split import Split
@@ -24,7 +23,6 @@ from run_moefication.moefication.stages.split_on_activations import NeuronStatis
 from run_moefication.moefication.text.corpus import Corpus
 from run_moefication.settings import FeatureSettings, SplitSettings
 
-GATE, UP = "layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"
 NEURONS = 24
 # The same float32 products in another batch shape.
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
@@ -129,8 +127,7 @@ def planted(num_groups: int, width: int, seed: int = 0) -> tuple[torch.Tensor, t
     return size * (torch.rand(400, len(groups), generator=generator) + 0.5), groups
 
 
-@pytest.mark.parametrize("distance", ["l2", "cos"])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("distance", "seed"), [("l2", 0), ("cos", 1)])
 def test_neurons_that_fire_together_land_together(distance, seed):
     activations, groups = planted(num_groups=6, width=5, seed=seed)
     labels = split_of(statistics_of(activations), 6, 0, keep_fraction=1 / 6, distance=distance, seed=seed)
@@ -174,11 +171,6 @@ def test_dead_neurons_and_ties_still_give_equal_experts(num_shared):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_llama) -> DenseCheckpoint:
-    return DenseCheckpoint(str(tiny_llama))
-
-
-@pytest.fixture(scope="module")
 def corpus(checkpoint, text_folder) -> Corpus:
     corpus = corpus_of(checkpoint, text_folder, None, block_size=16, max_tokens=500)
     assert len({len(block) for block in corpus.blocks}) > 1  # shorter blocks sit among the others
@@ -199,20 +191,13 @@ def finished(checkpoint, corpus, tmp_path_factory) -> Path:
 
 def seen_by_hooks(folder: Path, blocks: list[torch.Tensor], layer: int) -> tuple[torch.Tensor, ...]:
     """What enters the MLP in a plain forward pass, what enters its down_proj, and the stream its output is added to."""
-    model = LlamaForCausalLM.from_pretrained(folder).eval()
-    inputs, hidden, streams = [], [], []
-    block_of = model.model.layers[layer]
-    block_of.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
-    block_of.mlp.down_proj.register_forward_pre_hook(lambda _, args: hidden.append(args[0][0]))
-    block_of.post_attention_layernorm.register_forward_pre_hook(lambda _, args: streams.append(args[0][0]))
-    with torch.no_grad():
-        for block in blocks:
-            model(block[None].long())
-    return torch.cat(inputs), torch.cat(hidden), torch.cat(streams)
+    model = load(folder)
+    block = model.model.layers[layer]
+    modules = (block.mlp, block.mlp.down_proj, block.post_attention_layernorm)
+    return tuple(inputs_to(module, model, blocks) for module in modules)
 
 
-@pytest.mark.parametrize("variant", ["grouped_query", "mlp_bias", "llama3_rope"])
-@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize(("variant", "batch_size"), [("grouped_query", 1), ("mlp_bias", 5), ("llama3_rope", 5)])
 def test_the_pass_sees_what_the_dense_model_sees(variant, batch_size, corpus, tmp_path, monkeypatch):
     checkpoint = DenseCheckpoint(str(make_llama(tmp_path / "llama", **VARIANTS[variant])))
     seen = []
@@ -234,8 +219,7 @@ def test_the_pass_sees_what_the_dense_model_sees(variant, batch_size, corpus, tm
         torch.testing.assert_close(weights, token_weights(stream.square().sum(1)), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("num_shared", [0, 2])
-@pytest.mark.parametrize("source", ["corpus", "full", "inputs"])
+@pytest.mark.parametrize(("source", "num_shared"), [("corpus", 2), ("full", 2), ("inputs", 0)])
 def test_corpus_and_features_give_a_split_of_every_layer(source, num_shared, checkpoint, corpus, tmp_path):
     text = corpus
     if source != "corpus":
@@ -278,85 +262,25 @@ def test_templates_name_the_files_and_change_no_label(finished, checkpoint, corp
         assert (folder / UP.format(layer)).read_bytes() == (finished / GATE.format(layer)).read_bytes()
 
 
-class Killed(BaseException):
-    """Stands in for the process's end."""
-
-
-def test_interrupted_at_renames_and_resumed_gives_the_same_bytes(finished, checkpoint, corpus, tmp_path):
-    real_replace = os.replace
-    for deaths in range(2, 30, 3):
-        renames = 0
-
-        def replace(source, target, limit=deaths):
-            nonlocal renames
-            renames += 1
-            if renames == limit:
-                raise Killed
-            real_replace(source, target)
-
-        folder = tmp_path / str(deaths)
-        killed = False
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "replace", replace)
-            try:
-                split(checkpoint, corpus, folder)
-            except Killed:
-                killed = True
-        if killed:
-            split(checkpoint, corpus, folder)
-        assert contents(folder / finished.name) == contents(finished)
-        if not killed:
-            break
-    assert deaths > 8  # claim, streams before each of 3 layers, labels and records of each
-    assert not killed
-
-
-def test_a_resumed_run_reads_no_layer_twice(finished, checkpoint, corpus, tmp_path, monkeypatch):
-    split(checkpoint, corpus, tmp_path / "out")
-    layers = []
-    real = DenseCheckpoint.mlp_tensor
-    monkeypatch.setattr(
-        DenseCheckpoint, "mlp_tensor", lambda self, i, *args: (layers.append(i), real(self, i, *args))[1]
-    )
-    renames, real_replace = [], os.replace
-
-    def replace(source, target):
-        renames.append(Path(target).name)
-        if renames[-1] == f"{GATE.format(1)}.json":
-            raise Killed
-        real_replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace)
-        with pytest.raises(Killed):
-            split(checkpoint, corpus, tmp_path / "cut")
-    assert set(layers) == {0, 1}
-    layers.clear()
-    assert contents(split(checkpoint, corpus, tmp_path / "cut")) == contents(finished)
-    assert set(layers) == {1, 2}
-
-
-@pytest.mark.parametrize("lost", ["manifest.parts/streams.1", GATE.format(0)])
-@pytest.mark.parametrize("harm", ["cut", "gone"])
-def test_what_an_interrupted_run_has_lost_is_walked_again(
-    harm, lost, finished, checkpoint, corpus, tmp_path, monkeypatch
-):
-    real_replace = os.replace
-
-    def replace(source, target):
-        if Path(target).name == f"{GATE.format(1)}.json":
-            raise Killed
-        real_replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace)
-        with pytest.raises(Killed):
-            split(checkpoint, corpus, tmp_path)
-    path = tmp_path / f".{finished.name}.partial" / lost
-    path.write_bytes(path.read_bytes()[:-1])
-    if harm == "gone":
-        path.unlink()
-    assert contents(split(checkpoint, corpus, tmp_path)) == contents(finished)
+def test_a_resumed_run_makes_again_only_what_is_lost(finished, checkpoint, corpus, tmp_path):
+    """Killed when the labels of a layer and the streams before the next one are there."""
+    with renames(fatal=GATE.format(1)), pytest.raises(Killed):
+        split(checkpoint, corpus, tmp_path / "killed")
+    (labels,) = (tmp_path / "killed").rglob(GATE.format(0))
+    files = [file for file in (tmp_path / "killed").rglob("*") if file.suffix != ".json" and file.is_file()]
+    for number, file in enumerate(file for file in files if file.stat().st_size):
+        for harm in ("cut", "gone"):
+            root = tmp_path / f"{harm} {number}"
+            shutil.copytree(tmp_path / "killed", root)
+            lost = root / file.relative_to(tmp_path / "killed")
+            lost.write_bytes(lost.read_bytes()[:-1])
+            if harm == "gone":
+                lost.unlink()
+            assert contents(split(checkpoint, corpus, root)) == contents(finished), lost
+    time = labels.stat().st_mtime_ns
+    folder = split(checkpoint, corpus, tmp_path / "killed")
+    assert contents(folder) == contents(finished)
+    assert (folder / GATE.format(0)).stat().st_mtime_ns == time
 
 
 def test_a_neuron_of_massive_activations_alone_is_not_shared():

@@ -33,41 +33,28 @@ def found_in(folder: Path, weights: dict[str, float] | None = None) -> dict[str,
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "domain"),
-    [
-        ("c4.jsonl", "c4"),
-        ("c4-train.00000-of-01024.json.gz", "c4"),
-        ("common_crawl", "commoncrawl"),
-        ("CommonCrawl.zip", "commoncrawl"),
-        ("cc_2019-30_sample.jsonl", "commoncrawl"),  # RedPajama's sample
-        ("CC-MAIN-2023-14", "commoncrawl"),
-        ("stack-exchange.txt", "stackexchange"),
-        ("stackexchange_sample.jsonl", "stackexchange"),
-        ("RedPajamaStackExchange", "stackexchange"),
-        ("Books3.jsonl", "book"),
-        ("my_GitHub-part1.jsonl", "github"),
-        ("github2.jsonl", "github"),
-        ("wiki.jsonl", "wikipedia"),
-        ("enwiki-20220301-pages.jsonl.zst", "wikipedia"),
-        (f"arxiv_{UUID}.jsonl", "arxiv"),
-        (f"filtered_{MD5}.sampled.jsonl", None),
-        (f"{UUID}.jsonl", None),
-        ("c4b1d7c4.jsonl", None),
-        ("facebook_comments.jsonl", None),
-        ("wikibooks.jsonl", None),
-        ("rustc4all.jsonl", None),
-        ("part-c-4.jsonl", None),
-        ("c42.jsonl", None),
-        ("cc_by_sa.jsonl", None),
-        ("2019-30", None),
-        ("part-00000-c4-aa-bb.jsonl", None),  # a checksum in pieces
-        ("f3-c4-aa.jsonl", None),
-        ("c4-de.jsonl", "c4"),
+NAMES = {
+    "c4": ["c4.jsonl", "c4-train.00000-of-01024.json.gz", "c4-de.jsonl"],
+    # The third is RedPajama's sample.
+    "commoncrawl": ["common_crawl", "CommonCrawl.zip", "cc_2019-30_sample.jsonl", "CC-MAIN-2023-14"],
+    "stackexchange": ["stack-exchange.txt", "stackexchange_sample.jsonl", "RedPajamaStackExchange"],
+    "book": ["Books3.jsonl"],
+    "github": ["my_GitHub-part1.jsonl", "github2.jsonl"],
+    "wikipedia": ["wiki.jsonl", "enwiki-20220301-pages.jsonl.zst"],
+    "arxiv": [f"arxiv_{UUID}.jsonl"],
+    None: [
+        *(f"filtered_{MD5}.sampled.jsonl", f"{UUID}.jsonl", "c4b1d7c4.jsonl"),
+        *("part-00000-c4-aa-bb.jsonl", "f3-c4-aa.jsonl"),  # checksums in pieces
+        *("facebook_comments.jsonl", "wikibooks.jsonl", "rustc4all.jsonl", "part-c-4.jsonl", "c42.jsonl"),
+        *("cc_by_sa.jsonl", "2019-30"),
     ],
-)
-def test_a_domain_is_a_word_of_a_name(name, domain):
-    assert domains_in(name) == ([domain] if domain else [])
+}
+
+
+@pytest.mark.parametrize("domain", NAMES)
+def test_a_domain_is_a_word_of_a_name(domain):
+    for name in NAMES[domain]:
+        assert domains_in(name) == ([domain] if domain else []), name
 
 
 @given(st.binary(min_size=16, max_size=32))
@@ -81,17 +68,10 @@ def test_every_domain_is_known_by_its_own_name():
     assert known_domain("my notes") == "mynotes"
 
 
-@pytest.mark.parametrize(
-    ("names", "weights", "domains"),
-    [
-        (["a", "b"], None, {"text": ["a.jsonl", "b.jsonl"]}),
-        (["c4", "other"], {"c4": 1.0}, {"c4": ["c4.jsonl"]}),
-        (["c4", "my notes"], {"mynotes": 1.0}, {"mynotes": ["my notes.jsonl"]}),
-    ],
-)
-def test_what_a_folder_without_domains_or_with_weights_gives(names, weights, domains, tmp_path):
-    make_text(tmp_path, *names)
-    assert found_in(tmp_path, weights) == domains
+def test_weights_choose_what_is_read(tmp_path):
+    make_text(tmp_path, "c4", "my notes")
+    assert found_in(tmp_path, {"c4": 1.0}) == {"c4": ["c4.jsonl"]}
+    assert found_in(tmp_path, {"mynotes": 1.0}) == {"mynotes": ["my notes.jsonl"]}
 
 
 @pytest.mark.parametrize(
@@ -115,60 +95,54 @@ def test_unclear_domains_are_refused(names, weights, words, tmp_path):
 # ---------------------------------------------------------------------------------------------------- folders
 
 
-def test_redpajamas_own_layout(tmp_path):
-    make_text(tmp_path / "github", f"filtered_{MD5}.sampled", "filtered_d41d8cd98f00b204e9800998ecf8427e.sampled")
-    make_text(tmp_path / "common_crawl" / "2019-30", "en_head_0000.json.gz.dedup.classifier")
-    make_text(tmp_path / "common_crawl" / "2020-05", "en_middle_0001.json.gz.dedup.classifier")
-    make_text(tmp_path / "arxiv", f"arxiv_{UUID}")
-    make_text(tmp_path / "c4", "c4-train.00000-of-01024")
-    make_text(tmp_path / "c4" / "heldout", "c4-train.00001-of-01024")
-    make_text(tmp_path / "heldout", "c4", "github")
-    assert found_in(tmp_path) == {
-        "github": [
-            f"github/filtered_{MD5}.sampled.jsonl",
-            "github/filtered_d41d8cd98f00b204e9800998ecf8427e.sampled.jsonl",
-        ],
-        "commoncrawl": [
-            "common_crawl/2019-30/en_head_0000.json.gz.dedup.classifier.jsonl",
-            "common_crawl/2020-05/en_middle_0001.json.gz.dedup.classifier.jsonl",
-        ],
-        "arxiv": [f"arxiv/arxiv_{UUID}.jsonl"],
-        "c4": ["c4/c4-train.00000-of-01024.jsonl"],
-    }
+# Each file and its domain; None is not read.
+LAYOUTS = {
+    "RedPajama's own": {
+        f"github/filtered_{MD5}.sampled.jsonl": "github",
+        "github/filtered_d41d8cd98f00b204e9800998ecf8427e.sampled.jsonl": "github",
+        "common_crawl/2019-30/en_head_0000.json.gz.dedup.classifier.jsonl": "commoncrawl",
+        "common_crawl/2020-05/en_middle_0001.json.gz.dedup.classifier.jsonl": "commoncrawl",
+        f"arxiv/arxiv_{UUID}.jsonl": "arxiv",
+        "c4/c4-train.00000-of-01024.jsonl": "c4",
+        "c4/heldout/c4-train.00001-of-01024.jsonl": None,
+        "heldout/c4.jsonl": None,
+    },
+    "a file's own name before its folder's": {
+        "github/wiki_of_a_project.jsonl": "wikipedia",
+        "github/code.jsonl": "github",
+    },
+    "folders named after checksums": {f"github/3f/3f{MD5}.jsonl": "github", f"github/c4/c4{MD5}.jsonl": "github"},
+    "a name of two domains, decided by its folder": {
+        "stackexchange/books.stackexchange.com.jsonl": "stackexchange",
+        "c4.jsonl": "c4",
+        "github-wiki-notes/README.md": None,  # a folder without text, whose name does not matter
+    },
+    "no domain at all": {"a.jsonl": "text", "b.jsonl": "text"},
+}
 
 
-def test_a_files_own_name_goes_before_its_folders(tmp_path):
-    make_text(tmp_path / "github", "wiki_of_a_project", "code")
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_folder_is_read_by_domains(name, tmp_path):
+    for file in LAYOUTS[name]:
+        write_jsonl(tmp_path / file, SENTENCES)
+    domains = {domain: [] for domain in LAYOUTS[name].values() if domain}
+    for file, domain in sorted(LAYOUTS[name].items()):
+        domains.get(domain, []).append(file)
+    assert found_in(tmp_path) == domains
+
+
+def test_a_members_own_name_goes_before_its_zips(tmp_path):
     with zipfile.ZipFile(tmp_path / "c4.zip", "w") as archive:
         archive.writestr("arxiv/a.jsonl", json.dumps({"text": "x"}))
         archive.writestr("b.jsonl", json.dumps({"text": "y"}))
-    assert found_in(tmp_path) == {
-        "wikipedia": ["github/wiki_of_a_project.jsonl"],
-        "github": ["github/code.jsonl"],
-        "arxiv": ["c4.zip/arxiv/a.jsonl"],
-        "c4": ["c4.zip/b.jsonl"],
-    }
+    assert found_in(tmp_path) == {"arxiv": ["c4.zip/arxiv/a.jsonl"], "c4": ["c4.zip/b.jsonl"]}
 
 
-def test_a_store_of_folders_named_after_checksums_names_no_domain(tmp_path):
-    make_text(tmp_path / "github" / "3f", f"3f{MD5}")
-    make_text(tmp_path / "github" / "c4", f"c4{MD5}")
-    assert found_in(tmp_path) == {"github": [f"github/3f/3f{MD5}.jsonl", f"github/c4/c4{MD5}.jsonl"]}
+def test_a_store_of_folders_named_after_checksums_is_no_data(tmp_path):
     for name in ("3f", "c4", "c5"):
-        make_text(tmp_path / "store" / name, f"{name}{MD5}")
+        make_text(tmp_path / name, f"{name}{MD5}")
     with pytest.raises(MoEficationError, match=r"holds no .jsonl.* not read: 3f/, c4/, c5/ \(name it after a domain"):
-        find_domains(tmp_path / "store")
-
-
-def test_a_name_of_two_domains_is_decided_by_its_folder(tmp_path):
-    make_text(tmp_path / "stackexchange", "books.stackexchange.com")
-    make_text(tmp_path, "c4")
-    (tmp_path / "github-wiki-notes").mkdir()  # holds no text, so that its name does not matter
-    (tmp_path / "github-wiki-notes" / "README.md").touch()
-    assert found_in(tmp_path) == {
-        "stackexchange": ["stackexchange/books.stackexchange.com.jsonl"],
-        "c4": ["c4.jsonl"],
-    }
+        find_domains(tmp_path)
 
 
 def test_links_that_lead_in_a_circle_are_followed_once(tmp_path):
