@@ -239,8 +239,8 @@ def test_vllms_and_sglangs_transformers_backends_find_what_they_look_for(config,
     block = model.model.layers[0].mlp
 
     assert set(fields["auto_map"]) >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert (tmp_path / "moe_layers.py").is_file()
-    assert (tmp_path / "gates.py").is_file()
+    for code in ("moe_layers.py", "expert_kernels.py", "gates.py"):
+        assert (tmp_path / code).is_file()
     assert fields["num_experts"] == len(block.experts.down_proj) > 0
     assert 0 < fields["num_experts_per_tok"] <= fields["num_experts"]
     assert fields["moe_intermediate_size"] == block.experts.down_proj.shape[2] != fields["intermediate_size"]

@@ -20,7 +20,13 @@ from ..storage.folder import ArtifactWriter
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 MAX_SHARD_BYTES = 2 << 30
-CODE_FILES = ("configuration_llama_moe.py", "modeling_llama_moe.py", "moe_layers.py", "gates.py")
+CODE_FILES = (
+    "configuration_llama_moe.py",
+    "modeling_llama_moe.py",
+    "moe_layers.py",
+    "expert_kernels.py",
+    "gates.py",
+)
 # Copied as they are: loading and saving them again loses templates, and refuses some generation configs.
 COPIED_FILES = (
     "chat_template.json",
