@@ -23,7 +23,6 @@ from transformers import (
     LlamaForSequenceClassification,
     LlamaModel,
 )
-from llama_moe.expert_kernels import EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from llama_moe import (
@@ -33,6 +32,7 @@ from llama_moe import (
     LlamaMoEModel,
     record_routing,
 )
+from llama_moe.expert_kernels import EXPERTS_FUNCTIONS
 
 MOE = TINY | {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
 CLASSES = {
