@@ -6,6 +6,8 @@ goes on with the layer it was at.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,8 +20,7 @@ from ..storage.folder import ArtifactWriter
 class Streams:
     """Residual streams of one or several models, float32 `[models, tokens, H]`, in mapped files of a stage's folder.
 
-    For each layer in turn: read `before(layer)`, fill `begin(layer + 1)`, `commit(layer + 1)`, write the layer's
-    results, `remove(layer)`.
+    For each layer in turn: fill `filling(layer + 1)` from `before(layer)`, write the layer's results, `remove(layer)`.
     """
 
     def __init__(self, writer: ArtifactWriter, shape: tuple[int, int, int]):
@@ -43,19 +44,18 @@ class Streams:
             return []
         return list(range(missing[0] if self.has(missing[0]) else 0, num_layers))
 
-    def begin(self, layer: int) -> torch.Tensor:
-        """Room for the streams before a layer, to be filled, then committed."""
-        path = self._temporary(layer)
-        path.unlink(missing_ok=True)
-        with path.open("wb") as file:
+    @contextmanager
+    def filling(self, layer: int) -> Iterator[torch.Tensor]:
+        """Room for the streams before a layer, which are there once the context ends without an error."""
+        path = self._path(layer)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        with temporary.open("wb") as file:
             if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a bus error in a mapped file
                 os.posix_fallocate(file.fileno(), 0, 4 * torch.Size(self._shape).numel())
-        return self._map(path)
-
-    def commit(self, layer: int) -> None:
-        """The streams before this layer are whole."""
-        sync(self._temporary(layer))
-        os.replace(self._temporary(layer), self._path(layer))
+        yield self._map(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
 
     def remove(self, layer: int) -> None:
         """The streams before this layer are needed no more."""
@@ -67,7 +67,3 @@ class Streams:
 
     def _path(self, layer: int) -> Path:
         return self._writer.scratch(f"streams.{layer}")
-
-    def _temporary(self, layer: int) -> Path:
-        path = self._path(layer)
-        return path.with_name(f".{path.name}.tmp")

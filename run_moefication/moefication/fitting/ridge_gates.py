@@ -7,7 +7,7 @@ from llama_moe.gates import LinearGate
 from ..layers.scores import TOKENS_PER_CHUNK
 from .ridge import NormalEquations, best_strength, low_rank_map, token_weights
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # in units of the mean diagonal of the Gram matrix
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # ridge strengths, in units of the mean diagonal of the Gram matrix
 
 
 class GateEquations:
@@ -21,22 +21,26 @@ class GateEquations:
         features = torch.cat([inputs.float(), inputs.new_ones(len(inputs), 1, dtype=torch.float32)], dim=1)
         (self._held_out if held_out else self._train).add(features, scores, weights)
 
-    def fit(self, gate: LinearGate, *, to_all: bool) -> dict[str, float]:
-        """Fit weight and bias in place, with the strength that does best on the held-out tokens; once it is chosen,
-        `to_all` fits to these as well.
+    def fit(self, gate: LinearGate, *, refines: bool) -> dict[str, float]:
+        """Fit weight and bias in place, with the strength that does best on the held-out tokens.
 
         A gate with a rank gets the nearest map of that rank, by `low_rank_map`.
+
+        Args:
+            refines: the gate has values. The map is pulled to these instead of to zero, and once the strength is
+                chosen, it is fitted to held-out tokens as well.
 
         Returns: the strength, and the share of the held-out scores' (weighted) variance that the map explains when
         fitted without them, and before its rank is cut.
         """
+        prior = _linear_map(gate) if refines else None
         constant = torch.zeros_like(self._train.cross)
         constant[-1] = self._train.cross[-1] / self._train.gram[-1, -1]  # the weighted mean of each score
         unexplained = self._held_out.error(constant)
-        strength, error = best_strength(self._train, self._held_out, STRENGTHS)
-        if to_all:
+        strength, error = best_strength(self._train, self._held_out, STRENGTHS, prior)
+        if refines:
             self._train += self._held_out
-        solution = self._train.solve(strength)
+        solution = self._train.solve(strength, prior)
         with torch.no_grad():
             if gate.rank is None:
                 gate.weight.copy_(solution[:-1].T)
@@ -63,4 +67,11 @@ def fit_ridge_gate(gate: LinearGate, inputs: torch.Tensor, scores: torch.Tensor,
         chunks = (tensor[part].split(TOKENS_PER_CHUNK) for tensor in (inputs, scores, weights))
         for x, y, w in zip(*chunks, strict=True):
             equations.add(x, y, w, held_out=held_out)
-    return equations.fit(gate, to_all=False)
+    return equations.fit(gate, refines=False)
+
+
+@torch.no_grad()
+def _linear_map(gate: LinearGate) -> torch.Tensor:
+    """The gate as one map of `[x, 1]` to scores, `[hidden + 1, experts]`."""
+    weight = gate.weight if gate.rank is None else gate.output_weight @ gate.input_weight
+    return torch.cat([weight, gate.bias[:, None]], dim=1).T

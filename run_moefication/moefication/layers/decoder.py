@@ -1,4 +1,4 @@
-"""Decoder layers of the dense model, run one at a time over batches of blocks.
+"""Decoder layers up to their MLP, run one at a time over batches of blocks.
 
 Axes: B blocks of a batch, N positions, T tokens of the batch, H hidden size.
 """
@@ -8,13 +8,11 @@ from copy import copy
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from ..checkpoints.dense import TEMPLATES, DenseCheckpoint
-from .scores import LayerActivations
+from ..checkpoints.dense import DenseCheckpoint
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,8 @@ def batches_of(blocks: list[torch.Tensor], batch_size: int, num_held_out: int = 
     return batches
 
 
-class AttentionHalf:
-    """The first half of a decoder layer: attention, the residual sum, and the norm before the MLP; float32."""
+class PreMLP:
+    """What a decoder layer does before its MLP: attention, the residual sum, and the norm; float32."""
 
     def __init__(self, config: LlamaConfig, tensor: Callable[[str], torch.Tensor], device: str):
         """`tensor(name)`: the layer's tensors by their names within it, such as `self_attn.q_proj.weight`."""
@@ -64,6 +62,11 @@ class AttentionHalf:
             module.eval()
         self._rotary = LlamaRotaryEmbedding(config).to(device)
 
+    @classmethod
+    def of_dense(cls, checkpoint: DenseCheckpoint, layer: int, device: str) -> "PreMLP":
+        """That of a layer of the dense model."""
+        return cls(checkpoint.config, lambda name: checkpoint.finite_tensor(f"layers.{layer}.{name}"), device)
+
     def __call__(self, stream: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream before the layer `[T, H]` -> the stream before the MLP, and what the MLP sees, `[T, H]` each."""
         padded = batch.padded(stream)
@@ -72,22 +75,6 @@ class AttentionHalf:
         attended = self._attention(self._norm(padded), position_embeddings=rotary, attention_mask=None)[0]
         stream = batch.flat(padded + attended)
         return stream, self.mlp_norm(stream)
-
-
-class DenseLayer:
-    """A decoder layer of the dense model, in float32: its attention half, and its MLP in two steps."""
-
-    def __init__(self, checkpoint: DenseCheckpoint, layer: int, device: str):
-        self.attention_half = AttentionHalf(
-            checkpoint.config, lambda name: checkpoint.finite_tensor(f"layers.{layer}.{name}"), device
-        )
-        self.activations = LayerActivations(checkpoint, layer, TEMPLATES[1], device)  # what enters down_proj
-        self._down = checkpoint.mlp_tensor(layer, "down_proj.weight", device)
-        self._bias = checkpoint.mlp_tensor(layer, "down_proj.bias", device) if checkpoint.config.mlp_bias else None
-
-    def output(self, activations: torch.Tensor) -> torch.Tensor:
-        """The MLP's output `[T, H]` from its activations `[T, I]`."""
-        return F.linear(activations, self._down, self._bias)
 
 
 def embed(stream: torch.Tensor, blocks: list[torch.Tensor], batches: list[Batch], weight: torch.Tensor) -> None:

@@ -1,4 +1,7 @@
-"""An MoE block seen as one MLP: its neurons side by side, the gate's choice a mask over them."""
+"""Gated MLPs in float32: the dense one, and an MoE block seen as one, its neurons side by side.
+
+Axes: T tokens, I neurons of all experts, E routed experts, W width of an expert, H hidden size.
+"""
 
 from collections.abc import Callable
 
@@ -8,18 +11,58 @@ from torch.nn import functional as F
 from llama_moe import LlamaMoEConfig
 from llama_moe.gates import Gate, make_gate
 
+from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.moe import MoECheckpoint
 
 
-class PackedMLP:
-    """The experts of one layer as a single SwiGLU MLP in float32, routed experts' neurons first, shared ones last.
-
-    Axes: T tokens, I neurons of all experts, E routed experts, W width of an expert, H hidden size.
+class GatedMLP:
+    """A SwiGLU MLP.
 
     Attributes:
-        gate: the block's gate, in float32.
         down: `[I, H]`, what each neuron adds to the output.
         bias: `[H]`, the bias on the output, or None.
+    """
+
+    def __init__(
+        self,
+        weights: list[torch.Tensor],
+        biases: list[torch.Tensor | None],
+        down: torch.Tensor,
+        bias: torch.Tensor | None,
+    ):
+        """`weights`: those of gate_proj and up_proj, `[I, H]` each; `biases`: theirs, `[I]` or None."""
+        self._weights, self._biases = weights, biases
+        self.down, self.bias = down, bias
+
+    @classmethod
+    def of_dense(cls, checkpoint: DenseCheckpoint, layer: int, device: str | torch.device) -> "GatedMLP":
+        """A layer of the dense model, its neurons in their own order."""
+        names = ("gate_proj", "up_proj", "down_proj")
+        *weights, down = (checkpoint.mlp_tensor(layer, f"{name}.weight", device) for name in names)
+        *biases, bias = (
+            checkpoint.mlp_tensor(layer, f"{name}.bias", device) if checkpoint.config.mlp_bias else None
+            for name in names
+        )
+        return cls(weights, biases, down.T, bias)
+
+    def gate_activations(self, inputs: torch.Tensor) -> torch.Tensor:
+        """SiLU(gate_proj x), `[T, I]`, of the MLP's inputs `[T, H]`, not normalised."""
+        return F.silu(F.linear(inputs.float(), self._weights[0], self._biases[0]))
+
+    def activations(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What enters down_proj, `[T, I]`, of the MLP's inputs `[T, H]`, not normalised."""
+        return self.gate_activations(inputs) * F.linear(inputs.float(), self._weights[1], self._biases[1])
+
+    def output(self, activations: torch.Tensor) -> torch.Tensor:
+        """The output `[T, H]` from the activations `[T, I]`."""
+        return F.linear(activations, self.down.T, self.bias)
+
+
+class MoEMLP(GatedMLP):
+    """The experts of one layer as a single MLP: the routed experts' neurons first, the shared ones' last.
+
+    Attributes:
+        gate: the block's gate, in float32, a copy of its own.
     """
 
     def __init__(self, config: LlamaMoEConfig, layer: int, tensor: Callable[[str], torch.Tensor], device: str):
@@ -28,32 +71,34 @@ class PackedMLP:
         def loaded(name: str) -> torch.Tensor:
             return tensor(name).to(device, torch.float32)
 
-        self._width, self._num_routed = config.moe_intermediate_size, config.num_experts * config.moe_intermediate_size
-        gate_up = loaded("experts.gate_up_proj").unflatten(1, (2, -1))  # [E, 2, W, H]
-        rows = [gate_up[:, part].flatten(0, 1) for part in range(2)]
-        downs = [loaded("experts.down_proj").transpose(1, 2).flatten(0, 1)]
-        biases = [None, None]
-        if config.mlp_bias:
-            both = loaded("experts.gate_up_proj_bias").unflatten(1, (2, -1))
-            biases = [both[:, part].flatten() for part in range(2)]
+        def rows(kind: str) -> list[torch.Tensor]:
+            """gate_proj and up_proj, weights or biases, of all experts."""
+            packed = loaded("experts.gate_up_proj" + ("_bias" if kind == "bias" else "")).unflatten(1, (2, -1))
+            parts = [packed[:, part].flatten(0, 1) for part in range(2)]  # [E * W, ...] each
+            if not config.num_shared_experts:
+                return parts
+            shared = (loaded(f"shared_experts.{name}.{kind}") for name in ("gate_proj", "up_proj"))
+            return [torch.cat(pair) for pair in zip(parts, shared, strict=True)]
+
+        down = loaded("experts.down_proj").transpose(1, 2).flatten(0, 1)
         if config.num_shared_experts:
-            names = [f"shared_experts.{projection}_proj" for projection in ("gate", "up")]
-            rows = [torch.cat([row, loaded(f"{name}.weight")]) for row, name in zip(rows, names, strict=True)]
-            downs.append(loaded("shared_experts.down_proj.weight").T)
-            if config.mlp_bias:
-                biases = [torch.cat([b, loaded(f"{name}.bias")]) for b, name in zip(biases, names, strict=True)]
-        self._rows, self._biases = rows, biases
-        self.down = torch.cat(downs)
-        self.bias = loaded("output_bias") if config.mlp_bias or config.output_bias else None
+            down = torch.cat([down, loaded("shared_experts.down_proj.weight").T])
+        has_bias = config.mlp_bias or config.output_bias
+        super().__init__(
+            rows("weight"),
+            rows("bias") if config.mlp_bias else [None, None],
+            down,
+            loaded("output_bias") if has_bias else None,
+        )
+        self._width, self._num_routed = config.moe_intermediate_size, config.num_experts * config.moe_intermediate_size
         with torch.device("meta"):
             self.gate: Gate = make_gate(config, layer)
-        # Its own copy: the gate is fitted in place.
         state = {name: loaded(f"gate.{name}").clone() for name in self.gate.state_dict()}
         self.gate.load_state_dict(state, assign=True)
 
     @classmethod
-    def of(cls, moe: MoECheckpoint, config: LlamaMoEConfig, layer: int, device: str) -> "PackedMLP":
-        """A layer of a checkpoint, with zeros for what `config` has beyond the checkpoint's own: biases."""
+    def of_moe(cls, moe: MoECheckpoint, config: LlamaMoEConfig, layer: int, device: str) -> "MoEMLP":
+        """A layer of a checkpoint, with zeros for the biases that `config` has beyond the checkpoint's own."""
         new = {"gate.bias": config.num_experts, "output_bias": config.hidden_size}
 
         def tensor(name: str) -> torch.Tensor:
@@ -67,19 +112,11 @@ class PackedMLP:
         """int64 `[E, W]`: places of each routed expert's neurons."""
         return torch.arange(self._num_routed).view(-1, self._width)
 
-    def activations(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[T, H]` -> what enters down_proj if every expert runs, `[T, I]`."""
-        gate, up = (F.linear(inputs, row, bias) for row, bias in zip(self._rows, self._biases, strict=True))
-        return F.silu(gate) * up
-
-    def output(self, activations: torch.Tensor) -> torch.Tensor:
-        """The block's output `[T, H]` from its (masked) activations `[T, I]`."""
-        return F.linear(activations, self.down.T, self.bias)
-
-    def mask_(self, activations: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
-        """Zero, in place, the activations `[T, I]` of experts that do not run, given bool `[T, E]`."""
-        activations[:, : self._num_routed].unflatten(1, (-1, self._width)).mul_(selected[..., None])
-        return activations
+    def masked(self, activations: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:
+        """A copy of the activations `[T, I]`, zero for experts that do not run, given bool `[T, E]`."""
+        masked = activations.clone()
+        masked[:, : self._num_routed].unflatten(1, (-1, self._width)).mul_(runs[..., None])
+        return masked
 
     def down_tensors(self) -> dict[str, torch.Tensor]:
         """`down` as the tensors of the block."""

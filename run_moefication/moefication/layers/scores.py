@@ -1,9 +1,6 @@
 """How much each expert matters for each token: the scores a gate learns to predict."""
 
 import torch
-from torch.nn import functional as F
-
-from ..checkpoints.dense import DenseCheckpoint
 
 # Of the activations a of an expert's neurons.
 ACTIVATION_CRITERIA = {
@@ -41,23 +38,6 @@ class ExpertScorer:
         activations = activations[:, : len(self._membership)].float()
         scores = ACTIVATION_CRITERIA[self._criterion](activations) @ self._membership
         return scores.abs() if self._criterion == "plain" else scores
-
-
-class LayerActivations:
-    """Recomputes the activations of a layer's neurons from the MLP's inputs and weights, as the features hold them."""
-
-    def __init__(self, checkpoint: DenseCheckpoint, layer: int, template: str, device: str):
-        projections = ["gate_proj", "up_proj"] if "up_proj" in template else ["gate_proj"]
-        self._weights = [checkpoint.mlp_tensor(layer, f"{name}.weight", device) for name in projections]
-        self._biases = [
-            checkpoint.mlp_tensor(layer, f"{name}.bias", device) if checkpoint.config.mlp_bias else None
-            for name in projections
-        ]
-
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[tokens, hidden]`, not normalised -> SiLU(gate_proj x), times (up_proj x) for that template, float32."""
-        gate, *up = (F.linear(inputs.float(), w, b) for w, b in zip(self._weights, self._biases, strict=True))
-        return F.silu(gate) * up[0] if up else F.silu(gate)
 
 
 class OutputNorms:

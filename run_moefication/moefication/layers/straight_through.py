@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from llama_moe import LlamaMoEForCausalLM
 from llama_moe.moe_layers import MoEBlock
 
-from .decoder import AttentionHalf, batches_of, embed
+from .decoder import PreMLP, batches_of, embed
 
 TEMPERATURE = 0.5  # of the sigmoid that stands in for the choice, in standard deviations of the layer's scores
 NUDGE = 0.3  # how far a threshold moves, each step, to where the step's text would have it
@@ -159,7 +159,7 @@ def settle_thresholds(
     active = []
     with soft_blocks(model, shares) as soft:  # which compute all experts at once, faster than one by one
         for layer, block, share in zip(model.model.layers, soft, shares, strict=True):
-            half, gate = AttentionHalf(config, layer.state_dict().__getitem__, device), block.gate
+            half, gate = PreMLP(config, layer.state_dict().__getitem__, device), block.gate
             scores = []
             for batch in batches:
                 attended, inputs = half(stream[batch.rows].to(device), batch)

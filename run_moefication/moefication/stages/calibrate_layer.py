@@ -6,112 +6,105 @@ import torch
 from torch.nn import functional as F
 
 from llama_moe import LlamaMoEConfig
-from llama_moe.gates import Gate
 
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.moe import MoECheckpoint
 from ..fitting.ridge import NormalEquations, best_strength, token_weights
 from ..fitting.ridge_gates import GateEquations
-from ..layers.decoder import AttentionHalf, Batch, DenseLayer
-from ..layers.mlp import PackedMLP
-from ..layers.scores import OutputNorms, token_stride
+from ..layers.decoder import Batch, PreMLP
+from ..layers.mlp import GatedMLP, MoEMLP
+from ..layers.scores import TOKENS_PER_CHUNK, OutputNorms, token_stride
 
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the pull to the original down_proj, in mean diagonals of the Gram
-MOST_KEPT_BYTES = 2 << 30  # of a layer's activations on all tokens; where they are more, each pass computes them anew
+# Strengths of the pull to the original down_proj, in mean diagonals of the Gram matrix.
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+# Activations of a layer on all tokens are kept in memory up to this size; else each pass computes them anew.
+MOST_KEPT_BYTES = 2 << 30
 
 
 class LayerCalibration:
     """One layer of both models, and the passes over the text that fit the second one.
 
+    The stream after the layer `[2, tokens, H]` is filled in two steps: at first `after[0]` is the dense model's, and
+    `after[1]` what enters the norm before the other model's MLP; that MLP's output is added when it is fitted.
+
     Axes: T tokens of a batch, I neurons, E routed experts, H hidden size.
     """
 
     def __init__(
-        self,
-        checkpoint: DenseCheckpoint,
-        moe: MoECheckpoint,
-        config: LlamaMoEConfig,
-        layer: int,
-        *,
-        share: float,
-        refit_gate: bool,
-        device: str,
+        self, checkpoint: DenseCheckpoint, moe: MoECheckpoint, config: LlamaMoEConfig, layer: int, *, device: str
     ):
-        """`config`: of the calibrated model; `share`: of the routed experts, that run per token on average."""
-        prefix = f"layers.{layer}."
-        self._share, self._refit_gate, self._device, self._mlp_prefix = share, refit_gate, device, f"{prefix}mlp."
-        self._dtype = moe.tensors[f"{prefix}mlp.experts.down_proj"][1]
-        self._dense = DenseLayer(checkpoint, layer, device)
-        self._half = AttentionHalf(config, lambda name: moe.tensor(prefix + name), device)
-        self._mlp = PackedMLP.of(moe, config, layer, device)
-        self._keeps, self._kept = False, {}  # activations by the first row of their batch
-
-    @property
-    def gate(self) -> Gate:
-        """The gate of the layer."""
-        return self._mlp.gate
+        """`config`: of the calibrated model."""
+        self._prefix = f"layers.{layer}."
+        self._device, self._dtype = device, moe.tensors[f"{self._prefix}mlp.experts.down_proj"][1]
+        self._dense_half = PreMLP.of_dense(checkpoint, layer, device)
+        self._dense_mlp = GatedMLP.of_dense(checkpoint, layer, device)
+        self._half = PreMLP(config, lambda name: moe.tensor(self._prefix + name), device)
+        self._mlp = MoEMLP.of_moe(moe, config, layer, device)
+        self._gate, self._share = self._mlp.gate, config.experts_per_tok_of(layer) / config.num_experts
+        self._kept: dict[int, torch.Tensor] = {}  # activations with all experts, by the first row of their batch
 
     @torch.no_grad()
-    def run(self, batches: list[Batch], before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
+    def run(
+        self, batches: list[Batch], before: torch.Tensor, after: torch.Tensor, *, refit_gate: bool
+    ) -> dict[str, Any]:
         """Fit the layer, given the streams of the dense and the other model before it `[2, tokens, H]`, and fill
         `after` with those after it. Returns the metrics."""
-        self._keeps = before.shape[1] * 4 * len(self._mlp.down) <= MOST_KEPT_BYTES
-        weights, gate_equations = self._attend(batches, before, after)
-        metrics = {}
-        if gate_equations is not None:
-            metrics["gate"] = gate_equations.fit(self.gate, to_all=True)
-            self._round_gate()
-        scores = torch.cat([self.gate.score(self._inputs(after, batch)) for batch in batches])  # [tokens, E]
-        if self.gate.routing == "threshold":
-            self.gate.store_score_quantiles(scores[:: token_stride(scores.numel())])
-            self.gate.set_active_share(self._share)
-            metrics["threshold"] = self.gate.threshold.item()
-        selected = torch.cat([self.gate.selected(chunk) for chunk in scores.split(4096)])  # bool [tokens, E]
-        metrics["active_share"] = selected.mean(dtype=torch.float64).item()
-        metrics |= self._refit(batches, after, weights, selected)
+        weights = self._attend(batches, before, after)
+        metrics: dict[str, Any] = {"gate": self._refine_gate(batches, after, weights)} if refit_gate else {}
+        scores = torch.cat([self._gate.score(self._inputs(batch, after)) for batch in batches])  # [tokens, E]
+        if self._gate.routing == "threshold":
+            self._gate.store_score_quantiles(scores[:: token_stride(scores.numel())])
+            self._gate.set_active_share(self._share)
+            metrics["threshold"] = self._gate.threshold.item()
+        runs = torch.cat([self._gate.selected(chunk) for chunk in scores.split(TOKENS_PER_CHUNK)])  # bool [tokens, E]
+        metrics["active_share"] = runs.mean(dtype=torch.float64).item()
+        metrics |= self._refit_down(batches, after, weights, runs)
         for batch in batches:
-            hidden = self._hidden(after, batch, selected)
+            hidden = self._mlp.masked(self._activations(batch, after), runs[batch.rows])
             after[1, batch.rows] += self._mlp.output(hidden).cpu()
         return metrics
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The fitted tensors by their names in the checkpoint."""
-        tensors = self._mlp.down_tensors() | {f"gate.{name}": t for name, t in self.gate.state_dict().items()}
+        """The fitted tensors by their names in the checkpoint: those for which `is_fitted` holds."""
+        tensors = self._mlp.down_tensors() | {f"gate.{name}": t for name, t in self._gate.state_dict().items()}
         if self._mlp.bias is not None:
             tensors["output_bias"] = self._mlp.bias
-        return {self._mlp_prefix + name: tensor.cpu() for name, tensor in tensors.items()}
+        return {f"{self._prefix}mlp.{name}": tensor.cpu() for name, tensor in tensors.items()}
 
-    def _attend(
-        self, batches: list[Batch], before: torch.Tensor, after: torch.Tensor
-    ) -> tuple[torch.Tensor, GateEquations | None]:
-        """Fill `after` with the dense stream after the layer, and the other model's before its MLP. Returns the tokens'
-        weights, and the normal equations of the gate if it is to be fitted."""
-        weights, equations, norms = [], None, None
-        if self._refit_gate:
-            equations = GateEquations(before.shape[2], self.gate.num_experts, self._device)
-            norms = OutputNorms(self._mlp.down, self._mlp.routed_neurons)
+    def _attend(self, batches: list[Batch], before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """Fill `after` as far as the MLP of the model that is fitted. Returns the tokens' weights `[tokens]`."""
+        squares = torch.empty(before.shape[1], device=self._device)
         for batch in batches:
-            dense, inputs = self._dense.attention_half(before[0, batch.rows].to(self._device), batch)
-            after[0, batch.rows] = (dense + self._dense.output(self._dense.activations(inputs))).cpu()
-            stream, inputs = self._half(before[1, batch.rows].to(self._device), batch)
+            dense, inputs = self._dense_half(before[0, batch.rows].to(self._device), batch)
+            after[0, batch.rows] = (dense + self._dense_mlp.output(self._dense_mlp.activations(inputs))).cpu()
+            stream, _ = self._half(before[1, batch.rows].to(self._device), batch)
             after[1, batch.rows] = stream.cpu()
-            # Of the larger of the two: a massive activation that one of them lacks is beyond what this layer can mend.
-            squares = torch.maximum(dense.square().sum(dim=1), stream.square().sum(dim=1))
-            weights.append(token_weights(squares))
-            if equations is not None:
-                scores = norms(self._activations(inputs, batch))
-                equations.add(inputs, scores, weights[-1], held_out=batch.held_out)
-        return torch.cat(weights), equations
+            # Where only one model has a massive activation, this layer cannot repair the gap, and the token must not
+            # dominate the fit: the larger of the two norms counts.
+            squares[batch.rows] = torch.maximum(dense.square().sum(dim=1), stream.square().sum(dim=1))
+        return token_weights(squares)
 
-    def _refit(
-        self, batches: list[Batch], after: torch.Tensor, weights: torch.Tensor, selected: torch.Tensor
+    def _refine_gate(self, batches: list[Batch], after: torch.Tensor, weights: torch.Tensor) -> dict[str, float]:
+        """Fit the gate, in place, to the scores of its experts on what the layers before really produce."""
+        equations = GateEquations(after.shape[2], self._gate.num_experts, self._device)
+        norms = OutputNorms(self._mlp.down, self._mlp.routed_neurons)
+        for batch in batches:
+            scores = norms(self._activations(batch, after))
+            equations.add(self._inputs(batch, after), scores, weights[batch.rows], held_out=batch.held_out)
+        metrics = equations.fit(self._gate, refines=True)
+        for parameter in self._gate.parameters():
+            parameter.copy_(self._as_stored(parameter))
+        return metrics
+
+    def _refit_down(
+        self, batches: list[Batch], after: torch.Tensor, weights: torch.Tensor, runs: torch.Tensor
     ) -> dict[str, float]:
-        """Fit down_proj, and the output bias if there is one, in place."""
+        """Fit down_proj, and the output bias if there is one, in place, given which experts run, bool `[tokens, E]`."""
         has_bias = self._mlp.bias is not None
         prior = self._mlp.down if not has_bias else torch.cat([self._mlp.down, self._mlp.bias[None]])
         train, held_out = (NormalEquations(*prior.shape, self._device) for _ in range(2))
         for batch in batches:
-            features = self._hidden(after, batch, selected)
+            features = self._mlp.masked(self._activations(batch, after), runs[batch.rows])
             if has_bias:
                 features = F.pad(features, (0, 1), value=1.0)
             target = (after[0, batch.rows] - after[1, batch.rows]).to(self._device)
@@ -119,29 +112,34 @@ class LayerCalibration:
         before = held_out.error(prior)
         strength, error = best_strength(train, held_out, STRENGTHS, prior)
         train += held_out
-        # As it will be stored, so that the next layers see what the checkpoint will give.
-        solution = train.solve(strength, prior).to(self._dtype).float()
+        solution = self._as_stored(train.solve(strength, prior))
         self._mlp.down = solution[: len(self._mlp.down)]
         if has_bias:
             self._mlp.bias = solution[-1]
         return {"error_before": before, "error_after": error, "strength": strength}
 
-    def _round_gate(self) -> None:
-        for parameter in self.gate.parameters():
-            parameter.copy_(parameter.to(self._dtype).float())
+    def _as_stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Float32 with the values that the checkpoint will hold, which the next layers see."""
+        return tensor.to(self._dtype).float()
 
-    def _inputs(self, after: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _inputs(self, batch: Batch, after: torch.Tensor) -> torch.Tensor:
+        """What the MLP sees, `[T, H]`, while `after` is without the MLP's output."""
         return self._half.mlp_norm(after[1, batch.rows].to(self._device))
 
-    def _hidden(self, after: torch.Tensor, batch: Batch, selected: torch.Tensor) -> torch.Tensor:
-        """What enters down_proj with the true routing, `[T, I]`."""
-        return self._mlp.mask_(self._activations(self._inputs(after, batch), batch), selected[batch.rows])
+    def _activations(self, batch: Batch, after: torch.Tensor) -> torch.Tensor:
+        """What would enter down_proj if every expert ran, `[T, I]`; not to be written to."""
+        if batch.rows.start in self._kept:
+            return self._kept[batch.rows.start]
+        activations = self._mlp.activations(self._inputs(batch, after))
+        if after.shape[1] * 4 * len(self._mlp.down) <= MOST_KEPT_BYTES:
+            self._kept[batch.rows.start] = activations
+        return activations
 
-    def _activations(self, inputs: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """What would enter down_proj if every expert ran, `[T, I]`; perhaps masked already, which does no harm."""
-        kept = self._kept.get(batch.rows.start)
-        if kept is None:
-            kept = self._mlp.activations(inputs)
-            if self._keeps:
-                self._kept[batch.rows.start] = kept
-        return kept
+
+def is_fitted(name: str) -> bool:
+    """Whether calibration gives a tensor of an MoE block, by its name in the block, new values."""
+    return name.startswith("gate.") or name in (
+        "experts.down_proj",
+        "shared_experts.down_proj.weight",
+        "output_bias",
+    )

@@ -21,7 +21,8 @@ from ..artifacts.split import Split
 from ..checkpoints.dense import TEMPLATES, DenseCheckpoint
 from ..errors import MoEficationError, SettingError
 from ..fitting.ridge_gates import fit_ridge_gate
-from ..layers.scores import TOKENS_PER_CHUNK, ExpertScorer, LayerActivations, OutputNorms, routing_quality, top_k_mask
+from ..layers.mlp import GatedMLP
+from ..layers.scores import TOKENS_PER_CHUNK, ExpertScorer, OutputNorms, routing_quality, top_k_mask
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter
 from ..storage.manifest import Claim, environment
@@ -123,9 +124,9 @@ def _layer_data(
     inputs = torch.cat([shard.to(device) for shard in features.inputs(layer)])
     neurons = split.routed_neurons(layer).to(device)
     if settings.select_criterion == "output_norm":
-        activations = LayerActivations(checkpoint, layer, TEMPLATES[1], device)  # what enters down_proj
-        norms = OutputNorms(checkpoint.mlp_tensor(layer, "down_proj.weight", device).T, neurons)
-        scores = torch.cat([norms(activations(chunk)) for chunk in inputs.split(TOKENS_PER_CHUNK)])
+        mlp = GatedMLP.of_dense(checkpoint, layer, device)
+        norms = OutputNorms(mlp.down, neurons)
+        scores = torch.cat([norms(mlp.activations(chunk)) for chunk in inputs.split(TOKENS_PER_CHUNK)])
     else:
         scorer = ExpertScorer(neurons, settings.select_criterion)
         chunks = _activations(checkpoint, features, layer, inputs, settings, device)
@@ -148,7 +149,8 @@ def _activations(
     """The activations of a layer's neurons in chunks of tokens: those that were stored, or recomputed."""
     if features.has_gate_outputs:
         return (chunk for shard in features.gate_outputs(layer) for chunk in shard.split(TOKENS_PER_CHUNK))
-    activations = LayerActivations(checkpoint, layer, settings.templates, device)
+    mlp = GatedMLP.of_dense(checkpoint, layer, device)
+    activations = mlp.gate_activations if settings.templates == TEMPLATES[0] else mlp.activations
     return (activations(chunk) for chunk in inputs.split(TOKENS_PER_CHUNK))
 
 

@@ -6,7 +6,8 @@ from conftest import make_llama
 from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
-from run_moefication.moefication.layers.scores import ExpertScorer, LayerActivations, OutputNorms
+from run_moefication.moefication.layers.mlp import GatedMLP
+from run_moefication.moefication.layers.scores import ExpertScorer, OutputNorms
 
 # float32 sums in another order.
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
@@ -55,7 +56,8 @@ def test_activations_are_the_models(projection, mlp_bias, dtype, tmp_path):
     folder = make_llama(tmp_path / "llama", mlp_bias=mlp_bias, dtype=dtype)
     mlp = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).model.layers[1].mlp
     inputs = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
-    recompute = LayerActivations(DenseCheckpoint(str(folder)), 1, f"layers.{{}}.mlp.{projection}.weight", "cpu")
+    found = GatedMLP.of_dense(DenseCheckpoint(str(folder)), 1, "cpu")
+    recompute = found.activations if projection == "up_proj" else found.gate_activations
     with torch.no_grad():
         expected = mlp.act_fn(mlp.gate_proj(inputs))
         if projection == "up_proj":

@@ -18,6 +18,7 @@ from run_moefication.moefication.artifacts.features import Features
 from run_moefication.moefication.artifacts.split import Split
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.fitting.ridge import token_weights
+from run_moefication.moefication.layers.mlp import GatedMLP
 from run_moefication.moefication.stages.features import extract_features
 from run_moefication.moefication.stages.split_on_activations import NeuronStatistics, split_by_activations
 from run_moefication.moefication.text.corpus import Corpus
@@ -29,18 +30,22 @@ NEURONS = 24
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
 
-def statistics_of(
-    activations: torch.Tensor, keep_fraction: float = 0.25, norms=None, weights=None, size: int = 1000
-) -> NeuronStatistics:
+def statistics_of(activations: torch.Tensor, norms=None, weights=None, size: int = 1000) -> NeuronStatistics:
     """Of tokens whose inputs are what their neurons do: a linear map foresees it."""
     norms = torch.ones(activations.shape[1]) if norms is None else norms
-    inputs = activations.abs().split(size)
-    weights = [None] * len(inputs) if weights is None else weights.split(size)
-    statistics = NeuronStatistics(norms, activations.shape[1])
-    for chunk in zip(inputs, activations.split(size), weights, strict=True):
+    weights = token_weights((activations * norms).square().sum(1)) if weights is None else weights
+    statistics = NeuronStatistics(GatedMLP([], [], torch.diag(norms), None))
+    for chunk in zip(activations.abs().split(size), activations.split(size), weights.split(size), strict=True):
         statistics.add(*chunk)
-    statistics.count(list(inputs), keep_fraction)
     return statistics
+
+
+def split_of(statistics: NeuronStatistics, num_experts: int, num_shared: int, **options) -> torch.Tensor:
+    """The labels, once the clustering has converged."""
+    counts = dict(num_experts=num_experts, num_shared_experts=num_shared)
+    labels, clusters = statistics.split(SplitSettings(cluster_on="activations", **counts, **options))
+    assert clusters.converged
+    return labels
 
 
 def loop_over_tokens(activations, norms, keep_fraction, weights):
@@ -76,10 +81,10 @@ def test_statistics_are_those_of_a_loop_over_tokens(tokens, keep_fraction, seed)
     generator = torch.Generator().manual_seed(seed)
     activations = torch.randn(tokens, NEURONS, generator=generator)
     norms, weights = (torch.rand(size, generator=generator) + 0.1 for size in (NEURONS, tokens))
-    statistics = statistics_of(activations, keep_fraction, norms, weights)
+    statistics = statistics_of(activations, norms, weights)
     importance, together = loop_over_tokens(activations, norms, keep_fraction, weights)
     torch.testing.assert_close(statistics.importance, importance, rtol=1e-5, atol=1e-7)
-    assert torch.equal(statistics.together, together)
+    assert torch.equal(statistics.together(keep_fraction), together)
 
 
 @settings(max_examples=25, deadline=None)
@@ -88,7 +93,7 @@ def test_how_tokens_come_in_chunks_changes_no_count(tokens, size, seed):
     generator = torch.Generator().manual_seed(seed)
     activations, weights = torch.randn(tokens, NEURONS, generator=generator), torch.rand(tokens, generator=generator)
     whole, chunked = (statistics_of(activations, weights=weights, size=s) for s in (1000, size))
-    assert torch.equal(whole.together, chunked.together)
+    assert torch.equal(whole.together(0.25), chunked.together(0.25))
     torch.testing.assert_close(whole.importance, chunked.importance, rtol=1e-6, atol=0)
 
 
@@ -99,15 +104,14 @@ def test_what_no_linear_map_foresees_counts_for_nothing():
     inputs = torch.stack([shown, torch.rand(4000, generator=generator)], dim=1)
     noise = 0.1 * torch.rand(4000, 4, generator=generator)
     activations = torch.stack([hidden, shown, hidden, shown], dim=1) + noise
-    statistics = NeuronStatistics(torch.ones(4), 2)
-    statistics.add(inputs, activations)
-    statistics.count([inputs], 0.25)
-    together = statistics.together / 4000
+    statistics = NeuronStatistics(GatedMLP([], [], torch.ones(4, 2) / 2**0.5, None))
+    statistics.add(inputs, activations, torch.ones(4000))
+    together = statistics.together(0.25) / 4000
     assert together[1, 3] == pytest.approx(0.5, abs=0.03)
     assert together[0, 2] < 0.02
 
 
-def test_without_weights_a_massive_token_counts_like_others():
+def test_a_massive_token_counts_like_others():
     activations = torch.randn(50, NEURONS, generator=torch.Generator().manual_seed(0))
     massive = activations.clone()
     massive[7] *= 1e4
@@ -129,8 +133,7 @@ def planted(num_groups: int, width: int, seed: int = 0) -> tuple[torch.Tensor, t
 @pytest.mark.parametrize("seed", [0, 1])
 def test_neurons_that_fire_together_land_together(distance, seed):
     activations, groups = planted(num_groups=6, width=5, seed=seed)
-    labels, clusters = statistics_of(activations, keep_fraction=1 / 6).split(6, 0, distance, seed)
-    assert clusters.converged
+    labels = split_of(statistics_of(activations), 6, 0, keep_fraction=1 / 6, distance=distance, seed=seed)
     for expert in range(6):
         assert len(groups[labels == expert].unique()) == 1
     assert labels.bincount().tolist() == [5] * 6
@@ -147,7 +150,7 @@ def test_the_hottest_neurons_are_the_shared_experts():
     norms = torch.ones(36)
     norms[hot] = torch.arange(2000.0, 800.0, -100.0)
     # Hot neurons take 12 of the places of each token, the group that fires the other 6.
-    labels, _ = statistics_of(both, keep_fraction=0.5, norms=norms).split(6, 2, "l2", 0)
+    labels = split_of(statistics_of(both, norms), 6, 2, keep_fraction=0.5)
     assert labels.bincount().tolist() == [6] * 6
     assert labels[hot].tolist() == [4] * 6 + [5] * 6  # by heat, the hottest first
     for expert in range(4):
@@ -160,11 +163,11 @@ def test_dead_neurons_and_ties_still_give_equal_experts(num_shared):
     dead = torch.zeros(10, NEURONS)
     half_dead = torch.cat([torch.zeros(10, 12), torch.randn(10, 12)], dim=1)
     for activations in (ties, dead, half_dead):
-        labels, _ = statistics_of(activations).split(6, num_shared, "l2", 0)
+        labels = split_of(statistics_of(activations), 6, num_shared)
         assert labels.bincount(minlength=6).tolist() == [4] * 6
-    assert (statistics_of(dead).together == 0).all()  # what adds nothing is needed by none
+    assert (statistics_of(dead).together(0.25) == 0).all()  # what adds nothing is needed by none
     # Equal importance goes by place.
-    assert (statistics_of(ties).split(6, num_shared, "l2", 0)[0][: 4 * num_shared] >= 6 - num_shared).all()
+    assert (split_of(statistics_of(ties), 6, num_shared)[: 4 * num_shared] >= 6 - num_shared).all()
 
 
 # ---------------------------------------------------------------------------------------------------- the stage
@@ -227,9 +230,8 @@ def test_the_pass_sees_what_the_dense_model_sees(variant, batch_size, corpus, tm
         inputs, hidden, weights = map(torch.cat, zip(*parts, strict=True))
         assert hidden.std() > 0.01
         torch.testing.assert_close([inputs, hidden], expected, **TOLERANCE)
-        # Each token weighs 1 over the square of its stream, batch by batch clamped.
-        squares = stream.square().sum(1).split([len(part[0]) for part in parts])
-        torch.testing.assert_close(weights, torch.cat([token_weights(part) for part in squares]), rtol=1e-3, atol=0)
+        # Each token weighs 1 over the square of its stream; how blocks are batched changes nothing.
+        torch.testing.assert_close(weights, token_weights(stream.square().sum(1)), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("num_shared", [0, 2])
@@ -362,5 +364,4 @@ def test_a_neuron_of_massive_activations_alone_is_not_shared():
     activations = torch.rand(1000, NEURONS, generator=torch.Generator().manual_seed(0)) + 1
     activations[::100, 5] = 1e4
     activations[:, 5][activations[:, 5] < 1e4] = 0.01
-    labels, _ = statistics_of(activations).split(6, 1, "l2", 0)
-    assert labels[5] != 5
+    assert split_of(statistics_of(activations), 6, 1)[5] != 5
