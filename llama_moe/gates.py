@@ -60,7 +60,7 @@ class Gate(nn.Module):
         scores = self.score(hidden_states)
         if self.training and self.noise:
             scores = scores + self.noise * torch.randn_like(scores)
-        index, used = self.select(scores)
+        index, used = self.route(scores)
         return scores, self._weights(scores, index, used).to(hidden_states.dtype), index
 
     @property
@@ -69,7 +69,7 @@ class Gate(nn.Module):
         bounds = (self.min_experts_per_tok, self.max_experts_per_tok)
         return self.routing == "threshold" and bounds == (0, self.num_experts)
 
-    def select(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def route(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scores `[T, E]` -> the slots' experts `[T, K]`, and which slots are used, bool `[T, K]` (None: all are)."""
         if self.routing == "top_k":
             return torch.topk(scores, self.num_experts_per_tok, dim=-1).indices, None
@@ -79,11 +79,11 @@ class Gate(nn.Module):
         forced = torch.arange(best.shape[-1], device=scores.device) < self.min_experts_per_tok
         return index, (best >= self.threshold) | forced
 
-    def selected(self, scores: torch.Tensor) -> torch.Tensor:
+    def mask(self, scores: torch.Tensor) -> torch.Tensor:
         """Which experts run, bool `[T, E]`."""
         if self._is_unbounded:
             return scores >= self.threshold
-        index, used = self.select(scores)
+        index, used = self.route(scores)
         used = torch.ones_like(index, dtype=torch.bool) if used is None else used
         return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, used)
 

@@ -729,7 +729,7 @@ def test_bounds_of_a_token_are_bounds_of_the_average():
             model.set_active_fraction(wrong)
     with pytest.raises(ValueError, match="num_experts_per_tok is 6; it must be 1 to 5"):
         model.set_num_experts_per_tok(6)
-    with pytest.raises(ValueError, match="num_experts_per_tok is 2; it must be 1 to 1, the bounds of each token"):
+    with pytest.raises(ValueError, match="num_experts_per_tok is 2; it must be 0 to 1, the bounds of each token"):
         LlamaMoEConfig(**MOE, routing="threshold", max_experts_per_tok=1)
 
 
@@ -749,6 +749,28 @@ def test_shapes_can_be_had_without_numbers(config):
     with torch.device("meta"):
         model = LlamaMoEForCausalLM(LlamaMoEConfig(**(MOE | config)))
         assert model(torch.ones(2, 10, dtype=torch.long)).logits.shape == (2, 10, 300)
+
+
+def test_no_routed_expert_is_a_budget_under_a_threshold(tmp_path):
+    model = make(routing="threshold", num_shared_experts=4)
+    model.set_num_experts_per_tok(0)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaMoEForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.config.num_experts_per_tok, loaded.config.num_selects) == (0, 4)
+    assert [layer.experts_per_tok for layer in routing_of(loaded, some_tokens())] == [0, 0, 0]
+    model.set_active_fraction(0.5)  # the same, said otherwise
+    assert model.config.num_experts_per_tok == 0
+
+
+def test_layers_averages_count_while_their_mean_is_the_budget():
+    """As checkpoints with budgets of their own by layer have them; a new budget is one for all layers."""
+    fields = MOE | {"routing": "threshold", "layer_num_experts_per_tok": [1.5, 3.5, 1.0]}
+    config = LlamaMoEConfig(**fields)
+    assert [config.experts_per_tok_of(layer) for layer in range(3)] == [1.5, 3.5, 1.0]
+    rebudgeted = LlamaMoEConfig(**fields | {"num_experts_per_tok": 3})
+    assert [rebudgeted.experts_per_tok_of(layer) for layer in range(3)] == [3, 3, 3]
+    model = calibrated(make(**fields), fraction=0.75)
+    assert (model.config.num_experts_per_tok, model.config.layer_num_experts_per_tok) == (3, None)
 
 
 def test_tokens_differ_in_cost_under_a_threshold():

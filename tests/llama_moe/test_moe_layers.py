@@ -344,7 +344,7 @@ def test_threshold_routing_runs_what_reaches_it_within_the_bounds(threshold, lea
     x = torch.randn(12, 16, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         scores, weights, index = gate(x)
-    mask = gate.selected(scores)
+    mask = gate.mask(scores)
     for token in range(12):
         ranked = sorted(range(6), key=lambda e: -scores[token, e])
         reached = [e for e in ranked if scores[token, e] >= threshold]
@@ -365,7 +365,7 @@ def test_quantiles_give_the_threshold_of_any_share(share, seed):
     scores = torch.randn(2000, 6, generator=torch.Generator().manual_seed(seed)) ** 3
     gate.store_score_quantiles(scores)
     gate.set_active_share(share)
-    assert gate.selected(scores).float().mean().item() == pytest.approx(share, abs=1 / 1024 + 1 / 12000)
+    assert gate.mask(scores).float().mean().item() == pytest.approx(share, abs=1 / 1024 + 1 / 12000)
 
 
 @settings(max_examples=30, deadline=None)
@@ -378,7 +378,7 @@ def test_quantiles_know_the_bounds_of_a_token(one, other, share, seed):
     gate.store_score_quantiles(scores)
     gate.set_active_share(share)
     possible = min(max(share, least / 6), most / 6)
-    assert gate.selected(scores).float().mean().item() == pytest.approx(possible, abs=1 / 1024 + 1 / 12000)
+    assert gate.mask(scores).float().mean().item() == pytest.approx(possible, abs=1 / 1024 + 1 / 12000)
 
 
 def test_quantiles_are_of_finite_scores_and_for_thresholds():
@@ -396,8 +396,8 @@ def test_the_ends_of_the_shares_are_all_and_none():
     gate.store_score_quantiles(torch.randn(50, 6))
     for share, every in ((1.0, True), (0.0, False)):
         gate.set_active_share(share)
-        assert gate.selected(torch.randn(50, 6) * 1e6).all().item() == every
-        assert gate.selected(torch.randn(50, 6) * 1e6).any().item() == every
+        assert gate.mask(torch.randn(50, 6) * 1e6).all().item() == every
+        assert gate.mask(torch.randn(50, 6) * 1e6).any().item() == every
 
 
 @pytest.mark.parametrize("routing", [{}, {"routing": "threshold"}])

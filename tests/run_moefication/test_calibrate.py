@@ -162,7 +162,7 @@ def test_down_proj_is_scikit_learns_ridge_on_what_the_calibrated_prefix_produces
     s = seen(dense, after, layer, corpus.blocks)
     mlp = after.model.layers[layer].mlp
     with torch.no_grad():
-        selected = mlp.gate.selected(mlp.gate.score(s.inputs)).float()
+        selected = mlp.gate.mask(mlp.gate.score(s.inputs)).float()
     x = neurons_of(mlp, s.inputs).clone()
     x[:, : 6 * 8] *= selected.repeat_interleave(8, dim=1)
     x, y = x.double().numpy(), s.target.double().numpy()

@@ -145,7 +145,7 @@ def test_random_splits_deal_evenly_and_differ_by_seed_and_layer(finished, tmp_pa
 
 def active_share(gate, x: torch.Tensor) -> float:
     with torch.no_grad():
-        return gate.selected(gate.score(x)).float().mean().item()
+        return gate.mask(gate.score(x)).float().mean().item()
 
 
 @pytest.mark.parametrize("num_selects", [3, 4, 6, 7])
@@ -185,7 +185,7 @@ def test_bounds_hold_for_every_token(least, most, finished, tmp_path):
         counts = []
         for index, layer in enumerate(model.model.layers):
             gate = layer.mlp.gate
-            counts.append(2 + gate.selected(gate.score(inputs_of(finished, index))).sum(1))
+            counts.append(2 + gate.mask(gate.score(inputs_of(finished, index))).sum(1))
         counts = torch.cat(counts)
         inside = ((counts >= (least or 2)) & (counts <= (most or 8))).all()
         assert inside != widened  # without bounds, tokens do leave them

@@ -19,20 +19,17 @@ from .dense import DenseCheckpoint
 from .transformers_library import CONFIG_ERRORS, first_line, quiet_transformers
 
 
-def experts_per_tok(config: LlamaMoEConfig, thresholds: list[float]) -> list[float]:
-    """Routed experts that run per token, by layer; `thresholds` are those of the layers, if they have any. None run
-    where the threshold is out of every score's reach, a budget for which the config has no number."""
-    counts = [float(config.experts_per_tok_of(layer)) for layer in range(config.num_hidden_layers)]
-    if config.routing != "threshold":
-        return counts
-    runs_none = [threshold >= -Gate.LOWEST_THRESHOLD for threshold in thresholds]
-    return [0.0 if none else count for none, count in zip(runs_none, counts, strict=True)]
+def correct_zero_budget(config: LlamaMoEConfig, thresholds: list[float]) -> None:
+    """Say in the config that no routed expert runs, where the thresholds are out of every score's reach: checkpoints of
+    version 0.1 say 1 there. `thresholds` are those of the layers, if they have any."""
+    if thresholds and min(thresholds) >= -Gate.LOWEST_THRESHOLD:
+        config.num_experts_per_tok = 0
 
 
 def require_num_selects(num_selects: int, config: LlamaMoEConfig, least_routed: int = 1) -> None:
     """Raise MoEficationError unless the model can run so many experts per token, shared ones included."""
     least = config.num_shared_experts + max(least_routed, config.min_experts_per_tok)
-    most = config.num_shared_experts + config.most_experts_per_tok
+    most = config.num_shared_experts + config.max_routed_experts
     if not least <= num_selects <= most:
         raise SettingError(f"num_selects {num_selects} is outside of {least} to {most}, the model's experts")
 
@@ -66,6 +63,7 @@ class MoECheckpoint:
                 self._file_of[name] = (file, stored)
                 tensor = opened.get_slice(stored)
                 self.tensors[name] = (tuple(tensor.get_shape()), opened.get_tensor(stored).dtype)
+        correct_zero_budget(self.config, [self.tensor(n).item() for n in self.tensors if n.endswith("gate.threshold")])
 
     @property
     def path(self) -> Path:
@@ -80,8 +78,7 @@ class MoECheckpoint:
     @property
     def experts_per_tok(self) -> list[float]:
         """Routed experts that run per token, by layer."""
-        names = [f"layers.{layer}.mlp.gate.threshold" for layer in range(self.config.num_hidden_layers)]
-        return experts_per_tok(self.config, [self.tensor(name).item() for name in names if name in self.tensors])
+        return [float(self.config.experts_per_tok_of(layer)) for layer in range(self.config.num_hidden_layers)]
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor by its name without `model.` prefix; memory-mapped, not to be written to."""

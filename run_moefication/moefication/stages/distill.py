@@ -18,7 +18,7 @@ from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
 from ...settings import DistillSettings
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.model_card import distillation_card
-from ..checkpoints.moe import MoECheckpoint, experts_per_tok, require_num_selects
+from ..checkpoints.moe import MoECheckpoint, require_num_selects
 from ..checkpoints.tokenizers import tokenizer_files
 from ..checkpoints.transformers_library import quiet_transformers
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
@@ -167,7 +167,7 @@ def _plan(moe: MoECheckpoint, trained: dict[str, torch.Tensor]) -> list[PlannedT
 def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
     """The model to train, in float32, on its budget."""
     with quiet_transformers():
-        model = LlamaMoEForCausalLM.from_pretrained(moe.artifact.folder, dtype=torch.float32)
+        model = LlamaMoEForCausalLM.from_pretrained(moe.artifact.folder, config=moe.config, dtype=torch.float32)
     if settings.num_selects is not None:
         try:
             model.set_num_experts_per_tok(settings.num_selects - moe.config.num_shared_experts)
@@ -223,8 +223,7 @@ def _train(
     """Train the model in place, as it will be stored. Returns the metrics (in the first process)."""
     device, is_first, batch_size = arguments.device, arguments.process_index == 0, settings.batch_size
     config, gates = model.config, [layer.mlp.gate for layer in model.model.layers]
-    thresholds = [gate.threshold.item() for gate in gates] if config.routing == "threshold" else []
-    shares = [count / config.num_experts for count in experts_per_tok(config, thresholds)]
+    shares = [config.experts_per_tok_of(layer) / config.num_experts for layer in range(config.num_hidden_layers)]
     num_held_out = -(-len(corpus.blocks) // HELD_OUT)
     blocks, held_out = corpus.blocks[:-num_held_out], corpus.blocks[-num_held_out:]
     model.to(device)

@@ -17,7 +17,7 @@ from llama_moe.moe_layers import MoEBlock
 from ..checkpoints.dense import DTYPES, DenseCheckpoint, resolve_model_path
 from ..checkpoints.dense_config import is_convertible, read_dense_config
 from ..checkpoints.headers import ADAPTER, MERGE_ADAPTER
-from ..checkpoints.moe import experts_per_tok, require_num_selects
+from ..checkpoints.moe import correct_zero_budget, require_num_selects
 from ..checkpoints.tokenizers import load_tokenizer
 from ..checkpoints.transformers_library import CONFIG_ERRORS, first_line, last_line, plain_config, quiet_transformers
 from ..errors import MoEficationError, SettingError
@@ -188,10 +188,11 @@ def _evaluate(
     num_experts = None
     if model.config.model_type == "llama_moe":
         shared = model.config.num_shared_experts
-        num_experts, has_thresholds = model.config.num_experts + shared, model.config.routing == "threshold"
+        num_experts = model.config.num_experts + shared
         if budget is None:
-            thresholds = [layer.mlp.gate.threshold.item() for layer in model.model.layers if has_thresholds]
-            budget = model.config.num_selects if any(experts_per_tok(model.config, thresholds)) else shared
+            if model.config.routing == "threshold":
+                correct_zero_budget(model.config, [layer.mlp.gate.threshold.item() for layer in model.model.layers])
+            budget = model.config.num_selects
         else:
             try:
                 model.set_num_experts_per_tok(budget - shared)

@@ -52,7 +52,7 @@ def inputs() -> torch.Tensor:
 
 @torch.no_grad()
 def run(packed: PackedMLP, x: torch.Tensor) -> torch.Tensor:
-    selected = packed.gate.selected(packed.gate.score(x))
+    selected = packed.gate.mask(packed.gate.score(x))
     hidden = packed.mask_(packed.activations(x), selected)
     output = hidden @ packed.down
     return output if packed.bias is None else output + packed.bias
@@ -67,7 +67,7 @@ def test_it_does_what_the_block_does(routing, num_shared, biases, gate):
     packed = pack(config, block)
     with torch.no_grad():
         expected = block(inputs()[None])[0]
-        share = packed.gate.selected(packed.gate.score(inputs())).float().mean()
+        share = packed.gate.mask(packed.gate.score(inputs())).float().mean()
     assert 0 < share < 1
     assert (packed.bias is not None) == bool(biases)
     torch.testing.assert_close(run(packed, inputs()), expected, **TOLERANCE)
@@ -116,4 +116,4 @@ def test_the_layers_own_budget_is_kept():
     config, block = make_block(num_experts_per_tok=3, layer_num_experts_per_tok=[1, 3])
     for layer, budget in enumerate([1, 3]):
         packed = PackedMLP(config, layer, block.state_dict().__getitem__, "cpu")
-        assert packed.gate.selected(packed.gate.score(inputs())).sum(1).tolist() == [budget] * TOKENS
+        assert packed.gate.mask(packed.gate.score(inputs())).sum(1).tolist() == [budget] * TOKENS
