@@ -154,27 +154,14 @@ def test_bad_values_given_while_loading_are_refused_by_name(model_class, tmp_pat
 
 
 def test_config_round_trip(tmp_path):
-    config = LlamaMoEConfig(
-        **MOE,
-        gate_network="linear",
-        gate_rank=3,
-        multiply_gate_scores=True,
-        score_scale_factor=2,
-        layer_num_experts_per_tok=[1, 2, 2],
-        output_bias=True,
-    )
+    fields = {"gate_network": "linear", "gate_rank": 3, "score_scale_factor": 2, "layer_num_experts_per_tok": [1, 2, 2]}
+    config = LlamaMoEConfig(**MOE | fields)
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(again, LlamaMoEConfig)
     assert again.to_dict() | {"_name_or_path": ""} == config.to_dict()
-    assert again.num_selects == again.num_experts_per_tok == 2
-    assert again.moe_intermediate_size == 16
-    assert set(again.auto_map) == {
-        "AutoConfig",
-        "AutoModel",
-        "AutoModelForCausalLM",
-        "AutoModelForSequenceClassification",
-    }
+    assert (again.num_selects, again.moe_intermediate_size) == (2, 16)
+    assert set(again.auto_map) == {"AutoConfig", *(auto.__name__ for auto in CLASSES.values())}
 
 
 # ---------------------------------------------------------------------------------------------------- models
@@ -384,14 +371,9 @@ def test_hidden_states_and_attentions():
     model.set_attn_implementation("eager")
     with torch.no_grad():
         output = model(some_tokens(), output_hidden_states=True, output_attentions=True)
-        states, attentions = output.hidden_states, output.attentions
-        assert [state.shape for state in states] == [(2, 10, 32)] * 4
-        assert torch.equal(states[0], model.model.embed_tokens(some_tokens()))
-        assert torch.equal(model.lm_head(states[-1]), output.logits)
-    assert [attention.shape for attention in attentions] == [(2, 4, 10, 10)] * 3
-    for attention in attentions:
-        torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 10))
-        assert torch.equal(attention, attention.tril())
+        assert [state.shape for state in output.hidden_states] == [(2, 10, 32)] * 4
+        assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
+    assert [attention.shape for attention in output.attentions] == [(2, 4, 10, 10)] * 3
 
 
 def test_num_selects_names_the_budget_when_loading(tmp_path):
@@ -445,18 +427,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(config):
         gradients.append([p.grad for p in model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         assert torch.equal(plain, checkpointed)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_resized_embeddings_keep_the_old_logits(tied):
-    model = make(tie_word_embeddings=tied)
-    with torch.no_grad():
-        before = model(some_tokens()).logits
-        model.resize_token_embeddings(310)
-        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-        after = model(torch.cat([some_tokens(), torch.full((2, 1), 309)], dim=1)).logits
-    assert after.shape == (2, 11, 310)
-    torch.testing.assert_close(after[:, :10, :300], before, **TOLERANCE)
 
 
 def test_tied_embeddings_stay_one_tensor_on_disk_and_in_memory(tmp_path):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llama_moe import LlamaMoEConfig
 from llama_moe.expert_kernels import (
@@ -218,6 +219,13 @@ def test_gradients_equal_the_naive_loops(run):
         gradients.append([x.grad, w.grad, *(p.grad.clone() for p in module.parameters())])
     for own, naive in zip(*gradients, strict=True):
         assert (own - naive).abs().max() < bound * naive.abs().max()
+
+
+def test_the_code_of_another_checkpoint_changes_nothing():
+    """A checkpoint's own copy of the package, of another version, registers its kernels with transformers."""
+    ALL_EXPERTS_FUNCTIONS.register("llama_moe", lambda *_: pytest.fail("the other copy's kernels ran"))
+    module = random_experts(4, 8, 16, implementation="llama_moe")
+    assert module(hidden_states(3), *random_routing(3, 4, 2)).any()
 
 
 @settings(max_examples=40, deadline=None)
