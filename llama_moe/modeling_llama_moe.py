@@ -74,7 +74,7 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Unless asked otherwise, "llama_moe": the fastest way for each device and size."""
+        """Unless asked otherwise, "llama_moe": the fast kernels of `expert_kernels`."""
         if requested_experts in (None, "llama_moe"):
             return "llama_moe"
         return super().get_correct_experts_implementation(requested_experts)
@@ -90,8 +90,9 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
                 threshold routing has no score quantiles to go by.
         """
         config = self.config
-        by_layer = isinstance(num_experts_per_tok, Sequence) and not isinstance(num_experts_per_tok, str)
-        budgets = list(num_experts_per_tok) if by_layer else [num_experts_per_tok] * config.num_hidden_layers
+        budgets = num_experts_per_tok
+        if isinstance(budgets, str) or not isinstance(budgets, Sequence):
+            budgets = [budgets] * config.num_hidden_layers
         if len(budgets) != config.num_hidden_layers:
             raise ValueError(f"{len(budgets)} budgets given for {config.num_hidden_layers} layers")
         lowest, highest = self._routed_bounds()
@@ -136,10 +137,8 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         config = self.config
         gates = [module for module in self.modules() if isinstance(module, Gate)]
         if config.routing == "threshold":
-            thresholds = [
-                gate.threshold_of_share(budget / config.num_experts)
-                for gate, budget in zip(gates, budgets, strict=True)
-            ]
+            shares = [budget / config.num_experts for budget in budgets]
+            thresholds = [g.quantile_threshold(g.score_quantiles, s) for g, s in zip(gates, shares, strict=True)]
             for gate, threshold in zip(gates, thresholds, strict=True):
                 gate.threshold.fill_(threshold)
             config.num_experts_per_tok = round(sum(budgets) / len(budgets))
