@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 SHINGLE_WORDS = 13  # as usual when test sets are compared with training sets (Brown et al. 2020, appendix C)
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits in no pattern
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, with irregular bits
 WORD = re.compile(r"\w+")
 
 

@@ -1,6 +1,6 @@
-"""What download_redpajama.py does: a dataset read record by record, its texts written to one file per domain.
+"""Reads a dataset record by record and writes its texts to one file per domain, for download_redpajama.py.
 
-It goes on from the state that an interrupted run left.
+A later run goes on from the state that an interrupted one left.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llama_data.partial_download import STATE, discard_partial_files, part_path, write_record
-from llama_download.registry import RegistryError, file_sha256
+from run_moefication.moefication.errors import MoEficationError, NetworkError
+from run_moefication.moefication.storage.files import file_sha256
 
 # A sample of SlimPajama, which is RedPajama deduplicated: 14 GB of parquet, 6 billion tokens, domains shuffled.
 DEFAULT_DATASET = "DKYoon/SlimPajama-6B"
@@ -30,11 +31,7 @@ DOMAINS = {
 HELD_OUT_ONE_IN = 20
 COMMIT_EVERY = 1000  # records between two points from which a later run can go on
 LOOK_AHEAD = 10_000  # records after which a dataset that gave no document is given up
-NETWORK_RETRIES = 5  # of a read, half a minute each
-
-
-class NetworkError(RegistryError):
-    """The hub cannot be reached, or went away while it was read."""
+NETWORK_RETRIES = 5  # per read, half a minute each
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -42,7 +39,7 @@ class NetworkError(RegistryError):
 
 @contextlib.contextmanager
 def reading(dataset: str) -> Iterator[None]:
-    """Turn whatever reading a dataset raises into one sentence: ValueError for the data, NetworkError for the rest."""
+    """Turn whatever reading a dataset raises into one line: MoEficationError for the data, else NetworkError."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -51,13 +48,13 @@ def reading(dataset: str) -> Iterator[None]:
     try:
         yield
     except RepositoryNotFoundError as error:
-        raise ValueError(
+        raise MoEficationError(
             f"--dataset {dataset}: not on the hub, or only for those who log in (hf auth login)"
         ) from error
     except (*of_data, *of_network) as error:
         sentence = f"--dataset {dataset}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         if Path(dataset).is_dir() or isinstance(error, of_data):
-            raise ValueError(sentence) from error
+            raise MoEficationError(sentence) from error
         raise NetworkError(f"{sentence}; run the same command again to go on") from error
 
 
@@ -73,11 +70,11 @@ def open_streams(options: dict[str, Any], revision: str | None) -> list[tuple[An
     for name in ("datasets.packaged_modules", "huggingface_hub"):  # the first logs what it raises, the other each try
         logging.getLogger(name).setLevel(logging.CRITICAL)
     places, streams = (options["config"], options["data_dir"]), []
+    choice = {"split": options["split"], "revision": revision, "streaming": True}
     for domain, name in options["domain_names"].items() if "{}" in str(places) else [(None, "")]:
         config, data_dir = (place and place.replace("{}", name) for place in places)
-        choice = {"data_dir": data_dir, "split": options["split"], "revision": revision}
         with reading(options["dataset"]):
-            streams.append((datasets.load_dataset(options["dataset"], config, **choice, streaming=True), domain))
+            streams.append((datasets.load_dataset(options["dataset"], config, data_dir=data_dir, **choice), domain))
     return streams
 
 
@@ -132,7 +129,6 @@ class Download:
         self.options, self.tallies = state["options"], state["files"]
         self.domain_of = {name: domain for domain, name in self.options["domain_names"].items()}
         self.record: Any = None  # the last one read
-        self.grown: set[str] = set()  # files since the last commit
 
     def run(self) -> None:
         """Read until every domain has its tokens or the dataset ends; then the state says that it is finished."""
@@ -161,15 +157,14 @@ class Download:
         path, length = part_path(self.folder, name), self.tallies[name]["bytes"]
         path.parent.mkdir(parents=True, exist_ok=True)
         if length > (path.stat().st_size if path.exists() else 0):
-            raise ValueError(f"{path} is shorter than it was left: start anew with --overwrite")
+            raise MoEficationError(f"{path} is shorter than it was left: start anew with --overwrite")
         file = path.open("ab")
         file.truncate(length)
         return file
 
     def commit(self) -> None:
         """Put everything so far on the disk, and after it the state that says how much it is."""
-        while self.grown:
-            file = self.files[self.grown.pop()]
+        for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
         write_record(self.folder / STATE, self.state)
@@ -215,8 +210,8 @@ class Download:
         text, tokens = self.cut(text, room - tally["tokens"])
         line = json.dumps({"text": text, "domain": domain, **self.origin(domain)}, ensure_ascii=False).encode() + b"\n"
         self.files[name].write(line)
-        self.grown.add(name)
-        tally |= {"documents": tally["documents"] + 1, "tokens": tally["tokens"] + tokens}
+        tally["documents"] += 1
+        tally["tokens"] += tokens
         tally["bytes"] += len(line)
         self.bar.update(0 if held_out else tokens)
 
@@ -237,12 +232,12 @@ class Download:
         return {"source": f"{dataset}{'@' + revision if revision else ''} {name}", "licence": licence}
 
     def refuse_no_documents(self) -> None:
-        """Raise ValueError, and leave nothing, where no record so far gave a document."""
+        """Raise MoEficationError, and leave nothing, where no record so far gave a document."""
         if any(tally["documents"] for tally in self.tallies.values()):
             return
         discard_partial_files(self.folder, self.state)
         fields = f"a text in {self.options['text_field']!r} and a domain ({', '.join(self.domain_of)})"
-        raise ValueError(
+        raise MoEficationError(
             f"--dataset {self.options['dataset']}: none of {self.state['records']} records has {fields} in "
             f"{self.options['label_field']!r}; the last one: {str(self.record)[:200]}"
         )

@@ -32,16 +32,16 @@ from llama_data.partial_download import (
     refuse_foreign_files,
     refuse_other_options,
 )
-from llama_download.registry import exit_status
+from run_moefication.command_line import run
+from run_moefication.moefication.errors import MoEficationError
 
 CHARACTERS_PER_TOKEN = 4  # where no tokenizer counts
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     add, here = parser.add_argument, Path(__file__).resolve().parent
     add("--output_dir", type=Path, default=here, help="folder of the files (default: llama_data in this project)")
     cut = "training tokens of each domain, whose last document is cut there (default: %(default)s)"
@@ -64,15 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and download; returns the exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return exit_status(lambda: download(args), parser.prog)
+    return run(build_parser(), download, argv)
 
 
 def download(args: argparse.Namespace) -> None:
     """Bring the folder to what the options ask for, from whatever an earlier run left there."""
     if importlib.util.find_spec("datasets") is None:
-        raise ValueError("datasets is not installed: pip install datasets zstandard")
+        raise MoEficationError("datasets is not installed: pip install datasets zstandard")
     options, folder = collect_options(args), args.output_dir
     state, manifest = read_record(folder / STATE), read_record(folder / MANIFEST)
     refuse_foreign_files(folder, options["domain_names"], state, manifest)
@@ -97,18 +95,18 @@ def download(args: argparse.Namespace) -> None:
 def collect_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what is written, checked, by their names on the command line."""
     if args.tokens_per_domain < 1:
-        raise ValueError(f"--tokens_per_domain {args.tokens_per_domain} must be at least 1")
+        raise MoEficationError(f"--tokens_per_domain {args.tokens_per_domain} must be at least 1")
     options = {name: value for name, value in vars(args).items() if name not in ("output_dir", "overwrite")}
     if Path(args.dataset).is_dir():
         options["dataset"] = str(Path(args.dataset).resolve())
     elif args.dataset.startswith((".", "/", "~")) or args.dataset.count("/") > 1:
-        raise ValueError(f"--dataset {args.dataset} is not a folder")
+        raise MoEficationError(f"--dataset {args.dataset} is not a folder")
     options["model_path"] = args.model_path and str(args.model_path.resolve())
     options["domain_names"] = names = {}
     for item in args.domain_names.split(","):
         domain, _, name = (part.strip() for part in item.partition("="))
         if domain not in DOMAINS or not name or domain in names or name in names.values():
-            raise ValueError(f"--domain_names: {item!r} is not domain=name, each once, of {', '.join(DOMAINS)}")
+            raise MoEficationError(f"--domain_names: {item!r} is not domain=name, each once, of {', '.join(DOMAINS)}")
         names[domain] = name
     return options
 
@@ -128,10 +126,9 @@ def table(manifest: dict[str, Any]) -> str:
     options, files = manifest["options"], manifest["files"]
     asked, about = options["tokens_per_domain"], "" if options["model_path"] else "about "
     lines = [f"{'domain':<14}{'asked':>14}{about + 'got':>14}{'documents':>12}{'held out':>12}{'bad records':>13}"]
+    nothing = {"documents": 0, "tokens": 0}
     for domain in options["domain_names"]:
-        train, held_out = (
-            files.get(name, {"documents": 0, "tokens": 0}) for name in (f"{domain}.jsonl", f"heldout/{domain}.jsonl")
-        )
+        train, held_out = (files.get(f"{folder}{domain}.jsonl", nothing) for folder in ("", "heldout/"))
         numbers = f"{asked:>14,}{train['tokens']:>14,}{train['documents']:>12,}{held_out['documents']:>12,}"
         short = "" if train["tokens"] >= asked else "  the dataset has " + ("no more" if train["tokens"] else "none")
         lines.append(f"{domain:<14}{numbers}{manifest['skipped'][domain]:>13,}{short}")

@@ -1,4 +1,4 @@
-"""What a package's files hold, as documents: one pure function for each kind of source."""
+"""Turns the files of a package into documents: one pure function for each kind of source."""
 
 import html
 import json
@@ -60,18 +60,17 @@ def is_uncleaned(page: str) -> bool:
 
 def web_mails(members: Members) -> Iterator[Document]:
     """HTML mails (newsletters, advertisements) in English as pages; the work is the sender's site. Nothing explicit."""
-    yield from _mails(members, mail.page_text)
+    yield from _mails(members, lambda message: html_text(message.html))
 
 
 def plain_mails(members: Members) -> Iterator[Document]:
-    """The same of mails that have no HTML."""
-    yield from _mails(members, mail.plain_text)
+    """Mails without HTML, by the same rules."""
+    yield from _mails(members, lambda message: "" if message.html else message.plain)
 
 
 def _mails(members: Members, text_of: Callable[[mail.Mail], str]) -> Iterator[Document]:
-    for content in members.values():
-        message = mail.parse_mail(content)
-        text = text_of(message)
+    for message in map(mail.parse_mail, members.values()):
+        text = mail.readable(text_of(message))
         # As many letters beyond ASCII as this are another language, mostly one whose encoding was lost.
         if text and not EXPLICIT.search(text) and sum(map(str.isascii, text)) >= 0.95 * len(text):
             yield from _parts(message.sender or message.thread, text)
@@ -132,29 +131,16 @@ def r_novels(members: Members) -> Iterator[Document]:
 
 
 def r_character_vectors(rdb: bytes) -> Iterator[list[str]]:
-    """The character vectors of an R data base, of R's serialisation format 3.
+    """The character vectors of an R data base: objects of 4 bytes (a length) and zlib data each.
 
-    Each object is a length (4 bytes, big-endian) and zlib data. This reads a vector of type 16, the strings of which
-    are of type 9 with a length (-1: missing) before their bytes; other objects are passed over.
+    Before each string R writes its encoding, its type (9) and its length. Objects without strings are passed over.
     """
-    position = 0
-    while position + 4 < len(rdb):
+    while rdb:
         decompressor = zlib.decompressobj()
-        data = decompressor.decompress(rdb[position + 4 :], 64 << 20)
-        position = len(rdb) - len(decompressor.unused_data)
-        start = 14 + 4 + int.from_bytes(data[14:18])  # format, versions, the name of the encoding
-        if data[start + 3] == 16:
-            yield _strings(data, start + 4)
-
-
-def _strings(data: bytes, position: int) -> list[str]:
-    strings = []
-    for _ in range(int.from_bytes(data[position : position + 4])):
-        length = int.from_bytes(data[position + 8 : position + 12], signed=True)
-        position += 8
-        strings.append(data[position + 4 : position + 4 + max(0, length)].decode("utf-8", "replace"))
-        position += max(0, length)
-    return strings
+        _, *strings = re.split(rb"\0[\0\x04][\0\x80]\x09.{4}", decompressor.decompress(rdb[4:]), flags=re.DOTALL)
+        rdb = decompressor.unused_data
+        if strings:
+            yield [string.decode() for string in strings]
 
 
 def plain_novel(members: Members) -> Iterator[Document]:

@@ -1,16 +1,16 @@
 """Mails as text: threads of mailing lists, and HTML mails as the web pages they are. Pure functions."""
 
-import calendar
+import contextlib
 import email
-import email.errors
-import email.header
+import email.policy
 import email.utils
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from email.message import Message
+from datetime import UTC
+from email.message import EmailMessage
 
-from llama_data.cleaning import decode, html_text, tidy
+from llama_data.cleaning import decode, tidy
 
 ADDRESS = re.compile(r"<?\b[\w.+=-]+@[\w-]+(?:\.[\w-]+)+\b>?")
 PREFIXES = re.compile(r"^(?:(?:re|fwd?|aw|sv)\s*(?:\[\d+\])?\s*:|\[[^\]]*\]|\s)+", re.IGNORECASE)
@@ -24,6 +24,7 @@ ENDINGS = re.compile(
     r"|Irish Linux Users' Group|List maintainer:|http://xent\.com/mailman|Spamassassin-\w+ mailing list)[^\n]*",
     re.MULTILINE | re.IGNORECASE,
 )
+SIGNATURE = re.compile(r"^[-=_*~+]{20,}[ \t]*(?:\n[^\n]*){0,8}\Z", re.MULTILINE)  # a ruler near the end, and the rest
 HEADER_LINES = re.compile(r"^(?:From|To|Cc|Sent|Date|Subject|URL|Reply-To|Hash): [^\n]*\n", re.MULTILINE)
 NO_WORDS = re.compile(r"\b(?!https?:|www\.)[^\s/]{45,}|mailman/listinfo|mailing list$|DeathToSpam|_{10,}")
 MARKUP = re.compile(r"<(?:html|body|table|font|br|/p|/a|/b)\b", re.IGNORECASE)  # whatever the header says
@@ -42,20 +43,21 @@ class Mail:
 
 
 def parse_mail(content: bytes) -> Mail:
-    """A raw mail; headers and encodings that are wrong, as in old mail they often are, are taken as far as they go."""
-    message = email.message_from_bytes(content)
-    subject = _header(message, "subject")
+    """A raw mail; headers that are wrong, as in old mail they often are, are taken as far as they go."""
+    message = email.message_from_bytes(content, policy=email.policy.default)
     plain, html = [], []
     for part in message.walk():
         if part.get_content_maintype() == "text" and part.get_content_disposition() != "attachment":
             text = _text(part)
             (html if part.get_content_subtype() == "html" or MARKUP.search(text) else plain).append(text)
-    address = email.utils.parseaddr(_header(message, "from"))[1]
+    subject = " ".join(str(message.get("subject", "")).split())
+    address = email.utils.parseaddr(str(message.get("from", "")))[1]
+    date = getattr(message.get("date"), "datetime", None)
     return Mail(
         sender=address.rpartition("@")[2].lower().strip("> "),
         subject=PREFIXES.sub("", subject).strip(),
         thread=thread_name(subject),
-        time=_time(message),
+        time=date.replace(tzinfo=date.tzinfo or UTC).timestamp() if date else 0.0,
         plain=tidy("\n\n".join(plain)),
         html="\n".join(html),
     )
@@ -75,17 +77,9 @@ def own_words(plain: str) -> str:
     text = re.sub(r"^[ \t]*(?:[\w-]{0,12}>|[|}]|: )[^\n]*$", "\0", text, flags=re.MULTILINE)
     # Who is quoted stands right above the quotation.
     text = re.sub(r"(?:^[^\n\0]{0,100}\n)?^[^\n\0]{0,100}:[ \t]*\n+(?=\0)", _drop_attribution, text, flags=re.MULTILINE)
-    text = HEADER_LINES.sub("", text.replace("\0", ""))
-    ending = ENDINGS.search(text)
-    text = _without_signature(text[: ending.start()] if ending else text)
+    text = ENDINGS.split(HEADER_LINES.sub("", text.replace("\0", "")), maxsplit=1)[0].rstrip()
+    text = SIGNATURE.sub("", text)
     return tidy(without_addresses(ATTRIBUTION.sub("", text))).strip()
-
-
-def _without_signature(text: str) -> str:
-    """The text without a line of dashes or the like among its last lines, and what follows it."""
-    lines = text.rstrip().split("\n")
-    rulers = [i for i in range(max(0, len(lines) - 9), len(lines)) if re.fullmatch(r"[-=_*~+]{20,}\s*", lines[i])]
-    return "\n".join(lines[: rulers[0]] if rulers else lines)
 
 
 def _drop_attribution(match: re.Match) -> str:
@@ -113,60 +107,21 @@ def threads(mails: Iterable[Mail]) -> dict[str, str]:
     return texts
 
 
-def page_text(mail: Mail) -> str:
-    """The text of an HTML mail as a browser would show it; "" where the mail has no HTML."""
-    return readable(html_text(mail.html)) if mail.html else ""
-
-
-def plain_text(mail: Mail) -> str:
-    """The text of a mail that has no HTML, else ""."""
-    return "" if mail.html else readable(mail.plain)
-
-
 def readable(text: str) -> str:
     """The text without addresses, and without lines that hold no words, only what confuses spam filters, or the footer
     of a list."""
-    lines = [
+    lines = (
         line
         for line in text.split("\n")
         if not line.strip() or (re.search(r"[^\W\d_]{2}", line) and not NO_WORDS.search(line))
-    ]
+    )
     return without_addresses(tidy("\n".join(lines)))
 
 
-def _header(message: Message, name: str) -> str:
-    pieces = []
-    try:
-        for piece, charset in email.header.decode_header(str(message.get(name, ""))):
-            pieces.append(piece if isinstance(piece, str) else _decode(piece, charset))
-    except (email.errors.HeaderParseError, ValueError):
-        pieces = [str(message.get(name, ""))]
-    return " ".join("".join(pieces).split())
-
-
-def _text(part: Message) -> str:
-    payload = part.get_payload(decode=True) or b""
-    return _decode(payload, part.get_content_charset())
-
-
-def _decode(content: bytes, charset: str | None) -> str:
-    if charset in (
-        None,
-        "us-ascii",
-        "iso-8859-1",
-        "unknown-8bit",
-    ):  # what was meant is a guess, and Windows's more often
-        return decode(content)
-    try:
-        return content.decode(charset)
-    except (LookupError, ValueError):
-        return decode(content)
-
-
-def _time(message: Message) -> float:
-    """Seconds since 1970 of the date in the header, 0 where there is none; a date without a zone counts as UTC."""
-    try:
-        parsed = email.utils.parsedate_tz(str(message["date"]))
-        return calendar.timegm((*parsed[:6], 0, 0, 0)) - (parsed[9] or 0)
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
+def _text(part: EmailMessage) -> str:
+    """The part's text. Windows' encoding is often meant where another Western one or none is named."""
+    content, charset = part.get_payload(decode=True) or b"", part.get_content_charset("us-ascii")
+    with contextlib.suppress(LookupError, ValueError):
+        if charset not in ("us-ascii", "iso-8859-1", "unknown-8bit"):
+            return content.decode(charset)
+    return decode(content)

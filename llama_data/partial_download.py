@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llama_download.registry import file_sha256
+from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.storage.files import file_sha256
 
 MANIFEST = "redpajama.json"
 STATE = ".redpajama.part.json"
@@ -18,14 +19,14 @@ def part_path(folder: Path, name: str) -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A manifest or state of this script; None where there is none. Raises ValueError where it is something else."""
+    """A manifest or state of this script; None where there is none. Anything else raises MoEficationError."""
     if not path.exists():
         return None
     with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, OSError):
         record = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(record["options"], dict) and all(tally["bytes"] >= 0 for tally in record["files"].values()):
             return record
-    raise ValueError(f"{path} is not of this script: move it away")
+    raise MoEficationError(f"{path} is not of this script: move it away")
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
@@ -38,7 +39,7 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 def refuse_foreign_files(
     folder: Path, domains: dict[str, str], state: dict[str, Any] | None, manifest: dict[str, Any] | None
 ) -> None:
-    """Raise ValueError where a file of these domains was not written by this script, or was changed since."""
+    """Raise MoEficationError where a file of these domains was not written by this script, or was changed since."""
     held = [(record or {"files": {}})["files"] for record in (state, manifest)]
     paths = [folder / name for files in held for name in files]
     paths += [path for side in (folder, folder / "heldout") for domain in domains for path in side.glob(f"{domain}.*")]
@@ -46,17 +47,17 @@ def refuse_foreign_files(
         name = path.relative_to(folder).as_posix()
         sums = {files.get(name, {}).get("sha256") for files in held}
         if not path.is_file() or file_sha256(path) not in sums:
-            raise ValueError(f"{path} was not made by this script, or was changed since: move it away")
+            raise MoEficationError(f"{path} was not made by this script, or was changed since: move it away")
 
 
 def refuse_other_options(folder: Path, record: dict[str, Any], options: dict[str, Any]) -> None:
-    """Raise ValueError where the folder holds a download with other options, or one that has lost a file."""
+    """Raise MoEficationError where the folder holds a download with other options, or one that has lost a file."""
     others = [f"--{name}" for name, value in options.items() if record["options"].get(name) != value]
     if others:
-        raise ValueError(f"{folder} holds a download with another {', '.join(others)}: --overwrite replaces it")
+        raise MoEficationError(f"{folder} holds a download with another {', '.join(others)}: --overwrite replaces it")
     missing = [name for name in record["files"] if "position" not in record and not (folder / name).exists()]
     if missing:
-        raise ValueError(f"{folder / missing[0]} is missing: --overwrite downloads everything again")
+        raise MoEficationError(f"{folder / missing[0]} is missing: --overwrite downloads everything again")
 
 
 def publish(folder: Path, state: dict[str, Any], manifest: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What the sample data says of itself: its manifest, its licences, and the table that is printed."""
+"""Describes the sample data: its manifest, its licences, and the table that is printed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from llama_data.selection import HELD_OUT_TOKENS, TRAIN_TOKENS, Half
 from llama_data.sources import DOMAINS, Source
@@ -28,13 +28,15 @@ drop the lines whose `source` begins with its name. Running `make_sample_data.py
 
 
 def manifest(
-    recipe: Mapping, halves: Mapping[str, tuple[Half, Half]], sources: Iterable[Source], missing: Iterable[Package]
+    recipe: Mapping, halves: Mapping[str, tuple[Half, Half]], sources: Sequence[Source], had: Container[Package]
 ) -> dict:
-    """All but the checksums of the files: `recipe`, and for each domain its sources, licences, documents, tokens."""
-    sources, missing = list(sources), set(missing)
+    """All but the checksums of the files: `recipe`, and for each domain its sources, licences, documents, tokens.
+
+    Sources whose package is not among those `had` are listed as skipped.
+    """
     domains = {}
     for domain, (train, held_out) in halves.items():
-        used = [source for source in sources if source.domain == domain and source.package not in missing]
+        used = [source for source in sources if source.domain == domain and source.package in had]
         domains[domain] = {
             "sources": [*{source.package: describe(source) for source in used}.values()],
             "licences": sorted({document.source.licence for half in (train, held_out) for document in half.documents}),
@@ -42,9 +44,8 @@ def manifest(
             "heldout": counts(held_out),
             "short": train.tokens < WANTED_TOKENS,
         }
-    skipped = [
-        {"domain": source.domain, "package": source.package.title} for source in sources if source.package in missing
-    ]
+    skipped = [source for source in sources if source.package not in had]
+    skipped = [{"domain": source.domain, "package": source.package.title} for source in skipped]
     return {**recipe, "domains": domains, "skipped": skipped}
 
 

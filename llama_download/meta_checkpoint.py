@@ -3,9 +3,8 @@
 Everything is checked when a checkpoint is opened. The files stay memory-mapped; a tensor is made only when asked for.
 """
 
-import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from run_moefication.moefication.checkpoints.writer import PlannedTensor
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.storage.files import digest, load_tensors, read_json_object
 
-# (dim, n_layers, n_heads, n_kv_heads) by the name of the size: LLaMA 1, Llama 2 (70B and two shared names), Llama 3.
+# (dim, n_layers, n_heads, n_kv_heads) of LLaMA 1 (7B to 65B), Llama 2 (7B, 13B, 70B) and Llama 3 (1B to 70B).
 SIZES = {
     "7B": (4096, 32, 32, 32),
     "13B": (5120, 40, 40, 40),
@@ -30,12 +29,22 @@ SIZES = {
     "3B": (3072, 28, 24, 8),
     "8B": (4096, 32, 32, 8),
 }
-# Positions each generation was trained on, which params.json does not tell.
-POSITIONS = {"LLaMA 1": 2048, "Llama 2": 4096, "Code Llama": 16384, "Llama 3": 8192, "Llama 3.1": 131072}
-POSITIONS["Llama 3.2"] = POSITIONS["Llama 3.1"]
-SHARD_NAME = re.compile(r"consolidated\.(\d+)\.pth")
 READ_AHEAD_BYTES = 16 << 20
-ROTARY_TABLE = "rope.freqs"  # of LLaMA 1 and 2; computed from the config today
+# How many positions each generation was trained on, which params.json does not tell.
+POSITIONS = {
+    "LLaMA 1": 2048,
+    "Llama 2": 4096,
+    "Code Llama": 16384,
+    "Llama 3": 8192,
+    "Llama 3.1": 131072,
+    "Llama 3.2": 131072,
+}
+# What params.json may hold, in three kinds, and what it must hold.
+INTEGERS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "vocab_size")
+NUMBERS = ("norm_eps", "ffn_dim_multiplier", "rope_theta", "rope_scaling_factor")
+SWITCHES = ("use_scaled_rope",)
+REQUIRED = ("dim", "n_layers", "n_heads", "norm_eps")
+ROTARY_TABLE = "rope.freqs"  # LLaMA 1 and 2 ship it; transformers computes it from the config
 
 
 @dataclass(frozen=True)
@@ -45,14 +54,30 @@ class MetaTensor:
     Attributes:
         name: in transformers' checkpoint.
         shape: of the whole tensor.
-        axis: along which the shards hold their parts; None where each holds all of it.
-        head_dim: of query and key projections, whose rows are in another order there; else None.
+        axis: along which the shards hold equal parts; None where each holds all of it.
+        head_dim: set for query and key projections, whose rows transformers has in another order.
     """
 
     name: str
     shape: tuple[int, ...]
     axis: int | None = None
     head_dim: int | None = None
+
+    def fits(self, parts: list[torch.Tensor]) -> bool:
+        """Whether these are the parts that shards should hold: of equal shapes, with no head cut in two."""
+        if self.axis is None:
+            return all(tuple(part.shape) == self.shape and torch.equal(part, parts[0]) for part in parts)
+        size, remainder = divmod(self.shape[self.axis], len(parts))
+        shape = (*self.shape[: self.axis], size, *self.shape[self.axis + 1 :])
+        return not remainder and not size % (self.head_dim or 1) and all(tuple(part.shape) == shape for part in parts)
+
+    def merge(self, parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The whole tensor as transformers has it; the mapped file itself, which needs no memory, where it is that."""
+        merged = torch.cat(parts, self.axis) if self.axis is not None and len(parts) > 1 else parts[0]
+        if self.head_dim is not None:
+            # Meta rotates neighbours (2i, 2i + 1) of a head, transformers pairs (i, i + head_dim / 2).
+            merged = merged.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        return merged.to(dtype)
 
 
 class MetaCheckpoint:
@@ -71,11 +96,11 @@ class MetaCheckpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.params = _read_params(folder)
+        self.params = _read_params(folder / "params.json")
         self.files = _shard_files(folder)
         self._shards = [_read_shard(file) for file in self.files]
-        last_layer = f"layers.{self.params['n_layers'] - 1}.attention_norm.weight"  # the layout is as long as it says
-        self.dtype = self._require(last_layer, 1).dtype
+        # The layout lists as many layers as params.json says: look at the last one first, lest there be a billion.
+        self.dtype = self._require(f"layers.{self.params['n_layers'] - 1}.attention_norm.weight", 1).dtype
         embedding, output = self._require("tok_embeddings.weight", 2), self._shards[0].get("output.weight")
         # Llama 3.2 ships its tied embedding twice. Where shards cut the two differently, they stay two.
         tied = output is None or all(
@@ -83,9 +108,9 @@ class MetaCheckpoint:
         )
         self.family = _family(self.params, tied)
         # The embedding is cut by columns in LLaMA 1 and 2, by rows in Llama 3.
-        by_rows = embedding.shape[1:] == (self.params["dim"],)
+        by_rows = embedding.shape[1] == self.params["dim"]
         rows = len(embedding) * (len(self._shards) if by_rows else 1)
-        self.config = _config(self.params, self.family, self.params.get("vocab_size", -1), rows, tied)
+        self.config = _config(self.params, self.family, rows, tied)
         self._tensors = dict(_layout(self.config, embedding_axis=0 if by_rows else 1))
         self._check()
 
@@ -113,8 +138,7 @@ class MetaCheckpoint:
         """All tensors of the transformers checkpoint, embedding first, in `dtype`."""
 
         def make(meta_name: str, tensor: MetaTensor) -> torch.Tensor:
-            parts = [shard[meta_name] for shard in self._shards]
-            merged = _merge(parts if tensor.axis is not None else parts[:1], tensor, dtype)
+            merged = tensor.merge([shard[meta_name] for shard in self._shards], dtype)
             if dtype == torch.float16 != self.dtype and merged.isinf().any():
                 raise MoEficationError(f"{self.folder}: {meta_name} has values beyond float16; choose another --dtype")
             return merged
@@ -125,9 +149,9 @@ class MetaCheckpoint:
         ]
 
     def read_ahead(self, start: float, stop: float) -> None:
-        """Read this part of every file, in fractions of it, into the system's cache: the mapping then finds it there.
+        """Read this part of every file, in fractions of it, into the system's cache, where the mapping then finds it.
 
-        Only time depends on it. The order of tensors in the files is about that of the plan.
+        Only time depends on it. The tensors lie in the files in about the order of the plan.
         """
         buffer = bytearray(READ_AHEAD_BYTES)
         for file in self.files:
@@ -147,6 +171,7 @@ class MetaCheckpoint:
         return tensor
 
     def _check(self) -> None:
+        """Every shard has the tensors of the layout, of one dtype, in parts that make up their shapes."""
         unused = {ROTARY_TABLE, "output.weight"} - self._tensors.keys()
         for file, shard in zip(self.files, self._shards, strict=True):
             for name in sorted(self._tensors.keys() ^ (shard.keys() - unused)):
@@ -157,16 +182,7 @@ class MetaCheckpoint:
                     raise MoEficationError(f"{file}: {name} is {shard[name].dtype}, the others are {self.dtype}")
         for name, tensor in self._tensors.items():
             parts = [shard[name] for shard in self._shards]
-            if tensor.axis is None:
-                fits = all(tuple(part.shape) == tensor.shape and torch.equal(part, parts[0]) for part in parts)
-            else:
-                fits = all(part.ndim == len(tensor.shape) for part in parts) and tensor.shape == tuple(
-                    sum(part.shape[axis] for part in parts) if axis == tensor.axis else _common(parts, axis)
-                    for axis in range(len(tensor.shape))
-                )
-            if fits and tensor.head_dim is not None:
-                fits = all(part.shape[0] % tensor.head_dim == 0 for part in parts)  # no head is cut
-            if not fits:
+            if not tensor.fits(parts):
                 shapes = ", ".join(str(list(part.shape)) for part in parts)
                 raise MoEficationError(
                     f"{self.folder}: the {len(parts)} shard(s) hold {name} as {shapes}, which do not make up the "
@@ -177,32 +193,26 @@ class MetaCheckpoint:
 # ---------------------------------------------------------------------------------------------------- params.json
 
 
-def _read_params(folder: Path) -> dict[str, Any]:
-    path = folder / "params.json"
+def _read_params(path: Path) -> dict[str, Any]:
     params = read_json_object(path, "is this the folder of one model in Meta's format? If so, download it again")
-
-    def positive(kind: type | tuple[type, ...]) -> Callable[[Any], bool]:
-        return lambda value: isinstance(value, kind) and not isinstance(value, bool) and 0 < value < 2**31
-
-    needed = {"dim": positive(int), "n_layers": positive(int), "n_heads": positive(int), "norm_eps": positive(float)}
-    optional = {
-        "n_kv_heads": positive(int),
-        "multiple_of": positive(int),
-        "ffn_dim_multiplier": positive((int, float)),
-        "rope_theta": positive((int, float)),
-        "rope_scaling_factor": positive((int, float)),
-        "use_scaled_rope": lambda value: isinstance(value, bool),
-        "vocab_size": lambda value: value == -1 or positive(int)(value),
-    }
-    for name, valid in (needed | optional).items():
-        if (name in needed or params.get(name) is not None) and not valid(params.get(name)):
+    params = {name: value for name, value in params.items() if value is not None}
+    for name in (*INTEGERS, *NUMBERS, *SWITCHES):
+        if (name in params or name in REQUIRED) and not _is_valid(name, params.get(name)):
             raise MoEficationError(f"{path}: {name} is {params.get(name)!r}, which no LLaMA has")
-    heads, kv_heads = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
+    heads, kv_heads = params["n_heads"], params.get("n_kv_heads", params["n_heads"])
     if params["dim"] % (2 * heads) or heads % kv_heads:
         raise MoEficationError(
             f"{path}: dim {params['dim']}, n_heads {heads}, n_kv_heads {kv_heads} do not divide evenly"
         )
-    return {name: value for name, value in params.items() if value is not None}
+    return params
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    if name in SWITCHES or isinstance(value, bool):
+        return name in SWITCHES and isinstance(value, bool)
+    if name == "vocab_size" and value == -1:  # Meta's code asks the tokenizer then; here the embedding tells
+        return True
+    return isinstance(value, int if name in INTEGERS else (int, float)) and 0 < value < 2**31
 
 
 def _family(params: dict[str, Any], tied: bool) -> str:
@@ -218,7 +228,7 @@ def _family(params: dict[str, Any], tied: bool) -> str:
     return "LLaMA 1" if is_first and "n_kv_heads" not in params else "Llama 2"
 
 
-def _config(params: dict[str, Any], family: str, vocab_size: int, embedding_rows: int, tied: bool) -> LlamaConfig:
+def _config(params: dict[str, Any], family: str, embedding_rows: int, tied: bool) -> LlamaConfig:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(params.get("rope_theta", 10_000))}
     if params.get("use_scaled_rope"):
         rope |= {
@@ -231,6 +241,7 @@ def _config(params: dict[str, Any], family: str, vocab_size: int, embedding_rows
     # Meta's rule: two thirds of 4 dim, times the multiplier, rounded up.
     width = int(params.get("ffn_dim_multiplier", 1) * int(8 * params["dim"] / 3))
     multiple = params.get("multiple_of", 256)
+    vocab_size = params.get("vocab_size", -1)
     return LlamaConfig(
         vocab_size=embedding_rows if vocab_size == -1 else vocab_size,
         hidden_size=params["dim"],
@@ -255,16 +266,15 @@ def _describe(shape: tuple[int, ...]) -> str:
 
 def _shard_files(folder: Path) -> list[Path]:
     """The shards in the order of their ranks."""
-    found: dict[int, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if match := SHARD_NAME.fullmatch(file.name):
-            if int(match[1]) in found:
-                raise MoEficationError(f"{found[int(match[1])]} and {file.name} are one rank twice: move one away")
-            found[int(match[1])] = file
-    for rank in range(max(found, default=0) + 1):
-        if rank not in found:
-            raise MoEficationError(f"{folder / f'consolidated.{rank:02d}.pth'} is missing; download it again")
-    return [found[rank] for rank in sorted(found)]
+    found = sorted(folder.glob("consolidated.*.pth"))
+    files = [folder / f"consolidated.{rank:02d}.pth" for rank in range(max(len(found), 1))]
+    for file in files:
+        if file not in found:
+            there = ", ".join(file.name for file in found) or "no shards"
+            raise MoEficationError(
+                f"{file} is missing; the folder has {there}: download it again, or move away what is no shard"
+            )
+    return files
 
 
 def _read_shard(file: Path) -> dict[str, torch.Tensor]:
@@ -301,27 +311,3 @@ def _layout(config: LlamaConfig, embedding_axis: int) -> Iterator[tuple[str, Met
     yield "norm.weight", MetaTensor("model.norm.weight", (hidden,))
     if not config.tie_word_embeddings:
         yield "output.weight", MetaTensor("lm_head.weight", (vocab, hidden), 0)
-
-
-def _common(parts: list[torch.Tensor], axis: int) -> int:
-    """The size that all parts share along an axis, or -1."""
-    sizes = {part.shape[axis] for part in parts}
-    return sizes.pop() if len(sizes) == 1 else -1
-
-
-def _merge(parts: list[torch.Tensor], tensor: MetaTensor, dtype: torch.dtype) -> torch.Tensor:
-    """The whole tensor, each part copied once; the mapped file itself where there is nothing to do."""
-    if tensor.axis is None:
-        return parts[0].to(dtype, copy=True)  # small; in a file they may share their memory, which is not saved
-    if len(parts) == 1 and tensor.head_dim is None and parts[0].dtype == dtype:
-        return parts[0]
-    merged, start = torch.empty(tensor.shape, dtype=dtype), 0
-    for part in parts:
-        target = merged.narrow(tensor.axis, start, part.shape[tensor.axis])
-        start += part.shape[tensor.axis]
-        if tensor.head_dim is not None:
-            # Meta rotates neighbours (2i, 2i + 1) of a head, transformers pairs (i, i + head_dim / 2).
-            part = part.unflatten(0, (-1, tensor.head_dim // 2, 2)).transpose(1, 2)
-            target = target.unflatten(0, (-1, 2, tensor.head_dim // 2))
-        target.copy_(part)
-    return merged

@@ -1,28 +1,35 @@
-"""Pinned packages of the registries of Python (pip), JavaScript (npm) and Debian (apt-get): fetched once, checked
-always, never installed and nothing in them ever run. And how scripts that fetch them end."""
+"""Pinned packages of the registries of Python (pip), JavaScript (npm) and Debian (apt-get).
+
+A package is fetched once and checked always. It is never installed, and nothing in it ever runs.
+"""
 
 import contextlib
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from run_moefication.command_line import fail
+from run_moefication.moefication.errors import MoEficationError, NetworkError
+from run_moefication.moefication.storage.files import file_sha256
 
 
-class RegistryError(RuntimeError):
+class RegistryError(NetworkError):
     """A package cannot be had: its client is not installed, or found no network, no registry or no such release."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """One file of a registry, known by its checksum; the subclasses say which registry."""
+    """One file of a registry, known by its checksum. The subclasses say which registry, and have:
+
+    * `requirement`: the release, in the words of the registry's client.
+    * `file_name`: the name under which the client leaves the file.
+    * `download(packages, folder)`: have the client put the packages' files into `folder`, or raise RegistryError.
+    """
 
     registry: ClassVar[str]
     client: ClassVar[str]
@@ -31,24 +38,14 @@ class Package:
     sha256: str
 
     @property
-    def requirement(self) -> str:
-        """The release, in the words of the registry's client."""
-        raise NotImplementedError
-
-    @property
-    def file_name(self) -> str:
-        """The name under which the client leaves the file."""
-        raise NotImplementedError
-
-    @property
     def title(self) -> str:
         """The registry and the release, for people."""
         return f"{self.registry} {self.requirement}"
 
-    @classmethod
-    def download(cls, packages: "Sequence[Package]", folder: Path) -> None:
-        """Have the client put the packages' files into `folder`. Raises RegistryError where it cannot."""
-        raise NotImplementedError
+    def is_in(self, folder: Path) -> bool:
+        """Whether the package's file lies in a folder, undamaged."""
+        path = folder / self.file_name
+        return path.is_file() and file_sha256(path) == self.sha256
 
 
 class Wheel(Package):
@@ -115,38 +112,37 @@ class DebianPackage(Package):
 
     @classmethod
     def download(cls, packages: "Sequence[DebianPackage]", folder: Path) -> None:
-        """Put the package files into `folder`, by package lists of our own where the machine's are stale."""
         names = [package._with_architecture for package in packages]
-        download, advice = ["--quiet", "download"], "check the network, and which Debian apt-get is set up for"
+        advice = "check the network, and which Debian apt-get is set up for"
         with contextlib.suppress(RegistryError):
-            _run_client(["apt-get", *download], names, folder, advice)
+            _run_client(["apt-get", "--quiet", "download"], names, folder, advice)
             return
-        # The machine's lists may be older than the pin. Any user can bring lists of their own up to date.
+        # The machine's package lists may be older than the pin. Any user can bring lists of their own up to date.
         lists = folder / "lists"
         (lists / "partial").mkdir(parents=True)
         settings = (f"Dir::State::Lists={lists}", "Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache=")
-        apt_get = ["apt-get", *(part for setting in settings for part in ("--option", setting))]
+        apt_get = ["apt-get", "--quiet", *(f"--option={setting}" for setting in settings)]
         with contextlib.suppress(RegistryError):
-            _run_client([*apt_get, "--quiet"], ["update"], folder, advice)
-        _run_client([*apt_get, *download], names, folder, advice)
+            _run_client([*apt_get, "update"], [], folder, advice)
+        _run_client([*apt_get, "download"], names, folder, advice)
 
 
 def fetch(package: Package, cache_dir: Path) -> Path:
     """Path of the package's file in `cache_dir`, downloaded unless an undamaged copy lies there already.
 
-    Raises RegistryError where it cannot be had, ValueError where the registry's file is not the pinned one.
+    Raises:
+        RegistryError: it cannot be had.
+        MoEficationError: the registry's file is not the pinned one.
     """
-    if not _is_in(cache_dir, package):
+    if not package.is_in(cache_dir):
         if shutil.which(package.client) is None:
             raise RegistryError(f"{package.title} needs {package.client}, which is not installed")
         print(f"Downloading {package.requirement}", file=sys.stderr)
-        with _folder_in(cache_dir) as folder:
-            package.download([package], folder)
-            if not _is_in(folder, package):
-                raise ValueError(
-                    f"{package.registry}'s {package.file_name} is not the expected file: check which registry answers"
-                )
-            os.replace(folder / package.file_name, cache_dir / package.file_name)
+        _download([package], cache_dir)
+        if not package.is_in(cache_dir):
+            raise MoEficationError(
+                f"{package.registry}'s {package.file_name} is not the expected file: check which registry answers"
+            )
     return cache_dir / package.file_name
 
 
@@ -155,57 +151,29 @@ def prefetch(packages: Iterable[Package], cache_dir: Path) -> None:
 
     Where such a call fails, nothing is said: `fetch` then tries each package alone.
     """
-    missing = [package for package in dict.fromkeys(packages) if not _is_in(cache_dir, package)]
+    missing = [package for package in dict.fromkeys(packages) if not package.is_in(cache_dir)]
     for kind in dict.fromkeys(map(type, missing)):
         group = [package for package in missing if type(package) is kind]
-        if len(group) == 1 or shutil.which(kind.client) is None:
-            continue
-        print(f"Downloading {len(group)} packages of {kind.registry}", file=sys.stderr)
-        with _folder_in(cache_dir) as folder:
+        if len(group) > 1 and shutil.which(kind.client):
+            print(f"Downloading {len(group)} packages of {kind.registry}", file=sys.stderr)
             with contextlib.suppress(RegistryError):
-                kind.download(group, folder)
-            for package in group:
-                if _is_in(folder, package):
-                    os.replace(folder / package.file_name, cache_dir / package.file_name)
+                _download(group, cache_dir)
 
 
-def _is_in(folder: Path, package: Package) -> bool:
-    """Whether the package's file lies in a folder, undamaged."""
-    path = folder / package.file_name
-    return path.is_file() and file_sha256(path) == package.sha256
-
-
-@contextlib.contextmanager
-def _folder_in(cache_dir: Path) -> Iterator[Path]:
-    """A temporary folder on the cache's disk."""
+def _download(packages: Sequence[Package], cache_dir: Path) -> None:
+    """Download packages of one registry, and move into `cache_dir` those that are the pinned ones."""
     cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=cache_dir) as folder:
-        yield Path(folder)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def exit_status(work: Callable[[], None], program: str) -> int:
-    """Do a script's work. Returns its exit status: 0, or after one line on stderr 3 where the registry could not be
-    reached, 2 for wrong input and other errors of files."""
-    try:
-        work()
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
-    except (RegistryError, OSError, ValueError) as error:
-        status = fail(program, str(error))
-        return 3 if isinstance(error, RegistryError) else status
-    return 0
+        try:
+            packages[0].download(packages, Path(folder))
+        finally:  # a client may fail for one package after it has brought others
+            for package in packages:
+                if package.is_in(Path(folder)):
+                    os.replace(Path(folder) / package.file_name, cache_dir / package.file_name)
 
 
 def _run_client(command: list[str], wanted: list[str], folder: Path, advice: str) -> None:
-    """Run a client's command for what is wanted, with `folder` as its working directory; RegistryError with the
-    client's reason if it fails."""
+    """Run a client's command in `folder` for what is wanted. Raises RegistryError with the client's reason."""
     # Clients draw bars on stdout, which belongs to our caller, and write errors to stderr.
     bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     streams = dict(stdout=bar, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)

@@ -1,30 +1,30 @@
-"""LLaMA's `tokenizer.model`, sentencepiece or tiktoken, as a fast tokenizer that gives the same ids."""
+"""LLaMA's `tokenizer.model`, sentencepiece or tiktoken, as a fast tokenizer that gives the same ids.
+
+A sentencepiece model is converted here: transformers' LlamaConverter (5.24) fails, and its reader of such models keeps
+no merges in 5.4.
+"""
 
 import base64
 import binascii
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
 from run_moefication.moefication.checkpoints.tokenizers import MARKUP_TEXTS, PLAIN_TEXTS
 from run_moefication.moefication.errors import MoEficationError
 
 Piece = TypeVar("Piece", str, bytes)
 
-# How Llama 3 cuts text before it merges bytes (Meta's llama-models, llama3/tokenizer.py).
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_PATTERN = TikTokenConverter().pattern  # Llama 3 cuts text by this before it merges bytes
 NUM_SPECIAL_TOKENS = 256
-# Those of Llama 3 with a meaning, by their place after the ordinary tokens; 3.1 gave some reserved ones a name.
+# Llama 3's special tokens that have a meaning, by their place after the ordinary ones; 3.1 named some reserved ones.
 LLAMA3_TOKENS = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
 LLAMA31_TOKENS = LLAMA3_TOKENS | {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
 
@@ -40,8 +40,7 @@ def convert_tokenizer(path: Path, family: str, max_positions: int) -> PreTrained
         MoEficationError: neither a sentencepiece BPE model nor a tiktoken file.
     """
     content = path.read_bytes()
-    ranks = _tiktoken_ranks(content)
-    if ranks is not None:
+    if ranks := _tiktoken_ranks(content):
         names = LLAMA3_TOKENS if family == "Llama 3" else LLAMA31_TOKENS
         tokenizer, special = _from_tiktoken(ranks, names)
     else:
@@ -77,10 +76,9 @@ def _begin_with(token: str, number: int) -> processors.TemplateProcessing:
 
 def _from_sentencepiece(content: bytes, path: Path) -> tuple[Tokenizer, dict[str, str]]:
     """Byte-pair encoding over characters, unknown ones as their bytes; spaces are written as U+2581."""
-    proto = sentencepiece_model_pb2.ModelProto()
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)  # checks more than the parser
-        proto.ParseFromString(content)
+        proto = sentencepiece_model_pb2.ModelProto.FromString(content)
     except (RuntimeError, OSError, DecodeError) as error:
         raise MoEficationError(f"{path} is neither a sentencepiece nor a tiktoken model ({error})") from error
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
@@ -96,40 +94,33 @@ def _from_sentencepiece(content: bytes, path: Path) -> tuple[Tokenizer, dict[str
     merges = _merges({piece.piece: rank for rank, piece in enumerate(ordinary)})
     unknown, begin, end = (proto.pieces[i].piece for i in special_ids)
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    dummy_prefix = normalizer.add_dummy_prefix
     spaces = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if dummy_prefix else spaces
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", left=1)] if dummy_prefix else steps)
+    if normalizer.add_dummy_prefix:
+        spaces = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+        steps.append(decoders.Strip(" ", left=1))
+    tokenizer.normalizer, tokenizer.decoder = spaces, decoders.Sequence(steps)
     tokenizer.post_processor = _begin_with(begin, trainer.bos_id)
     special = {"unk_token": unknown, "bos_token": begin, "eos_token": end}
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special.values()])
-    own = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
-    texts = [
-        *PLAIN_TEXTS,
-        *MARKUP_TEXTS,
-        *(text for piece in own for text in (piece, f"a{piece}b", f" {piece} c{piece}")),
-    ]
-    _require_same_ids(path, processor, tokenizer, [text for text in texts if not _names_any(text, special.values())])
+    symbols = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    for text in [*PLAIN_TEXTS, *MARKUP_TEXTS, *(f"{symbol} a{symbol}b {symbol} c" for symbol in symbols)]:
+        # sentencepiece takes special tokens that are spelled out for text, transformers for the tokens.
+        if not any(token in text for token in special.values()):
+            _require_same_ids(path, processor, tokenizer, text)
     return tokenizer, special
 
 
-def _names_any(text: str, tokens: Iterable[str]) -> bool:
-    """Whether special tokens are spelled out: sentencepiece takes them for text, and transformers for the tokens."""
-    return any(token in text for token in tokens)
-
-
 def _require_same_ids(
-    path: Path, original: sentencepiece.SentencePieceProcessor, tokenizer: Tokenizer, texts: list[str]
+    path: Path, original: sentencepiece.SentencePieceProcessor, tokenizer: Tokenizer, text: str
 ) -> None:
-    """Refuse a model to which the fast tokenizer does not do justice."""
-    for text in texts:
-        expected, found = [original.bos_id(), *original.encode(text)], tokenizer.encode(text).ids
-        if found != expected:
-            raise MoEficationError(
-                f"{path} cannot be converted: sentencepiece makes {expected[:8]} of {text!r}, the fast tokenizer "
-                f"{found[:8]}; its normaliser or its own symbols are not as LLaMA's"
-            )
+    """Refuse a model whose rules are not LLaMA's, if the fast tokenizer gives other ids for a text."""
+    expected, found = [original.bos_id(), *original.encode(text)], tokenizer.encode(text).ids
+    if found != expected:
+        raise MoEficationError(
+            f"{path} cannot be converted: sentencepiece makes {expected[:8]} of {text!r}, the fast tokenizer "
+            f"{found[:8]}; its normaliser or its own symbols are not as LLaMA's"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- tiktoken
@@ -145,32 +136,28 @@ def _tiktoken_ranks(content: bytes) -> dict[bytes, int] | None:
     return ranks if ranks and sorted(ranks.values()) == list(range(len(lines))) else None
 
 
-def _from_tiktoken(ranks: dict[bytes, int], names: Mapping[int, str]) -> tuple[Tokenizer, dict[str, str]]:
+class _Llama3Converter(TikTokenConverter):
+    """Takes tokens that are read already: tiktoken's reader caches files by their path, and may give an older one."""
+
+    def __init__(self, ranks: Mapping[bytes, int], special_tokens: list[str]):
+        super().__init__(extra_special_tokens=special_tokens)
+        self.ranks = ranks
+
+    def extract_vocab_merges_from_model(self, tiktoken_url: str | None) -> tuple[dict, list]:
+        letters = bytes_to_unicode()
+        shown = {token: "".join(letters[byte] for byte in token) for token in self.ranks}
+        vocabulary = {shown[token]: rank for token, rank in self.ranks.items()}
+        return vocabulary, [(shown[left], shown[right]) for left, right in _merges(self.ranks)]
+
+
+def _from_tiktoken(ranks: Mapping[bytes, int], names: Mapping[int, str]) -> tuple[Tokenizer, dict[str, str]]:
     """Byte-pair encoding over bytes, each shown as one printable character, and Llama 3's special tokens."""
-    letters = bytes_to_unicode()
-
-    def shown(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    vocabulary = {shown(token): rank for token, rank in ranks.items()}
-    merges = [(shown(left), shown(right)) for left, right in _merges(ranks)]
-    # A whole word that is a token is taken as such, whether or not merges lead to it: so does tiktoken.
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
     reserved = iter(range(NUM_SPECIAL_TOKENS))
     special = [
         f"<|{names[i]}|>" if i in names else f"<|reserved_special_token_{next(reserved)}|>"
         for i in range(NUM_SPECIAL_TOKENS)
     ]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    begin = special[0]
-    tokenizer.post_processor = processors.Sequence(
-        [processors.ByteLevel(trim_offsets=False), _begin_with(begin, len(ranks))]
-    )
-    return tokenizer, {"bos_token": begin, "eos_token": special[1]}
+    tokenizer = _Llama3Converter(ranks, special).converted()
+    begin, end = special[:2]
+    tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, _begin_with(begin, len(ranks))])
+    return tokenizer, {"bos_token": begin, "eos_token": end}

@@ -3,30 +3,15 @@
 # environment instead:  MODEL_PATH=/models/llama_7B NUM_EXPERTS=128 bash 1_split.sh
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=run_moefication/common.sh
+. "$HERE/common.sh" && shared_settings # MODEL_PATH, SAVE_PATH, TEMPLATES, SEED; what text is read
 # shellcheck source=run_moefication/recipe.sh
 . "$HERE/recipe.sh" # NUM_EXPERTS, NUM_SHARED_EXPERTS, CLUSTER_ON and SPLIT_TOKENS, the tokens to look at
 
-MODEL_PATH="${MODEL_PATH:-}"                            # dense LLaMA in transformers format, or a hub id
-SAVE_PATH="${SAVE_PATH:-$HERE/../llama_moe_temp_files}" # where the stages keep their files
-TEMPLATES="${TEMPLATES:-"layers.{}.mlp.gate_proj.weight"}"
-SEED="${SEED:-0}"
-# On activations:
-TRAIN_DATA_PATH="${TRAIN_DATA_PATH:-$HERE/../llama_data}" # folder of jsonl files
-TRAIN_DATA_CACHE_PATH="${TRAIN_DATA_CACHE_PATH:-$HERE/../llama_data_cache}"
-DOMAIN_WEIGHTS="${DOMAIN_WEIGHTS:-equal}"               # or domain=weight,...
-BLOCK_SIZE="${BLOCK_SIZE:-}"                            # empty: 2048, or what the model takes
+DOMAIN_WEIGHTS="${DOMAIN_WEIGHTS:-equal}" # or domain=weight,...
+MAX_TOKENS="$SPLIT_TOKENS"
 
-ON=(--cluster_on "$CLUSTER_ON")
-if [ "$CLUSTER_ON" = activations ]; then
-    ON+=(--num_shared_experts "$NUM_SHARED_EXPERTS" --train_data_path "$TRAIN_DATA_PATH")
-    ON+=(--train_data_cache_path "$TRAIN_DATA_CACHE_PATH" --domain_weights "$DOMAIN_WEIGHTS")
-    ON+=(--max_tokens "$SPLIT_TOKENS" ${BLOCK_SIZE:+--block_size "$BLOCK_SIZE"})
-fi
-"$PYTHON" "$HERE/llama_split_clustering.py" \
-    --model_path "$MODEL_PATH" \
-    --save_path "$SAVE_PATH" \
-    --templates "$TEMPLATES" \
-    --num_experts "$NUM_EXPERTS" \
-    --seed "$SEED" \
-    "${ON[@]}" \
-    "$@"
+options TEMPLATES NUM_EXPERTS CLUSTER_ON SEED
+[ "$CLUSTER_ON" != activations ] ||
+    options NUM_SHARED_EXPERTS TRAIN_DATA_PATH TRAIN_DATA_CACHE_PATH DOMAIN_WEIGHTS BLOCK_SIZE MAX_TOKENS
+"$PYTHON" "$HERE/llama_split_clustering.py" --model_path "$MODEL_PATH" --save_path "$SAVE_PATH" "${OPTIONS[@]}" "$@"

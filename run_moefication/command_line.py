@@ -1,4 +1,4 @@
-"""What the stage scripts share: option helpers, the progress bar, and the one place where errors become exit status 2.
+"""What the scripts share: settings become options, and errors become one line and exit status 2.
 
 Nothing heavy is imported at the top: `--help` and a typo must answer at once.
 """
@@ -8,15 +8,28 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, NoReturn, get_args
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin
 
-from run_moefication.settings import TEMPLATES, CorpusSettings
+from .settings import TEMPLATES, CorpusSettings
 
-TRACEBACK = "MOEFICATION_TRACEBACK"  # set in the environment, errors of one line come after their traceback
+if TYPE_CHECKING:
+    from .moefication.processes import Process
+
+TRACEBACK = "MOEFICATION_TRACEBACK"  # if it is set in the environment, the traceback stands before the line of an error
+# Help of paths that several scripts take.
+MODEL = "folder of the dense LLaMA checkpoint in transformers format, or a hub id"
+SPLIT = "folder that llama_split_clustering.py wrote"
+NEW_CHECKPOINT = "folder of the new checkpoint itself, absent or empty"
+# What helps when memory runs out, by the option that it needs.
+CURES = {"batch_size": "a smaller --batch_size", "device": "another --device", "max_tokens": "fewer --max_tokens"}
+
+
+# ---------------------------------------------------------------------------------------------------- the parser
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -43,6 +56,24 @@ def new_parser(doc: str) -> Parser:
     return Parser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
+def stage_parser(
+    doc: str, settings: type, *, has_device: bool = True, leave_out: Collection[str] = (), **paths: str
+) -> Parser:
+    """The options of a stage: its paths (`--model_path`, and those given by name with their help), its settings but
+    for those left out, `--device` and `--overwrite`."""
+    parser = new_parser(doc)
+    add_model_path(parser)
+    for name, help in paths.items():
+        parser.add_argument(f"--{name}", type=path, required=True, help=help)
+    add_settings(parser, settings, leave_out)
+    if has_device:
+        add_device(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="redo a finished stage, or one made with other options"
+    )
+    return parser
+
+
 def path(text: str) -> str:
     """The type of options that name a file or folder: an empty one (a shell variable not set) is refused."""
     if not text.strip():
@@ -63,14 +94,16 @@ def add_settings(parser: Any, settings: type, leave_out: Collection[str] = ()) -
     for one in fields(settings):
         if one.name in taken or one.name in leave_out:
             continue
-        kind = next(kind for kind in (bool, int, float, str) if kind is one.type or kind in get_args(one.type))
+        alternatives = get_args(one.type) or (one.type,)
+        items = [item for kind in alternatives if get_origin(kind) is Sequence for item in get_args(kind)]
+        kind = next(kind for kind in (bool, int, float, str) if kind in (*alternatives, *items))
         options = {"help": one.metadata["help"]}
+        options |= {"required": True} if one.default is MISSING else {"default": one.default}
         if kind is bool:
             options |= {"action": "store_true"}
         else:
-            is_required = one.default is MISSING
             options |= {"type": seed_number if one.name == "seed" else kind, "choices": one.metadata["choices"]}
-            options |= {"required": True} if is_required else {"default": one.default}
+            options |= {"nargs": "+"} if items else {}
         parser.add_argument(f"--{one.name}", **options)
 
 
@@ -82,17 +115,7 @@ def settings_of(arguments: argparse.Namespace, settings: type) -> Any:
 
 def add_model_path(parser: argparse.ArgumentParser) -> None:
     """`--model_path`."""
-    parser.add_argument(
-        "--model_path",
-        type=path,
-        required=True,
-        help="folder of the dense LLaMA checkpoint in transformers format, or a hub id",
-    )
-
-
-def add_save_path(parser: argparse.ArgumentParser, result: str) -> None:
-    """`--save_path`, the folder in which the result gets a folder of its own."""
-    parser.add_argument("--save_path", type=path, required=True, help=f"folder in which {result} is made")
+    parser.add_argument("--model_path", type=path, required=True, help=MODEL)
 
 
 def add_templates(parser: argparse.ArgumentParser) -> None:
@@ -101,13 +124,6 @@ def add_templates(parser: argparse.ArgumentParser) -> None:
         "--templates",
         default=TEMPLATES[0],
         help="weights whose rows are the neurons, comma-separated, {} standing for the layer (gate_proj or up_proj)",
-    )
-
-
-def add_split(parser: argparse.ArgumentParser) -> None:
-    """`--split_file_path`."""
-    parser.add_argument(
-        "--split_file_path", type=path, required=True, help="folder that llama_split_clustering.py wrote"
     )
 
 
@@ -129,19 +145,82 @@ def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
     add_settings(group, CorpusSettings)
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`, for `pick_device`."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """The hidden option that the old launcher of PyTorch passes; torchrun sets LOCAL_RANK instead."""
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+# ---------------------------------------------------------------------------------------------------- the work
+
+
+def run_options(arguments: argparse.Namespace, process: "Process | None" = None) -> dict[str, Any]:
+    """What every stage's function takes: `device` (where it is an option), `overwrite` and `progress`.
+
+    Args:
+        process: this one among several, of which the first shows its progress.
+    """
+    from .moefication.progress import no_progress
+
+    options = {"device": pick_device(arguments, process.local_rank if process else 0)} if "device" in arguments else {}
+    is_first = process is None or process.rank == 0
+    return options | {"overwrite": arguments.overwrite, "progress": progress_bar if is_first else no_progress}
+
+
+def this_process(arguments: argparse.Namespace, what_alone: str) -> "Process":
+    """Which of several processes this one is, as torchrun says in the environment.
+
+    If something else set these variables, they may be left over from another run: a line on stderr says what this
+    process will do.
+
+    Args:
+        what_alone: what a process does if it is one of several.
+    """
+    from .moefication import processes
+
+    process = processes.this_process(arguments.local_rank)
+    if process.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        print(
+            f"the environment says RANK {process.rank} of WORLD_SIZE {process.world_size}: {what_alone}; "
+            f"`unset RANK WORLD_SIZE` if this process is to do all",
+            file=sys.stderr,
+        )
+    return process
+
+
+def pick_device(arguments: argparse.Namespace, local_rank: int = 0) -> str:
+    """The device that `--device` names, checked; by default the GPU of this process where there is one."""
+    from .moefication import processes
+
+    return processes.pick_device(arguments.device, local_rank)
+
+
 def read_corpus(arguments: argparse.Namespace, checkpoint: Any, progress: Callable) -> Any:
     """The corpus that the options of `add_corpus` and `--seed` choose, as this dense model's tokenizer cuts it."""
-    from run_moefication.moefication.text.corpus import training_corpus
+    from .moefication.text.corpus import training_corpus
 
     settings = settings_of(arguments, CorpusSettings)
-    return training_corpus(
-        checkpoint, arguments.train_data_path, arguments.train_data_cache_path, settings, progress=progress
-    )
+    paths = arguments.train_data_path, arguments.train_data_cache_path
+    return training_corpus(checkpoint, *paths, settings, progress=progress)
+
+
+def progress_bar(items: Iterable, what: str, unit: str) -> Iterable:
+    """tqdm, silent where stderr is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, unit=unit, disable=None, dynamic_ncols=True)
+
+
+# ---------------------------------------------------------------------------------------------------- the summary
 
 
 def print_mix(checkpoint: Any, corpus: Any) -> None:
     """The domains of a corpus: their shares, the tokens there, asked for and got, and the files counted for each."""
-    from run_moefication.moefication.text.unread import some
+    from .moefication.text.unread import some
 
     print(f"{'domain':<14} {'share':>6} {'there':>10} {'asked':>10} {'got':>10}  tokens, of files")
     for row in corpus.mix:
@@ -153,117 +232,50 @@ def print_mix(checkpoint: Any, corpus: Any) -> None:
     print(f"{checkpoint.name}: {corpus.num_tokens:,} tokens in {len(corpus.blocks):,} blocks")
 
 
-def add_common(parser: argparse.ArgumentParser, device: bool = True) -> None:
-    """`--device` and `--overwrite`."""
-    if device:
-        add_device(parser)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="redo a finished stage, or one made with other options"
-    )
+def report(arguments: argparse.Namespace, writer: Any, next_step: str, missing: str = "still missing") -> None:
+    """The last lines of a stage: what was written, where, how long it took, and what comes next. `missing` says of
+    parts that are not there who makes them."""
+    took = f"{time.perf_counter() - arguments.start_time:.1f} s"
+    if writer.was_finished:
+        print(f"already finished: {writer.folder} (--overwrite redoes it)")
+    elif writer.finished:
+        print(f"written: {writer.folder} ({took})")
+    else:
+        parts = f"{len(writer.missing())} of {len(writer.pieces)} parts {missing}"
+        print(f"written so far: {writer.folder} ({parts}) after {took}")
+    if writer.finished:
+        print(f"next: {next_step}")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """`--device`, for `pick_device`."""
-    parser.add_argument(
-        "--device",
-        default=argparse.SUPPRESS,
-        help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)",
-    )
-
-
-def pick_device(arguments: argparse.Namespace, local_rank: int = 0) -> str:
-    """The device asked for, checked; by default the GPU of this process where there is one."""
-    import torch
-
-    from run_moefication.moefication.errors import MoEficationError
-
-    wanted = getattr(arguments, "device", None)
-    if wanted is None:
-        return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=wanted)
-        if torch.device(wanted).type == "meta":
-            raise RuntimeError("it holds no values")
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MoEficationError(f"--device {wanted!r} cannot be used here ({reason})") from error
-    return wanted
-
-
-@dataclass(frozen=True)
-class Process:
-    """This process among those that share the work, as the environment says."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-
-def this_process(arguments: argparse.Namespace, what_alone: str) -> Process:
-    """Who this process is by RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets.
-
-    If they are set, but not by torchrun, they may be left over from another run: a line on stderr says what this
-    process will do.
-
-    Args:
-        what_alone: what a process does if it is one of several.
-    """
-    from run_moefication.moefication.errors import MoEficationError
-
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": getattr(arguments, "local_rank", None) or 0}
-    try:
-        process = Process(*(int(os.environ.get(name) or default) for name, default in names.items()))
-    except ValueError as error:
-        raise MoEficationError(
-            f"{', '.join(names)} in the environment must be integers; torchrun sets them, else unset them"
-        ) from error
-    if not 0 <= process.rank < process.world_size:
-        raise MoEficationError(
-            f"the environment says RANK {process.rank}, which is outside of WORLD_SIZE {process.world_size}: "
-            f"start the processes with torchrun, or unset RANK and WORLD_SIZE"
-        )
-    if process.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        print(
-            f"the environment says RANK {process.rank} of WORLD_SIZE {process.world_size}: {what_alone}; "
-            f"`unset RANK WORLD_SIZE` if this process is to do all",
-            file=sys.stderr,
-        )
-    return process
-
-
-def progress_bar(items: Iterable, what: str, unit: str) -> Iterable:
-    """tqdm, silent where stderr is no terminal."""
-    from tqdm import tqdm
-
-    return tqdm(items, desc=what, unit=unit, disable=None, dynamic_ncols=True)
+# ---------------------------------------------------------------------------------------------------- the exit status
 
 
 def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
-    """Parse, work, and turn wrong input into one line on stderr and exit status 2.
+    """Parse, work, and turn wrong input into one line on stderr and exit status 2 (3 where a server is at fault).
 
     Returns: the exit status. Other exceptions are defects of ours and keep their traceback.
     """
     if {"-h", "--help"} & {*(sys.argv[1:] if argv is None else argv)}:
         parser.print_help()  # before any other option is looked at: the shell scripts pass some that may be empty
         return 0
-    arguments = parser.parse_args(argv)
-    from run_moefication.moefication.errors import MoEficationError, SettingError
+    arguments = parser.parse_args(argv, argparse.Namespace(start_time=time.perf_counter()))
+    from .moefication.errors import MoEficationError, SettingError
 
     try:
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
-        warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about their own plans
+        warnings.filterwarnings("ignore", category=FutureWarning)  # libraries announce their own plans with these
         work(arguments)
     except SettingError as error:
         return fail(parser.prog, with_dashes(str(error), vars(arguments)))
     except MoEficationError as error:
-        return fail(parser.prog, str(error))
+        return fail(parser.prog, str(error), error.exit_status)
     except OSError as error:
         return fail(parser.prog, f"{error.filename or 'file'}: {error.strerror or error}")
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        cure = "use a smaller --batch_size, another --device or fewer tokens; run again"
-        return fail(parser.prog, f"out of memory: {cure}")
+        cures = [cure for name, cure in CURES.items() if name in arguments]
+        return fail(parser.prog, f"out of memory: {' or '.join(['more memory', *cures])} may help; run again")
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; run again to go on from here", file=sys.stderr)
         return 130
@@ -276,25 +288,12 @@ def with_dashes(message: str, options: Collection[str]) -> str:
     return re.sub(rf"(?<![\w/.-])({names})(?![\w/.-])", r"--\1", message)
 
 
-def fail(program: str, message: str) -> int:
+def fail(program: str, message: str, status: int = 2) -> int:
     """Say in one line what went wrong (after the traceback of the error at hand, if `TRACEBACK` is set).
 
-    Returns: the exit status, 2.
+    Returns: the exit status.
     """
     if os.environ.get(TRACEBACK):
         traceback.print_exc()
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
-
-
-def report(writer: Any, next_step: str, missing: str = "still missing") -> None:
-    """The last lines of a stage: what was written, where, and what comes next. `missing` says of parts that are not
-    there who makes them."""
-    if writer.was_finished:
-        print(f"already finished: {writer.folder} (--overwrite redoes it)")
-    elif writer.finished:
-        print(f"written: {writer.folder}")
-    else:
-        print(f"written so far: {writer.folder} ({len(writer.missing())} of {len(writer.pieces)} parts {missing})")
-    if writer.finished:
-        print(f"next: {next_step}")
+    return status

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the other shell scripts: which Python runs the stages, and what settings have in common.
+# Sourced by the other shell scripts: which Python runs the stages, the settings that several stages share, and how a
+# stage starts on several GPUs.
 
 PYTHON_OF_VENV="$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/python"
 PYTHON="${PYTHON:-$([ -x "$PYTHON_OF_VENV" ] && echo "$PYTHON_OF_VENV" || echo python3)}"
@@ -20,4 +21,36 @@ whole() {
 # in_full FOLDER: its path from the root, so that "." has a name, too. What is no folder here, such as a hub id, stays.
 in_full() {
     [ -d "$1" ] && (CDPATH='' cd -- "$1" && pwd) || echo "${1%/}"
+}
+
+# The settings that several stages share; each can be given in the environment.
+shared_settings() {
+    export MODEL_PATH="${MODEL_PATH:-}"                           # dense LLaMA in transformers format, or a hub id
+    export SAVE_PATH="${SAVE_PATH:-$HERE/../llama_moe_temp_files}" # where stages 1 to 3 keep their files
+    MOE_PATH="${MOE_PATH:-$(in_full "$MODEL_PATH")-MoE}"          # the checkpoint that 4_convert.sh writes
+    CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}"    # that of 5_calibrate.sh
+    DISTILLED_PATH="${DISTILLED_PATH:-$MOE_PATH-Distilled}"       # that of 6_distill.sh
+    TEMPLATES="${TEMPLATES:-"layers.{}.mlp.gate_proj.weight"}"
+    TRAIN_DATA_PATH="${TRAIN_DATA_PATH:-$HERE/../llama_data}"     # folder of jsonl files
+    TRAIN_DATA_CACHE_PATH="${TRAIN_DATA_CACHE_PATH:-$HERE/../llama_data_cache}"
+    BLOCK_SIZE="${BLOCK_SIZE:-}"                                  # tokens; empty: 2048, or what the model takes
+    SEED="${SEED:-0}"
+}
+
+# options SETTING...: add to OPTIONS each of these settings that is not empty, as `--setting value`.
+OPTIONS=()
+options() {
+    local setting
+    for setting in "$@"; do
+        [ -z "${!setting:-}" ] || OPTIONS+=("--$(tr '[:upper:]' '[:lower:]' <<<"$setting")" "${!setting}")
+    done
+}
+
+# launch SCRIPT OPTION...: start a process for each of NUM_GPUS, by default all that are there, or one on the CPU.
+launch() {
+    local launcher=()
+    NUM_GPUS="${NUM_GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+    whole 1 NUM_GPUS
+    [ "$NUM_GPUS" -eq 1 ] || launcher=(-m torch.distributed.run --standalone --nproc_per_node="$NUM_GPUS") # torchrun
+    "$PYTHON" ${launcher[@]+"${launcher[@]}"} "$@"
 }

@@ -1,31 +1,22 @@
 #!/usr/bin/env bash
-# Perplexity of the dense model and of the MoEs made of it, at several budgets. Works from any directory; each setting can be given in
-# the environment instead:  MODEL_PATH=/models/llama_7B TEXT_PATH=wiki.test.raw NUM_SELECTS="8 6 4 2" bash evaluate.sh
+# Perplexity of the dense model and of the MoEs made of it, at several budgets. Works from any directory; each setting
+# can be given in the environment instead:
+#     MODEL_PATH=/models/llama_7B TEXT_PATH=wiki.test.raw NUM_SELECTS="8 6 4 2" bash evaluate.sh
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=run_moefication/common.sh
-. "$HERE/common.sh"
+. "$HERE/common.sh" && shared_settings # MODEL_PATH, MOE_PATH, and where there are any CALIBRATED_PATH and DISTILLED_PATH
 
-MODEL_PATH="${MODEL_PATH:-}"                            # dense LLaMA in transformers format, or a hub id
-MOE_PATH="${MOE_PATH:-$(in_full "$MODEL_PATH")-MoE}"    # the checkpoint that 4_convert.sh wrote
-CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}" # that of 5_calibrate.sh, where there is one
-DISTILLED_PATH="${DISTILLED_PATH:-$MOE_PATH-Distilled}" # that of 6_distill.sh, where there is one
 TEXT_PATH="${TEXT_PATH:-$HERE/../llama_data/heldout/wikipedia.jsonl}"
-NUM_SELECTS="${NUM_SELECTS:-}"                          # such as "8 6 4 2"; empty: the checkpoint's own
-BLOCK_SIZE="${BLOCK_SIZE:-}"                            # empty: 2048, or what the models take
-MAX_TOKENS="${MAX_TOKENS:-}"                            # empty: all
+NUM_SELECTS="${NUM_SELECTS:-}" # such as "8 6 4 2"; empty: the checkpoint's own
+MAX_TOKENS="${MAX_TOKENS:-}"   # empty: all
 BATCH_SIZE="${BATCH_SIZE:-4}"
 
 CHECKPOINTS=("$MOE_PATH")
 for path in "$CALIBRATED_PATH" "$DISTILLED_PATH"; do
     [ ! -e "$path/manifest.json" ] || CHECKPOINTS+=("$path")
 done
+options TEXT_PATH BLOCK_SIZE MAX_TOKENS BATCH_SIZE
 # shellcheck disable=SC2086 # NUM_SELECTS is a list
-"$PYTHON" "$HERE/llama_evaluate.py" \
-    --model_path "$MODEL_PATH" "${CHECKPOINTS[@]}" \
-    --text_path "$TEXT_PATH" \
-    ${NUM_SELECTS:+--num_selects $NUM_SELECTS} \
-    ${BLOCK_SIZE:+--block_size "$BLOCK_SIZE"} \
-    ${MAX_TOKENS:+--max_tokens "$MAX_TOKENS"} \
-    --batch_size "$BATCH_SIZE" \
-    "$@"
+"$PYTHON" "$HERE/llama_evaluate.py" --model_path "$MODEL_PATH" "${CHECKPOINTS[@]}" \
+    ${NUM_SELECTS:+--num_selects $NUM_SELECTS} "${OPTIONS[@]}" "$@"

@@ -18,57 +18,37 @@ from run_moefication.settings import CalibrateSettings
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of this stage."""
-    parser = command_line.new_parser(__doc__)
-    command_line.add_model_path(parser)
-    parser.add_argument(
-        "--moe_path",
-        type=command_line.path,
-        required=True,
-        help="the converted checkpoint, as llama_convert.py (or this script, or llama_distill.py) wrote it",
+    parser = command_line.stage_parser(
+        __doc__,
+        CalibrateSettings,
+        moe_path="the converted checkpoint, as llama_convert.py (or this script, or llama_distill.py) wrote it",
+        save_path=command_line.NEW_CHECKPOINT,
     )
-    parser.add_argument(
-        "--save_path",
-        type=command_line.path,
-        required=True,
-        help="folder of the new checkpoint itself, absent or empty",
-    )
-    command_line.add_settings(parser, CalibrateSettings)
     command_line.add_corpus(parser)
-    command_line.add_common(parser)
     return parser
 
 
 def calibrate(arguments: argparse.Namespace) -> None:
     """Run the stage and print what each layer's fit gained."""
-    device = command_line.pick_device(arguments)
+    run = command_line.run_options(arguments)
     from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
-    from run_moefication.moefication.stages.calibrate import calibrate as calibrate_checkpoint
-    from run_moefication.moefication.stages.calibrate import final_norm_metrics, layer_metrics
+    from run_moefication.moefication.stages import calibrate as stage
 
     settings = command_line.settings_of(arguments, CalibrateSettings)
     checkpoint = DenseCheckpoint(arguments.model_path)
-    corpus = command_line.read_corpus(arguments, checkpoint, command_line.progress_bar)
-    writer = calibrate_checkpoint(
-        checkpoint,
-        arguments.moe_path,
-        corpus,
-        arguments.save_path,
-        settings,
-        device=device,
-        overwrite=arguments.overwrite,
-        progress=command_line.progress_bar,
-    )
+    corpus = command_line.read_corpus(arguments, checkpoint, run["progress"])
+    writer = stage.calibrate(checkpoint, arguments.moe_path, corpus, arguments.save_path, settings, **run)
     command_line.print_mix(checkpoint, corpus)
     print(f"{'layer':>5} {'routed that run':>17} {'error before':>13} {'after':>8} {'strength':>9}")
-    for layer, m in enumerate(layer_metrics(writer)):
+    for layer, m in enumerate(stage.layer_metrics(writer)):
         print(
             f"{layer:>5} {m['active_share']:>17.1%} {m['error_before']:>13.4f} {m['error_after']:>8.4f} "
             f"{m['strength']:>9g}"
         )
-    if final := final_norm_metrics(writer):
+    if final := stage.final_norm_metrics(writer):
         before, after = final["divergence_before"], final["divergence_after"]
         print(f"divergence from the dense model: {before:.4f} nats a token, {after:.4f} with the final norm fitted")
-    command_line.report(writer, "llama_distill.py (6_distill.sh), or llama_evaluate.py (evaluate.sh)")
+    command_line.report(arguments, writer, "llama_distill.py (6_distill.sh), or llama_evaluate.py (evaluate.sh)")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,73 +18,40 @@ from run_moefication.settings import DistillSettings
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of this stage."""
-    parser = command_line.new_parser(__doc__)
-    command_line.add_model_path(parser)
-    parser.add_argument(
-        "--moe_path",
-        type=command_line.path,
-        required=True,
-        help="the checkpoint to train, as llama_convert.py or llama_calibrate.py (or this script) wrote it",
-    )
-    parser.add_argument(
-        "--save_path",
-        type=command_line.path,
-        required=True,
-        help="folder of the new checkpoint itself, absent or empty",
-    )
-    group = parser.add_argument_group("training")
-    command_line.add_settings(group, DistillSettings)
-    group.add_argument(
-        "--save_steps", type=int, default=100, help="training steps after which an interrupted run can go on"
+    parser = command_line.stage_parser(
+        __doc__,
+        DistillSettings,
+        moe_path="the checkpoint to train, as llama_convert.py or llama_calibrate.py (or this script) wrote it",
+        save_path=command_line.NEW_CHECKPOINT,
     )
     command_line.add_corpus(parser)
-    # The old launcher still passes this; torchrun says it by LOCAL_RANK.
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    command_line.add_common(parser)
+    command_line.add_local_rank(parser)
     return parser
 
 
 def distill(arguments: argparse.Namespace) -> None:
     """Run the stage in this process of one or several, and print what the training gained."""
-    process = command_line.this_process(arguments, f"it trains with the others, and waits for them at {_meeting()}")
-    rank = process.rank
-    device = command_line.pick_device(arguments, process.local_rank)
+    place = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
+    process = command_line.this_process(arguments, f"it trains with the others, and waits for them at {place}")
+    run = command_line.run_options(arguments, process)
     from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
-    from run_moefication.moefication.progress import no_progress
-    from run_moefication.moefication.stages.distill import RESULT
-    from run_moefication.moefication.stages.distill import distill as distill_checkpoint
+    from run_moefication.moefication.stages import distill as stage
 
     settings = command_line.settings_of(arguments, DistillSettings)
-    progress = command_line.progress_bar if rank == 0 else no_progress
     checkpoint = DenseCheckpoint(arguments.model_path)
-    corpus = command_line.read_corpus(arguments, checkpoint, progress)
-    writer = distill_checkpoint(
-        checkpoint,
-        arguments.moe_path,
-        corpus,
-        arguments.save_path,
-        settings,
-        save_steps=arguments.save_steps,
-        device=device,
-        overwrite=arguments.overwrite,
-        progress=progress,
+    corpus = command_line.read_corpus(arguments, checkpoint, run["progress"])
+    writer = stage.distill(checkpoint, arguments.moe_path, corpus, arguments.save_path, settings, **run)
+    if process.rank != 0:
+        return
+    command_line.print_mix(checkpoint, corpus)
+    metrics = writer.metrics()[stage.RESULT]
+    shares = metrics["active_share"]
+    print(f"KL to the dense model, held out: {metrics['loss_before']:.4f} before, {metrics['loss_after']:.4f} after")
+    print(
+        f"routed experts that run: {sum(shares) / len(shares):.1%} "
+        f"({min(shares):.1%} to {max(shares):.1%} in {len(shares)} layers)"
     )
-    if rank == 0:
-        command_line.print_mix(checkpoint, corpus)
-        metrics = writer.metrics()[RESULT]
-        shares = metrics["active_share"]
-        print(
-            f"KL to the dense model, held out: {metrics['loss_before']:.4f} before, {metrics['loss_after']:.4f} after"
-        )
-        print(
-            f"routed experts that run: {sum(shares) / len(shares):.1%} "
-            f"({min(shares):.1%} to {max(shares):.1%} in {len(shares)} layers)"
-        )
-        command_line.report(writer, "llama_evaluate.py (evaluate.sh)")
-
-
-def _meeting() -> str:
-    return f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
+    command_line.report(arguments, writer, "llama_evaluate.py (evaluate.sh)")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from run_moefication import command_line
+from run_moefication.settings import EvaluateSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,17 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--text_path", type=command_line.path, required=True, help='text file, or .jsonl with a "text" a line'
     )
-    parser.add_argument(
-        "--num_selects", type=int, nargs="+", help="budgets to evaluate MoE checkpoints at (default: their own)"
-    )
-    parser.add_argument("--block_size", type=int, help="tokens per block (default: 2048, or what the models take)")
-    parser.add_argument("--max_tokens", type=int, help="read only so many tokens (default: all)")
-    parser.add_argument("--batch_size", type=int, default=4, help="blocks per forward pass")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="to run in (default: float32 on CPUs, the checkpoint's own elsewhere)",
-    )
+    command_line.add_settings(parser, EvaluateSettings)
     command_line.add_device(parser)
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write the results as JSON to a file, or to stdout"
@@ -52,25 +43,17 @@ def build_parser() -> argparse.ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the tables or the JSON."""
     device = command_line.pick_device(arguments)
-    from run_moefication.moefication.errors import MoEficationError
-    from run_moefication.moefication.stages.evaluate import evaluate as evaluate_checkpoints
+    from run_moefication.moefication.errors import SettingError
+    from run_moefication.moefication.stages import evaluate as stage
 
     if arguments.json not in (None, "-"):
         file = Path(arguments.json)
         if file.is_dir() or not file.parent.is_dir():
-            raise MoEficationError(f"--json {file} cannot be written: name a file in a folder that exists")
+            raise SettingError(f"json {file} cannot be written: name a file in a folder that exists")
 
-    results = evaluate_checkpoints(
-        arguments.model_path,
-        arguments.text_path,
-        num_selects=arguments.num_selects,
-        block_size=arguments.block_size,
-        max_tokens=arguments.max_tokens,
-        batch_size=arguments.batch_size,
-        dtype=arguments.dtype,
-        device=device,
-        progress=command_line.progress_bar,
-    )
+    settings = command_line.settings_of(arguments, EvaluateSettings)
+    run = {"device": device, "progress": command_line.progress_bar}
+    results = stage.evaluate(arguments.model_path, arguments.text_path, **vars(settings), **run)
     if arguments.json:
         content = json.dumps([asdict(row) for row in results], indent=1)
         if arguments.json == "-":

@@ -16,46 +16,31 @@ from run_moefication.settings import FeatureSettings
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of this stage."""
-    parser = command_line.new_parser(__doc__)
-    command_line.add_model_path(parser)
-    command_line.add_save_path(parser, "NAME-Hidden-Features")
-    command_line.add_settings(parser, FeatureSettings)
+    parser = command_line.stage_parser(
+        __doc__, FeatureSettings, save_path="folder in which NAME-Hidden-Features is made"
+    )
     command_line.add_corpus(parser)
-    # The old launcher still passes this; torchrun says it by LOCAL_RANK.
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    command_line.add_common(parser)
+    command_line.add_local_rank(parser)
     return parser
 
 
 def get_hidden_features(arguments: argparse.Namespace) -> None:
     """Run the stage in this process of one or several, and print the mix of domains."""
     process = command_line.this_process(arguments, "it records its share, and the others must be started, too")
-    rank = process.rank
-    device = command_line.pick_device(arguments, process.local_rank)
+    run = command_line.run_options(arguments, process)
     from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
-    from run_moefication.moefication.progress import no_progress
     from run_moefication.moefication.stages.features import extract_features
 
     settings = command_line.settings_of(arguments, FeatureSettings)
-    progress = command_line.progress_bar if rank == 0 else no_progress
     checkpoint = DenseCheckpoint(arguments.model_path)
-    corpus = command_line.read_corpus(arguments, checkpoint, progress)
-    writer = extract_features(
-        checkpoint,
-        corpus,
-        arguments.save_path,
-        settings,
-        device=device,
-        rank=rank,
-        world_size=process.world_size,
-        overwrite=arguments.overwrite,
-        progress=progress,
-    )
-    if rank == 0:
+    corpus = command_line.read_corpus(arguments, checkpoint, run["progress"])
+    share = {"rank": process.rank, "world_size": process.world_size}
+    writer = extract_features(checkpoint, corpus, arguments.save_path, settings, **share, **run)
+    if process.rank == 0:
         command_line.print_mix(checkpoint, corpus)
-    if rank == 0 or (writer.finished and not writer.was_finished):
+    if process.rank == 0 or (writer.finished and not writer.was_finished):
         others = f"still missing, which the other processes of WORLD_SIZE {process.world_size} make"
-        command_line.report(writer, "llama_select_mlp.py (3_select.sh)", others)
+        command_line.report(arguments, writer, "llama_select_mlp.py (3_select.sh)", others)
 
 
 def main(argv: list[str] | None = None) -> int:

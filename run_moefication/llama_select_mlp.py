@@ -17,48 +17,35 @@ from run_moefication.settings import GateSettings
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of this stage."""
-    parser = command_line.new_parser(__doc__)
-    command_line.add_model_path(parser)
-    command_line.add_split(parser)
-    parser.add_argument(
-        "--hidden_features_path",
-        type=command_line.path,
-        required=True,
-        help="folder that llama_get_hidden_features.py wrote",
+    parser = command_line.stage_parser(
+        __doc__,
+        GateSettings,
+        leave_out=("patience",),
+        split_file_path=command_line.SPLIT,
+        hidden_features_path="folder that llama_get_hidden_features.py wrote",
+        save_path="folder in which NAME-nExpert-Select-MLP is made",
     )
-    command_line.add_save_path(parser, "NAME-nExpert-Select-MLP")
-    command_line.add_settings(parser, GateSettings, leave_out=("patience",))
     parser.add_argument(
         "--specify_layer",
         nargs="*",
-        default=[],
         help="layers to train: 0-7 (ends included), 0 1 2, or both (default: all)",
     )
-    command_line.add_common(parser)
     return parser
 
 
 def select(arguments: argparse.Namespace) -> None:
     """Run the stage and print how good the gates are."""
-    device = command_line.pick_device(arguments)
+    run = command_line.run_options(arguments)
     from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.stages.select import parse_layers, train_gates
 
     settings = command_line.settings_of(arguments, GateSettings)
     checkpoint = DenseCheckpoint(arguments.model_path)
-    writer = train_gates(
-        checkpoint,
-        arguments.split_file_path,
-        arguments.hidden_features_path,
-        arguments.save_path,
-        settings,
-        layers=parse_layers(arguments.specify_layer, checkpoint.config.num_hidden_layers),
-        device=device,
-        overwrite=arguments.overwrite,
-        progress=command_line.progress_bar,
-    )
+    layers = parse_layers(arguments.specify_layer or [], checkpoint.config.num_hidden_layers)
+    paths = arguments.split_file_path, arguments.hidden_features_path, arguments.save_path
+    writer = train_gates(checkpoint, *paths, settings, layers=layers, **run)
     print_quality(writer.metrics(), settings.num_selects)
-    command_line.report(writer, "llama_convert.py (4_convert.sh)")
+    command_line.report(arguments, writer, "llama_convert.py (4_convert.sh)")
 
 
 def print_quality(metrics: dict, num_selects: int) -> None:

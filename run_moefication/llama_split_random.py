@@ -14,12 +14,10 @@ from run_moefication.settings import RandomSplitSettings
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of this stage."""
-    parser = command_line.new_parser(__doc__)
-    command_line.add_model_path(parser)
-    command_line.add_save_path(parser, "NAME-nExpert-Split-Random")
+    parser = command_line.stage_parser(
+        __doc__, RandomSplitSettings, has_device=False, save_path="folder in which NAME-nExpert-Split-Random is made"
+    )
     command_line.add_templates(parser)
-    command_line.add_settings(parser, RandomSplitSettings)
-    command_line.add_common(parser, device=False)
     return parser
 
 
@@ -36,7 +34,7 @@ def split(arguments: argparse.Namespace) -> None:
     width = checkpoint.config.intermediate_size // arguments.num_experts
     layers = checkpoint.config.num_hidden_layers
     print(f"{checkpoint.name}: {layers} layers, {arguments.num_experts} experts of {width} neurons")
-    command_line.report(writer, "llama_get_hidden_features.py (2_get_hidden_features.sh)")
+    command_line.report(arguments, writer, "llama_get_hidden_features.py (2_get_hidden_features.sh)")
 
 
 def main(argv: list[str] | None = None) -> int:

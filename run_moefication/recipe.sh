@@ -5,6 +5,9 @@
 #     RECIPE=calibrated    many small experts split on activations, some of them shared; ridge gates; a threshold instead
 #                          of a fixed number; stage 5 refits what remains (the default, and the better model)
 #     RECIPE=plain         the original description's: 8 experts clustered on weights, MLP gates, 2 of 8 for every token
+#
+# It also gives BUDGET, which is NUM_SELECTS where that is given and else empty, and the folders of the first stages'
+# files: SPLIT_FOLDER, FEATURES_FOLDER and SELECT_FOLDER.
 
 # shellcheck source=run_moefication/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -11,12 +11,13 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any
 
 from .moefication.errors import SettingError
+from .moefication.names import features_folder, model_name, select_folder, split_folder
 
 # The rows of these weights are the neurons of the MLP.
 TEMPLATES = ("layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight")
@@ -29,7 +30,6 @@ GATE_NETWORKS = {"mlp": "mlp", "linear": "linear", "similarity": "linear"}
 GATE_FITS = ("ridge", "adam")
 ROUTINGS = ("top_k", "threshold")
 CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
-LAYER_BUDGETS = ("equal", "sensitivity")
 TRAINED = ("gates", "experts", "all")
 EQUAL = "equal"
 
@@ -39,7 +39,31 @@ Check = Callable[[Any], str | None]
 # ---------------------------------------------------------------------------------------------------- one setting
 
 
-def setting(default: Any = MISSING, help: str = "", *, choices: Any = None, check: Check | None = None) -> Any:
+def must(is_right: Callable[[Any], bool], otherwise: str) -> Check:
+    """A check, which says of a value that is not right what is wrong with it: the rest of a sentence."""
+    return lambda value: None if is_right(value) else otherwise
+
+
+def at_least(minimum: int) -> Check:
+    """The check of a whole number."""
+    return must(lambda value: value >= minimum, f"must be at least {minimum}")
+
+
+POSITIVE = must(lambda value: 0 < value < math.inf, "must be a positive number")
+FRACTION = must(lambda value: 0 < value < 1, "is not a fraction between 0 and 1")
+FRACTION_OR_ALL = must(lambda value: 0 < value <= 1, "is not a fraction in (0, 1]; one percent is 0.01")
+SEED = must(lambda value: 0 <= value < 2**32, "is outside of 0 to 2^32 - 1")
+
+
+def setting(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    choices: Any = None,
+    check: Check | None = None,
+    only: str | None = None,
+    is_recorded: bool = True,
+) -> Any:
     """A field of a stage's settings.
 
     Args:
@@ -47,53 +71,34 @@ def setting(default: Any = MISSING, help: str = "", *, choices: Any = None, chec
         help: what it means, with its unit.
         choices: the values that it may have.
         check: returns what is wrong with a value, as the rest of a sentence, or None.
+        only: "field value", or "field value or value": a field above this one, and its values with which this one has
+            an effect. With other values it is None.
+        is_recorded: whether it shapes the result, so that manifests name it.
     """
-    return field(default=default, metadata={"help": help, "choices": choices and tuple(choices), "check": check})
+    if only:
+        known = f"{help} (default: {default})" if default else help
+        help = f"{known[:-1]}; " if known.endswith(")") else f"{known} ("
+        help += f"with --{only})"
+    rules = dict(help=help, choices=choices and tuple(choices), check=check, only=only, is_recorded=is_recorded)
+    return field(default=None if only else default, metadata=rules | {"default": default})
 
 
-def at_least(minimum: int) -> Check:
-    """The check of a whole number."""
-    return lambda value: None if value >= minimum else f"must be at least {minimum}"
-
-
-def positive(value: float) -> str | None:
-    """The check of a learning rate."""
-    return None if 0 < value < math.inf else "must be a positive number"
-
-
-def fraction(value: float) -> str | None:
-    """The check of a share that is neither nothing nor all."""
-    return None if 0 < value < 1 else "is not a fraction between 0 and 1"
-
-
-def fraction_or_all(value: float) -> str | None:
-    """The check of a share that may be all."""
-    return None if 0 < value <= 1 else "is not a fraction in (0, 1]; one percent is 0.01"
-
-
-def template(value: str) -> str | None:
-    """The check of a weight whose rows are neurons."""
-    return None if value in TEMPLATES else f"is not one of {', '.join(TEMPLATES)}"
-
-
-def templates() -> Any:
+def templates(**rules: Any) -> Any:
     """The one template of a stage."""
-    return setting(
-        TEMPLATES[0],
-        "weight whose rows are the neurons, {} standing for the layer (gate_proj or up_proj)",
-        check=template,
-    )
+    help = "weight whose rows are the neurons, {} standing for the layer"
+    return setting(TEMPLATES[0], help, choices=TEMPLATES, **rules)
 
 
-def seed(what: str) -> Any:
+def seed(what: str, **rules: Any) -> Any:
     """The seed of `what`."""
-    in_range = lambda value: None if 0 <= value < 2**32 else "is outside of 0 to 2^32 - 1"  # noqa: E731
-    return setting(0, f"seed of {what}, 0 to 2^32 - 1", check=in_range)
+    return setting(0, f"seed of {what}, 0 to 2^32 - 1", check=SEED, **rules)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Checks every field by its own rule when it is made, and then, by `check`, what fields say together.
+
+    A field that has an effect only with certain values of others is None with all other values.
 
     Raises:
         SettingError: names the field and the cure.
@@ -101,17 +106,33 @@ class Settings:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            value, choices, check = getattr(self, one.name), one.metadata["choices"], one.metadata["check"]
-            if value is None and one.default is None:
+            value, rules = getattr(self, one.name), one.metadata
+            if not self._has_effect(one):
+                if value is not None:
+                    raise SettingError(f"{one.name} is for {rules['only']}")
                 continue
-            if choices and value not in choices:
-                raise SettingError(f"{one.name} {value!r} is not one of {', '.join(choices)}")
-            wrong = check and check(value)
-            if wrong:
-                raise SettingError(
-                    f"{one.name} {value!r} {wrong}" if isinstance(value, str) else f"{one.name} {value} {wrong}"
-                )
+            if value is None and rules["only"]:
+                value = rules["default"]
+                object.__setattr__(self, one.name, value)
+            if value is not None:
+                self._check_value(one, value)
         self.check()
+
+    def _has_effect(self, one: Field) -> bool:
+        name, _, values = (one.metadata["only"] or "").partition(" ")
+        return not name or getattr(self, name) in values.split(" or ")
+
+    def _check_value(self, one: Field, value: Any) -> None:
+        choices, check = one.metadata["choices"], one.metadata["check"]
+        if choices and value not in choices:
+            raise SettingError(f"{one.name} {value!r} is not one of {', '.join(choices)}")
+        if wrong := check and check(value):
+            raise SettingError(f"{one.name} {repr(value) if isinstance(value, str) else value} {wrong}")
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings that shape the result, as manifests record them."""
+        shaping = (one for one in fields(self) if one.metadata["is_recorded"] and self._has_effect(one))
+        return {one.name: getattr(self, one.name) for one in shaping}
 
     def check(self) -> None:
         """What fields must fulfil together."""
@@ -145,6 +166,7 @@ def require_rank(rank: int | None, hidden_size: int, num_routed_experts: int) ->
 
 
 EXPERTS_HELP = "experts per layer; must divide the MLP's width"
+SPLIT_EXPERTS_HELP = "experts per layer, those of the split"
 
 
 # ---------------------------------------------------------------------------------------------------- text
@@ -161,7 +183,7 @@ class CorpusSettings(Settings):
         "mix of LLaMA's pretraining)",
     )
     data_use_percent: float = setting(
-        1.0, "fraction, in (0, 1], of the tokens that the domain mix allows; 0.01 is one percent", check=fraction_or_all
+        1.0, "fraction, in (0, 1], of the tokens that the domain mix allows; 0.01 is one percent", check=FRACTION_OR_ALL
     )
     max_tokens: int | None = setting(
         None, "upper limit on tokens, all domains together (default: none)", check=at_least(1)
@@ -189,31 +211,24 @@ class SplitSettings(Settings):
         "them",
     )
     keep_fraction: float | None = setting(
-        None,
-        "share of the neurons a token is said to need, on average (default: 0.3; with --cluster_on activations)",
-        check=fraction,
+        0.3, "share of the neurons a token is said to need, on average", check=FRACTION, only="cluster_on activations"
     )
     distance: str = setting(
         "l2",
         "between a normalised row and a centre: squared Euclidean, or one minus the cosine",
         choices=DISTANCES,
     )
-    batch_size: int = setting(4, "blocks of --train_data_path at a time", check=at_least(1))
+    batch_size: int | None = setting(
+        4, "blocks of --train_data_path at a time", check=at_least(1), only="cluster_on activations"
+    )
     seed: int = seed("k-means++, and the choice of blocks")
 
     def check(self) -> None:
-        """Shared experts and the share of needed neurons come from activations."""
-        if self.cluster_on == "weights":
-            for name in ("num_shared_experts", "keep_fraction"):
-                if getattr(self, name):
-                    raise SettingError(f"{name} is for cluster_on activations")
-        else:
+        """Shared experts are chosen by activations."""
+        if self.cluster_on == "activations":
             require_shared(self.num_shared_experts, self.num_experts)
-
-    @property
-    def kept(self) -> float:
-        """The share of the neurons that a token is said to need."""
-        return 0.3 if self.keep_fraction is None else self.keep_fraction
+        elif self.num_shared_experts:
+            raise SettingError("num_shared_experts is for cluster_on activations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,12 +244,12 @@ class RandomSplitSettings(Settings):
 class FeatureSettings(Settings):
     """Stage 2: what is recorded while the dense model reads text."""
 
-    templates: str = templates()
     feature_format: str = setting(
         "full",
         "full: MLP inputs and activations; inputs: the inputs alone, the rest is recomputed from the weights",
         choices=FEATURE_FORMATS,
     )
+    templates: str | None = templates(only="feature_format full")
     batch_size: int = setting(4, "blocks per forward pass; limits device memory", check=at_least(1))
     save_interval: int = setting(
         1, "batches per file; more means fewer, larger files and more host memory", check=at_least(1)
@@ -247,7 +262,7 @@ class GateSettings(Settings):
     """Stage 3: what shapes a gate."""
 
     templates: str = templates()
-    num_experts: int = setting(help="experts per layer, those of the split")
+    num_experts: int = setting(help=SPLIT_EXPERTS_HELP)
     num_selects: int = setting(
         help="experts per token that gates are trained and measured for; conversion may choose another number"
     )
@@ -264,29 +279,36 @@ class GateSettings(Settings):
     )
     gate_fit: str | None = setting(
         None,
-        "ridge: linear gates in closed form, with a bias; adam: training (default: ridge for linear, else adam)",
+        "ridge: linear gates in closed form, with a bias; adam: training (default: ridge for linear, adam for mlp)",
         choices=GATE_FITS,
+        only="gate_network mlp or linear",
     )
-    gate_rank: int | None = setting(None, "of a linear gate as two factors: cheaper with many experts (default: full)")
-    use_softmax: bool = setting(
+    gate_rank: int | None = setting(
+        None, "of a linear gate as two factors: cheaper with many experts (default: full)", only="gate_fit ridge"
+    )
+    use_softmax: bool | None = setting(
         False,
         "learn the normalised scores (KL divergence) instead of the top-k set (binary cross-entropy); recommended",
+        only="gate_fit adam",
     )
-    epochs: int = setting(30, "passes over the tokens, at most", check=at_least(0))
-    batch_size: int = setting(1024, "tokens per step", check=at_least(1))
-    lr: float = setting(0.01, "peak of the one-cycle learning rate", check=positive)
-    valid_percent: float = setting(0.1, "fraction of the tokens held out to measure on", check=fraction)
-    patience: int = setting(10, "epochs without a gain after which training ends", check=at_least(1))
-    seed: int = seed("the order of tokens in training")
+    epochs: int | None = setting(30, "passes over the tokens, at most", check=at_least(0), only="gate_fit adam")
+    batch_size: int | None = setting(1024, "tokens per step", check=at_least(1), only="gate_fit adam")
+    lr: float | None = setting(0.01, "peak of the one-cycle learning rate", check=POSITIVE, only="gate_fit adam")
+    valid_percent: float = setting(0.1, "fraction of the tokens held out to measure on", check=FRACTION)
+    patience: int | None = setting(
+        10, "epochs without a gain after which training ends", check=at_least(1), only="gate_fit adam"
+    )
+    seed: int | None = seed("the order of tokens in training", only="gate_fit adam")
+
+    def __post_init__(self) -> None:
+        if self.gate_fit is None and self.gate_network != "similarity":
+            object.__setattr__(self, "gate_fit", "ridge" if self.gate_network == "linear" else "adam")
+        super().__post_init__()
 
     def check(self) -> None:
-        """A closed form and a rank are for linear gates."""
-        if self.gate_fit is None:
-            object.__setattr__(self, "gate_fit", "ridge" if self.gate_network == "linear" else "adam")
-        if self.gate_network != "linear" and (self.gate_fit == "ridge" or self.gate_rank is not None):
-            raise SettingError("gate_fit ridge and gate_rank are for gate_network linear")
-        if self.gate_rank is not None and self.gate_fit != "ridge":
-            raise SettingError(f"gate_rank {self.gate_rank} needs gate_fit ridge")
+        """A closed form is for linear gates."""
+        if self.gate_fit == "ridge" and self.gate_network != "linear":
+            raise SettingError("gate_fit ridge is for gate_network linear")
         require_selects(self.num_selects, self.num_experts)
 
 
@@ -294,7 +316,7 @@ class GateSettings(Settings):
 class ConvertSettings(Settings):
     """Stage 4: which experts run, and what kind of checkpoint is written. Counts of experts include shared ones."""
 
-    num_experts: int = setting(help="experts per layer, those of the split")
+    num_experts: int = setting(help=SPLIT_EXPERTS_HELP)
     num_selects: int = setting(
         help="experts that run per token, shared ones included; need not be what gates were trained for"
     )
@@ -305,20 +327,19 @@ class ConvertSettings(Settings):
         "average",
         choices=ROUTINGS,
     )
-    min_selects: int | None = setting(None, "with threshold routing, the least for any token (default: 0)")
-    max_selects: int | None = setting(None, "with threshold routing, the most for any token (default: all)")
+    min_selects: int | None = setting(None, "the least experts for any token (default: 0)", only="routing threshold")
+    max_selects: int | None = setting(None, "the most experts for any token (default: all)", only="routing threshold")
     convert_type: str = setting("LlamaMoEForCausalLM", "class of the new checkpoint", choices=CONVERT_TYPES)
     dtype: str | None = setting(None, "of the new weights (default: as in the source)", choices=DTYPES)
     num_labels: int | None = setting(
         None,
         "labels of a new classification head (zeros, to be trained), where the source has none (default: 2)",
+        only="convert_type LlamaMoEForSequenceClassification",
     )
 
     def check(self) -> None:
-        """Bounds on a token's experts are for thresholds."""
+        """A budget is one of experts."""
         require_selects(self.num_selects, self.num_experts)
-        if self.routing != "threshold" and (self.min_selects, self.max_selects) != (None, None):
-            raise SettingError("min_selects and max_selects are for routing threshold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,11 +353,6 @@ class CalibrateSettings(Settings):
     refit_gates: bool = setting(False, "fit linear gates anew, on what the calibrated layers before produce")
     output_bias: bool = setting(
         False, "fit a bias on each MLP's output as well; engines for other MoE architectures have no place for it"
-    )
-    layer_budgets: str = setting(
-        "equal",
-        "equal: every layer runs as many experts; sensitivity: more where the loss rises most without them",
-        choices=LAYER_BUDGETS,
     )
     batch_size: int = setting(4, "blocks at a time", check=at_least(1))
 
@@ -354,11 +370,27 @@ class DistillSettings(Settings):
         "what is trained: the gates; the experts, shared ones and output biases included; or both",
         choices=TRAINED,
     )
-    lr: float = setting(1e-4, "learning rate of Adam, at the top of its cosine", check=positive)
+    lr: float = setting(1e-4, "learning rate of Adam, at the top of its cosine", check=POSITIVE)
     epochs: int = setting(1, "passes over the text", check=at_least(1))
     batch_size: int = setting(2, "blocks at a time in each process", check=at_least(1))
     gradient_accumulation_steps: int = setting(1, "batches of each process in a training step", check=at_least(1))
     bf16: bool = setting(False, "compute in bfloat16; weights stay in float32 meanwhile")
+    save_steps: int = setting(
+        100, "training steps after which an interrupted run can go on", check=at_least(1), is_recorded=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(Settings):
+    """What is evaluated, and on how much text."""
+
+    num_selects: Sequence[int] | None = setting(None, "budgets to evaluate MoE checkpoints at (default: their own)")
+    block_size: int | None = setting(None, "tokens per block (default: 2048, or what the models take)")
+    max_tokens: int | None = setting(None, "read only so many tokens (default: all)", check=at_least(2))
+    batch_size: int = setting(4, "blocks per forward pass", check=at_least(1))
+    dtype: str | None = setting(
+        None, "to run in (default: float32 on CPUs, the checkpoint's own elsewhere)", choices=DTYPES
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- recipes
@@ -394,6 +426,10 @@ class Recipe:
     feature_tokens: int = 65_536
     calibration_tokens: int = 131_072
     distillation_tokens: int = 131_072
+
+    def at(self, active: float) -> "Recipe":
+        """The same for another budget: this share of the experts runs per token, shared ones included."""
+        return replace(self, selects=Fraction(str(active)))
 
     def num_selects(self, num_experts: int) -> int:
         """Experts that run per token, shared ones included."""
@@ -444,6 +480,9 @@ PLAIN = Recipe(
 RECIPES = {recipe.name: recipe for recipe in (CALIBRATED, PLAIN)}
 
 
+# ---------------------------------------------------------------------------------------------------- the shell's side
+
+
 def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
     """The shell scripts' settings of the recipe that the environment asks for; what is given there stays as it is.
 
@@ -455,33 +494,34 @@ def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
         raise SettingError(f"RECIPE={name}: {' or '.join(RECIPES)}")
     recipe = RECIPES[name]
     num_experts = _whole(environment, "NUM_EXPERTS", 1, recipe.num_experts)
-    num_selects = _whole(environment, "NUM_SELECTS", 1, None)
-    shared = _whole(environment, "NUM_SHARED_EXPERTS", 0, None)
-    if num_selects is None:
-        num_selects = recipe.num_selects(num_experts)
+    num_selects = _whole(environment, "NUM_SELECTS", 1, recipe.num_selects(num_experts))
     if not 1 <= num_selects <= num_experts:
         raise SettingError(f"NUM_SELECTS={num_selects} is outside of 1 to NUM_EXPERTS={num_experts}")
+    shared = recipe.num_shared_experts(num_experts, num_selects)
     values = {
         "RECIPE": name,
         "NUM_EXPERTS": num_experts,
         "NUM_SELECTS": num_selects,
-        "NUM_SHARED_EXPERTS": recipe.num_shared_experts(num_experts, num_selects) if shared is None else shared,
-        "CLUSTER_ON": recipe.cluster_on,
-        "SELECT_CRITERION": recipe.select_criterion,
-        "GATE_NETWORK": recipe.gate_network,
-        "ROUTING": recipe.routing,
-        "SPLIT_TOKENS": recipe.split_tokens,
-        "FEATURE_TOKENS": recipe.feature_tokens,
-        "CALIBRATION_TOKENS": recipe.calibration_tokens,
-        "DISTILLATION_TOKENS": recipe.distillation_tokens,
+        "NUM_SHARED_EXPERTS": _whole(environment, "NUM_SHARED_EXPERTS", 0, shared),
     }
-    given = {key: environment.get(key) or str(value) for key, value in values.items()}
+    same = "cluster_on", "select_criterion", "gate_network", "routing"
+    tokens = "split_tokens", "feature_tokens", "calibration_tokens", "distillation_tokens"
+    values |= {name.upper(): getattr(recipe, name) for name in (*same, *tokens)}
     # These two may be given as empty, which says none.
-    may_be_empty = {"GATE_RANK": recipe.rank(num_experts), "OUTPUT_BIAS": 1 if recipe.output_bias else None}
-    return given | {key: environment.get(key, str(value or "")) for key, value in may_be_empty.items()}
+    may_be_empty = {"GATE_RANK": recipe.rank(num_experts) or "", "OUTPUT_BIAS": 1 if recipe.output_bias else ""}
+    model, save_path = model_name(environment.get("MODEL_PATH", "")), environment.get("SAVE_PATH", "")
+    derived = {
+        "BUDGET": environment.get("NUM_SELECTS", ""),
+        "SPLIT_FOLDER": split_folder(save_path, model, num_experts),
+        "FEATURES_FOLDER": features_folder(save_path, model),
+        "SELECT_FOLDER": select_folder(save_path, model, num_experts),
+    }
+    settings = {key: environment.get(key) or value for key, value in values.items()} | derived
+    settings |= {key: environment.get(key, value) for key, value in may_be_empty.items()}
+    return {key: str(value) for key, value in settings.items()}
 
 
-def _whole(environment: Mapping[str, str], name: str, minimum: int, default: int | None) -> int | None:
+def _whole(environment: Mapping[str, str], name: str, minimum: int, default: int) -> int:
     text = environment.get(name)
     if not text:
         return default

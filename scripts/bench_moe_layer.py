@@ -10,13 +10,13 @@ and memory allow: the active fraction of the flops, or the share of experts whos
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import timing
 
 from run_moefication import command_line
-from run_moefication.moefication.errors import MoEficationError
 
 SHAPES = {"7B": (4096, 11008), "SmolLM2": (576, 1536), "1B": (2048, 8192)}  # hidden and intermediate size
 # batched_mm copies the weights of every slot: cases beyond this many bytes are left out.
@@ -28,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7B", "SmolLM2"], help="layers to measure")
     parser.add_argument("--dtypes", nargs="+", choices=timing.DTYPES, default=["fp32", "bf16"], help="of weights")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 512], help="tokens per forward pass")
+    parser.add_argument(
+        "--tokens", nargs="+", type=timing.positive, default=[1, 8, 64, 512], help="tokens per forward pass"
+    )
     timing.add_options(parser)
     return parser
 
@@ -43,8 +45,6 @@ def bench(arguments: argparse.Namespace) -> None:
     import torch
 
     device = timing.check_options(arguments, [SHAPES[shape][1] for shape in arguments.shapes])
-    if min(arguments.tokens) < 1:
-        raise MoEficationError(f"--tokens {min(arguments.tokens)} must be at least 1")
     print(timing.machine(device))
     rows = []
     for dtype_name in arguments.dtypes:
@@ -65,7 +65,7 @@ def bench(arguments: argparse.Namespace) -> None:
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # transformers' own
 
 
-def cases(arguments: argparse.Namespace, shape: str, dtype: Any, device: Any):
+def cases(arguments: argparse.Namespace, shape: str, dtype: Any, device: Any) -> Iterator[dict[str, Any]]:
     """The dense MLP, our block, and inputs, for every number of tokens and budget; threshold routing at the first."""
     import torch
     from transformers import LlamaConfig
@@ -79,45 +79,25 @@ def cases(arguments: argparse.Namespace, shape: str, dtype: Any, device: Any):
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         dense = LlamaMLP(LlamaConfig(**fields))
-    fill(dense, dtype, device, generator)
-    experts = None
+    timing.fill(dense, dtype, device, generator)
+    fields |= dict(num_experts=arguments.num_experts, num_experts_per_tok=1, gate_network="linear")
     budgets = [round(active * arguments.num_experts) for active in arguments.active]
     spread = [budget for budget in budgets if cost_bounds(arguments.num_experts)[0] < budget < arguments.num_experts]
-    for routing in ("top_k", "threshold"):
-        for tokens in arguments.tokens:
-            for budget in budgets if routing == "top_k" else spread[:1]:
-                config = LlamaMoEConfig(
-                    **fields,
-                    num_experts=arguments.num_experts,
-                    num_experts_per_tok=budget,
-                    gate_network="linear",
-                    routing=routing,
-                )
-                config._experts_implementation = "llama_moe"
-                with torch.device("meta"):
-                    block = MoEBlock(config)
-                if experts is not None:
-                    block.experts = experts
-                fill(block, dtype, device, generator)
-                experts = block.experts
-                experts.config = config
-                x = torch.randn(1, tokens, hidden_size, generator=generator).to(device, dtype)
-                if routing == "threshold":
-                    spread_costs(block.gate, x[0], budget)
-                yield {"dense": dense, "block": block, "x": x, "routing": routing, "budget": budget}
-
-
-def fill(module: Any, dtype: Any, device: Any, generator: Any) -> None:
-    """Random numbers of a trained layer's size for every parameter still on the meta device."""
-    import torch
-
-    for child in module.modules():
-        for name, parameter in list(child.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                values = torch.empty(parameter.shape).normal_(std=0.02, generator=generator).to(device, dtype)
-                setattr(child, name, torch.nn.Parameter(values, requires_grad=False))
-        for name, buffer in list(child.named_buffers(recurse=False)):
-            child.register_buffer(name, torch.zeros(buffer.shape, device=device))
+    experts = None
+    for routing, budgets_of_routing in (("top_k", budgets), ("threshold", spread[:1])):
+        config = LlamaMoEConfig(**fields, routing=routing)
+        config._experts_implementation = "llama_moe"
+        with torch.device("meta"):
+            block = MoEBlock(config)
+        block.experts = experts or block.experts
+        timing.fill(block, dtype, device, generator)
+        experts = block.experts
+        for tokens, budget in product(arguments.tokens, budgets_of_routing):
+            block.gate.num_experts_per_tok = budget
+            x = torch.randn(1, tokens, hidden_size, generator=generator).to(device, dtype)
+            if routing == "threshold":
+                spread_costs(block.gate, x[0], budget)
+            yield {"dense": dense, "block": block, "x": x, "routing": routing, "budget": budget}
 
 
 def cost_bounds(num_experts: int) -> tuple[int, int]:

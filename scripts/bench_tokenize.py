@@ -9,18 +9,18 @@ The generated file repeats the documents of --text_path, shuffled, in a temporar
 import argparse
 import json
 import random
-import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timing
 
 from run_moefication import command_line
-from run_moefication.moefication.errors import MoEficationError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
     command_line.add_model_path(parser)
     parser.add_argument("--text_path", type=command_line.path, required=True, help="folder or file of documents")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
+    parser.add_argument("--rounds", type=timing.positive, default=5, help="rounds, of which the median counts")
     parser.add_argument("--gigabytes", type=float, help="size of a generated file to measure memory on (default: none)")
     parser.add_argument("--seed", type=command_line.seed_number, default=0, help="seed of the order of documents")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
@@ -50,32 +50,23 @@ def bench(arguments: argparse.Namespace) -> None:
     from run_moefication.moefication.text.text_files import find_text_files
     from run_moefication.moefication.text.tokens import tokenize
 
-    if arguments.rounds < 1:
-        raise MoEficationError(f"--rounds {arguments.rounds} must be at least 1")
     checkpoint = DenseCheckpoint(arguments.model_path)
     reader = DocumentReader(find_text_files(Path(arguments.text_path)))
     documents = list(reader)
     random.Random(arguments.seed).shuffle(documents)
     texts = [document.text for document in documents]
     tokenizer = load_tokenizer(checkpoint.path)
-    separated = tokenizer.eos_token_id is not None
+    ends = (len(documents) - 1) * (tokenizer.eos_token_id is not None)  # which we put between documents
+    ours = partial(tokenize, documents, tokenizer, checkpoint.config.vocab_size, reader.bad)
     alternatives: dict[str, Callable[[], int]] = {
         "loop over documents": lambda: sum(len(tokenizer(text, verbose=False)["input_ids"]) for text in texts),
         "one call": lambda: sum(map(len, tokenizer(texts, verbose=False)["input_ids"])),
-        # Without the ends of documents that it puts between them.
-        "ours": lambda: (
-            sum(map(len, tokenize(documents, tokenizer, checkpoint.config.vocab_size, reader.bad)))
-            - (len(documents) - 1) * separated
-        ),
+        "ours": lambda: sum(map(len, ours())) - ends,
     }
     tokens = {name: count() for name, count in alternatives.items()}
-    lengths = sorted(map(len, texts))
     device = torch.device("cpu")
     print(timing.machine(device))
-    print(
-        f"{len(documents):,} documents of {lengths[0]:,} to {lengths[-1]:,} characters, median "
-        f"{statistics.median(lengths):,.0f}; {tokens['ours']:,} tokens"
-    )
+    print(f"{len(documents):,} documents; {tokens['ours']:,} tokens")
     seconds = timing.median_seconds(alternatives, rounds=arguments.rounds, device=device)
     for name, value in seconds.items():
         ratio = seconds["loop over documents"] / value
@@ -86,7 +77,7 @@ def bench(arguments: argparse.Namespace) -> None:
     timing.write_json(arguments.json, device, rows)
 
 
-def memory(checkpoint, texts: list[str], gigabytes: float) -> dict[str, object]:
+def memory(checkpoint: Any, texts: list[str], gigabytes: float) -> dict[str, Any]:
     """Peak anonymous memory of this process, above what it had, while a generated file becomes blocks."""
     from run_moefication.moefication.text.corpus import training_corpus
     from run_moefication.settings import CorpusSettings
@@ -98,40 +89,25 @@ def memory(checkpoint, texts: list[str], gigabytes: float) -> dict[str, object]:
             while file.tell() < gigabytes * 1e9:
                 file.writelines(lines)
         size = path.stat().st_size
-        settings = CorpusSettings(max_tokens=100_000)
-        corpus = training_corpus(checkpoint, path, folder, settings, progress=command_line.progress_bar)
-        start = time.perf_counter()
-        before, peak, mix = peak_anonymous_bytes(lambda: corpus.mix)
-    tokens = mix[0].available
+        corpus = training_corpus(checkpoint, path, folder, CorpusSettings(max_tokens=100_000))
+        before = anonymous_bytes()
+        with ThreadPoolExecutor(1) as executor:
+            work = executor.submit(lambda: corpus.mix)
+            peak = before
+            while not work.done():
+                peak = max(peak, anonymous_bytes())
+                time.sleep(0.02)
+    tokens = work.result()[0].available
     print(
-        f"{size / 1e9:.1f} GB of jsonl, {tokens:,} tokens in {time.perf_counter() - start:,.0f} s: "
-        f"anonymous memory {before / 1e6:,.0f} MB before, {peak / 1e6:,.0f} MB at most"
+        f"{size / 1e9:.1f} GB of jsonl, {tokens:,} tokens: anonymous memory {before / 1e6:,.0f} MB before, "
+        f"{peak / 1e6:,.0f} MB at most"
     )
     return {"way": "memory", "bytes": size, "tokens": tokens, "before": before, "peak": peak}
 
 
-def peak_anonymous_bytes(work: Callable[[], object]) -> tuple[int, int, object]:
-    """RssAnon before the work, its maximum during it (looked at every 20 ms), and what the work returns."""
-
-    def anonymous() -> int:
-        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-
-    before = peak = anonymous()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.02):
-            peak = max(peak, anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        result = work()
-    finally:
-        done.set()
-        watcher.join()
-    return before, peak, result
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file's."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 
 
 if __name__ == "__main__":

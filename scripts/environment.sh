@@ -16,20 +16,12 @@ use_environment() {
 }
 use_environment "$REPOSITORY/.venv"
 
-# Prints a hash of all that decides what an install gives. Fails where the environment has no working Python >= 3.11.
+# Prints all that decides what an install gives. Fails where the environment has no working Python >= 3.11.
 # The path is part of it, since an editable install of a project that has moved points to its old place.
-_environment_fingerprint() {
-    "$VENV_PYTHON" - "$REPOSITORY" 2>/dev/null <<'PYTHON_CODE'
-import hashlib
-import pathlib
-import sys
-
-assert sys.version_info >= (3, 11)
-root = pathlib.Path(sys.argv[1])
-parts = [sys.version.encode(), bytes(root), *((root / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))]
-print(hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest())
-PYTHON_CODE
-}
+_state() (
+    "$VENV_PYTHON" -c 'import sys; assert sys.version_info >= (3, 11); print(sys.version)' 2>/dev/null &&
+        cd "$REPOSITORY" && pwd && cat pyproject.toml constraints.txt
+)
 
 # Makes the environment, or mends one whose making was cut short.
 _make_venv() {
@@ -42,7 +34,7 @@ _make_venv() {
         echo "error: '$python' cannot make a virtual environment: install its venv package (Debian: apt install python3-venv)" >&2
         return 2
     fi
-    if ! "$python" -m venv "$VENV" || ! _environment_fingerprint >/dev/null; then
+    if ! "$python" -m venv "$VENV" || ! _state >/dev/null; then
         echo "error: $VENV has no usable Python >= 3.11: delete that folder and run this again" >&2
         return 2
     fi
@@ -61,27 +53,22 @@ _install() (
 # ensure_environment EXTRA: the environment holds this project, editable, with that extra of pyproject.toml and the
 # versions of constraints.txt. Does nothing when that is so already; finishes an install that was cut short.
 ensure_environment() {
-    local extra="$1" fingerprint quiet="" again=""
-    local stamp="$VENV/.installed-$extra" unfinished="$VENV/.unfinished"
-    if [ ! -e "$unfinished" ] && fingerprint="$(_environment_fingerprint)" &&
-        [ "$(cat "$stamp" 2>/dev/null)" = "$fingerprint" ]; then
+    local extra="$1" stamp="$VENV/.installed-$1" unfinished="$VENV/.unfinished" options=()
+    if [ ! -e "$unfinished" ] && [ -e "$stamp" ] && _state | cmp -s - "$stamp"; then
         return 0
     fi
-
-    if ! _environment_fingerprint >/dev/null || ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
+    if ! _state >/dev/null || ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
         _make_venv || return
     fi
-    fingerprint="$(_environment_fingerprint)" || return
-    [ -t 2 ] || quiet=1
     echo "Installing into $VENV (extra: $extra); the first time takes some minutes" >&2
-
+    [ -t 2 ] || options+=(--quiet)
     # pip takes a package whose installation was killed half-way for installed: then all are installed anew.
-    [ ! -e "$unfinished" ] || again=1
+    [ ! -e "$unfinished" ] || options+=(--ignore-installed)
     touch "$unfinished"
-    if ! _install "$extra" ${quiet:+--quiet} ${again:+--ignore-installed}; then
+    if ! _install "$extra" ${options[@]+"${options[@]}"}; then
         echo "error: pip could not install the project (see above): check the network, then run this again" >&2
         return 2
     fi
-    echo "$fingerprint" >"$stamp"
+    _state >"$stamp"
     rm "$unfinished"
 }

@@ -4,9 +4,8 @@ cd scripts/results
 python ../quality_table.py 2026-11-h200.jsonl 2026-11-cpu.jsonl --plot quality.png
 python ../quality_table.py 2026-11-cpu.jsonl --short --budgets 0.5 --methods 'neuron oracle=best neurons' 'plain recipe'
 
-`results`: by row, each text's block losses and shares, as `bench_quality.py --json` writes them, the dense model first;
-`texts`: the names of the texts; `seed`: of the bootstrap. The table gives perplexity over the dense model's, and in
-brackets its 95 % interval; * marks a row that ran more than its budget.
+The table gives perplexity over the dense model's, and in brackets its 95 % interval; * marks a row whose active share
+is above its budget. Rows of several files say which file they are from, whose name says when and where it was made.
 """
 
 import argparse
@@ -17,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from run_moefication import command_line
+from run_moefication.moefication.errors import MoEficationError
 
+Row = dict[str, Any]  # as `bench_quality.py --json` writes it
+Rows = dict[str, Row]  # by `row_key`
 DRAWS = 2000  # of the bootstrap
 DECIMALS = 5  # of the losses in a file of rows
 DENSE = "dense at 1"
@@ -49,34 +51,26 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(arguments: argparse.Namespace) -> None:
     """Print the table of some files' rows, and draw them."""
-    from run_moefication.moefication.errors import MoEficationError
-
-    files = [read_rows(path) for path in arguments.rows]
-    if any(DENSE not in file for file in files):
+    files = {path.stem: read_rows(path) for path in arguments.rows}
+    if any(DENSE not in rows for rows in files.values()):
         raise MoEficationError("a file without the dense model's row is not one of bench_quality.py --json")
-    results = merged(files)
-    dense = results.pop(DENSE)
-    methods = list(dict.fromkeys(numbers["method"] for numbers in results.values()))
-    names = {}
-    for option in arguments.methods or methods:
-        method, _, name = option.partition("=")
-        names[method] = name or method
+    rows = compared(files)
+    methods = list(dict.fromkeys(row["method"] for row in rows.values()))
+    budgets = sorted({row["budget"] for row in rows.values()}, reverse=True)
+    names = dict(option.partition("=")[::2] for option in arguments.methods or methods)
     for method in (method for method in names if method not in methods):
         raise MoEficationError(f"--methods {method!r}: there are {', '.join(methods)}")
-    methods = list(names)
-    there = sorted({numbers["budget"] for numbers in results.values()}, reverse=True)
-    budgets = arguments.budgets or there
-    for budget in (budget for budget in budgets if budget not in there):
-        raise MoEficationError(f"--budgets {budget:g}: there are {', '.join(f'{budget:g}' for budget in there)}")
-    order = sorted(
-        (key for key, row in results.items() if row["method"] in methods and row["budget"] in budgets),
-        key=lambda key: (-results[key]["budget"], methods.index(results[key]["method"])),
-    )
-    results = {DENSE: dense} | {key: results[key] | {"method": names[results[key]["method"]]} for key in order}
-    texts = [name for name, numbers in dense.items() if isinstance(numbers, dict) and "losses" in numbers]
-    print(table(results, texts, arguments.seed, short=arguments.short))
+    for budget in (budget for budget in arguments.budgets or [] if budget not in budgets):
+        raise MoEficationError(f"--budgets {budget:g}: there are {', '.join(f'{budget:g}' for budget in budgets)}")
+    chosen = [
+        rows[row_key(method, budget)] | {"method": name or method}
+        for budget in (budget for budget in budgets if budget in (arguments.budgets or budgets))
+        for method, name in names.items()
+        if row_key(method, budget) in rows
+    ]
+    print(table(chosen, arguments.seed, short=arguments.short))
     if arguments.plot:
-        plot(results, texts, arguments.seed, arguments.plot)
+        plot(chosen, arguments.seed, arguments.plot)
 
 
 def row_key(method: str, budget: float) -> str:
@@ -84,10 +78,8 @@ def row_key(method: str, budget: float) -> str:
     return f"{method} at {budget:g}"
 
 
-def read_rows(path: Path) -> dict[str, Any]:
+def read_rows(path: Path) -> Rows:
     """The rows of a file, one JSON object a line, by their `row_key`."""
-    from run_moefication.moefication.errors import MoEficationError
-
     what = "give files of bench_quality.py --json"
     if not path.is_file():
         raise MoEficationError(f"{path} is not a file; {what}")
@@ -101,7 +93,7 @@ def read_rows(path: Path) -> dict[str, Any]:
     return rows
 
 
-def write_rows(path: Path, rows: dict[str, Any]) -> None:
+def write_rows(path: Path, rows: Rows) -> None:
     """Write a file of rows anew, whole or not at all."""
     from run_moefication.moefication.storage.files import write_atomically
 
@@ -109,34 +101,35 @@ def write_rows(path: Path, rows: dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write("".join(lines).encode()))
 
 
-def rounded(numbers: dict[str, Any]) -> dict[str, Any]:
-    """A row's numbers with its block losses as a file keeps them."""
-    texts = {name: value for name, value in numbers.items() if isinstance(value, dict) and "losses" in value}
-    return numbers | {
-        name: value | {"losses": [round(loss, DECIMALS) for loss in value["losses"]]} for name, value in texts.items()
-    }
+def text_names(row: Row) -> list[str]:
+    """The texts that a row was measured on."""
+    return [name for name, value in row.items() if isinstance(value, dict) and "losses" in value]
 
 
-def merged(files: list[dict[str, Any]]) -> dict[str, Any]:
-    """The rows of several files, each from the first that has it. What they lose beside their own file's dense model
-    they lose beside the first one's: ratios stay what they are, whatever the tokens."""
-    rows: dict[str, Any] = {}
-    for file in files:
-        dense = file[DENSE], files[0][DENSE]
-        rows |= {key: _moved(numbers, *dense) for key, numbers in file.items() if key not in rows}
-    return rows
+def rounded(row: Row) -> Row:
+    """A row with its block losses as a file keeps them."""
+    losses = {name: [round(loss, DECIMALS) for loss in row[name]["losses"]] for name in text_names(row)}
+    return row | {name: row[name] | {"losses": values} for name, values in losses.items()}
 
 
-def _moved(numbers: dict[str, Any], dense: dict[str, Any], to_dense: dict[str, Any]) -> dict[str, Any]:
-    """A row whose block losses lie as far from `to_dense`'s as the given ones do from `dense`'s."""
-    moved = dict(numbers)
-    for name in (name for name, value in numbers.items() if isinstance(value, dict) and "losses" in value):
-        losses = zip(*(row[name]["losses"] for row in (numbers, dense, to_dense)), strict=True)
-        moved[name] = numbers[name] | {"losses": [loss - away + towards for loss, away, towards in losses]}
-    return moved
+def compared(files: dict[str, Rows]) -> Rows:
+    """The rows of several files by their names, each from the first that has it, without the dense models.
+
+    A row says its "file", and of each text its "excess": by block, how much more it loses than the dense model of its
+    own file. So rows can be compared though their files cut the texts into other tokens.
+    """
+    result: Rows = {}
+    for file, rows in files.items():
+        dense = rows[DENSE]
+        for key in (key for key in rows if key != DENSE and key not in result):
+            result[key] = rows[key] | {"file": file}
+            for name in text_names(rows[key]):
+                losses = zip(rows[key][name]["losses"], dense[name]["losses"], strict=True)
+                result[key][name] = rows[key][name] | {"excess": [loss - of_dense for loss, of_dense in losses]}
+    return result
 
 
-def ratios(numbers: dict[str, Any], dense: dict[str, Any], names: list[str], seed: int) -> tuple[float, float, float]:
+def ratios(row: Row, names: list[str], seed: int) -> tuple[float, float, float]:
     """Perplexity over the dense model's, the geometric mean over the texts, with the ends of its 95 % interval: paired
     bootstrap over the blocks of each text."""
     import numpy as np
@@ -144,53 +137,42 @@ def ratios(numbers: dict[str, Any], dense: dict[str, Any], names: list[str], see
     generator = np.random.default_rng(seed)
     means, draws = [], []
     for name in names:
-        differences = np.array(numbers[name]["losses"]) - np.array(dense[name]["losses"])
-        chosen = generator.integers(len(differences), size=(DRAWS, len(differences)))
-        means.append(differences.mean())
-        draws.append(differences[chosen].mean(axis=1))
+        excess = np.array(row[name]["excess"])
+        chosen = generator.integers(len(excess), size=(DRAWS, len(excess)))
+        means.append(excess.mean())
+        draws.append(excess[chosen].mean(axis=1))
     low, high = np.quantile(np.mean(draws, axis=0), [0.025, 0.975])
     return tuple(float(np.exp(value)) for value in (np.mean(means), low, high))
 
 
-def summary(
-    numbers: dict[str, Any], results: dict[str, Any], texts: Sequence[str], seed: int
-) -> list[tuple[str, list[str], tuple, float]]:
-    """For held-out text and WikiText-2: name, texts, ratio with its interval, and active share (mean over texts)."""
-    heldout = [name for name in texts if name != "WikiText-2"]
-    groups = [("held-out", heldout)] + ([("WikiText-2", ["WikiText-2"])] if "WikiText-2" in texts else [])
-    dense = next(iter(results.values()))
-    return [
-        (
-            group,
-            names,
-            ratios(numbers, dense, names, seed),
-            sum(numbers[name]["active"] for name in names) / len(names),
-        )
-        for group, names in groups
-    ]
+def groups(rows: list[Row]) -> dict[str, list[str]]:
+    """The texts of each column: held-out text, and WikiText-2 where it was measured."""
+    heldout = [name for name in text_names(rows[0]) if name != "WikiText-2"]
+    return {"held-out": heldout} | ({"WikiText-2": ["WikiText-2"]} if "WikiText-2" in rows[0] else {})
 
 
-def line(key: str, results: dict[str, Any], texts: Sequence[str], seed: int) -> str:
-    """One row for the terminal."""
-    parts = summary(results[key], results, texts, seed)
-    cells = "  ".join(f"{group} {ratio[0]:.3f} (active {active:.3f})" for group, _, ratio, active in parts)
-    return f"{key:<42} {cells}  {results[key]['minutes']:.1f} min"
+def mean_share(row: Row, names: list[str], share: str = "active") -> float:
+    """A row's share of `active` parameters, or of `neurons`, over some texts."""
+    return sum(row[name][share] for name in names) / len(names)
 
 
-def table(results: dict[str, Any], texts: Sequence[str], seed: int, *, short: bool = False) -> str:
-    """All rows but the dense model's, in markdown; `short`: active shares and ratios alone."""
-    heads = [group for group, *_ in summary(next(iter(results.values())), results, texts, seed)]
-    columns = [column for head in heads for column in (("active", head) if short else ("active", "neurons", head))]
-    columns = ["budget", "method", *columns, *([] if short else ["minutes"])]
+def table(rows: list[Row], seed: int, *, short: bool = False) -> str:
+    """Rows of `compared` in markdown; `short`: active shares and ratios alone."""
+    has_files = len({row["file"] for row in rows}) > 1
+    columns = ["budget", "method"]
+    for group in groups(rows):
+        columns += ["active", group] if short else ["active", "neurons", group]
+    columns += ([] if short else ["minutes"]) + (["file"] if has_files else [])
     lines = [_cells(columns), "|" + "---|" * len(columns)]
-    for row in list(results.values())[1:]:
+    for row in rows:
         cells = [f"{100 * row['budget']:.0f} %", row["method"]]
-        for _, members, (ratio, low, high), active in summary(row, results, texts, seed):
-            neurons = sum(row[name]["neurons"] for name in members) / len(members)
+        for names in groups(rows).values():
+            active = mean_share(row, names)
             cells.append(_percent(active) + ("*" if active > row["budget"] + 1e-9 else ""))
-            interval = f"{_ratio(ratio)} ({_ratio(low)} to {_ratio(high)})"
-            cells += [_ratio(ratio)] if short else [_percent(neurons), interval]
-        lines.append(_cells(cells if short else [*cells, f"{row['minutes']:.0f}"]))
+            ratio, low, high = map(_ratio, ratios(row, names, seed))
+            cells += [ratio] if short else [_percent(mean_share(row, names, "neurons")), f"{ratio} ({low} to {high})"]
+        cells += ([] if short else [f"{row['minutes']:.0f}"]) + ([row["file"]] if has_files else [])
+        lines.append(_cells(cells))
     return "\n".join(lines)
 
 
@@ -206,26 +188,21 @@ def _cells(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def plot(results: dict[str, Any], texts: Sequence[str], seed: int, path: Path) -> None:
+def plot(rows: list[Row], seed: int, path: Path) -> None:
     """Perplexity over dense against active fraction, a line per method, held-out text and WikiText-2 side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = summary(next(iter(results.values())), results, texts, seed)
-    figure, axes = pyplot.subplots(1, len(groups), figsize=(6 * len(groups), 5), squeeze=False)
-    methods = list(dict.fromkeys(numbers["method"] for numbers in list(results.values())[1:]))
-    for place, axis in enumerate(axes[0]):
-        for method in methods:
-            points = sorted(
-                (part[3], part[2][0])
-                for numbers in results.values()
-                if numbers["method"] == method
-                for part in [summary(numbers, results, texts, seed)[place]]
-            )
+    columns = groups(rows)
+    figure, axes = pyplot.subplots(1, len(columns), figsize=(6 * len(columns), 5), squeeze=False)
+    for axis, (group, names) in zip(axes[0], columns.items(), strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = [row for row in rows if row["method"] == method]
+            points = sorted((mean_share(row, names), ratios(row, names, seed)[0]) for row in mine)
             axis.plot(*zip(*points, strict=True), marker="o", label=method)
-        axis.set(xlabel="active parameters of the MLPs", ylabel="perplexity over dense", title=groups[place][0])
+        axis.set(xlabel="active parameters of the MLPs", ylabel="perplexity over dense", title=group)
         axis.set_yscale("log")
         axis.grid(True, which="both", alpha=0.3)
     axes[0][0].legend(fontsize=8)

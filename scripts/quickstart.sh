@@ -55,6 +55,8 @@ fi
 DATA="${DATA:-$SAMPLE}"
 TEXT="${TEXT:-$SAMPLE/heldout/wikipedia.jsonl}"
 
+PREPARED="$SECONDS"
+
 NAME="$(basename "$(in_full "$MODEL")")"
 export MODEL_PATH="$MODEL" SAVE_PATH="$WORK" TRAIN_DATA_PATH="$DATA" TRAIN_DATA_CACHE_PATH="$WORK/llama_data_cache"
 export RECIPE NUM_EXPERTS NUM_SELECTS BLOCK_SIZE="${BLOCK_SIZE:-512}"
@@ -94,3 +96,6 @@ DENSE=()
 
 say "Dense against MoE: perplexity on held-out text ($(basename "$TEXT"))"
 NUM_SELECTS="$BUDGETS" TEXT_PATH="$TEXT" MAX_TOKENS="${EVAL_TOKENS:-4096}" bash "$STAGES/evaluate.sh"
+
+minutes() { echo "$(($1 / 60)) min $(($1 % 60)) s"; }
+say "Done in $(minutes "$SECONDS"), of which the stages and the evaluation took $(minutes $((SECONDS - PREPARED)))"

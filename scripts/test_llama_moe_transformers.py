@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from run_moefication import command_line
+from run_moefication.moefication.errors import MoEficationError
 
 PROMPTS = ["The capital of France is", "Once upon a time, there was", "To bake bread you need"]
 
@@ -26,23 +27,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    for name in ("model_path", "dense_path"):
-        path = getattr(arguments, name)
-        if path and not Path(path, "config.json").is_file():
-            parser.error(f"--{name} {path} holds no checkpoint (no config.json)")
-    if arguments.max_new_tokens < 1:
-        parser.error(f"--max_new_tokens {arguments.max_new_tokens} must be at least 1")
-    if not all(arguments.prompt):
-        parser.error("--prompt: there is nothing to continue in an empty text")
+    return command_line.run(build_parser(), show, argv)
 
+
+def show(arguments: argparse.Namespace) -> None:
+    """Load the model, and let it write with each number of experts."""
+    check(arguments)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     import llama_moe
     from run_moefication.moefication.checkpoints.moe import require_num_selects
-    from run_moefication.moefication.errors import MoEficationError
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -51,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     # A program that does not import llama_moe says True instead: the checkpoint carries its code.
     model = AutoModelForCausalLM.from_pretrained(arguments.model_path, trust_remote_code=False).eval()
     if not isinstance(model, llama_moe.LlamaMoEForCausalLM):
-        parser.error(f"--model_path {arguments.model_path} is a {type(model).__name__}, not a LlamaMoEForCausalLM")
+        raise MoEficationError(
+            f"--model_path {arguments.model_path} is a {type(model).__name__}, not a LlamaMoEForCausalLM"
+        )
     if arguments.dense_path:
         print("dense:")
         dense = AutoModelForCausalLM.from_pretrained(arguments.dense_path, trust_remote_code=False).eval()
@@ -61,28 +58,36 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 require_num_selects(num_selects, model.config)
                 model.set_num_experts_per_tok(num_selects - model.config.num_shared_experts)
-            except (MoEficationError, ValueError) as error:
-                parser.error(str(error))
+            except ValueError as error:  # thresholds without quantiles
+                raise MoEficationError(f"--num_selects {num_selects}: {error}") from error
         speak(model, tokenizer, arguments)
-    return 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be loaded or continued."""
+    for name in ("model_path", "dense_path"):
+        path = getattr(arguments, name)
+        if path and not Path(path, "config.json").is_file():
+            raise MoEficationError(f"--{name} {path} holds no checkpoint (no config.json)")
+    if arguments.max_new_tokens < 1:
+        raise MoEficationError(f"--max_new_tokens {arguments.max_new_tokens} must be at least 1")
+    if not all(arguments.prompt):
+        raise MoEficationError("--prompt: there is nothing to continue in an empty text")
 
 
 def speak(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
     """Continue the prompts; then say how much of the MLPs ran."""
-    import llama_moe
+    from llama_moe import record_routing
+    from run_moefication.moefication.stages.evaluate import active_share
 
-    config, block = model.config, model.model.layers[0].mlp
+    config = model.config
     total = config.num_experts + config.num_shared_experts
     print(f"{config.num_selects} of {total} experts:")
-    with llama_moe.record_routing(model) as routing:
+    with record_routing(model) as routing:
         complete(model, tokenizer, arguments)
-    experts = sum(parameter.numel() for parameter in block.experts.parameters())
-    everything = sum(parameter.numel() for parameter in block.parameters())
-    gate = sum(parameter.numel() for parameter in block.gate.parameters())
-    routed = sum(layer.experts_per_tok for layer in routing) / len(routing)
-    share = (everything - experts + experts * routed / config.num_experts) / (everything - gate)
-    ran = f"{routed + config.num_shared_experts:.4g} of {total} experts"
-    print(f"{ran}: {share:.1%} of the MLP parameters ran per token, gate included")
+    ran = config.num_shared_experts + sum(layer.experts_per_tok for layer in routing) / len(routing)
+    share = active_share(model, routing)
+    print(f"{ran:.4g} of {total} experts: {share:.1%} of the MLP parameters ran per token, gate included")
 
 
 def complete(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:

@@ -20,11 +20,18 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """`--num_experts`, `--active`, `--rounds`, `--device` and `--json`."""
-    parser.add_argument("--num_experts", type=int, default=16, help="experts per layer")
+    parser.add_argument("--num_experts", type=positive, default=16, help="experts per layer")
     parser.add_argument("--active", nargs="+", type=float, default=[0.25, 0.5, 0.75], help="shares of experts to run")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds, of which the median counts")
+    parser.add_argument("--rounds", type=positive, default=7, help="rounds, of which the median counts")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+
+
+def positive(text: str) -> int:
+    """The type of options that count something."""
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
+    return int(text)
 
 
 def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) -> Any:
@@ -32,7 +39,7 @@ def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) 
     import torch
 
     for size in intermediate_sizes:
-        if arguments.num_experts < 1 or size % arguments.num_experts:
+        if size % arguments.num_experts:
             raise MoEficationError(f"--num_experts {arguments.num_experts} does not divide {size} neurons")
     for active in arguments.active:
         experts = active * arguments.num_experts
@@ -40,9 +47,20 @@ def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) 
             raise MoEficationError(
                 f"--active {active} of {arguments.num_experts} experts is not a whole number of them above 0"
             )
-    if arguments.rounds < 1:
-        raise MoEficationError(f"--rounds {arguments.rounds} must be at least 1")
     return torch.device(command_line.pick_device(arguments))
+
+
+def fill(module: Any, dtype: Any, device: Any, generator: Any) -> None:
+    """Random numbers of a trained layer's size for every parameter still on the meta device; zeros for buffers."""
+    import torch
+
+    for child in module.modules():
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                values = torch.empty(parameter.shape).normal_(std=0.02, generator=generator).to(device, dtype)
+                setattr(child, name, torch.nn.Parameter(values, requires_grad=False))
+        for name, buffer in list(child.named_buffers(recurse=False)):
+            child.register_buffer(name, torch.zeros(buffer.shape, device=device))
 
 
 def write_json(path: Path | None, device: Any, rows: list[dict[str, Any]]) -> None:

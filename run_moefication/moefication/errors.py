@@ -2,8 +2,20 @@
 
 
 class MoEficationError(ValueError):
-    """Wrong input: the message is one line that names the thing and the cure. Scripts end with exit status 2."""
+    """Wrong input: the message is one line that names the thing and the cure.
+
+    Attributes:
+        exit_status: of a script that ends with this error.
+    """
+
+    exit_status = 2
 
 
 class SettingError(MoEficationError):
-    """A wrong setting: the message speaks of fields by their names, to which the command line adds its dashes."""
+    """A message that speaks of settings by the names of their fields, to which the command line adds its dashes."""
+
+
+class NetworkError(MoEficationError):
+    """A server that is needed cannot be reached or fails: the same command may succeed later."""
+
+    exit_status = 3

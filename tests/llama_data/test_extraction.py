@@ -1,18 +1,15 @@
 """From packages to text: each reader against small inputs whose result is known by hand."""
 
 import io
-import lzma
-import random
 import re
-import signal
+import shutil
 import struct
 import tarfile
-import zipfile
 import zlib
 
 import pytest
 
-from llama_data import archives, extraction, mail
+from llama_data import extraction, mail
 from llama_data.archives import read_members
 from llama_data.cleaning import PART_CHARACTERS, decode, html_text, in_parts, pod_text, tidy
 from llama_data.latex import argument, paper
@@ -93,14 +90,14 @@ def test_code_between_marks_and_files():
 
 
 def r_data_base(*vectors: list[str]) -> bytes:
-    """Character vectors as R writes them (serialisation format 3, big-endian), each compressed on its own."""
+    """Character vectors as R writes them: before each string its encoding, type and length."""
     content = b""
-    for strings in vectors:
-        data = b"X\n" + struct.pack(">iiii", 3, 0x40201, 0x30500, 5) + b"UTF-8" + struct.pack(">ii", 16, len(strings))
-        for string in strings:
-            data += struct.pack(">ii", 0x40009, len(string.encode())) + string.encode()
-        compressed = zlib.compress(data)
-        content += struct.pack(">I", len(data)) + compressed
+    for vector in vectors:
+        data = b"X\n"
+        for string in vector:
+            data += b"\0\4\0\x09" if string.isascii() else b"\0\0\x80\x09"
+            data += struct.pack(">I", len(string.encode())) + string.encode()
+        content += struct.pack(">I", len(data)) + zlib.compress(data)
     return content
 
 
@@ -156,19 +153,8 @@ def test_a_vignette_becomes_a_paper():
         "\\title{A {\\em nice} title}\n\n\\begin{abstract}\nAbout 5\\% of it.\n\\end{abstract}\n\n\\section{First}"
     )
     assert text.endswith("The end $\\alpha$.")
-    for gone in (
-        "library",
-        "Sexpr",
-        "Sinput",
-        "comment",
-        "trailing",
-        "bibliography",
-        "ignored",
-        "vspace",
-        "Sweave",
-        "Vignette",
-    ):
-        assert gone not in text
+    gone = "library Sexpr Sinput comment trailing bibliography ignored vspace Sweave Vignette"
+    assert not [word for word in gone.split() if word in text]
     assert paper(VIGNETTE) == paper("no document") == ""
     assert paper(VIGNETTE.replace("The end", filler + "Copyright \\copyright{} 2008 Publisher")) == ""
     assert argument(r"\title{a {b} \} c}", "title") == r"a {b} \} c"
@@ -234,93 +220,27 @@ def test_html_mails_become_pages_of_their_site():
     ]
 
 
-@pytest.mark.parametrize(
-    "pathology", ["-" * 30 + "\n", "> x\n", "a:\n", "\\b{", "<<x>>=\n", "A<", "(was: ", "<!", "x " * 3]
-)
-def test_no_input_takes_long(pathology):
-    """Patterns that try everything would run for hours on these: two minutes end the test."""
-
-    def give_up(*_) -> None:
-        raise TimeoutError(f"{pathology!r} takes too long")
-
-    text = pathology * 3000
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(120)
-    try:
-        results = [mail.own_words(text), mail.thread_name(text[:3000]), paper("\\begin{document}" + text)]
-        results += [pod_text(text), html_text(text)]
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    assert all(len(result) <= len(text) for result in results)  # they take away, and add nothing
-
-
 # ------------------------------------------------------------------------------------------------ packages
 
 
-def tar(members: dict[str, bytes], compression: str = "") -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode=f"w:{compression}") as archive:
-        for name, content in members.items():
+def test_the_regular_files_of_a_name_are_read(tmp_path):
+    """The builds of test_make_sample_data.py read the other kinds of packages."""
+    with tarfile.open(tmp_path / "p.tgz", "w:gz") as archive:
+        for name, content in {"./a/two.txt": b"22", "./a/one.txt": b"1", "./a/no.md": b"333"}.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    return file.getvalue()
-
-
-def deb(data: bytes, name: str = "data.tar.xz", size: int | None = None) -> bytes:
-    def member(name: str, content: bytes, size: int | None = None) -> bytes:
-        header = f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(content) if size is None else size:<10}`\n"
-        return header.encode() + content + b"\n" * (len(content) % 2)
-
-    return b"!<arch>\n" + member("debian-binary", b"2.0\n") + member(name, data, size)
-
-
-def test_the_same_files_from_every_kind_of_package(tmp_path):
-    members = {"a/one.txt": b"1", "a/two.txt": b"22", "a/no.md": b"333"}
-    (tmp_path / "p.tgz").write_bytes(tar(members, "gz"))
-    (tmp_path / "p.deb").write_bytes(deb(tar({f"./{name}": content for name, content in members.items()}, "xz")))
-    with zipfile.ZipFile(tmp_path / "p.whl", "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    for suffix in ("tgz", "deb", "whl"):
-        assert dict(read_members(tmp_path / f"p.{suffix}", r"a/.*\.txt")) == {"a/one.txt": b"1", "a/two.txt": b"22"}
-
-
-def test_only_regular_files_are_read(tmp_path):
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        link = tarfile.TarInfo("link.txt")
+        link = tarfile.TarInfo("a/link.txt")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    (tmp_path / "p.tgz").write_bytes(file.getvalue())
-    assert list(read_members(tmp_path / "p.tgz", ".*")) == []
+    assert [*read_members(tmp_path / "p.tgz", r"a/.*\.txt").items()] == [("a/one.txt", b"1"), ("a/two.txt", b"22")]
 
 
-def huge_tar(size: int) -> bytes:
-    """A tar file whose header promises more than follows, as a bomb's would before it is decompressed."""
-    info = tarfile.TarInfo("bomb.txt")
-    info.size = size
-    return lzma.compress(info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 1024)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (deb(huge_tar(archives.MAX_MEMBER_BYTES + 1)), "over the limit"),
-        (deb(huge_tar(1 << 40)), "over the limit"),
-        (deb(b"", size=9_999_999_999), "over the limit"),
-        (deb(b"", name="data.tar.zst"), "compression 'zst' is not supported"),
-        (deb(b"damaged"), "cannot be read as a package"),
-        (deb(tar({"x": random.Random(0).randbytes(9999)}, "xz")[:5000]), "cannot be read as a package"),
-        (deb(b"", name="control.tar.xz"), "holds no data.tar"),
-        (b"!<arch>\n" + b"x" * 60, "damaged ar header"),
-        (b"something else", "no ar archive"),
-    ],
-)
-def test_bad_packages_are_refused_by_name(tmp_path, content, words):
-    path = tmp_path / "p.deb"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(words)) as error:
-        list(read_members(path, ".*"))
-    assert str(path) in str(error.value)
+@pytest.mark.parametrize("suffix", ["tgz", "deb", "whl"])
+def test_damaged_packages_are_refused_by_name(suffix, tmp_path):
+    if suffix == "deb" and not shutil.which("dpkg-deb"):
+        pytest.skip("dpkg-deb is not installed")
+    path = tmp_path / f"p.{suffix}"
+    path.write_bytes(b"damaged" * 100)
+    with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read as a package")):
+        read_members(path, ".*")

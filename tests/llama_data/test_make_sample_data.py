@@ -1,13 +1,10 @@
 """The sample text: the seven domains as scripts/test.sh makes them, and small builds of some of their sources."""
 
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -17,22 +14,21 @@ import pytest
 from pipeline import contents
 from transformers import AutoTokenizer
 
-from llama_data import make_sample_data, packages
+from llama_data import make_sample_data
 from llama_data.deduplication import unique_texts, untangled
 from llama_data.extraction import WIKITEXT2_TEST_TITLES
-from llama_data.make_sample_data import make, zipped
-from llama_data.selection import number
-from llama_data.sources import DOMAINS, SOURCES
+from llama_data.make_sample_data import make
+from llama_data.sources import DOMAINS, PACKAGES, SOURCES
 from llama_download.download_smollm2 import load_tokenizer
-from llama_download.registry import exit_status, fetch, file_sha256
+from llama_download.registry import fetch
+from run_moefication import command_line
+from run_moefication.moefication.storage.files import file_sha256
 
-SCRIPT = Path(make_sample_data.__file__)
 CACHE = make_sample_data.REPOSITORY / ".cache" / "wheels"
+LUNR, DEBIAN_FAQ = PACKAGES["lunr"], PACKAGES["debian-faq"]
 # Small sources of each registry, for builds within seconds.
 SMALL = [
-    source
-    for source in SOURCES
-    if source.package in (packages.LUNR, packages.DEBIAN_FAQ, packages.FLASK) or source.domain == "c4"
+    source for source in SOURCES if source.package in (LUNR, DEBIAN_FAQ, PACKAGES["flask"]) or source.domain == "c4"
 ]
 LEAST_TRAIN, LEAST_HELD_OUT = 300_000, 30_000
 SHORT = {"c4"}  # its source holds no more
@@ -50,13 +46,15 @@ def documents(folder: Path, domain: str) -> tuple[list[dict[str, str]], list[dic
     return lines(train), lines((folder / "heldout" / f"{domain}.jsonl").read_bytes())
 
 
-def work(document: dict[str, str]) -> str:
-    return document["source"].partition(": ")[2].lower()
-
-
 @pytest.fixture(scope="session")
 def everything(sample_data) -> dict[str, tuple[list[dict], list[dict]]]:
     return {domain: documents(sample_data, domain) for domain in DOMAINS}
+
+
+@pytest.fixture(scope="session")
+def halves(everything) -> tuple[list[dict], list[dict]]:
+    """Training and held-out documents of all domains."""
+    return tuple([document for pair in everything.values() for document in pair[half]] for half in (0, 1))
 
 
 @pytest.fixture(scope="session")
@@ -86,28 +84,26 @@ def test_domains_are_about_equal_and_what_is_short_says_so(manifest):
         assert 0.1 < entry["heldout"]["tokens"] / entry["train"]["tokens"] < 0.25
 
 
-def test_no_work_and_no_text_is_in_both_halves_or_twice(everything):
-    train = [document for halves in everything.values() for document in halves[0]]
-    held_out = [document for halves in everything.values() for document in halves[1]]
-    assert not {*map(work, train)} & {*map(work, held_out)}
-    folded = Counter(" ".join(document["text"].split()) for document in train + held_out)
+def test_no_work_and_no_text_is_in_both_halves_or_twice(halves):
+    train, held_out = ({document["source"].partition(": ")[2].lower() for document in half} for half in halves)
+    assert not train & held_out
+    folded = Counter(" ".join(document["text"].split()) for half in halves for document in half)
     assert folded.most_common(1)[0][1] == 1
 
 
-def test_halves_share_few_runs_of_words(everything):
+def test_halves_share_few_runs_of_words(halves):
     """Counted here with plain sets of strings, for every pair of halves of any two domains."""
 
     def runs(document: dict[str, str]) -> set[str]:
         words = re.findall(r"\w+", document["text"].lower())
         return {" ".join(words[i : i + 13]) for i in range(len(words) - 12)}
 
-    train = set().union(*(runs(document) for halves in everything.values() for document in halves[0]))
+    train = set().union(*map(runs, halves[0]))
     shared, all_runs = 0, 0
-    for domain, halves in everything.items():
-        for document in halves[1]:
-            own = runs(document)
-            assert len(own & train) <= 0.1 * len(own), (domain, document["source"])
-            shared, all_runs = shared + len(own & train), all_runs + len(own)
+    for document in halves[1]:
+        own = runs(document)
+        assert len(own & train) <= 0.1 * len(own), document["source"]
+        shared, all_runs = shared + len(own & train), all_runs + len(own)
     assert all_runs > 250_000
     assert shared < 0.01 * all_runs
 
@@ -115,22 +111,24 @@ def test_halves_share_few_runs_of_words(everything):
 def test_tokens_of_a_domain_are_those_of_the_tokenizer(everything, manifest, smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     for half, name in zip(everything["github"], ("train", "heldout"), strict=True):
-        counted = sum(
-            len(ids) for ids in tokenizer([document["text"] for document in half], verbose=False)["input_ids"]
-        )
-        assert manifest["domains"]["github"][name]["tokens"] == counted
+        ids = tokenizer([document["text"] for document in half], verbose=False)["input_ids"]
+        assert manifest["domains"]["github"][name]["tokens"] == sum(map(len, ids))
 
 
-def test_articles_of_wikitext2_are_absent(everything):
-    starts = {document["text"].split("\n")[0] for halves in everything.values() for half in halves for document in half}
+def test_articles_of_wikitext2_are_absent(halves):
+    starts = {document["text"].split("\n")[0] for half in halves for document in half}
     assert "Adelaide" in starts  # titles are found like this
     assert not starts & WIKITEXT2_TEST_TITLES
 
 
-def test_text_is_clean(everything):
+def test_text_is_clean(halves):
     """No traces of the formats that texts came in, in domains where these do not belong."""
+
+    def texts(domain: str, source: str = "") -> list[str]:
+        found = [document for half in halves for document in half if document["domain"] == domain]
+        return [document["text"] for document in found if source in document["source"]]
+
     for domain in ("books", "wikipedia", "c4"):
-        text = "\n".join(document["text"] for half in everything[domain] for document in half)
         for trace in (
             r"</?(?:div|span|br|p|ref)\b",
             r"&(?:nbsp|quot|#\d+);",
@@ -138,16 +136,14 @@ def test_text_is_clean(everything):
             "Gutenberg",
             "â€",
         ):
-            assert not re.search(trace, text), (domain, trace)
-    papers = "\n".join(document["text"] for half in everything["arxiv"] for document in half)
+            assert not re.search(trace, "\n".join(texts(domain))), (domain, trace)
+    papers = "\n".join(texts("arxiv"))
     assert not re.search(r"\\Sexpr|^<<.*>>=|\\documentclass|\\begin\{Sinput\}|\\usepackage", papers, re.MULTILINE)
-    threads = [document["text"] for document in everything["stackexchange"][0] if "spam-assassin" in document["source"]]
-    quoting = sum(bool(re.search(r"^> ", text, re.MULTILINE)) for text in threads)
-    assert quoting < 0.02 * len(threads)
-    for domain in ("stackexchange", "commoncrawl"):
-        mails = [document["text"] for half in everything[domain] for document in half if "spam-" in document["source"]]
-        assert not any(re.match(r"(?:Received|Message-Id|Return-Path): ", text) for text in mails)
-        assert not re.search(r"\b[\w.]+@[\w-]+\.(?:com|org|net)\b", "\n".join(mails))
+    threads = texts("stackexchange", "spam-assassin")
+    assert sum(bool(re.search(r"^> ", text, re.MULTILINE)) for text in threads) < 0.02 * len(threads)
+    mails = threads + texts("commoncrawl", "spam-assassin")
+    assert not any(re.match(r"(?:Received|Message-Id|Return-Path): ", text) for text in mails)
+    assert not re.search(r"\b[\w.]+@[\w-]+\.(?:com|org|net)\b", "\n".join(mails))
 
 
 def test_manifest_and_licences_name_every_source(sample_data, everything, manifest):
@@ -165,23 +161,6 @@ def test_manifest_and_licences_name_every_source(sample_data, everything, manife
         section = text.partition(f"## {domain}\n")[2].partition("\n## ")[0]
         assert all(f"| {package} |" in section for package in used)
         assert [len(half) for half in halves] == [entry[name]["documents"] for name in ("train", "heldout")]
-
-
-@pytest.mark.slow
-def test_made_again_it_is_the_same(sample_data, tmp_path):
-    result = subprocess.run(
-        [sys.executable, SCRIPT, "--output_dir", tmp_path / "again"], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert contents(tmp_path / "again") == contents(sample_data)
-
-
-def test_a_second_run_does_nothing(sample_data):
-    before = {path: path.stat().st_mtime_ns for path in sample_data.rglob("*")}
-    result = subprocess.run([sys.executable, SCRIPT, "--output_dir", sample_data], capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "nothing to do" in result.stdout
-    assert {path: path.stat().st_mtime_ns for path in sample_data.rglob("*")} == before
 
 
 # ------------------------------------------------------------------------------------------------ small builds
@@ -217,44 +196,47 @@ def small(small_cache, tmp_path_factory) -> Path:
 
 def run(capfd, folder: Path, cache: Path) -> tuple[int, str, list[str]]:
     capfd.readouterr()
-    status = exit_status(lambda: make(folder, cache, SMALL), "make_sample_data.py")
+    status = command_line.run(make_sample_data.build_parser(), lambda _: make(folder, cache, SMALL), [])
     out, err = capfd.readouterr()
     return status, out, err.splitlines()
 
 
 @pytest.mark.usefixtures("quick")
-def test_every_run_gives_the_same_bytes(small, small_cache, tmp_path):
-    make(tmp_path / "again", small_cache, SMALL)
-    assert contents(tmp_path / "again") == contents(small)
+def test_every_run_gives_the_same_bytes_and_a_second_one_does_nothing(small, small_cache, tmp_path, capfd):
+    make(tmp_path, small_cache, SMALL)
+    assert contents(tmp_path) == contents(small)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    status, out, err = run(capfd, tmp_path, small_cache)
+    assert (status, "nothing to do" in out, err) == (0, True, [])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.usefixtures("quick")
-def test_without_npm_and_apt_the_rest_is_made_and_later_completed(small, small_cache, tmp_path, monkeypatch, capfd):
+def test_without_npm_and_dpkg_the_rest_is_made_and_later_completed(small, small_cache, tmp_path, monkeypatch, capfd):
     cache, folder = tmp_path / "cache", tmp_path / "data"
     cache.mkdir()
-    for package in small_cache.glob("*.whl"):
+    for package in small_cache.iterdir():
         os.link(package, cache / package.name)
+    (cache / LUNR.file_name).unlink()
+    (cache / LUNR.file_name).write_bytes(b"damaged")  # counts as absent
     with monkeypatch.context() as context:
         context.setenv("PATH", str(tmp_path))
         status, out, err = run(capfd, folder, cache)
         assert status == 0
         assert err == [
-            f"stackexchange has less text: {packages.LUNR.title} needs npm, which is not installed",
-            f"stackexchange has less text: {packages.DEBIAN_FAQ.title} needs apt-get, which is not installed",
+            f"stackexchange has less text: {LUNR.title} needs npm, which is not installed",
+            f"stackexchange has less text: {DEBIAN_FAQ.file_name} needs dpkg-deb, which is not installed",
         ]
         assert "stackexchange   nothing: none of its sources could be had" in out
         assert {path.name for path in folder.glob("*.zip")} == {"c4.zip", "github.zip"}
         skipped = json.loads((folder / "manifest.json").read_text())["skipped"]
-        assert skipped == [
-            {"domain": "stackexchange", "package": package.title} for package in (packages.LUNR, packages.DEBIAN_FAQ)
-        ]
+        assert skipped == [{"domain": "stackexchange", "package": package.title} for package in (LUNR, DEBIAN_FAQ)]
         assert "lunr" not in (folder / "LICENCES.md").read_text()
         before = contents(folder)
         status, out, err = run(capfd, folder, cache)
         assert (status, "nothing to do" in out, len(err)) == (0, True, 2)
         assert contents(folder) == before
-    for package in (packages.LUNR, packages.DEBIAN_FAQ):
-        os.link(small_cache / package.file_name, cache / package.file_name)
+    shutil.copy(small_cache / LUNR.file_name, cache)
     assert run(capfd, folder, cache)[0] == 0
     assert contents(folder) == contents(small)
 
@@ -272,36 +254,16 @@ def test_without_the_tokenizer_nothing_is_made(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_damaged_package_is_not_read(small_cache, tmp_path, monkeypatch, capfd):
-    """A cached file that is not the pinned one counts as absent."""
-    cache = tmp_path / "cache"
-    shutil.copytree(small_cache, cache, copy_function=os.link)
-    (cache / packages.LUNR.file_name).unlink()
-    (cache / packages.LUNR.file_name).write_bytes(b"damaged")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    status, _, err = run(capfd, tmp_path / "data", cache)
-    assert (status, len(err)) == (0, 1)
-    assert "needs npm" in err[0]
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("name", ["c4.zip", "heldout/github.jsonl", "LICENCES.md", "c4.jsonl"])
+@pytest.mark.parametrize("name", ["c4.zip", "heldout/github.jsonl", "LICENCES.md", "c4.jsonl", "manifest.json"])
 def test_foreign_files_are_refused_and_kept(small_cache, tmp_path, capfd, name):
     """c4.jsonl too, since it would be read in place of c4.zip."""
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text("mine")
+    path.write_text('{"files": "mine"}')
     status, _, err = run(capfd, tmp_path, small_cache)
     assert (status, len(err)) == (2, 1)
     assert str(path) in err[0]
-    assert contents(tmp_path) == {name: b"mine"}
-
-
-def test_a_foreign_manifest_is_refused(tmp_path, small_cache, capfd):
-    (tmp_path / "manifest.json").write_text('{"files": "mine"}')
-    status, _, err = run(capfd, tmp_path, small_cache)
-    assert (status, len(err)) == (2, 1)
-    assert contents(tmp_path) == {"manifest.json": b'{"files": "mine"}'}
+    assert contents(tmp_path) == {name: b'{"files": "mine"}'}
 
 
 @pytest.mark.usefixtures("quick")
@@ -327,14 +289,6 @@ def test_files_of_an_earlier_version_go_unless_changed(small, small_cache, tmp_p
 # ------------------------------------------------------------------------------------------------ its parts
 
 
-def test_zips_hold_no_trace_of_when_and_where():
-    content = zipped("a.jsonl", b"text\n" * 100)
-    assert content == zipped("a.jsonl", b"text\n" * 100)
-    assert len(content) < 300
-    [member] = zipfile.ZipFile(io.BytesIO(content)).infolist()
-    assert (member.date_time, member.create_system, member.external_attr >> 16) == ((1980, 1, 1, 0, 0, 0), 3, 0o644)
-
-
 def test_repetitions_are_found():
     generator = np.random.default_rng(0)
     words = [f"w{i}" for i in generator.integers(0, 5000, 3000)]
@@ -348,11 +302,3 @@ def test_repetitions_are_found():
     assert untangled(texts, held_out, 0.05).tolist() == [True, True, True, False, False, True, True]
     # A training text that lies within a held-out one goes, though it is a small part of that.
     assert untangled([first[:500], first + second], np.array([False, True]), 0.1).tolist() == [False, True]
-
-
-def test_choices_depend_on_names_alone():
-    assert number("emma") == int(hashlib.sha256(b"emma").hexdigest()[:16], 16)
-    assert 130 < sum(number(f"work {i}") % 6 == 0 for i in range(1000)) < 200
-    assert len({source.package.file_name for source in SOURCES}) == len({source.package for source in SOURCES})
-    assert all(re.fullmatch(r"[0-9a-f]{64}", source.package.sha256) for source in SOURCES)
-    assert {source.domain for source in SOURCES} == {*DOMAINS}

@@ -1,5 +1,7 @@
 """A real HTTP server on this machine that misbehaves on demand, for the scripts that download."""
 
+import re
+import subprocess
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -115,3 +117,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_) -> None:
         """The tests read `LocalServer.requests` instead."""
+
+
+def assert_one_line(result: subprocess.CompletedProcess, *words: str, status: int = 2) -> None:
+    """The script failed with one line that has these words, and without a presigned link's secret."""
+    assert result.returncode == status, result.stdout + result.stderr
+    assert re.fullmatch(r"download_\w+\.sh: error: .*\n", result.stderr), result.stderr
+    assert [word for word in words if word not in result.stderr] == [], result.stderr
+    assert "SeCrEt" not in result.stdout + result.stderr

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import torch
 from meta_format import meta_logits, small_llama, write_meta
 from pipeline import contents
 from safetensors import safe_open
-from sentencepiece import sentencepiece_model_pb2
 from tiny_tokenizers import write_sentencepiece, write_tiktoken
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -72,9 +70,10 @@ def assert_same_logits(folder: Path, model: LlamaForCausalLM) -> LlamaForCausalL
 # ---------------------------------------------------------------------------------------------------- the same model
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
-@pytest.mark.parametrize("kv_heads", [16, 8])
-@pytest.mark.parametrize("embedding_axis", [0, 1])
+@pytest.mark.parametrize(
+    ("num_shards", "kv_heads", "embedding_axis"),
+    [(1, 16, 1), (2, 8, 0), (4, 16, 0), (4, 8, 1), (8, 8, 0), (8, 16, 1)],
+)
 def test_logits_are_equal_bit_for_bit(convert, tmp_path, tokenizer_file, num_shards, kv_heads, embedding_axis):
     model = small_llama(num_key_value_heads=kv_heads)
     kv = None if kv_heads == 16 else kv_heads  # LLaMA 1 does not mention them
@@ -266,7 +265,7 @@ DAMAGES = {
     ),
     "a rank twice": (
         lambda f: (f / "consolidated.1.pth").write_bytes((f / "consolidated.01.pth").read_bytes()),
-        "are one rank twice",
+        "consolidated.02.pth is missing; the folder has consolidated.00.pth, consolidated.01.pth, consolidated.1.pth",
     ),
     "heads cut in two": (lambda f: edit_params(f, n_heads=1, n_kv_heads=1), "attention.w"),
     "a tensor without values": (
@@ -274,14 +273,12 @@ DAMAGES = {
         "not a dict of tensors",
     ),
     "shard cut short": (lambda f: cut(f / "consolidated.01.pth", 0.5), "consolidated.01.pth is not a whole file"),
-    "shard one byte short": (lambda f: cut(f / "consolidated.01.pth", 0.9999), "consolidated.01.pth is not a whole"),
     "shard is empty": (lambda f: cut(f / "consolidated.00.pth", 0), "consolidated.00.pth is not a whole file"),
     "shard runs code": (lambda f: torch.save(Bomb(), f / "consolidated.00.pth"), "consolidated.00.pth is not a whole"),
     "code among tensors": (
         lambda f: edit_shard(f, 1, lambda shard: shard.update(extra=Bomb())),
         "consolidated.01.pth is not a whole file",
     ),
-    "shard is a list": (lambda f: torch.save([torch.ones(2)], f / "consolidated.01.pth"), "not a dict of tensors"),
     "tensor missing": (
         lambda f: edit_shard(f, 1, lambda shard: shard.pop("layers.1.ffn_norm.weight")),
         "lacks layers.1.ffn_norm.weight",
@@ -300,12 +297,9 @@ DAMAGES = {
     ),
     "no params.json": (lambda f: (f / "params.json").unlink(), "has no params.json"),
     "params.json is HTML": (lambda f: (f / "params.json").write_text("<html>"), "params.json is not JSON"),
-    "params.json is a list": (lambda f: (f / "params.json").write_text("[]"), "not a JSON object"),
     "dim is text": (lambda f: edit_params(f, dim="64"), "dim is '64'"),
     "dim is true": (lambda f: edit_params(f, dim=True), "dim is True"),
-    "no heads": (lambda f: edit_params(f, n_heads=0), "n_heads is 0"),
     "heads that do not divide": (lambda f: edit_params(f, n_heads=7), "do not divide evenly"),
-    "other dim": (lambda f: edit_params(f, dim=128), "tok_embeddings.weight"),
     "other width": (lambda f: edit_params(f, multiple_of=256), "feed_forward.w1.weight"),
     "other number of layers": (lambda f: edit_params(f, n_layers=1), "holds layers.1."),
     "a billion layers": (lambda f: edit_params(f, n_layers=10**9), "has no layers.999999999."),
@@ -314,7 +308,6 @@ DAMAGES = {
     "no tokenizer": (lambda f: (f.parent / "tokenizer.model").unlink(), "has no tokenizer.model"),
     "tokenizer is HTML": (lambda f: (f.parent / "tokenizer.model").write_text("<html>"), "neither a sentencepiece"),
     "tokenizer is empty": (lambda f: (f.parent / "tokenizer.model").write_text(""), "is not a BPE model"),
-    "tokenizer is cut": (lambda f: cut(f.parent / "tokenizer.model", 0.5), "neither a sentencepiece"),
     "tokenizer of a smaller model": (
         lambda f: (write_meta(small_llama(vocab_size=2048), f, 2), edit_params(f, vocab_size=2048)),
         "put the model's own tokenizer.model into its folder",
@@ -444,98 +437,36 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
     assert not partial.exists()
 
 
-# ---------------------------------------------------------------------------------------------------- full size
+# ---------------------------------------------------------------------------------------------------- memory
 
 
 ANONYMOUS_PEAK = """
 import sys, threading, time
-peak = 0
+from llama_download import meta_checkpoint
+from llama_download.convert_llama_weights_to_hf import main
+def anonymous():
+    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) * 1024
+before = peak = anonymous()
 def watch():
     global peak
     while True:
-        status = open("/proc/self/status").read()
-        peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) * 1024)
-        time.sleep(0.01)
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
 threading.Thread(target=watch, daemon=True).start()
-from llama_download.convert_llama_weights_to_hf import main
-status = main(sys.argv[1:])
-print("peak", peak)
-sys.exit(status)
+assert main(sys.argv[1:]) == 0
+print("more memory:", peak - before)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_shards", [1, 2])
-def test_llama_7b_in_the_memory_of_a_shard_and_the_time_of_a_copy(tmp_path, tokenizer_file, num_shards):
-    """13.5 GB of random fp16, read from the disk each time. Copy and conversion in turn, the faster one of each."""
-    torch.manual_seed(0)
-    folder = tmp_path / "7B"
-    folder.mkdir()
-    params = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6, "vocab_size": -1}
-    (folder / "params.json").write_text(json.dumps(params))
-    (folder / "tokenizer.model").write_bytes(of_32000_pieces(tokenizer_file))
-    for rank in range(num_shards):
-        torch.save(random_7b_shard(num_shards), folder / f"consolidated.{rank:02d}.pth")
-
-    arguments = ["--input_dir", folder, "--model_size", "7B", "--output_dir", tmp_path / "out"]
-    copying, converting, peaks = [], [], []
-    for _ in range(2):
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        forget(folder)
-        start = time.perf_counter()
-        for file in folder.glob("*.pth"):
-            subprocess.run(["dd", f"if={file}", f"of={tmp_path / 'copy'}", "bs=16M", "conv=fsync"], check=True)
-        copying.append(time.perf_counter() - start)
-        (tmp_path / "copy").unlink()
-        forget(folder)
-        start = time.perf_counter()
-        command = [sys.executable, "-c", ANONYMOUS_PEAK, *arguments]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        converting.append(time.perf_counter() - start)
-        peaks.append(int(result.stdout.split("peak")[1]))
-    largest = max(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
-    print(f"\n{num_shards} shard(s): copy {copying} s, conversion {converting} s, anonymous {peaks} of {largest} bytes")
-    assert max(peaks) < 1.5 * largest
-    assert min(converting) < 1.5 * min(copying)
-    with safe_open(tmp_path / "out" / "model-00001-of-00003.safetensors", "pt") as file:
-        found = file.get_tensor("model.layers.0.self_attn.v_proj.weight")
-    shards = [torch.load(file, mmap=True, weights_only=True) for file in sorted(folder.glob("*.pth"))]
-    assert torch.equal(found, torch.cat([shard["layers.0.attention.wv.weight"] for shard in shards]))
-    shutil.rmtree(tmp_path)  # 27 GB
-
-
-def of_32000_pieces(tokenizer_file: Path) -> bytes:
-    """A sentencepiece model as large as LLaMA's, by pieces that are never used."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer_file.read_bytes())
-    for number in range(len(model.pieces), 32_000):
-        model.pieces.add(piece=f"<unused {number}>", type=model.SentencePiece.UNUSED)
-    return model.SerializeToString()
-
-
-def forget(folder: Path) -> None:
-    """Have the system forget what it knows of the files' content."""
-    for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
-def random_7b_shard(num_shards: int) -> dict[str, torch.Tensor]:
-    def random(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randint(-(2**15), 2**15, (rows, columns), dtype=torch.int16) & 0x3FFF).view(torch.float16)
-
-    hidden, width, n = 4096, 11008, num_shards
-    shard = {"tok_embeddings.weight": random(32000, hidden // n), "output.weight": random(32000 // n, hidden)}
-    for i in range(32):
-        for name in ("wq", "wk", "wv"):
-            shard[f"layers.{i}.attention.{name}.weight"] = random(hidden // n, hidden)
-        shard[f"layers.{i}.attention.wo.weight"] = random(hidden, hidden // n)
-        shard[f"layers.{i}.feed_forward.w1.weight"] = random(width // n, hidden)
-        shard[f"layers.{i}.feed_forward.w3.weight"] = random(width // n, hidden)
-        shard[f"layers.{i}.feed_forward.w2.weight"] = random(hidden, width // n)
-        shard[f"layers.{i}.attention_norm.weight"] = shard[f"layers.{i}.ffn_norm.weight"] = torch.ones(
-            hidden, dtype=torch.float16
-        )
-    return shard | {"norm.weight": torch.ones(hidden, dtype=torch.float16)}
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_model_is_converted_in_the_memory_of_a_shard(tmp_path, tokenizer_file):
+    """A model of 410 MB, in shards of 41 MB."""
+    model = small_llama(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_key_value_heads=16)
+    folder = write_meta(model, tmp_path / "in", 2, n_kv_heads=None, multiple_of=256)
+    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    arguments = ["--input_dir", folder, "--model_size", "auto", "--output_dir", tmp_path / "out"]
+    command = [sys.executable, "-c", ANONYMOUS_PEAK, *arguments, "--max_shard_size", "41MB"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split("more memory:")[1]) < 150e6  # libraries that are loaded late take a part of it
+    assert sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) > 400e6

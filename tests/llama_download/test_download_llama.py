@@ -15,7 +15,7 @@ from itertools import repeat
 from pathlib import Path
 
 import pytest
-from local_server import LocalServer, Reply
+from local_server import LocalServer, Reply, assert_one_line
 
 SCRIPT = Path(__file__).parents[2] / "llama_download" / "download_llama.sh"
 BASH, ENV = shutil.which("bash"), shutil.which("env")
@@ -43,8 +43,8 @@ def meta_files(size: str, shards: int, tokenizer: str = "root", seed: int = 0) -
 
 
 def checklist(files: dict[str, bytes], form: str = "{md5}  {name}\n") -> bytes:
-    lines = [form.format(md5=hashlib.md5(content).hexdigest(), name=name) for name, content in files.items()]
-    return "".join(lines).encode()
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    return "".join(form.format(md5=md5, MD5=md5.upper(), name=name) for name, md5 in sums.items()).encode()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -120,16 +120,6 @@ def assert_complete(result: subprocess.CompletedProcess, server: LocalServer, ta
     """The script succeeded, silently, and the folder holds the server's files, nothing else."""
     assert (result.returncode, result.stderr) == (0, ""), result.stdout
     assert contents(target) == server.files
-
-
-def assert_one_line(result: subprocess.CompletedProcess, *words: str, status: int = 2) -> None:
-    """The script failed with one line that has these words, and without the link's secret."""
-    assert result.returncode == status, result.stdout + result.stderr
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert result.stderr.startswith("download_llama.sh: error: ")
-    for word in words:
-        assert word in result.stderr
-    assert "SeCrEt" not in result.stdout + result.stderr
 
 
 def test_the_first_lines_are_the_settings():
@@ -239,13 +229,14 @@ def test_cuts_before_the_first_byte_and_busy_answers_are_tried_again(client, ser
     assert_complete(run(client, settings), server, target)
 
 
-@pytest.mark.parametrize("reply", [Reply(cut=0), Reply(status=503)], ids=["cut", "503"])
-def test_a_network_that_stays_away_is_one_line(client, reply, server, settings, target):
-    server.misbehave(SHARD, repeat(reply))
+def test_a_network_that_stays_away_is_one_line(client, server, settings, target):
+    server.misbehave(SHARD, [Reply(cut=0), Reply(status=503), Reply(cut=0)])
     result = run(client, settings)
     assert_one_line(result, SHARD, "3 times in a row", "check the network", status=3)
-    assert len(server.requested(SHARD)) == 3
     assert SHARD not in contents(target)
+    server.shutdown()
+    server.server_close()
+    assert_one_line(run(client, settings | {"PRESIGNED_URL": f"{server.url}/*?{QUERY}"}), "check the network", status=3)
 
 
 def test_tries_are_spaced_by_a_growing_delay(path_with, server, settings, tmp_path):
@@ -258,14 +249,6 @@ def test_tries_are_spaced_by_a_growing_delay(path_with, server, settings, tmp_pa
     result = run(str(path), settings | {"DOWNLOAD_DELAY": "3", "DOWNLOAD_TRIES": "9"})
     assert_one_line(result, "9 times in a row", status=3)
     assert (tmp_path / "slept").read_text().split() == ["3", "6", "12", "24", "48", "60", "60", "60"]
-
-
-def test_no_server_at_all_is_one_line(client, settings, target):
-    with LocalServer() as gone:
-        url = gone.url
-    result = run(client, settings | {"PRESIGNED_URL": f"{url}/*?{QUERY}"})
-    assert_one_line(result, "tokenizer_checklist.chk", "check the network", status=3)
-    assert not any(contents(target).values())
 
 
 @pytest.mark.parametrize("program", [pytest.param("curl", marks=pytest.mark.slow), "wget"])
@@ -283,9 +266,9 @@ def test_a_server_without_ranges_is_asked_from_the_start(client, server, setting
     assert server.requested(SHARD)[:2] == [0, 7_000]
 
 
-def test_a_server_without_ranges_that_always_breaks_off_ends_the_run(client, server, settings, target):
+def test_a_server_without_ranges_that_always_breaks_off_ends_the_run(any_client, server, settings, target):
     server.misbehave(SHARD, repeat(Reply(cut=7_000, ignore_range=True)))
-    assert_one_line(run(client, settings), SHARD, "check the network", status=3)
+    assert_one_line(run(any_client, settings), SHARD, "check the network", status=3)
     assert SHARD not in contents(target)
 
 
@@ -299,25 +282,21 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_file_once_is_fetched_again(any_client, wrong, server, settings, target):
+def test_a_wrong_file_is_fetched_again_once(any_client, wrong, server, settings, target):
     """The body is wrong, the transfer complete: only the checksum tells."""
-    server.misbehave(SHARD, [Reply(body=WRONG[wrong](server.files[SHARD]))])
-    assert_complete(run(any_client, settings), server, target)
-    assert server.requested(SHARD) == [0, 0]
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_file_twice_is_refused(any_client, wrong, server, settings, target):
-    server.misbehave(SHARD, repeat(Reply(body=WRONG[wrong](server.files[SHARD]))))
+    body = WRONG[wrong](server.files[SHARD])
+    server.misbehave(SHARD, [Reply(body=body)] * 2)
     assert_one_line(run(any_client, settings), SHARD, "what the server sends is", "ask Meta for a new link")
-    assert server.requested(SHARD) == [0, 0]
     assert contents(target) == {name: content for name, content in server.files.items() if name != SHARD}
+    server.misbehave(SHARD, [Reply(body=body)])
+    assert_complete(run(any_client, settings), server, target)
+    assert server.requested(SHARD) == [0, 0, 0, 0]
 
 
-def test_a_file_that_changes_between_tries_is_not_glued_together(client, server, settings, target):
+def test_a_file_that_changes_between_tries_is_not_glued_together(any_client, server, settings, target):
     other = meta_files("7B", 1, seed=9)[SHARD]
     server.misbehave(SHARD, [Reply(body=other, cut=6_000)])
-    assert_complete(run(client, settings), server, target)
+    assert_complete(run(any_client, settings), server, target)
     assert server.requested(SHARD) == [0, 6_000, 0]
 
 
@@ -330,18 +309,15 @@ def test_a_file_that_changes_between_tries_is_not_glued_together(client, server,
         (410, "check PRESIGNED_URL and MODEL_SIZE"),
     ],
 )
-def test_a_refusal_is_final(client, status, words, server, settings, target):
+def test_a_refusal_is_final(any_client, status, words, server, settings, target):
     server.misbehave("7B/params.json", [Reply(status=status)])
-    result = run(client, settings | {"PRESIGNED_URL": f"{server.url}/*?{QUERY}"})
+    result = run(any_client, settings | {"PRESIGNED_URL": f"{server.url}/*?{QUERY}"})
     assert_one_line(result, "7B/params.json", str(status), words)
     assert len(server.requested("7B/params.json")) == 1
     assert "7B/params.json" not in contents(target)
-
-
-@pytest.mark.parametrize("reply", [Reply(status=403), Reply(status=404)])
-def test_a_refusal_at_the_start_leaves_no_folder(client, reply, server, settings, target):
-    server.misbehave("tokenizer_checklist.chk", [reply])
-    assert_one_line(run(client, settings), "tokenizer_checklist.chk")
+    shutil.rmtree(target)
+    server.misbehave("tokenizer_checklist.chk", [Reply(status=status)])
+    assert_one_line(run(any_client, settings), "tokenizer_checklist.chk")
     assert not target.exists()
 
 
@@ -350,12 +326,12 @@ def test_a_folder_that_looks_like_an_option(client, server, settings, tmp_path):
     assert_complete(result, server, tmp_path / "-rel")
 
 
-def test_a_link_that_expires_half_way_keeps_what_came(client, server, settings, target):
+def test_a_link_that_expires_half_way_keeps_what_came(any_client, server, settings, target):
     server.misbehave(SHARD, [Reply(cut=9_000), Reply(status=403)])
-    assert_one_line(run(client, settings), SHARD, "expired")
+    assert_one_line(run(any_client, settings), SHARD, "expired")
     assert contents(target)[f"7B/{PART}"] == server.files[SHARD][:9_000]
     server.requests.clear()
-    assert_complete(run(client, settings), server, target)
+    assert_complete(run(any_client, settings), server, target)
     assert server.requested(SHARD) == [9_000]
 
 
@@ -363,13 +339,11 @@ def test_a_link_that_expires_half_way_keeps_what_came(client, server, settings, 
     "wrong",
     [
         PAGE,
-        b"",
         checklist({"params.json": b""}),
-        checklist({"consolidated.00.pth": b""}),
         checklist({"params.json": b"", "consolidated.00.pth": b""}, "sha {md5}  {name}\n"),
         checklist({"params.json": b"", "consolidated.00.pth": b""}, "{md5}0  {name}\n"),
     ],
-    ids=["page", "empty", "shard unlisted", "params unlisted", "no md5", "longer sum"],
+    ids=["page", "shard unlisted", "no md5", "longer sum"],
 )
 def test_a_checklist_that_is_none_is_refused(any_client, wrong, server, settings, target):
     server.files["7B/checklist.chk"] = wrong
@@ -378,21 +352,18 @@ def test_a_checklist_that_is_none_is_refused(any_client, wrong, server, settings
     assert server.requested(SHARD) == []
 
 
-@pytest.mark.parametrize("form", ["{md5}  {name}\r\n", "{md5} *{name}\n", "{md5}  ./{name}\n"])
+@pytest.mark.parametrize("form", ["{MD5}  {name}\r\n", "{md5} *{name}\n", "{md5}  ./{name}\n"])
 def test_forms_of_checklists(any_client, form, server, settings, target):
     names = ["consolidated.00.pth", "params.json"]
-    content = checklist({name: server.files[f"7B/{name}"] for name in names}, form).replace(b"a", b"A")
-    server.files["7B/checklist.chk"] = (
-        content.replace(b".pArAms", b".params").replace(b"pArAms", b"params").replace(b"consolidAted", b"consolidated")
-    )
+    server.files["7B/checklist.chk"] = checklist({name: server.files[f"7B/{name}"] for name in names}, form)
     assert_complete(run(any_client, settings), server, target)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_stopped_and_run_again(client, sent, server, settings, target):
+def test_stopped_and_run_again(any_client, sent, server, settings, target):
     gate = threading.Event()
     server.misbehave(SHARD, [Reply(cut=12_000, gate=gate)])
-    process = start(client, settings)
+    process = start(any_client, settings)
     wait_for(lambda: target.joinpath("7B", PART).exists() and target.joinpath("7B", PART).stat().st_size)
     process.send_signal(sent)
     out, err = process.communicate(timeout=60) if sent != signal.SIGKILL else ("", "")
@@ -407,7 +378,7 @@ def test_stopped_and_run_again(client, sent, server, settings, target):
     here = len(contents(target)[f"7B/{PART}"])
     assert 0 < here <= 12_000
     server.requests.clear()
-    assert_complete(run(client, settings), server, target)
+    assert_complete(run(any_client, settings), server, target)
     assert server.requested(SHARD) == [here]
 
 
@@ -423,22 +394,18 @@ def test_leftovers_of_another_version_do_no_harm(client, server, settings, targe
 
 
 @pytest.mark.parametrize("damaged", ["7B/consolidated.00.pth", "tokenizer.model", "7B/checklist.chk"])
-def test_a_damaged_file_is_fetched_anew(any_client, damaged, server, settings, target):
+def test_a_damaged_file_is_fetched_anew_and_stays_until_the_new_one_is_verified(
+    any_client, damaged, server, settings, target
+):
     run(any_client, settings)
-    content = server.files[damaged]
-    (target / damaged).write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    (target / damaged).write_bytes(b"damaged")
+    server.misbehave(damaged, [Reply(status=403)])
+    assert_one_line(run(any_client, settings), damaged)
+    assert (target / damaged).read_bytes() == b"damaged"
     server.requests.clear()
     assert_complete(run(any_client, settings), server, target)
     checklists = {"7B/checklist.chk", "tokenizer_checklist.chk"}
     assert {request.path for request in server.requests} - checklists == {damaged} - checklists
-
-
-def test_a_damaged_file_stays_until_the_new_one_is_verified(any_client, server, settings, target):
-    run(any_client, settings)
-    (target / SHARD).write_bytes(b"damaged")
-    server.misbehave(SHARD, [Reply(status=403)])
-    assert_one_line(run(any_client, settings), SHARD)
-    assert (target / SHARD).read_bytes() == b"damaged"
 
 
 def test_two_runs_at_once(any_client, server, settings, target):
@@ -461,16 +428,12 @@ def test_two_runs_at_once(any_client, server, settings, target):
         ({"PRESIGNED_URL": ""}, ["PRESIGNED_URL is empty"]),
         ({"PRESIGNED_URL": "https://host/llama"}, ["PRESIGNED_URL lacks the *"]),
         ({"PRESIGNED_URL": f"https://host/llama?{QUERY}"}, ["PRESIGNED_URL lacks the *"]),
-        ({"PRESIGNED_URL": "host/*"}, ["must begin with https://"]),
         ({"PRESIGNED_URL": "file:///etc/*"}, ["must begin with https://"]),
         ({"PRESIGNED_URL": 'https://host/*"\noutput = "x'}, ['has a "']),
         ({"TARGET_FOLDER": ""}, ["TARGET_FOLDER is empty"]),
         ({"MODEL_SIZE": ""}, ["MODEL_SIZE is empty", "7B", "Llama-3.2-1B-Instruct"]),
-        ({"MODEL_SIZE": " , "}, ["MODEL_SIZE is empty"]),
         ({"MODEL_SIZE": "7B,8Q"}, ["no '8Q'", "13B", "65B", "llama-2-70b-chat"]),
-        ({"MODEL_SIZE": "7b"}, ["no '7b'"]),
         ({"MODEL_SIZE": "*"}, ["no '*'"]),
-        ({"MODEL_SIZE": "../7B"}, ["no '../7B'"]),
         ({"MODEL_SIZE": "$(touch x)"}, ["no '$(touch'"]),
         ({"DOWNLOAD_TRIES": "many"}, ["DOWNLOAD_TRIES='many' is no whole number"]),
         ({"DOWNLOAD_DELAY": "-1"}, ["DOWNLOAD_DELAY='-1'"]),
@@ -504,11 +467,9 @@ def test_a_target_that_cannot_be_made_is_one_line(any_client, settings, tmp_path
     assert_one_line(run(any_client, settings | {"TARGET_FOLDER": str(tmp_path / "file" / "x")}), "cannot be made")
     assert_one_line(run(any_client, settings | {"TARGET_FOLDER": str(tmp_path / "file")}), "cannot be made")
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_folder_in_a_files_place_is_one_line(any_client, settings, target):
-    (target / SHARD).mkdir(parents=True)
-    assert_one_line(run(any_client, settings), SHARD, "is a folder: move it away")
+    (tmp_path / "in the way" / SHARD).mkdir(parents=True)
+    result = run(any_client, settings | {"TARGET_FOLDER": str(tmp_path / "in the way")})
+    assert_one_line(result, SHARD, "is a folder: move it away")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

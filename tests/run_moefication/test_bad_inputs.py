@@ -15,12 +15,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from run_moefication import (
     llama_calibrate,
     llama_convert,
+    llama_distill,
     llama_evaluate,
     llama_get_hidden_features,
     llama_select_mlp,
     llama_split_clustering,
     llama_split_random,
 )
+from run_moefication.settings import TEMPLATES
 
 MAINS = {
     "split": llama_split_clustering.main,
@@ -29,6 +31,7 @@ MAINS = {
     "select": llama_select_mlp.main,
     "convert": llama_convert.main,
     "calibrate": llama_calibrate.main,
+    "distill": llama_distill.main,
     "evaluate": llama_evaluate.main,
 }
 LABELS = "layers.0.mlp.gate_proj.weight"
@@ -86,18 +89,16 @@ def places(finished, tmp_path_factory) -> dict[str, object]:
         "features": finished.features_folder,
         "select": finished.select_folder,
         "moe": finished.moe,
-        "other_moe": root / "other" / "other-llama-MoE",
-        "gpt2": gpt2,
-        "mistral": mistral,
-        "cut": cut,
-        "nan": nan,
-        "other": root / "other-llama",
-        "other_split": root / "other" / "other-llama-4Expert-Split-Clustering",
-        "other_features": root / "other" / "other-llama-Hidden-Features",
-        "other_select": root / "other" / "other-llama-4Expert-Select-MLP",
-        "split8": root / "out" / "tiny-llama-8Expert-Split-Clustering",
-        "split_seed1": root / "seed1" / "tiny-llama-4Expert-Split-Clustering",
+        "root": root,
+        "other_moe": root / "other/other-llama-MoE",
+        "other_split": root / "other/other-llama-4Expert-Split-Clustering",
+        "other_features": root / "other/other-llama-Hidden-Features",
+        "other_select": root / "other/other-llama-4Expert-Select-MLP",
+        "split8": root / "out/tiny-llama-8Expert-Split-Clustering",
+        "split_seed1": root / "seed1/tiny-llama-4Expert-Split-Clustering",
         "tmp": tmp_path,
+        "gate_proj": TEMPLATES[0],
+        "both": ",".join(TEMPLATES),
     }
 
 
@@ -107,107 +108,92 @@ def untouched(finished, places) -> tuple[dict[str, bytes], dict[str, bytes]]:
     return contents(finished.save.parent), contents(places["tmp"])
 
 
-ON_ACTIVATIONS = {"cluster_on": "activations", "train_data_path": "{text}", "block_size": 32, "max_tokens": 128}
+ON_FEATURES = {"cluster_on": "activations", "hidden_features_path": "{features}"}
+ON_TEXT = {"cluster_on": "activations", "train_data_path": "{text}", "block_size": 32, "max_tokens": 128}
+COUNTS = {"num_experts": 4, "num_selects": 2}
+ON_MOE = {
+    "model_path": "{model}",
+    "moe_path": "{moe}",
+    "train_data_path": "{text}",
+    "save_path": "{save}",
+    "block_size": 32,
+    "max_tokens": 128,
+}
 GOOD = {
     "split": {"model_path": "{model}", "save_path": "{save}", "num_experts": 4},
+    "split_random": {"model_path": "{model}", "save_path": "{save}", "num_experts": 4},
     "features": {"model_path": "{model}", "train_data_path": "{text}", "save_path": "{save}", "block_size": 32},
     "select": {
         "model_path": "{model}",
         "split_file_path": "{split}",
         "hidden_features_path": "{features}",
         "save_path": "{save}",
-        "num_experts": 4,
-        "num_selects": 2,
+        **COUNTS,
     },
     "convert": {
         "model_path": "{model}",
         "split_file_path": "{split}",
         "select_file_path": "{select}",
         "save_path": "{save}",
-        "num_experts": 4,
-        "num_selects": 2,
+        **COUNTS,
     },
-    "split_random": {"model_path": "{model}", "save_path": "{save}", "num_experts": 4},
-    "calibrate": {
-        "model_path": "{model}",
-        "moe_path": "{moe}",
-        "train_data_path": "{text}",
-        "save_path": "{save}",
-        "block_size": 32,
-        "max_tokens": 128,
-    },
+    "calibrate": ON_MOE,
+    "distill": ON_MOE,
     "evaluate": {"model_path": "{moe}", "text_path": "{text}/c4.jsonl", "max_tokens": 64, "block_size": 32},
 }
 
 # stage, options changed (None: left out), words that the line must have
 WRONG = [
+    # Every stage opens the dense model in the same way.
     *[
-        (stage, {"model_path": path}, words)
-        for stage in ("split", "split_random", "features", "select", "convert", "calibrate")
+        ("split", {"model_path": path}, words)
         for path, words in [
             ("{tmp}/nowhere", "no folder here, and no hub id"),
             ("", "path is empty"),
             ("{tmp}/file", "is a file"),
-            ("{gpt2}", "'gpt2' model; llama, and mistral"),
-            ("{mistral}", "sliding_window"),
-            ("{cut}", "not a whole safetensors file"),
+            ("{tmp}/gpt2", "'gpt2' model; llama, and mistral"),
+            ("{tmp}/mistral", "sliding_window"),
+            ("{tmp}/cut", "not a whole safetensors file"),
             ("{tmp}/empty", "no config.json"),
         ]
     ],
-    (
-        "split",
-        {"num_experts": 5},
-        "--num_experts 5 does not divide the MLP width 64 of tiny-llama; near it, 1, 2, 4, 8",
-    ),
+    *[
+        (stage, {"model_path": "{tmp}/mistral"}, "sliding_window")
+        for stage in ("split_random", "features", "select", "convert", "calibrate")
+    ],
+    ("split", {"num_experts": 5}, "5 does not divide the MLP width 64 of tiny-llama; near it, 1, 2, 4, 8"),
     ("split", {"num_experts": 0}, "--num_experts 0 does not divide"),
-    ("split", {"num_experts": -4}, "--num_experts -4 does not divide"),
     ("split", {"num_experts": 128}, "--num_experts 128 does not divide"),
     ("split", {"num_experts": 2.5}, "--num_experts: invalid int value"),
     ("split", {"num_experts": None}, "required: --num_experts"),
     ("split", {"templates": "layers.{}.mlp.down_proj.weight"}, "--templates 'layers.{}.mlp.down_proj.weight'"),
-    ("split", {"templates": "../{}"}, "--templates '../{}' is not one of"),
     ("split", {"templates": "layers.{}.mlp.gate_proj.weight," * 2}, "--templates"),
     ("split", {"seed": -1}, "--seed: '-1' is not an integer from 0 to 2^32 - 1"),
-    ("features", {"seed": 2**32}, "--seed: '4294967296' is not an integer"),
     ("split", {"device": "meta"}, "--device 'meta' cannot be used here"),
-    ("split", {"distance": "l3"}, "--distance: invalid choice"),
     ("split", {"device": "warp"}, "--device 'warp' cannot be used here"),
-    ("split", {"model_path": "{nan}"}, "layers.1.mlp.gate_proj.weight holds NaN"),
+    ("split", {"model_path": "{tmp}/nan"}, "layers.1.mlp.gate_proj.weight holds NaN"),
     ("split", {"save_path": "{tmp}/file"}, "tmp}/file"),
-    ("split", {"cluster_on": "neurons"}, "--cluster_on: invalid choice"),
     ("split", {"num_shared_experts": 1}, "--num_shared_experts is for --cluster_on activations"),
-    ("split", {"keep_fraction": 0.5}, "--keep_fraction is for --cluster_on activations"),
+    ("split", {"keep_fraction": 0.3}, "--keep_fraction is for --cluster_on activations"),
+    ("split", {"batch_size": 4}, "--batch_size is for --cluster_on activations"),
+    ("split", {"max_tokens": 128}, "--max_tokens is for --train_data_path"),
     ("split", {"train_data_path": "{text}"}, "--train_data_path is for --cluster_on activations"),
     ("split", {"hidden_features_path": "{features}"}, "--hidden_features_path is for --cluster_on activations"),
-    (
-        "split",
-        {"cluster_on": "activations"},
-        "--cluster_on activations needs either --train_data_path or --hidden_features_path",
-    ),
-    ("split", ON_ACTIVATIONS | {"hidden_features_path": "{features}"}, "either --train_data_path or --hidden_features"),
-    (
-        "split",
-        ON_ACTIVATIONS | {"templates": "layers.{}.mlp.gate_proj.weight,layers.{}.mlp.up_proj.weight"},
-        "takes one of --templates",
-    ),
-    ("split", ON_ACTIVATIONS | {"num_shared_experts": 4}, "--num_shared_experts 4 is outside of 0 to 3"),
-    ("split", ON_ACTIVATIONS | {"num_shared_experts": -1}, "--num_shared_experts -1 is outside of 0 to 3"),
-    ("split", ON_ACTIVATIONS | {"keep_fraction": 0}, "--keep_fraction 0.0 is not a fraction between 0 and 1"),
-    ("split", ON_ACTIVATIONS | {"keep_fraction": 1}, "--keep_fraction 1.0 is not a fraction between 0 and 1"),
-    ("split", ON_ACTIVATIONS | {"batch_size": 0}, "--batch_size 0 must be at least 1"),
-    ("split", ON_ACTIVATIONS | {"num_experts": 5}, "--num_experts 5 does not divide"),
-    ("split", ON_ACTIVATIONS | {"model_path": "{nan}"}, "layers.1.mlp.gate_proj.weight holds NaN"),
-    ("split", ON_ACTIVATIONS | {"train_data_path": "{tmp}/nowhere"}, "nowhere does not exist"),
-    ("split", ON_ACTIVATIONS | {"block_size": 129}, "--block_size 129 is outside of 2 to 128"),
-    (
-        "split",
-        {"cluster_on": "activations", "hidden_features_path": "{other_features}"},
-        "was made from another model (other-llama) than tiny-llama",
-    ),
-    ("split_random", {"num_experts": 5}, "--num_experts 5 does not divide"),
+    ("split", {"cluster_on": "activations"}, "either --train_data_path or --hidden_features_path"),
+    ("split", ON_FEATURES | {"train_data_path": "{text}"}, "either --train_data_path or --hidden_features_path"),
+    ("split", ON_FEATURES | {"batch_size": 4}, "--batch_size is for --train_data_path"),
+    ("split", ON_FEATURES | {"train_data_cache_path": "{tmp}/cache"}, "cache_path is for --train_data_path"),
+    ("split", ON_FEATURES | {"templates": "{both}"}, "takes one of --templates"),
+    ("split", ON_FEATURES | {"hidden_features_path": "{other_features}"}, "another model (other-llama)"),
+    ("split", ON_TEXT | {"num_shared_experts": 4}, "--num_shared_experts 4 is outside of 0 to 3"),
+    ("split", ON_TEXT | {"num_shared_experts": -1}, "--num_shared_experts -1 is outside of 0 to 3"),
+    ("split", ON_TEXT | {"keep_fraction": 0}, "--keep_fraction 0.0 is not a fraction between 0 and 1"),
+    ("split", ON_TEXT | {"keep_fraction": 1}, "--keep_fraction 1.0 is not a fraction between 0 and 1"),
+    ("split", ON_TEXT | {"batch_size": 0}, "--batch_size 0 must be at least 1"),
+    ("split", ON_TEXT | {"model_path": "{tmp}/nan"}, "layers.1.mlp.gate_proj.weight holds NaN"),
     ("split_random", {"num_shared_experts": 4}, "--num_shared_experts 4 is outside of 0 to 3"),
     ("split_random", {"templates": "layers.{}.mlp.down_proj.weight"}, "is not one of"),
-    ("split_random", {"seed": -1}, "--seed: '-1' is not an integer"),
+    ("features", {"seed": 2**32}, "--seed: '4294967296' is not an integer"),
     ("features", {"train_data_path": "{tmp}/nowhere"}, "nowhere does not exist"),
     ("features", {"train_data_path": "{tmp}/empty"}, "holds no .jsonl, .txt"),
     ("features", {"train_data_path": "{tmp}/no_text"}, "no_text/c4.jsonl holds no text"),
@@ -215,14 +201,13 @@ WRONG = [
     ("features", {"block_size": 129}, "--block_size 129 is outside of 2 to 128, the positions of tiny-llama"),
     ("features", {"block_size": 1}, "--block_size 1 is outside"),
     ("features", {"data_use_percent": 0}, "--data_use_percent 0.0 is not a fraction in (0, 1]; one percent is 0.01"),
-    ("features", {"data_use_percent": 1.5}, "--data_use_percent 1.5 is not a fraction"),
     ("features", {"data_use_percent": "nan"}, "--data_use_percent nan is not a fraction"),
-    ("features", {"batch_size": 0}, "--batch_size 0 must be at least 1"),
     ("features", {"save_interval": 0}, "--save_interval 0 must be at least 1"),
     ("features", {"max_tokens": 0}, "--max_tokens 0 must be at least 1"),
     ("features", {"domain_weights": "c4"}, "'c4' is not of the form domain=positive number"),
     ("features", {"domain_weights": "arxiv=1"}, "--domain_weights names arxiv"),
-    ("features", {"templates": "layers.{}.mlp.down_proj.weight"}, "is not one of"),
+    ("features", {"templates": "layers.{}.mlp.down_proj.weight"}, "--templates: invalid choice"),
+    ("features", {"feature_format": "inputs", "templates": "{gate_proj}"}, "--templates is for --feature_format full"),
     ("select", {"split_file_path": "{tmp}/nowhere"}, "nowhere is not a folder; run llama_split_clustering.py first"),
     ("select", {"split_file_path": "{features}"}, "was written by llama_get_hidden_features.py, not by llama_split"),
     ("select", {"split_file_path": "{other_split}"}, "was made from another model (other-llama) than tiny-llama"),
@@ -238,63 +223,49 @@ WRONG = [
     ("select", {"lr": 0}, "--lr 0.0 must be a positive number"),
     ("select", {"valid_percent": 1}, "--valid_percent 1.0 is not a fraction"),
     ("select", {"epochs": -1}, "--epochs -1 must be at least 0"),
-    ("select", {"select_criterion": "l3"}, "--select_criterion: invalid choice"),
-    (
-        "convert",
-        {"select_file_path": "{split}"},
-        "was written by llama_split_clustering.py, not by llama_select_mlp.py",
-    ),
+    ("select", {"gate_fit": "ridge"}, "--gate_fit ridge is for --gate_network linear"),
+    ("select", {"gate_network": "similarity", "gate_fit": "adam"}, "--gate_fit is for --gate_network mlp or linear"),
+    ("select", {"gate_network": "linear", "gate_fit": "adam", "gate_rank": 2}, "--gate_rank is for --gate_fit ridge"),
+    *[
+        ("select", {"gate_network": "linear", name: value}, f"--{name} is for --gate_fit adam")
+        for name, value in {"epochs": 30, "lr": 0.01, "batch_size": 1024, "use_softmax": True, "seed": 0}.items()
+    ],
+    ("convert", {"select_file_path": "{split}"}, "by llama_split_clustering.py, not by llama_select_mlp.py"),
     ("convert", {"select_file_path": "{other_select}"}, "was made from another model (other-llama) than tiny-llama"),
     ("convert", {"split_file_path": "{split_seed1}"}, "holds gates of another split than"),
     ("convert", {"split_file_path": "{split8}", "num_experts": 8}, "was made for --num_experts 4"),
-    ("convert", {"model_path": "{nan}"}, "was made from another model"),
+    ("convert", {"model_path": "{tmp}/nan"}, "was made from another model"),
     ("convert", {"num_selects": 9}, "--num_selects 9 is outside of 1 to --num_experts 4"),
-    ("convert", {"routing": "random"}, "--routing: invalid choice"),
-    ("convert", {"min_selects": 1}, "--min_selects and --max_selects are for --routing threshold"),
+    ("convert", {"min_selects": 1}, "--min_selects is for --routing threshold"),
+    ("convert", {"max_selects": 3}, "--max_selects is for --routing threshold"),
     ("convert", {"routing": "threshold", "min_selects": 3}, "must not decrease"),
-    ("convert", {"routing": "threshold", "max_selects": 1}, "must not decrease"),
     ("convert", {"routing": "threshold", "max_selects": 5}, "must not decrease"),
     ("convert", {"routing": "threshold", "min_selects": -1}, "must not decrease"),
-    ("convert", {"convert_type": "LlamaMoE"}, "--convert_type: invalid choice"),
-    ("convert", {"num_labels": 3}, "--num_labels is for LlamaMoEForSequenceClassification"),
+    ("convert", {"num_labels": 3}, "--num_labels is for --convert_type LlamaMoEForSequenceClassification"),
     ("convert", {"save_path": "{model}"}, "is the source checkpoint itself"),
     ("convert", {"save_path": "{text}"}, "holds files but no manifest.json: not ours to fill"),
-    ("convert", {"save_path": "{split}"}, "was written by llama_split_clustering.py"),
-    ("calibrate", {"model_path": "{other}"}, "was made from another model (tiny-llama) than other-llama"),
+    ("calibrate", {"model_path": "{root}/other-llama"}, "was made from another model (tiny-llama) than other-llama"),
     ("calibrate", {"moe_path": "{other_moe}"}, "was made from another model (other-llama) than tiny-llama"),
-    ("calibrate", {"moe_path": "{tmp}/nowhere"}, "nowhere is not a folder; run llama_convert.py first"),
-    ("calibrate", {"moe_path": "{model}"}, "has no manifest.json: not a folder written by llama_convert.py"),
-    ("calibrate", {"moe_path": "{split}"}, "was written by llama_split_clustering.py, not by llama_convert.py"),
     ("calibrate", {"moe_path": "{tmp}/unfinished_moe"}, "is unfinished (0 parts done); run llama_convert.py again"),
     ("calibrate", {"moe_path": "{tmp}/damaged_moe"}, "is damaged: its checksum is not the manifest's"),
     ("calibrate", {"moe_path": "{tmp}/cut_moe"}, "bytes, the manifest says"),
     ("calibrate", {"moe_path": "{tmp}/old_moe"}, "has no usable config.json"),
-    ("calibrate", {"moe_path": None}, "required: --moe_path"),
     ("calibrate", {"save_path": "{moe}"}, "is one of the source checkpoints; choose another folder"),
     ("calibrate", {"save_path": "{model}"}, "is one of the source checkpoints; choose another folder"),
-    ("calibrate", {"save_path": "{text}"}, "holds files but no manifest.json: not ours to fill"),
-    ("calibrate", {"save_path": "{split}"}, "was written by llama_split_clustering.py"),
-    (
-        "calibrate",
-        {"max_tokens": 16, "domain_weights": "c4=1"},
-        "the corpus is a single block, and one is held out; use a smaller --block_size",
-    ),
+    ("calibrate", {"max_tokens": 16, "domain_weights": "c4=1"}, "a single block, and one is held out; use a smaller"),
     ("calibrate", {"refit_gates": True}, "--refit_gates is for linear gates, not for the 'mlp' ones given"),
     ("calibrate", {"num_selects": 0}, "--num_selects 0 is outside of 1 to 4"),
     ("calibrate", {"num_selects": 5}, "--num_selects 5 is outside of 1 to 4"),
-    ("calibrate", {"batch_size": 0}, "--batch_size 0 must be at least 1"),
-    ("calibrate", {"train_data_path": "{tmp}/no_text"}, "no_text/c4.jsonl holds no text"),
-    ("evaluate", {"model_path": "{tmp}/nowhere"}, "no folder here, and no hub id"),
-    ("evaluate", {"model_path": "{tmp}/empty"}, "empty has no config.json"),
-    ("evaluate", {"model_path": "{cut}"}, "not a whole safetensors file"),
+    ("calibrate", {"layer_budgets": "sensitivity"}, "unrecognized arguments: --layer_budgets"),
+    ("evaluate", {"model_path": "{tmp}/cut"}, "not a whole safetensors file"),
     ("evaluate", {"text_path": "{tmp}/nowhere"}, "nowhere is not a file"),
     ("evaluate", {"text_path": "{tmp}/no_text/c4.jsonl"}, "holds fewer than 2 tokens"),
     ("evaluate", {"num_selects": 5}, "--num_selects 5 is outside of 1 to 4"),
     ("evaluate", {"model_path": "{model}", "num_selects": 2}, "--num_selects is for MoE checkpoints"),
     ("evaluate", {"block_size": 129}, "--block_size 129 is outside"),
     ("evaluate", {"max_tokens": 1}, "--max_tokens 1 must be at least 2"),
-    ("evaluate", {"json": "{tmp}/nowhere/rows.json"}, "cannot be written: name a file in a folder that exists"),
     ("evaluate", {"batch_size": 0}, "--batch_size 0 must be at least 1"),
+    ("evaluate", {"json": "{tmp}/nowhere/rows.json"}, "cannot be written: name a file in a folder that exists"),
 ]
 
 
@@ -315,20 +286,20 @@ def assert_refused(result: tuple[int, str, str], words: str) -> None:
 
 @pytest.mark.parametrize(("stage", "changes", "words"), WRONG)
 def test_wrong_input_is_refused(stage, changes, words, places, finished, untouched, run_script, tmp_path):
-    reads_text = {"train_data_path"} & (GOOD[stage] | changes).keys()
+    reads_text = "train_data_path" in GOOD[stage] | changes
     cache = {"train_data_cache_path": tmp_path / "cache"} if reads_text else {}
-    result = run_script(MAINS[stage], *arguments_of(stage, changes | cache, places))
+    result = run_script(MAINS[stage], *arguments_of(stage, cache | changes, places))
     assert_refused(result, words.replace("tmp}", str(places["tmp"])).replace("{{}}", "{}"))
     domains = {path.name.partition("-")[0] for path in (tmp_path / "cache").rglob("*")}
     # Tokens are kept where text, or weights, turn out to be bad only in the reading.
-    reads_first = any(word in str(changes) for word in ("/bad", "{nan}", "max_tokens': 16"))
+    reads_first = any(word in str(changes) for word in ("/bad", "{tmp}/nan", "max_tokens': 16"))
     assert reads_first or not domains
     assert (contents(finished.save.parent), contents(places["tmp"])) == untouched
 
 
 def test_one_variable_shows_the_traceback(places, run_script, monkeypatch):
     monkeypatch.setenv("MOEFICATION_TRACEBACK", "1")
-    status, _, err = run_script(MAINS["split"], *arguments_of("split", {"model_path": "{cut}"}, places))
+    status, _, err = run_script(MAINS["split"], *arguments_of("split", {"model_path": "{tmp}/cut"}, places))
     assert status == 2
     assert "SafetensorError" in err  # the cause, too
     assert "Traceback (most recent call last)" in err
@@ -341,6 +312,21 @@ def test_unknown_option_and_abbreviation_are_refused(stage, places, run_script):
         assert_refused(
             run_script(MAINS[stage], *arguments_of(stage, {}, places), option, "x"), "unrecognized arguments"
         )
+
+
+def test_left_over_names_of_processes_are_told(places, run_script, monkeypatch):
+    """Processes that do not meet are not started; where they would meet is told before anything is read."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = run_script(llama_distill.main, *arguments_of("distill", {}, places))
+    told, error = err.splitlines()
+    assert status == 2
+    assert "RANK 0 of WORLD_SIZE 2: it trains with the others, and waits for them at MASTER_ADDR:MASTER_PORT" in told
+    assert "MASTER_ADDR does not say where they meet: start them with torchrun" in error
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29517")
+    _, _, err = run_script(llama_distill.main, *arguments_of("distill", {"model_path": "{tmp}/nowhere"}, places))
+    assert "waits for them at 127.0.0.1:29517" in err.splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------------- other options

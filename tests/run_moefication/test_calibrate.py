@@ -22,10 +22,10 @@ from transformers import AutoModel, LlamaModel
 from llama_moe import record_routing
 from run_moefication import llama_calibrate, llama_evaluate
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
-from run_moefication.moefication.layers.decoder import batches_of
 from run_moefication.moefication.stages import calibrate as calibration
 from run_moefication.moefication.stages import calibrate_layer as layer_calibration
 from run_moefication.moefication.stages.calibrate import calibrate
+from run_moefication.moefication.text.batches import batches_of
 from run_moefication.moefication.text.corpus import Corpus
 from run_moefication.settings import CalibrateSettings
 

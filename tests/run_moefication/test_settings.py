@@ -1,6 +1,5 @@
 """One place of every setting: scripts, shell and README say what `settings.py` says."""
 
-import os
 import re
 import subprocess
 import sys
@@ -25,9 +24,11 @@ from run_moefication import (
 )
 from run_moefication.command_line import with_dashes
 from run_moefication.moefication.checkpoints.dense import DTYPES
+from run_moefication.moefication.errors import SettingError
 from run_moefication.moefication.fitting.balanced_kmeans import DISTANCES
 from run_moefication.moefication.layers.scores import CRITERIA
 from run_moefication.moefication.stages.distill_trainer import TRAINED
+from run_moefication.moefication.storage.manifest import difference
 
 ROOT = Path(__file__).parents[2]
 STAGES = {
@@ -65,34 +66,54 @@ def test_choices_are_what_the_code_knows():
     assert all(hasattr(llama_moe, name) for name in settings.CONVERT_TYPES)
 
 
-def shell(variables: list[str], **environment: str) -> list[str]:
-    command = f'. "{ROOT}/run_moefication/recipe.sh"; printf "%s\\n" ' + " ".join(f'"${name}"' for name in variables)
-    base = {"PATH": os.environ["PATH"], "PYTHON": sys.executable}
-    result = subprocess.run(
-        ["bash", "-euc", command], env=base | environment, capture_output=True, text=True, check=True
-    )
-    return result.stdout.split("\n")[:-1]
-
-
 @pytest.mark.parametrize("recipe", settings.RECIPES.values(), ids=lambda recipe: recipe.name)
 def test_the_shell_has_the_recipe(recipe):
-    names = ["NUM_EXPERTS", "NUM_SELECTS", "NUM_SHARED_EXPERTS", "GATE_RANK", "OUTPUT_BIAS", "ROUTING", "SPLIT_TOKENS"]
     experts = recipe.num_experts
     selects = recipe.num_selects(experts)
-    shared = recipe.num_shared_experts(experts, selects)
-    values = [experts, selects, shared, recipe.rank(experts) or "", 1 if recipe.output_bias else "", recipe.routing]
-    assert shell(names, RECIPE=recipe.name) == [str(value) for value in [*values, recipe.split_tokens]]
+    expected = {
+        "NUM_EXPERTS": experts,
+        "NUM_SELECTS": selects,
+        "BUDGET": "",  # only what was given
+        "NUM_SHARED_EXPERTS": recipe.num_shared_experts(experts, selects),
+        "GATE_RANK": recipe.rank(experts) or "",
+        "OUTPUT_BIAS": 1 if recipe.output_bias else "",
+        "ROUTING": recipe.routing,
+        "SPLIT_TOKENS": recipe.split_tokens,
+    }
+    shell = settings.shell_settings({"RECIPE": recipe.name})
+    assert {name: shell[name] for name in expected} == {name: str(value) for name, value in expected.items()}
 
 
 def test_large_gates_have_a_rank_and_small_ones_none():
     assert [settings.CALIBRATED.rank(experts) for experts in (16, 255, 256, 512)] == [None, None, 64, 64]
-    assert shell(["GATE_RANK"], NUM_EXPERTS="16") == [""]
+    assert settings.shell_settings({"NUM_EXPERTS": "16"})["GATE_RANK"] == ""
 
 
 def test_the_environment_goes_before_the_recipe():
-    names = ["NUM_EXPERTS", "NUM_SELECTS", "GATE_RANK", "SPLIT_TOKENS", "CLUSTER_ON"]
-    given = {"NUM_EXPERTS": "512", "GATE_RANK": "", "SPLIT_TOKENS": "7", "CLUSTER_ON": "weights"}
-    assert shell(names, **given) == ["512", "256", "", "7", "weights"]
+    given = {"NUM_EXPERTS": "512", "GATE_RANK": "", "SPLIT_TOKENS": "7", "CLUSTER_ON": "weights", "NUM_SELECTS": "9"}
+    assert given.items() <= settings.shell_settings(given).items()
+    assert settings.shell_settings({"NUM_EXPERTS": "512"})["NUM_SELECTS"] == "256"
+    assert settings.shell_settings(given)["BUDGET"] == "9"
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RECIPE": "best"}, "RECIPE=best: calibrated or plain"),
+        ({"NUM_EXPERTS": "abc"}, "NUM_EXPERTS=abc: a whole number is needed, 1 or more"),
+        ({"NUM_EXPERTS": "08"}, "NUM_EXPERTS=08: a whole number is needed, 1 or more"),
+        ({"NUM_EXPERTS": "0"}, "NUM_EXPERTS=0: a whole number is needed, 1 or more"),
+        ({"NUM_EXPERTS": "9" * 20}, f"NUM_EXPERTS={'9' * 20}: a whole number is needed, 1 or more"),
+        ({"NUM_SELECTS": "2.5"}, "NUM_SELECTS=2.5: a whole number is needed, 1 or more"),
+        ({"NUM_EXPERTS": "4", "NUM_SELECTS": "5"}, "NUM_SELECTS=5 is outside of 1 to NUM_EXPERTS=4"),
+        ({"NUM_EXPERTS": "1"}, "NUM_SELECTS=0 is outside of 1 to NUM_EXPERTS=1"),
+        ({"NUM_SHARED_EXPERTS": "-1"}, "NUM_SHARED_EXPERTS=-1: a whole number is needed, 0 or more"),
+    ],
+)
+def test_wrong_counts_are_refused(environment, words):
+    with pytest.raises(SettingError) as error:
+        settings.shell_settings(environment)
+    assert str(error.value) == words
 
 
 @given(st.integers(1, 1024).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
@@ -139,3 +160,19 @@ def test_every_field_is_explained():
     for stage in (*STAGES.values(), settings.CorpusSettings):
         for one in fields(stage):
             assert re.match(r"[a-z].{7,}", one.metadata["help"]), one.name
+
+
+@pytest.mark.parametrize(
+    ("recorded", "wanted", "said"),
+    [
+        ({"gate_fit": "ridge", "epochs": 30}, {"gate_fit": "ridge"}, None),  # epochs had no effect
+        ({"gate_fit": "adam", "epochs": 30}, {"gate_fit": "ridge"}, "was made with gate_fit adam"),
+        ({"gate_fit": "adam"}, {"gate_fit": "adam", "new": 1}, "was made with new None"),
+        ({"layer_budgets": "equal"}, {}, None),
+        ({"layer_budgets": "sensitivity"}, {}, "was made with layer_budgets sensitivity"),
+    ],
+)
+def test_options_that_older_versions_recorded(recorded, wanted, said):
+    claim = {"source": {"fingerprint": "1"}, "inputs": {}, "environment": {}}
+    told = difference(claim | {"options": recorded}, claim | {"options": wanted}, finished=True)
+    assert told is None if said is None else told.startswith(said)

@@ -1,6 +1,10 @@
 """The quality bench: its baselines are what they claim, and its table follows from its numbers."""
 
 import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 
 import bench_quality
@@ -9,10 +13,14 @@ import quality_methods
 import quality_table
 import torch
 from conftest import SENTENCES, make_llama, write_jsonl
-from quality_baselines import block_losses, cmoe, masked, oracle
-from quality_table import merged, ratios, read_rows
+from quality_baselines import cmoe, masked, oracle
+from quality_table import compared, ratios, read_rows
 from transformers import LlamaForCausalLM
 
+from run_moefication.moefication.stages.evaluate import evaluate_model
+from run_moefication.settings import CALIBRATED, PLAIN
+
+RESULTS = Path(bench_quality.__file__).parent / "results"
 BLOCKS = 3
 STATIC = ("", ", refitted", ", refitted and distilled")
 
@@ -28,31 +36,26 @@ def blocks():
     return list(torch.randint(3, 300, (BLOCKS, 40), generator=torch.Generator().manual_seed(0)))
 
 
-def test_losses_are_those_of_transformers(dense, blocks):
-    with torch.no_grad():
-        expected = [dense(block[None], labels=block[None]).loss.item() for block in blocks]
-    assert block_losses(dense, blocks) == pytest.approx(expected, rel=1e-5)
-
-
 @pytest.mark.parametrize("make", [lambda m, b, f: oracle(f, m), lambda m, b, f: cmoe(b, f, m)])
 def test_masks_run_their_budget_and_all_neurons_are_the_dense_model(make, dense, blocks):
-    whole = block_losses(dense, blocks)
+    def losses() -> list[float]:
+        return evaluate_model(dense, "", blocks).block_losses
+
+    whole = losses()
     with masked(dense, make(dense, blocks, 1.0)) as shares:
-        assert block_losses(dense, blocks) == pytest.approx(whole, rel=1e-6)
-    assert shares == [1.0] * BLOCKS * dense.config.num_hidden_layers
+        assert losses() == pytest.approx(whole, rel=1e-6)
+    assert torch.cat(shares).tolist() == [1.0] * BLOCKS * 40 * dense.config.num_hidden_layers
     with masked(dense, make(dense, blocks, 0.5)) as shares:
-        assert block_losses(dense, blocks) != pytest.approx(whole, rel=1e-3)
-    assert shares == pytest.approx([0.5] * len(shares))
-    assert block_losses(dense, blocks) == whole  # the hooks are gone
+        assert losses() != pytest.approx(whole, rel=1e-3)
+    assert torch.cat(shares).tolist() == pytest.approx([0.5] * BLOCKS * 40 * dense.config.num_hidden_layers)
+    assert losses() == whole  # the hooks are gone
 
 
 def test_the_oracle_loses_less_of_each_output_than_any_other_choice(dense):
-    mlp = dense.model.layers[0].mlp
-    inputs = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(9, 128, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        hidden = mlp.act_fn(mlp.gate_proj(inputs)) * mlp.up_proj(inputs)
-        chosen = oracle(0.25, dense)[0](inputs, hidden)
-        added = hidden.abs() * mlp.down_proj.weight.norm(dim=0)
+        chosen = oracle(0.25, dense)[0](hidden)
+        added = hidden.abs() * dense.model.layers[0].mlp.down_proj.weight.norm(dim=0)
     assert (chosen.sum(dim=1) == 32).all()
     assert (added.masked_fill(~chosen, math.inf).amin(1) >= added.masked_fill(chosen, 0).amax(1)).all()
 
@@ -60,22 +63,24 @@ def test_the_oracle_loses_less_of_each_output_than_any_other_choice(dense):
 def test_ratios_are_geometric_means_with_an_interval_around_them():
     dense = {"a": {"losses": [1.0, 2.0, 3.0]}, "b": {"losses": [2.0, 2.0]}}
     other = {"a": {"losses": [1.3, 2.1, 3.2]}, "b": {"losses": [2.4, 2.4]}}
-    ratio, low, high = ratios(other, dense, ["a", "b"], seed=0)
+    rows = compared({"file": {"dense at 1": dense, "other": other, "same": dense}})
+    ratio, low, high = ratios(rows["other"], ["a", "b"], seed=0)
     assert ratio == pytest.approx(math.exp((0.2 + 0.4) / 2))
     assert math.exp((0.1 + 0.4) / 2) <= low < ratio < high <= math.exp((0.3 + 0.4) / 2)
-    assert ratios(dense, dense, ["a", "b"], seed=0) == (1.0, 1.0, 1.0)
+    assert ratios(rows["same"], ["a", "b"], seed=0) == (1.0, 1.0, 1.0)
 
 
-def test_rows_of_several_files_keep_the_ratios_that_they_have_in_their_own():
-    files = [
-        {"dense at 1": {"a": {"losses": [1.0, 2.0]}}, "x at 0.5": {"a": {"losses": [1.5, 2.25]}, "budget": 0.5}},
-        {"dense at 1": {"a": {"losses": [1.25, 2.5]}}, "y at 0.5": {"a": {"losses": [2.0, 3.5]}}},
-    ]
-    rows = merged([*files, {"dense at 1": {"a": {"losses": [0.0, 0.0]}}, "x at 0.5": {"a": {"losses": [9.0, 9.0]}}}])
-    assert list(rows) == ["dense at 1", "x at 0.5", "y at 0.5"]
-    assert rows["x at 0.5"] == files[0]["x at 0.5"]
-    for file, row in zip(files, ("x at 0.5", "y at 0.5"), strict=True):
-        assert ratios(rows[row], rows["dense at 1"], ["a"], 0) == ratios(file[row], file["dense at 1"], ["a"], 0)
+def test_rows_of_several_files_are_compared_with_their_own_dense_model():
+    files = {
+        "first": {"dense at 1": {"a": {"losses": [1.0, 2.0]}}, "x at 0.5": {"a": {"losses": [1.5, 2.25]}}},
+        "second": {"dense at 1": {"a": {"losses": [1.25, 2.5]}}, "y at 0.5": {"a": {"losses": [2.0, 3.5]}}},
+        "third": {"dense at 1": {"a": {"losses": [0.0, 0.0]}}, "x at 0.5": {"a": {"losses": [9.0, 9.0]}}},
+    }
+    rows = compared(files)
+    assert {key: (row["file"], row["a"]["excess"]) for key, row in rows.items()} == {
+        "x at 0.5": ("first", [0.5, 0.25]),
+        "y at 0.5": ("second", [0.75, 1.0]),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -96,17 +101,13 @@ def bench(tmp_path_factory):
         "--heldout_tokens": 128,
         "--wikitext_tokens": 128,
         "--experts": 16,
-        "--chosen": 16,
+        "--block_size": 32,
         "--distillation_tokens": 512,
         "--json": folder / "quality.jsonl",
-        "--markdown": folder / "quality.md",
-        "--plot": folder / "quality.png",
     }
     arguments = [str(item) for pair in options.items() for item in pair] + ["--distill", "--budgets", "0.75", "0.5"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality_methods, "BLOCK", 32)
-        assert bench_quality.main(arguments) == 0
-        yield SimpleNamespace(folder=folder, arguments=arguments, rows=read_rows(folder / "quality.jsonl"))
+    assert bench_quality.main(arguments) == 0
+    return SimpleNamespace(folder=folder, arguments=arguments, rows=read_rows(folder / "quality.jsonl"))
 
 
 def test_the_bench_measures_every_method(bench):
@@ -117,59 +118,83 @@ def test_the_bench_measures_every_method(bench):
         "static mask",
         "static mask, refitted",
         *(f"step: {step}" for step in quality_methods.STEPS),
-        "ours, 16 experts, top_k",
-        "ours, 16 experts, threshold",
-        "ours, 16 experts, threshold, calibrated at 75%",
+        "calibrated, 16 experts, top_k",
+        "calibrated, 16 experts",
+        "calibrated, 16 experts, made for 75%",
         "static mask, refitted and distilled",
-        "ours, 16 experts, threshold, distilled",
+        "calibrated, 16 experts, distilled",
         "neuron oracle",
     ]
-    rows = len(bench.rows) - 1  # all but the dense model, which the others are measured against
-    assert len((bench.folder / "quality.md").read_text().splitlines()) == 4 + rows
-    assert (bench.folder / "quality.png").stat().st_size > 10_000
+    assert len([*(bench.folder / "work").rglob("*-Hidden-Features")]) == 1  # all models share them
 
 
-def test_gates_and_biases_are_active_where_there_are_any(bench):
+def test_our_rows_are_the_products_recipes(bench):
+    row = bench.rows["calibrated, 16 experts at 0.5"]
+    recipe = replace(CALIBRATED, num_experts=16, calibration_tokens=512)  # whose budget is a half
+    assert row["settings"]["recipe"] == quality_methods.as_data(recipe)
+    assert bench.rows["plain recipe at 0.5"]["settings"]["recipe"] == quality_methods.as_data(PLAIN.at(0.5))
+    counts = ("num_selects", "num_shared_experts", "gate_rank")
+    assert [row[count] for count in counts] == [8, recipe.num_shared_experts(16, 8), recipe.rank(16)]
+    assert bench.rows["plain recipe at 0.75"]["num_selects"] == 6
+    options = bench_quality.build_parser()
+    assert options.get_default("experts") == [CALIBRATED.num_experts]
+    assert options.get_default("calibration_tokens") == CALIBRATED.calibration_tokens
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_rows_say_how_they_were_made(path):
+    for row in read_rows(path).values():
+        assert {"minutes", "machine", "settings"} <= row.keys()
+        ours = re.fullmatch(r"calibrated, (\d+) experts(, distilled)?", row["method"])
+        if ours:
+            recipe = replace(CALIBRATED.at(row["budget"]), num_experts=int(ours[1]))
+            assert row["settings"]["recipe"] == quality_methods.as_data(recipe)
+
+
+def test_budgets_count_experts_and_active_shares_gates_and_biases_too(bench):
     # A static mask has no gate to count.
     shares = [bench.rows[f"static mask{kind} at 0.5"]["c4"]["active"] for kind in STATIC]
-    assert shares == [63 / 128, *[pytest.approx(63 / 128 + 1 / (3 * 128))] * 2]
-    ours = bench.rows["ours, 16 experts, top_k at 0.5"]["c4"]
-    assert ours["neurons"] < ours["active"] <= 0.5
-    other = "ours, 16 experts, threshold, calibrated at 75% at 0.5"
-    assert bench.rows[other]["c4"]["neurons"] < bench.rows["ours, 16 experts, threshold at 0.75"]["c4"]["neurons"]
+    assert shares == [1 / 2, *[pytest.approx(1 / 2 + 1 / (3 * 128))] * 2]
+    ours = bench.rows["calibrated, 16 experts, top_k at 0.5"]["c4"]
+    assert ours["neurons"] == 0.5 < ours["active"]
+    made_for_more, wide = (
+        bench.rows[f"calibrated, 16 experts{row}"]["c4"] for row in (", made for 75% at 0.5", " at 0.75")
+    )
+    assert made_for_more["neurons"] < wide["neurons"]
 
 
 def test_every_step_is_another_model(bench):
-    """Those not calibrated have no bias to count, and those without a threshold cost the same on every text."""
+    """Those without a threshold cost the same on every text; those not calibrated have no bias to count."""
     steps = [bench.rows[f"step: {step} at 0.5"]["c4"] for step in quality_methods.STEPS]
     assert len({tuple(step["losses"]) for step in steps}) == len(steps)
-    assert [step["active"] == steps[0]["active"] <= 0.5 for step in steps[:4]] == [True] * 3 + [False]
+    assert [step["neurons"] == 0.5 for step in steps[:5]] == [True] * 4 + [False]
+    assert len({step["active"] for step in steps[:3]}) == 1
 
 
-def test_the_rows_of_a_file_make_the_same_table_and_a_plot(bench, tmp_path, run_script):
+def cells(out: str) -> list[list[str]]:
+    """The head and the rows of a printed table."""
+    head, rule, *rows = ([cell.strip() for cell in row.split("|")[1:-1]] for row in out.splitlines())
+    assert set(rule) == {"---"}
+    return [head, *rows]
+
+
+def test_the_rows_of_a_file_make_a_table_and_a_plot(bench, tmp_path, run_script):
     options = ("--methods", "neuron oracle", "--plot", tmp_path / "plot.png")
-    status, out, _ = run_script(quality_table.main, bench.folder / "quality.jsonl", *options)
-    assert status == 0
-    head, rule, *rows = (bench.folder / "quality.md").read_text().splitlines()[2:]
-    assert out.splitlines() == [head, rule, *(row for row in rows if "neuron oracle" in row)]
+    _, out, _ = run_script(quality_table.main, bench.folder / "quality.jsonl", *options)
+    head, *rows = cells(out)
+    assert head == ["budget", "method", "active", "neurons", "held-out", "active", "neurons", "WikiText-2", "minutes"]
+    assert [row[:3] for row in rows] == [[f"{share} %", "neuron oracle", f"{share}.0 %"] for share in (75, 50)]
+    dense, oracle = bench.rows["dense at 1"]["c4"]["losses"], bench.rows["neuron oracle at 0.5"]["c4"]["losses"]
+    assert float(rows[1][4].split()[0]) == pytest.approx(math.exp(mean(oracle) - mean(dense)), rel=1e-3)
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_the_short_table_names_rows_as_it_is_told(bench, run_script):
     options = ("--short", "--budgets", 0.5, "--methods", "plain recipe", "neuron oracle=best neurons")
-    status, out, _ = run_script(quality_table.main, bench.folder / "quality.jsonl", *options)
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in out.splitlines()]
-    assert status == 0
-    assert rows[0] == ["budget", "method", "active", "held-out", "active", "WikiText-2"]
-    assert [row[:2] for row in rows[2:]] == [["50 %", "plain recipe"], ["50 %", "best neurons"]]
-    assert rows[3][2] == "50.0 %"
-
-
-def test_a_file_of_rows_has_one_a_line_and_losses_of_five_decimals(bench):
-    assert len((bench.folder / "quality.jsonl").read_text().splitlines()) == len(bench.rows)
-    row = bench.rows["static mask at 0.5"]
-    assert list(row)[:5] == ["method", "budget", "minutes", "machine", "settings"]
-    assert row["c4"]["losses"] == [round(loss, 5) for loss in row["c4"]["losses"]]
+    _, out, _ = run_script(quality_table.main, bench.folder / "quality.jsonl", *options)
+    head, plain, oracle = cells(out)
+    assert head == ["budget", "method", "active", "held-out", "active", "WikiText-2"]
+    assert (plain[:2], oracle[:3]) == (["50 %", "plain recipe"], ["50 %", "best neurons", "50.0 %"])
 
 
 @pytest.mark.parametrize(
@@ -194,18 +219,23 @@ def test_what_makes_no_table_is_refused(rows, options, words, bench, tmp_path, r
 def test_no_row_is_measured_twice(bench, run_script):
     path = bench.folder / "quality.jsonl"
     written = path.stat().st_mtime_ns
-    assert run_script(bench_quality.main, *bench.arguments)[0] == 0
+    status, out, _ = run_script(bench_quality.main, *bench.arguments)
+    assert (status, len(out.splitlines())) == (0, 1 + 2 + len(bench.rows) - 1)  # a caption, the head, and the rows
     assert path.stat().st_mtime_ns == written
-    assert read_rows(path) == bench.rows
+
+
+def test_a_file_of_rows_has_one_a_line_and_losses_of_five_decimals(bench):
+    assert len((bench.folder / "quality.jsonl").read_text().splitlines()) == len(bench.rows)
+    row = bench.rows["static mask at 0.5"]
+    assert list(row)[:6] == ["method", "budget", "minutes", "machine", "date", "settings"]
+    assert row["c4"]["losses"] == [round(loss, 5) for loss in row["c4"]["losses"]]
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"--budgets": "nan"}, "--budgets nan: active fractions from 0.05 to 1 are measured"),
-        ({"--budgets": 1.5}, "--budgets 1.5: active fractions"),
-        ({"--calibration_tokens": 0}, "--calibration_tokens 0 must be at least 1"),
-        ({"--markdown": "nowhere/table.md"}, "--markdown nowhere/table.md: there is no folder nowhere"),
+        ({"--budgets": "nan"}, "--budgets nan: shares from 0.05 to below 1 are measured"),
+        ({"--json": "nowhere/rows.jsonl"}, "--json nowhere/rows.jsonl: there is no folder nowhere"),
     ],
 )
 def test_wrong_input_is_refused_before_any_work(changes, words, tmp_path, run_script):

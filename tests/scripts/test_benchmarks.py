@@ -1,6 +1,7 @@
 """The benchmarks measure what they say they measure."""
 
 import json
+from itertools import product
 
 import bench_generate
 import bench_moe_layer
@@ -56,12 +57,7 @@ def test_layer_bench_writes_its_numbers(tmp_path, capsys):
     options = ["--shapes", "SmolLM2", "--tokens", "1", "8", "--active", "0.25", "--rounds", "1", "--dtypes", "fp32"]
     assert bench_moe_layer.main([*options, "--json", str(tmp_path / "layer.json")]) == 0
     rows = json.loads((tmp_path / "layer.json").read_text())["rows"]
-    assert [(row["routing"], row["tokens"]) for row in rows] == [
-        ("top_k", 1),
-        ("top_k", 8),
-        ("threshold", 1),
-        ("threshold", 8),
-    ]
+    assert [(row["routing"], row["tokens"]) for row in rows] == list(product(("top_k", "threshold"), (1, 8)))
     for row in rows:
         assert row["active"] == pytest.approx(0.25, abs=0.02)
         assert row["active"] <= row["bound"] <= 1
@@ -71,25 +67,36 @@ def test_layer_bench_writes_its_numbers(tmp_path, capsys):
 
 
 def test_models_of_the_whole_bench_share_all_but_their_mlps():
-    arguments = bench_generate.build_parser().parse_args(["--layers", "1", "--prompt_tokens", "6", "--new_tokens", "3"])
-    dense, moe, threshold = bench_generate.make_models(arguments, torch.float32, CPU)
-    assert (
-        threshold.model.layers[0].mlp.experts.down_proj.data_ptr()
-        == moe.model.layers[0].mlp.experts.down_proj.data_ptr()
-    )
-    threshold.set_active_fraction(0.25)
+    arguments = bench_generate.build_parser().parse_args(["--layers", "1"])
+    prompt = bench_generate.random_prompt(6, CPU)
+    dense, moe, threshold = bench_generate.make_models(arguments, prompt, torch.float32)
+    experts, threshold_experts = (model.model.layers[0].mlp.experts for model in (moe, threshold))
+    assert threshold_experts.down_proj.data_ptr() == experts.down_proj.data_ptr()
     assert dense.model.embed_tokens.weight.data_ptr() == moe.model.embed_tokens.weight.data_ptr()
-    mlp = sum(parameter.numel() for parameter in moe.model.layers[0].mlp.experts.parameters())
+    mlp = sum(parameter.numel() for parameter in experts.parameters())
     assert mlp == sum(parameter.numel() for parameter in dense.model.layers[0].mlp.parameters())
-    decode = bench_generate.Phase("decode", arguments, CPU)
+    threshold.set_active_fraction(0.25)
     with torch.inference_mode():
         with record_routing(threshold) as routing:
-            threshold(decode.prompt)
+            threshold(prompt)
         assert routing[0].experts_per_tok == pytest.approx(0.25 * 16, abs=0.3)
-        assert 0.2 < decode.mlp_share(dense) < 1
+        decode = bench_generate.runs("decode", moe, prompt, 3)
+        expected = moe.generate(prompt, max_new_tokens=3, do_sample=False)[:, -1:]
         for _ in range(2):  # each run begins at the end of the prompt
-            decode(moe)
-            assert decode.caches[moe].get_seq_length() == 6
+            assert torch.equal(decode(), expected)
+
+
+def test_the_whole_bench_writes_its_numbers(tmp_path, run_script):
+    options = ["--layers", 1, "--prompt_tokens", 4, "--new_tokens", 2, "--active", 0.25, "--rounds", 1]
+    status, out, _ = run_script(bench_generate.main, *options, "--json", tmp_path / "generate.json")
+    rows = json.loads((tmp_path / "generate.json").read_text())["rows"]
+    assert (status, len(out.splitlines())) == (0, 2 + 4)
+    routings = ("top_k", "threshold")
+    assert [(row["phase"], row["routing"]) for row in rows] == list(product(("prefill", "decode"), routings))
+    for row in rows:
+        assert 0 < row["mlp_share"]
+        assert row["possible"] == pytest.approx(1 - 0.75 * row["mlp_share"])
+        assert row["time_ratio"] == pytest.approx(row["dense_tokens_per_second"] / row["moe_tokens_per_second"])
 
 
 def test_times_are_medians_of_all_alternatives():
@@ -111,10 +118,8 @@ def test_times_are_medians_of_all_alternatives():
     [
         (bench_moe_layer, ["--num_experts", "7"], "--num_experts 7 does not divide 11008 neurons"),
         (bench_moe_layer, ["--active", "0.3"], "--active 0.3 of 16 experts is not a whole number"),
-        (bench_moe_layer, ["--tokens", "0"], "--tokens 0 must be at least 1"),
-        (bench_moe_layer, ["--rounds", "0"], "--rounds 0 must be at least 1"),
+        (bench_moe_layer, ["--tokens", "0"], "argument --tokens: 0 must be a whole number, at least 1"),
         (bench_generate, ["--active", "0"], "--active 0.0"),
-        (bench_generate, ["--layers", "0"], "--layers 0 must be at least 1"),
         (bench_generate, ["--device", "nowhere"], "--device 'nowhere' cannot be used here"),
     ],
 )

@@ -6,17 +6,12 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.dense import DenseCheckpoint
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..storage.files import tensor_sha256
 from ..storage.folder import open_finished
 from .split import require_template
 
 INPUTS, GATE_OUTPUTS = "hidden_inputs", "hidden_gate_outputs"
-
-
-def features_folder(save_path: str | Path, model_name: str) -> Path:
-    """`SAVE/NAME-Hidden-Features`"""
-    return Path(save_path) / f"{model_name}-Hidden-Features"
 
 
 def shard_file(kind: str, rank: int, index: int) -> str:
@@ -58,8 +53,8 @@ class Features:
         if not isinstance(tensor, torch.Tensor) or tensor.shape != shape or not tensor.is_contiguous():
             raise MoEficationError(f"{path} has no tensor of shape {list(shape)} for layer {layer}")
         if tensor_sha256(tensor) != entry["layers"][str(layer)]:
-            raise MoEficationError(
+            raise SettingError(
                 f"{path} is damaged: the checksum of layer {layer} is not the manifest's; "
-                f"run llama_get_hidden_features.py again with --overwrite"
+                f"run llama_get_hidden_features.py again with overwrite"
             )
         return tensor

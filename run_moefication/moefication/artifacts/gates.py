@@ -9,14 +9,9 @@ from llama_moe.gates import make_gate
 
 from ...settings import GATE_NETWORKS
 from ..checkpoints.dense import DenseCheckpoint
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..storage.folder import open_finished
 from .split import Split
-
-
-def select_folder(save_path: str | Path, model_name: str, num_experts: int) -> Path:
-    """`SAVE/NAME-8Expert-Select-MLP`"""
-    return Path(save_path) / f"{model_name}-{num_experts}Expert-Select-MLP"
 
 
 class TrainedGates:
@@ -37,8 +32,8 @@ class TrainedGates:
         options = self.artifact.options
         self.config_fields = {
             "gate_network": GATE_NETWORKS[options["gate_network"]],
-            "gate_rank": options["gate_rank"],
-            "gate_bias": options["gate_fit"] == "ridge",
+            "gate_rank": options.get("gate_rank"),
+            "gate_bias": options.get("gate_fit") == "ridge",
         }
         self._template = split.template
         config = LlamaMoEConfig(
@@ -63,9 +58,7 @@ class TrainedGates:
         state = self.artifact.load(name)
         shapes = {key: tuple(tensor.shape) for key, tensor in state.items()} if isinstance(state, dict) else None
         if isinstance(state, dict) and "score_quantiles" not in state:
-            raise MoEficationError(
-                f"{self.artifact.folder / name} is of an older version; run it again with --overwrite"
-            )
+            raise SettingError(f"{self.artifact.folder / name} is of an older version; run it again with overwrite")
         if shapes != self.shapes:
             network = self.config_fields["gate_network"]
             raise MoEficationError(f"{self.artifact.folder / name} is not a {network} gate of shape {self.shapes}")

@@ -4,16 +4,11 @@ from pathlib import Path
 
 import torch
 
-from ...settings import template
+from ...settings import TEMPLATES
 from ..checkpoints.dense import DenseCheckpoint
 from ..errors import MoEficationError, SettingError
 from ..fitting.balanced_kmeans import Clustering
 from ..storage.folder import ArtifactWriter, open_finished
-
-
-def split_folder(save_path: str | Path, model_name: str, num_experts: int, method: str = "Clustering") -> Path:
-    """`SAVE/NAME-8Expert-Split-Clustering`, or `-Split-Random`"""
-    return Path(save_path) / f"{model_name}-{num_experts}Expert-Split-{method}"
 
 
 def parse_templates(text: str) -> list[str]:
@@ -28,8 +23,8 @@ def parse_templates(text: str) -> list[str]:
 
 def require_template(name: str) -> None:
     """Refuse a template that is not one of the two whose rows are the neurons."""
-    if wrong := template(name):
-        raise SettingError(f"templates {name!r} {wrong}")
+    if name not in TEMPLATES:
+        raise SettingError(f"templates {name!r} is not one of {', '.join(TEMPLATES)}")
 
 
 def write_labels(writer: ArtifactWriter, name: str, labels: torch.Tensor, clusters: Clustering | None = None) -> None:

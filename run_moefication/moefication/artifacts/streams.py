@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import MoEficationError
+from ..errors import SettingError
 from ..storage.files import sync
 from ..storage.folder import ArtifactWriter
 
@@ -30,7 +30,7 @@ class Streams:
         """The streams before a layer, not to be written to."""
         path = self._path(layer)
         if not self.has(layer):
-            raise MoEficationError(f"{path} is missing or cut; run again with --overwrite")
+            raise SettingError(f"{path} is missing or cut; run again with overwrite")
         return self._map(path)
 
     def has(self, layer: int) -> bool:

@@ -19,10 +19,11 @@ from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 from ...settings import TEMPLATES
 from ..errors import MoEficationError, SettingError
+from ..names import model_name
 from ..progress import Progress, no_progress
 from ..storage.files import digest
 from .dense_config import expected_shapes, read_dense_config
-from .headers import ADAPTER, MERGE_ADAPTER, open_weights, read_headers
+from .headers import ADAPTER, HEAD, HEADS, MERGE_ADAPTER, StoredTensors, read_headers
 from .transformers_library import first_line, quiet_transformers
 
 logger = logging.getLogger(__name__)
@@ -31,15 +32,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 FINGERPRINT_SAMPLES = 16
 # Fields of config.json that say nothing about what the weights compute.
 CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-HEADS = (HEAD, "score.weight")
-# Tables of rotary embeddings, which older releases stored and today's compute from the config; and the value head of a
-# reinforcement learning, which reads the hidden states and changes none.
+EMBEDDING = "embed_tokens.weight"
+# Older releases stored tables of rotary embeddings, which today's compute from the config. Reinforcement learning adds
+# a value head, which reads the hidden states and changes none.
 UNUSED_TENSORS = re.compile(
     r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|(v_head|value_head)\..+"
 )
-COMPARED_ROWS = 4096  # rows of two matrices that are compared at a time
-# What the hub client raises: for an answer of the hub, for a file, a name, and (as the base of the first) the network.
+# The hub client raises these for the hub's answers, the network (the base of the first), files, and names.
 HUB_ERRORS = (HfHubHTTPError, HfHubHTTPError.__bases__[0], OSError, ValueError)
 
 
@@ -60,7 +59,7 @@ def resolve_model_path(model_path: str | Path) -> Path:
         ) from error
 
 
-class DenseCheckpoint:
+class DenseCheckpoint(StoredTensors):
     """A validated dense LLaMA checkpoint.
 
     Attributes:
@@ -73,30 +72,25 @@ class DenseCheckpoint:
     """
 
     def __init__(self, model_path: str | Path):
-        self.path = resolve_model_path(model_path)
-        self.name = Path(model_path).name or self.path.name
-        if self.name in (".", ".."):
-            self.name = self.path.name
-        self.raw_config, self.config = read_dense_config(self.path)
-        infos = read_headers(self.path)
+        path = resolve_model_path(model_path)
+        self.name = model_name(model_path)
+        self.raw_config, self.config = read_dense_config(path)
+        infos = read_headers(path)
         unused = sorted(filter(UNUSED_TENSORS.fullmatch, infos))
         infos = {name: info for name, info in infos.items() if name not in unused}
-        self._prefix = "model." if {f"model.{EMBEDDING}", "model.norm.weight"} & infos.keys() else ""
-        self._renamed: dict[str, str] = {}
-        self._open_files: dict[str, Any] = {}
-        self.tensors = {name.removeprefix(self._prefix): info for name, info in infos.items()}
-        # Heads apart, all names carry the prefix or none does.
-        self._refuse_surplus(infos.keys() - map(self._stored_name, self.tensors))
+        prefix = "model." if {f"model.{EMBEDDING}", "model.norm.weight"} & infos.keys() else ""
+        super().__init__(path, {name.removeprefix(prefix): info for name, info in infos.items()}, prefix)
+        # All names but those of heads carry the prefix, or none does.
+        self._refuse_surplus(infos.keys() - map(self.stored_name, self.tensors))
         if self.config.tie_word_embeddings and EMBEDDING not in self.tensors and HEAD in self.tensors:
-            self._renamed[EMBEDDING] = HEAD  # the one tensor of a tied model, stored under its other name
-            self.tensors[EMBEDDING] = self.tensors.pop(HEAD)
+            self.tensors[EMBEDDING] = self.tensors.pop(HEAD)  # the one tensor of a tied model, under its other name
         self._check_tensors()
         self._settle_head()
         self._tell_unread(unused)
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the MLP weights."""
+        """The dtype of the MLP weights."""
         return self.tensors[TEMPLATES[0].format(0)].dtype
 
     @property
@@ -108,7 +102,7 @@ class DenseCheckpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the config and over name, shape and sampled values of every tensor; free of the file layout."""
+        """sha256 over the config and every tensor's name, shape and sampled values, whatever files they lie in."""
         config = {key: value for key, value in self.raw_config.items() if key not in CONFIG_NOISE}
         tensors = []
         for name in sorted(self.tensors):
@@ -119,7 +113,7 @@ class DenseCheckpoint:
 
     @property
     def source(self) -> dict[str, Any]:
-        """What manifests say of this model."""
+        """How manifests describe this model."""
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -129,7 +123,7 @@ class DenseCheckpoint:
         }
 
     def check_finite(self, progress: Progress = no_progress) -> None:
-        """Raise MoEficationError, naming it, if a tensor that a causal LM uses holds NaN or infinite values."""
+        """Raise MoEficationError if a tensor that a causal LM uses holds NaN or infinity; the error names it."""
         head = [] if self.lm_head is None else [self.lm_head]
         for name in progress([*self.body_tensors(), *head], "check", "tensor"):
             self.finite_tensor(name)
@@ -138,17 +132,8 @@ class DenseCheckpoint:
         """Names of the tensors of the model without its heads."""
         return [name for name in self.tensors if name not in HEADS]
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by its name without `model.` prefix; memory-mapped, not to be written to."""
-        info = self.tensors[name]
-        stored = self._stored_name(name)
-        if info.file not in self._open_files:
-            self._open_files[info.file] = open_weights(self.path / info.file)
-        opened = self._open_files[info.file]
-        return opened[stored].detach() if isinstance(opened, dict) else opened.get_tensor(stored)
-
     def finite_tensor(self, name: str) -> torch.Tensor:
-        """As `tensor`, refused if it holds NaN or infinity."""
+        """As `tensor`; raises MoEficationError if it holds NaN or infinity."""
         tensor = self.tensor(name)
         if not tensor.sum(dtype=torch.float64).isfinite():
             raise MoEficationError(f"{self.path / self.tensors[name].file}: {name} holds NaN or infinite values")
@@ -159,7 +144,7 @@ class DenseCheckpoint:
         return self.finite_tensor(f"layers.{layer}.mlp.{projection}").to(device, torch.float32)
 
     def require_experts(self, num_experts: int) -> None:
-        """Refuse a number of experts that does not cut the MLP into equal parts; names what would."""
+        """Raise SettingError if so many experts cannot be equal parts of the MLP; the error names numbers that can."""
         width = self.config.intermediate_size
         if 1 <= num_experts <= width and width % num_experts == 0:
             return
@@ -186,7 +171,7 @@ class DenseCheckpoint:
     def _load(
         self, model_class: type[PreTrainedModel], state: dict[str, torch.Tensor], device: str, dtype: torch.dtype
     ) -> PreTrainedModel:
-        # From the tensors as they were checked here, whatever files they lie in.
+        # transformers gets the tensors that were checked here, not the files.
         with quiet_transformers():
             model, loading = model_class.from_pretrained(
                 None, config=self.config, state_dict=state, dtype=dtype, output_loading_info=True
@@ -195,11 +180,8 @@ class DenseCheckpoint:
             raise MoEficationError(f"{self.path}: weights did not load ({sorted(loading['missing_keys'])[:3]})")
         return model.to(device).eval()
 
-    def _stored_name(self, name: str) -> str:
-        return self._renamed.get(name) or (name if name in HEADS else self._prefix + name)
-
     def _settle_head(self) -> None:
-        """Where `tie_word_embeddings` and the tensors disagree, the tensors decide, as they do in transformers."""
+        """If `tie_word_embeddings` and the tensors disagree, the tensors decide, as they do in transformers."""
         if self.config.tie_word_embeddings and HEAD in self.tensors and not self._has_equal_ends():
             self.config.tie_word_embeddings = False
             logger.warning(
@@ -208,12 +190,8 @@ class DenseCheckpoint:
             )
 
     def _has_equal_ends(self) -> bool:
-        """Whether head and embedding hold the same values (in the dtype of the model, where theirs differ)."""
-        head, embedding = self.tensor(HEAD), self.tensor(EMBEDDING)
-        if head.dtype == embedding.dtype and head.data_ptr() == embedding.data_ptr():  # one tensor under two names
-            return True
-        pairs = zip(head.split(COMPARED_ROWS), embedding.split(COMPARED_ROWS), strict=True)
-        return all(torch.equal(a.to(self.dtype), b.to(self.dtype)) for a, b in pairs)
+        """Whether head and embedding hold the same values in the dtype of the model."""
+        return torch.equal(self.tensor(HEAD).to(self.dtype), self.tensor(EMBEDDING).to(self.dtype))
 
     def _tell_unread(self, unused: list[str]) -> None:
         if unused:
@@ -232,7 +210,7 @@ class DenseCheckpoint:
     def _check_tensors(self) -> None:
         expected = set()
         shapes = expected_shapes(self.path, self.config)
-        if "score.weight" in self.tensors:  # of a classifier, with any number of labels
+        if "score.weight" in self.tensors:  # a classifier has any number of labels
             labels = self.tensors["score.weight"].shape[:1]
             shapes = chain(shapes, [("score.weight", (*labels, self.config.hidden_size))])
         for name, shape in shapes:
@@ -241,7 +219,7 @@ class DenseCheckpoint:
                 if name == HEAD:
                     continue  # base models have none, tied ones need none
                 raise MoEficationError(
-                    f"{self.path} lacks the tensor {self._stored_name(name)}, which its config.json calls for"
+                    f"{self.path} lacks the tensor {self.stored_name(name)}, which its config.json calls for"
                 )
             info = self.tensors[name]
             if info.shape != shape:

@@ -12,7 +12,7 @@ from ..errors import MoEficationError
 from ..storage.files import read_json_object
 from .transformers_library import CONFIG_ERRORS, first_line, last_line, quiet_transformers
 
-# Fields of config.json that describe the weights. All others steer the library (what it returns, how it computes), and
+# These fields of config.json describe the weights. All others steer the library (what it returns, how it computes), and
 # would steer the new model, too.
 DESCRIPTION = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -53,7 +53,7 @@ def read_dense_config(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
         if not isinstance(raw.get(name), dict | None):
             raise MoEficationError(f"{file}: {name} is {raw[name]!r}; an object is needed")
     for name in SIZES:
-        value = raw.get(name, 1)  # one that is left out is as the class has it
+        value = raw.get(name, 1)  # the class has a default for one that is left out
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise MoEficationError(f"{file}: {name} is {value!r}; a positive integer is needed")
     config = _mistral(file, raw) if kind == "mistral" else _built(LlamaConfig, file, _described(raw))
@@ -63,13 +63,13 @@ def read_dense_config(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
 
 
 def is_convertible(raw: dict[str, Any]) -> bool:
-    """Whether config.json is of a kind that `read_dense_config` takes: a plain LLaMA, or Mistral without a window."""
+    """Whether `read_dense_config` takes this kind of config.json: a plain LLaMA, or a Mistral without a window."""
     window = raw.get("sliding_window", MistralConfig().sliding_window) if raw.get("model_type") == "mistral" else None
     return raw.get("model_type") in ("llama", "mistral") and window is None and not raw.get("quantization_config")
 
 
 def _described(fields: dict[str, Any]) -> dict[str, Any]:
-    # Copies, since transformers writes defaults into the dict of rope parameters that it is given.
+    # transformers writes defaults into the dict of rope parameters that it is given, so it gets copies.
     return {name: deepcopy(fields[name]) for name in DESCRIPTION if name in fields}
 
 
@@ -112,7 +112,7 @@ def expected_shapes(path: Path, config: LlamaConfig) -> Iterator[tuple[str, tupl
             model = LlamaForCausalLM(LlamaConfig.from_dict(config.to_dict() | {"num_hidden_layers": 1}))
         _require_fitting_heads(config, 2 * model.model.rotary_emb.inv_freq.numel())
         tensors = model.state_dict()
-    # Sizes that no tensor has (2^63, -1, no key-value heads), and rope of fields that do not go together.
+    # The config has sizes that no tensor can have (2^63, -1, no key-value heads), or rope fields that contradict.
     except (RuntimeError, *CONFIG_ERRORS) as error:
         raise MoEficationError(
             f"{path / 'config.json'} describes no model that can be built ({first_line(error)})"

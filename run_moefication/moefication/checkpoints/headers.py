@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint's folder holds, by the headers of its files: safetensors or .bin, sharded or not."""
+"""The tensors in a checkpoint's folder, found by the headers of its files and read one by one: safetensors or .bin."""
 
 import zipfile
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from ..errors import MoEficationError
 from ..storage.files import load_tensors, read_json_object
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+HEAD = "lm_head.weight"
+HEADS = (HEAD, "score.weight")
 ADAPTER = "adapter_config.json"
 MERGE_ADAPTER = "merge it into its base model first (peft: merge_and_unload, then save_pretrained)"
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -19,11 +21,42 @@ SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies, and what it is, as its file's header says."""
+    """Where a tensor lies (file and name there), and what it is, as its file's header says."""
 
     file: str
+    name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+class StoredTensors:
+    """The tensors of a checkpoint, read from its files when they are asked for.
+
+    Attributes:
+        path: the folder.
+        tensors: name without the `model.` prefix -> `TensorInfo`.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo], prefix: str):
+        """`prefix`: what the names of all tensors but heads begin with in the files."""
+        self.path, self.tensors = path, tensors
+        self._prefix = prefix
+        self._open_files: dict[str, Any] = {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor by its name without `model.` prefix; memory-mapped, not to be written to."""
+        info = self.tensors[name]
+        if info.file not in self._open_files:
+            self._open_files[info.file] = self._open(info.file)
+        opened = self._open_files[info.file]
+        return opened[info.name].detach() if isinstance(opened, dict) else opened.get_tensor(info.name)
+
+    def stored_name(self, name: str) -> str:
+        """The name that a tensor has in the files."""
+        return name if name in HEADS else self._prefix + name
+
+    def _open(self, file: str) -> Any:
+        return open_weights(self.path / file)
 
 
 def read_headers(path: Path) -> dict[str, TensorInfo]:
@@ -44,7 +77,7 @@ def open_weights(path: Path) -> Any:
     """The tensors of a file by name: an open safetensors file, or a dict; memory-mapped but for torch's old format."""
     if path.suffix == ".safetensors":
         return safe_open(path, "pt")
-    # Not a zip archive: as torch wrote before 1.6 (or no torch file at all, which the loader says).
+    # torch wrote no zip archives before 1.6. (A file that is not torch's at all is refused by the loader.)
     return load_tensors(path, mmap=zipfile.is_zipfile(path))
 
 
@@ -61,8 +94,8 @@ def _indexed_headers(path: Path, index: Path) -> dict[str, TensorInfo]:
                 raise MoEficationError(f"{path}: {name} lies in both {infos[name].file} and {file}")
             infos[name] = info
     for name, file in weight_map.items():
-        if name == "lm_head.weight" and name not in infos:
-            continue  # of a tied model, which needs none; where one is needed, its absence is told there
+        if name == HEAD and name not in infos:
+            continue  # a tied model needs none; the checkpoint refuses where one is needed
         if name not in infos or infos[name].file != file:
             raise MoEficationError(f"{index} says that {name} lies in {file}, where it is not; download both again")
     return infos
@@ -71,23 +104,19 @@ def _indexed_headers(path: Path, index: Path) -> dict[str, TensorInfo]:
 def _file_header(path: Path, file: str) -> dict[str, TensorInfo]:
     if not (path / file).is_file():
         raise MoEficationError(f"{path / file} is missing; download it again")
-    (path / file).open("rb").close()  # safetensors says of a file that may not be read that it is not there
+    (path / file).open("rb").close()  # raises PermissionError, where safetensors would say that there is no such file
     if file.endswith(".bin"):
         tensors = open_weights(path / file)
         if not isinstance(tensors, dict) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
         ):
             raise MoEficationError(f"{path / file} is not a dict of tensors by name")
-        return {name: TensorInfo(file, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        return {name: TensorInfo(file, name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     try:
         with open_weights(path / file) as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            return {
-                name: TensorInfo(
-                    file, tuple(view.get_shape()), SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
-                )
-                for name, view in slices.items()
-            }
+            views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            dtypes = {name: SAFETENSORS_DTYPES.get(kind := view.get_dtype(), kind) for name, view in views.items()}
+            return {name: TensorInfo(file, name, tuple(view.get_shape()), dtypes[name]) for name, view in views.items()}
     except (SafetensorError, OSError) as error:
         raise MoEficationError(
             f"{path / file} is not a whole safetensors file (a half download, or a Git LFS pointer?): {error}"

@@ -17,9 +17,9 @@ from ..errors import MoEficationError
 from ..storage.files import read_json_object
 from .transformers_library import CONFIG_ERRORS, first_line, quiet_transformers
 
-# What holds a vocabulary: a tokenizer has at least one of these.
+# A tokenizer has at least one of these files, which hold the vocabulary.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-# What else makes a tokenizer, as patterns; not every checkpoint has all.
+# Patterns of all files that make a tokenizer; few checkpoints have all.
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "tokenizer_config.json",
@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
-# Texts on which tokenizers of the same vocabulary part: spaces and line ends at either side and in a row, what
+# Tokenizers of the same vocabulary differ on such texts: spaces and line ends at either side and in a row, what
 # normalisers change, scripts without spaces, and code.
 PLAIN_TEXTS = (
     *("", " ", "  ", "\n", "\t", "a", " a", "  a", "a ", "a  b", "\n\na", "a\n\n\nb", " \n a", "a\r\nb", "\ta\t b"),
@@ -42,16 +42,11 @@ PLAIN_TEXTS = (
     "https://example.org/a_b?c=%20d#e",
     "A first sentence. And a second one, somewhat longer; after it a third!\n\nA new paragraph.\n",
 )
-# The character that stands for a space in sentencepiece, and tokens of many vocabularies spelled out.
+# sentencepiece's character for a space, and tokens of many vocabularies, spelled out.
 MARKUP_TEXTS = (
     *("▁", "▁a", "a▁b", " ▁ a", "a\x00b", "<0x0A>", "<0x41>", "<s>", "</s>", "<unk>", "<pad>", "<|endoftext|>"),
-    *(
-        " <s> a </s> b",
-        "a<s>b</s>c",
-        "[INST] a [/INST]",
-        "<|im_start|>user\na<|im_end|>",
-        "<|begin_of_text|>a<|eot_id|>",
-    ),
+    *(" <s> a </s> b", "a<s>b</s>c", "[INST] a [/INST]"),
+    *("<|im_start|>user\na<|im_end|>", "<|begin_of_text|>a<|eot_id|>"),
 )
 COMPARED_ATTRIBUTES = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"),
@@ -67,7 +62,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         MoEficationError: there is none, or none that the installed libraries read.
     """
-    if not any((path / name).is_file() for name in VOCABULARY_FILES):  # some releases would then make an empty one
+    if not any((path / name).is_file() for name in VOCABULARY_FILES):  # some releases make an empty one
         raise MoEficationError(f"{path} has no usable tokenizer (none of {', '.join(VOCABULARY_FILES)} is there)")
     file = path / "tokenizer_config.json"
     if file.is_file() and read_json_object(file, "download it again").get(AUTO_MAP):
@@ -75,22 +70,23 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             f"{path} has a tokenizer with code of its own (auto_map in tokenizer_config.json), which is not run here; "
             f"give a checkpoint whose tokenizer is one of transformers' own"
         )
-    _require_readable(path / "tokenizer.json")
     try:
+        if (path / "tokenizer.json").is_file():
+            Tokenizer.from_file(str(path / "tokenizer.json"))  # transformers may pass over one that is damaged
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(path, config=_config_beside(path), trust_remote_code=False)
-    # Files that lack something, classes that do not exist, and packages that a class needs.
-    except (OSError, RuntimeError, ImportError, AttributeError, *CONFIG_ERRORS) as error:
-        raise MoEficationError(f"{path} has no usable tokenizer ({first_line(error)})") from error
-    try:
         tokenizer([*PLAIN_TEXTS])
-    except Exception as error:  # the library has no class of its own for a vocabulary that lacks what is needed
-        raise MoEficationError(f"{path} has a tokenizer that cannot read text ({first_line(error)})") from error
+    except Exception as error:
+        # The tokenizers library raises plain Exceptions. The others mean that a file lacks something, a class does not
+        # exist, or a package that it needs is missing.
+        if type(error) is Exception or isinstance(error, (OSError, RuntimeError, ImportError, *CONFIG_ERRORS)):
+            raise MoEficationError(f"{path} has no usable tokenizer ({first_line(error)})") from error
+        raise
     return tokenizer
 
 
 def _config_beside(path: Path) -> PreTrainedConfig | None:
-    """What of the model's config.json decides on the class of the tokenizer; the rest need not even be valid."""
+    """The fields of the model's config.json that decide on the tokenizer's class; the rest need not even be valid."""
     file = path / "config.json"
     raw = read_json_object(file, "download it again") if file.is_file() else {}
     if raw.get("model_type") not in CONFIG_MAPPING:
@@ -101,18 +97,8 @@ def _config_beside(path: Path) -> PreTrainedConfig | None:
     return config
 
 
-def _require_readable(file: Path) -> None:
-    """Refuse a tokenizer.json that the library cannot read, which it says by an exception of no class of its own."""
-    if not file.is_file():
-        return
-    try:
-        Tokenizer.from_file(str(file))
-    except Exception as error:
-        raise MoEficationError(f"{file} is no whole tokenizer ({first_line(error)}); download it again") from error
-
-
 def provoking_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Texts on which another tokenizer may differ: the above, and this one's special tokens, alone and within text."""
+    """Texts on which another tokenizer may differ: those above, and this one's special tokens alone and within text."""
     added = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
     return [*PLAIN_TEXTS, *MARKUP_TEXTS, *(text for token in added for text in (token, f"a{token}b", f" {token} c"))]
 
@@ -133,7 +119,7 @@ def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> 
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """The files of a checkpoint's tokenizer by name, as they are."""
+    """Name -> content of the files of a checkpoint's tokenizer."""
     files = sorted(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file())
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 

@@ -8,12 +8,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging
 
-# What the library raises for a wrong config, beside the errors of files; the last is of its validated fields.
+# transformers raises these for a wrong config, beside the errors of files; the last comes from validated fields.
 CONFIG_ERRORS = (
     *(ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
     StrictDataclassError,
 )
-# Fields of config.json that change what a model returns or how it computes, not what.
+# These fields of config.json change what a model returns or how it computes it, not its logits.
 STEERING_FIELDS = {
     *("return_dict", "use_return_dict", "output_attentions", "output_hidden_states"),
     *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
@@ -21,7 +21,7 @@ STEERING_FIELDS = {
 
 
 def plain_config(raw: dict[str, Any]) -> PreTrainedConfig:
-    """The content of a config.json, of a type that transformers knows, without what steers the library."""
+    """The config in a config.json, without the fields that steer the library. Raises ValueError for unknown types."""
     if raw.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(f"transformers knows no model_type {raw.get('model_type')!r}")
     fields = {name: value for name, value in raw.items() if name not in STEERING_FIELDS}
@@ -45,11 +45,14 @@ def quiet_transformers() -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its class where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    return _line(error, 0)
 
 
 def last_line(error: BaseException) -> str:
     """The last line, where the validators of configs put the reason."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
+    return _line(error, -1)
+
+
+def _line(error: BaseException, index: int) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[index].strip()

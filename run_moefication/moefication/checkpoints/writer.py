@@ -1,4 +1,4 @@
-"""New checkpoints: which tensor lies in which file, known before any is made, and writing all that a folder holds."""
+"""Writing new checkpoints: the plan of which tensor lies in which file comes first, the tensors file by file."""
 
 import json
 import shutil
@@ -28,16 +28,9 @@ CODE_FILES = (
     "expert_kernels.py",
     "gates.py",
 )
-# Copied as they are: loading and saving them again loses templates, and refuses some generation configs.
-COPIED_FILES = (
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-    "USE_POLICY.md",
-)
+# These files are copied: loading and saving them would lose templates, and refuse some generation configs.
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+COPIED_FILES = ("chat_template.json", "generation_config.json", *LICENCES)
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ def plan_shards(plan: list[PlannedTensor], max_shard_bytes: int) -> dict[str, li
 
 
 def shard_index(shards: dict[str, list[PlannedTensor]]) -> dict:
-    """The content of `WEIGHTS_INDEX`, which goes with more than one file."""
+    """The content of `WEIGHTS_INDEX`, which more than one file needs."""
     tensors = [(planned, file) for file, group in shards.items() for planned in group]
     return {
         "metadata": {"total_size": sum(planned.num_bytes for planned, _ in tensors)},

@@ -5,43 +5,13 @@ Axes: B blocks of a batch, N positions, T tokens of the batch, H hidden size.
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from ..checkpoints.dense import DenseCheckpoint
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some blocks of the corpus: their rows in the streams, their lengths, and whether fits leave them out."""
-
-    rows: slice
-    lengths: list[int]
-    held_out: bool = False
-
-    def padded(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[T, H]` -> `[B, N, H]`. Padding follows the text, where causal attention keeps it from changing anything."""
-        return pad_sequence(rows.split(self.lengths), batch_first=True)
-
-    def flat(self, padded: torch.Tensor) -> torch.Tensor:
-        """`[B, N, H]` -> `[T, H]`, without the padding."""
-        lengths = torch.tensor(self.lengths, device=padded.device)
-        return padded[torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]]
-
-
-def batches_of(blocks: list[torch.Tensor], batch_size: int, num_held_out: int = 0) -> list[Batch]:
-    """The blocks, `batch_size` at a time, in their order; the last `num_held_out` blocks in batches of their own."""
-    batches, start = [], 0
-    num_fitted = len(blocks) - num_held_out
-    for part, held_out in ((blocks[:num_fitted], False), (blocks[num_fitted:], True)):
-        for index in range(0, len(part), batch_size):
-            lengths = [len(block) for block in part[index : index + batch_size]]
-            batches.append(Batch(slice(start, start := start + sum(lengths)), lengths, held_out))
-    return batches
+from ..text.batches import Batch
 
 
 class PreMLP:

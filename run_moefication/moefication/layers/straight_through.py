@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from llama_moe import LlamaMoEForCausalLM
 from llama_moe.moe_layers import MoEBlock
 
-from .decoder import PreMLP, batches_of, embed
+from ..text.batches import batches_of
+from .decoder import PreMLP, embed
 
 TEMPERATURE = 0.5  # of the sigmoid that stands in for the choice, in standard deviations of the layer's scores
 NUDGE = 0.3  # how far a threshold moves, each step, to where the step's text would have it

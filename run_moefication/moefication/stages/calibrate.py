@@ -24,10 +24,11 @@ from ..checkpoints.tokenizers import tokenizer_files
 from ..checkpoints.writer import PlannedTensor, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
 from ..fitting.final_norm import Divergence, fit_final_norm
-from ..layers.decoder import batches_of, embed
+from ..layers.decoder import embed
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import Claim, environment
+from ..text.batches import batches_of
 from ..text.corpus import Corpus, require_held_out_block
 from .calibrate_layer import LayerCalibration, is_fitted
 
@@ -58,6 +59,7 @@ def calibrate(
     Returns: the folder's writer, finished; its metrics say by layer, and for the final norm, what the fit gained.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
+    moe.verify(progress)
     config = _new_config(moe, settings)
     if Path(save_path).resolve() in (checkpoint.path, moe.artifact.folder.resolve()):
         raise SettingError(f"save_path {save_path} is one of the source checkpoints; choose another folder")
@@ -65,7 +67,7 @@ def calibrate(
     require_held_out_block(corpus)
     claim = Claim(
         stage="calibrate",
-        options=asdict(settings) | corpus.options,
+        options=settings.recorded() | corpus.options,
         source=checkpoint.source,
         environment=environment(device),
         inputs={"moe_path": moe.artifact.digest, "train_data_path": corpus.digest},
@@ -146,15 +148,16 @@ def _plan(moe: MoECheckpoint, config: LlamaMoEConfig) -> dict[str, list[PlannedT
     """File name -> its tensors: a file for each layer, then one of what lies outside of them."""
     new = {"gate.bias": (config.num_experts,)} if config.gate_bias else {}
     new |= {"output_bias": (config.hidden_size,)} if config.output_bias else {}
-    weight_dtype = moe.tensors["layers.0.mlp.experts.down_proj"][1]
+    weight_dtype = moe.tensors["layers.0.mlp.experts.down_proj"].dtype
+    stored = {name: (info.shape, info.dtype) for name, info in moe.tensors.items()}
     groups = []
     for layer in range(config.num_hidden_layers):
         mlp = f"layers.{layer}.mlp."
-        infos = {name: moe.tensors[name] for name in moe.layer_tensors(layer)}
+        infos = {name: stored[name] for name in moe.layer_tensors(layer)}
         infos |= {mlp + name: (shape, weight_dtype) for name, shape in new.items() if mlp + name not in infos}
         groups.append([_planned(moe, name, *info, is_fitted(name.removeprefix(mlp))) for name, info in infos.items()])
     refits_norm = moe.model_class == "LlamaMoEForCausalLM"
-    others = {name: info for name, info in moe.tensors.items() if not name.startswith("layers.")}
+    others = {name: info for name, info in stored.items() if not name.startswith("layers.")}
     groups.append([_planned(moe, name, *info, refits_norm and name == FINAL_NORM) for name, info in others.items()])
     names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
     return dict(zip(names, groups, strict=True))
@@ -199,6 +202,6 @@ def _fit_final_norm(
 
     found = fit_final_norm(divergence(fit_to), weight.to(device, torch.float32), progress).to(weight.dtype).cpu()
     measure = divergence(measured_on)
-    before, after = (measure(w.to(device, torch.float32))[0] for w in (weight, found))
+    before, after = (measure(w.to(device, torch.float32)).item() for w in (weight, found))
     best = found if after < before else weight
     return best, {"divergence_before": before, "divergence_after": min(before, after)}

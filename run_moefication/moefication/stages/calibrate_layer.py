@@ -11,9 +11,10 @@ from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.moe import MoECheckpoint
 from ..fitting.ridge import NormalEquations, best_strength, token_weights
 from ..fitting.ridge_gates import GateEquations
-from ..layers.decoder import Batch, PreMLP
+from ..layers.decoder import PreMLP
 from ..layers.mlp import GatedMLP, MoEMLP
 from ..layers.scores import TOKENS_PER_CHUNK, OutputNorms, token_stride
+from ..text.batches import Batch
 
 # Strengths of the pull to the original down_proj, in mean diagonals of the Gram matrix.
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -35,7 +36,7 @@ class LayerCalibration:
     ):
         """`config`: of the calibrated model."""
         self._prefix = f"layers.{layer}."
-        self._device, self._dtype = device, moe.tensors[f"{self._prefix}mlp.experts.down_proj"][1]
+        self._device, self._dtype = device, moe.tensors[f"{self._prefix}mlp.experts.down_proj"].dtype
         self._dense_half = PreMLP.of_dense(checkpoint, layer, device)
         self._dense_mlp = GatedMLP.of_dense(checkpoint, layer, device)
         self._half = PreMLP(config, lambda name: moe.tensor(self._prefix + name), device)

@@ -1,6 +1,5 @@
 """Stage 4: dense tensors, a split and gates become a LlamaMoE checkpoint, tensor by tensor."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def convert(
     shards = plan_shards(_plan(checkpoint, split, gates, config, settings), MAX_SHARD_BYTES)
     claim = Claim(
         stage="convert",
-        options=asdict(settings) | {"num_labels": _num_labels(checkpoint, settings)},
+        options=settings.recorded() | {"num_labels": _num_labels(checkpoint, settings)},
         source=checkpoint.source,
         environment=environment("cpu"),
         inputs={"split_file_path": split.artifact.digest, "select_file_path": gates.artifact.digest},
@@ -176,7 +175,7 @@ def _require_fit(checkpoint: DenseCheckpoint, name: str, dtype: str | None) -> N
     """Refuse a source tensor that is not finite, or would not be in the new dtype."""
     tensor = checkpoint.finite_tensor(name)
     if dtype is not None and tensor.abs().max() > torch.finfo(DTYPES[dtype]).max:
-        raise MoEficationError(f"{checkpoint.path}: {name} has values beyond torch.{dtype}; choose another --dtype")
+        raise SettingError(f"{checkpoint.path}: {name} has values beyond torch.{dtype}; choose another dtype")
 
 
 # ---------------------------------------------------------------------------------------------------- config
@@ -186,13 +185,11 @@ def _num_labels(checkpoint: DenseCheckpoint, settings: ConvertSettings) -> int |
     """Labels of the classification head; None for the other two classes, whose heads are checked here too."""
     convert_type, num_labels = settings.convert_type, settings.num_labels
     if convert_type == "LlamaMoEForCausalLM" and checkpoint.lm_head is None:
-        raise MoEficationError(
-            f"{checkpoint.path} has no lm_head.weight: use --convert_type LlamaMoEModel, or, if its "
+        raise SettingError(
+            f"{checkpoint.path} has no lm_head.weight: use convert_type LlamaMoEModel, or, if its "
             f"embedding is its head, set tie_word_embeddings to true in its config.json"
         )
     if convert_type != "LlamaMoEForSequenceClassification":
-        if num_labels is not None:
-            raise SettingError(f"num_labels is for LlamaMoEForSequenceClassification, not for {convert_type}")
         return None
     if "score.weight" in checkpoint.tensors:
         found = checkpoint.tensors["score.weight"].shape[0]

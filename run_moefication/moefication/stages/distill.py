@@ -5,8 +5,8 @@ walk through the layers, so that the model ends on its budget.
 """
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
 from ...settings import DistillSettings
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.model_card import distillation_card
-from ..checkpoints.moe import MoECheckpoint, require_num_selects
+from ..checkpoints.moe import MoECheckpoint, experts_per_tok, require_num_selects
 from ..checkpoints.tokenizers import tokenizer_files
 from ..checkpoints.transformers_library import quiet_transformers
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
@@ -40,8 +40,8 @@ from .distill_trainer import (
     training_arguments,
 )
 
-HELD_OUT = 16  # one block of so many is not trained on: the loss before and after is measured there
-RESULT = "distillation"  # the last piece: config, code, card, and what the training gained
+HELD_OUT = 16  # one block in so many is not trained on; the loss before and after is measured there
+RESULT = "distillation"  # the last piece holds config, code, card, and what the training gained
 
 
 def distill(
@@ -51,7 +51,6 @@ def distill(
     save_path: str | Path,
     settings: DistillSettings,
     *,
-    save_steps: int = 100,
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress = no_progress,
@@ -61,24 +60,21 @@ def distill(
     Memory: both models whole, the MoE in float32 with its gradients and two moments of what is trained, and for each
     token of a batch the activations of all experts. Disk, until it is finished: the MoE in float32 with the moments.
 
-    Args:
-        save_steps: training steps between two saves, from which an interrupted run goes on.
-
     Returns: the folder's writer, finished (in the first process); its metrics say what the training gained.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
-    _check(checkpoint, moe, corpus, save_path, settings, save_steps)
-    arguments = _training_arguments(settings, corpus.options["seed"], save_steps, device)
+    moe.verify(progress)
+    _check(checkpoint, moe, corpus, save_path, settings)
+    arguments = training_arguments(settings, corpus.options["seed"], device)
     claim = Claim(
         stage="distill",
-        options=asdict(settings) | corpus.options,
+        options=settings.recorded() | corpus.options,
         source=checkpoint.source,
         environment=environment(device) | {"processes": str(arguments.world_size)},
         inputs={"moe_path": moe.artifact.digest, "train_data_path": corpus.digest},
         facts={"tokens": corpus.num_tokens, "mix": [asdict(share) for share in corpus.mix]},
     )
-    trained: dict[str, torch.Tensor] = {}
-    shards = plan_shards(_plan(moe, trained), MAX_SHARD_BYTES)
+    shards = _shards(moe)
     is_first = arguments.process_index == 0
     writer = ArtifactWriter(
         Path(save_path), claim, [*shards, RESULT], overwrite=overwrite, shared=not is_first, exclusive=is_first
@@ -87,7 +83,7 @@ def distill(
     if not missing:
         leave_group()
         if is_first:
-            writer.finish()  # what an interrupted run may have left to do
+            writer.finish()  # an interrupted run may have left this to do
         return writer
     checkpoint.check_finite(progress)
     model = _load(moe, settings)
@@ -95,9 +91,10 @@ def distill(
     arguments.output_dir = str(writer.scratch("training"))
     metrics = _train(checkpoint, moe, model, corpus, settings, arguments, progress)
     if is_first:
-        trained |= {name.removeprefix("model."): tensor.cpu() for name, tensor in model.state_dict().items()}
+        trained = model.state_dict()
         for file in (file for file in shards if file in missing):
-            write_shard(writer, file, shards[file])
+            values = {tensor.name: trained[tensor.name].cpu() for tensor in shards[file] if tensor.make is None}
+            write_shard(writer, file, shards[file], values)
         config = _new_config(moe, model)
         card = distillation_card(checkpoint.name, config, moe.model_class, settings.train, corpus.num_tokens, metrics)
         source = moe.artifact.folder
@@ -116,9 +113,8 @@ def _check(
     corpus: Corpus,
     save_path: str | Path,
     settings: DistillSettings,
-    save_steps: int,
 ) -> None:
-    """Refuse what cannot be distilled, before any work."""
+    """Raise MoEficationError for what cannot be distilled, before any work."""
     folder, config = moe.artifact.folder, moe.config
     if importlib.util.find_spec("accelerate") is None:
         raise MoEficationError("distillation needs the package accelerate: pip install accelerate")
@@ -128,52 +124,31 @@ def _check(
         raise MoEficationError(f"{folder} weighs its experts by gate scores; that is not distilled")
     if settings.num_selects is not None:
         require_num_selects(settings.num_selects, config)
-    if save_steps < 1:
-        raise SettingError(f"save_steps {save_steps} must be at least 1")
     if Path(save_path).resolve() in (checkpoint.path, folder.resolve()):
         raise SettingError(f"save_path {save_path} is one of the source checkpoints; choose another folder")
     require_place(Path(save_path), "distill")
     require_held_out_block(corpus)
 
 
-def _training_arguments(settings: DistillSettings, seed: int, save_steps: int, device: str) -> TrainingArguments:
-    """The settings in the Trainer's words; under torchrun this joins the other processes."""
-    arguments = training_arguments(
-        seed,
-        device,
-        learning_rate=settings.lr,
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        bf16=settings.bf16,
-        save_steps=save_steps,
-    )
-    if torch.device(device).index not in (None, arguments.device.index):
-        raise MoEficationError(f"--device {device}: one process trains on the first GPU; set CUDA_VISIBLE_DEVICES")
-    return arguments
-
-
-def _plan(moe: MoECheckpoint, trained: dict[str, torch.Tensor]) -> list[PlannedTensor]:
-    """The tensors of the new checkpoint, each in the dtype it had: those of the MLPs from `trained`."""
-
-    def source(name: str) -> Callable[[], torch.Tensor]:
-        return lambda: trained[name] if ".mlp." in name else moe.tensor(name)
-
-    return [
-        PlannedTensor(moe.stored_name(name), shape, dtype, source(name)) for name, (shape, dtype) in moe.tensors.items()
+def _shards(moe: MoECheckpoint) -> dict[str, list[PlannedTensor]]:
+    """The files of the new checkpoint and their tensors, each in the dtype it had; those of the MLPs are trained."""
+    makers = {name: None if ".mlp." in name else partial(moe.tensor, name) for name in moe.tensors}
+    plan = [
+        PlannedTensor(moe.stored_name(name), info.shape, info.dtype, makers[name]) for name, info in moe.tensors.items()
     ]
+    return plan_shards(plan, MAX_SHARD_BYTES)
 
 
 def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
     """The model to train, in float32, on its budget."""
     with quiet_transformers():
-        model = LlamaMoEForCausalLM.from_pretrained(moe.artifact.folder, config=moe.config, dtype=torch.float32)
+        model = LlamaMoEForCausalLM.from_pretrained(moe.artifact.folder, dtype=torch.float32)
     if settings.num_selects is not None:
         try:
             model.set_num_experts_per_tok(settings.num_selects - moe.config.num_shared_experts)
-        except ValueError as error:  # thresholds without quantiles
-            raise MoEficationError(
-                f"{moe.artifact.folder} cannot run --num_selects {settings.num_selects}: {error}"
+        except ValueError as error:  # its thresholds have no quantiles
+            raise SettingError(
+                f"{moe.artifact.folder} cannot run num_selects {settings.num_selects}: {error}"
             ) from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(TRAINED[settings.train](name))
@@ -181,7 +156,7 @@ def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
 
 
 def _agreed(missing: list[str]) -> list[str]:
-    """What the first of the processes misses: it writes, and the others may have looked at another moment."""
+    """The pieces that the first process misses: it writes them, and the others may have looked at another moment."""
     box = [missing]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(box)
@@ -189,7 +164,7 @@ def _agreed(missing: list[str]) -> list[str]:
 
 
 def _begin(writer: ArtifactWriter, is_first: bool) -> None:
-    """Claim the folder: the first of the processes does, after all have looked at it, and the others join."""
+    """Claim the folder: the first process does, after all have looked at it, and the others join."""
     if not torch.distributed.is_initialized():
         writer.begin()
         return
@@ -223,7 +198,8 @@ def _train(
     """Train the model in place, as it will be stored. Returns the metrics (in the first process)."""
     device, is_first, batch_size = arguments.device, arguments.process_index == 0, settings.batch_size
     config, gates = model.config, [layer.mlp.gate for layer in model.model.layers]
-    shares = [config.experts_per_tok_of(layer) / config.num_experts for layer in range(config.num_hidden_layers)]
+    counts = experts_per_tok(config, lambda layer: gates[layer].threshold.item())
+    shares = [count / config.num_experts for count in counts]
     num_held_out = -(-len(corpus.blocks) // HELD_OUT)
     blocks, held_out = corpus.blocks[:-num_held_out], corpus.blocks[-num_held_out:]
     model.to(device)
@@ -260,5 +236,4 @@ def _round(model: LlamaMoEForCausalLM, moe: MoECheckpoint) -> None:
     """Give the trained parameters the values they will be stored with, which thresholds must fit."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            _, dtype = moe.tensors[name.removeprefix("model.")]
-            parameter.copy_(parameter.to(dtype))
+            parameter.copy_(parameter.to(moe.tensors[name.removeprefix("model.")].dtype))

@@ -6,30 +6,30 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llama_moe import LlamaMoEForCausalLM
 
+from ...settings import DistillSettings
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.transformers_library import first_line
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
+from ..fitting.losses import TeacherKL
 from ..layers.straight_through import SoftBlock, nudge_thresholds
 from ..progress import Progress
 from ..storage.files import sync, write_json
 from ..storage.manifest import read_json
+from ..text.batches import batches_of
 
 logger = logging.getLogger(__name__)
 
-WARMUP = 0.05  # of the steps, in which the learning rate rises to --lr; it falls as a cosine afterwards
-WHOLE = "whole.json"  # in a saved step's folder: everything else of it is there, of these sizes
+WARMUP = 0.05  # share of the steps in which the learning rate rises to --lr; it falls as a cosine afterwards
+WHOLE = "whole.json"  # in a saved step's folder: says that all other files are there, and their sizes
 TRAINED = {
     "gates": lambda name: ".mlp.gate." in name,
     "experts": lambda name: ".mlp." in name and ".mlp.gate." not in name,
@@ -58,70 +58,30 @@ class DenseTeacher:
         return self._body(input_ids=tokens, use_cache=False).last_hidden_state
 
 
-def padded(blocks: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A batch: `input_ids [B, N]`, and `kept`, which of them are text. Padding follows it, where causal attention keeps
-    it from changing anything."""
-    blocks = [block.long() for block in blocks]
-    lengths = torch.tensor([len(block) for block in blocks])
-    tokens = pad_sequence(blocks, batch_first=True)
-    return {"input_ids": tokens, "kept": torch.arange(tokens.shape[1]) < lengths[:, None]}
-
-
-class HeadsKL(torch.autograd.Function):
-    """Sum over tokens of KL(teacher || student), in nats, of the logits that their heads make of hidden states.
-
-    Logits of a large vocabulary are larger than all else in a step. Here they exist for `CHUNK` tokens at a time, and
-    the gradient, whose logits' part is the difference of the two distributions, is computed along with the sum.
-    """
-
-    CHUNK = 128
-
-    @staticmethod
-    def forward(ctx, student, teacher, student_head, teacher_head):
-        """Hidden states `[T, H]` of both, heads `[vocabulary, H]` of both, which get no gradient -> a float32 scalar"""
-        total = student.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        device = student.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student.dtype
-        heads = student_head.to(dtype), teacher_head.to(dtype)  # once, not in each chunk
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(student), HeadsKL.CHUNK):
-                chunk = slice(start, start + HeadsKL.CHUNK)
-                log_q, log_p = (
-                    F.linear(hidden[chunk].to(dtype), head).float().log_softmax(-1)
-                    for hidden, head in zip((student, teacher), heads, strict=True)
-                )
-                total += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-                if gradient is not None:
-                    gradient[chunk] = log_q.exp_().sub_(log_p.exp_()).to(dtype) @ heads[0]
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx, of_total):
-        (gradient,) = ctx.saved_tensors
-        return of_total.to(gradient.dtype) * gradient, None, None, None
+def collate(blocks: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch: `input_ids [B, N]`, and `kept`, which of them are text."""
+    (batch,) = batches_of(blocks, len(blocks))
+    return {"input_ids": batch.padded(torch.cat(blocks).long()), "kept": batch.mask()}
 
 
 @torch.no_grad()
 def mean_kl(
     model: LlamaMoEForCausalLM, teacher: DenseTeacher, blocks: list[torch.Tensor], batch_size: int, device: torch.device
 ) -> float:
-    """KL(dense || MoE) in nats, on average over the tokens of the blocks, the model as it runs, in its own dtype."""
+    """KL(dense || MoE) in nats, on average over the tokens of the blocks; the model runs in its own dtype."""
     model.eval()
     total = 0.0
     for index in range(0, len(blocks), batch_size):
-        batch = {name: tensor.to(device) for name, tensor in padded(blocks[index : index + batch_size]).items()}
-        tokens, kept = batch["input_ids"], batch["kept"]
-        # Not through `model` itself: after a training in bfloat16 that would go on in it.
+        tokens, kept = (tensor.to(device) for tensor in collate(blocks[index : index + batch_size]).values())
+        # After a training in bfloat16, `model` itself would still compute in it; its body does not.
         hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-        total += HeadsKL.apply(hidden[kept], teacher(tokens)[kept], model.lm_head.weight, teacher.head).item()
+        kl = TeacherKL(teacher(tokens)[kept], teacher.head, model.lm_head.weight)
+        total += kl(hidden[kept]).sum(dtype=torch.float64).item()
     return total / sum(map(len, blocks))
 
 
-def training_arguments(seed: int, device: str, **settings) -> TrainingArguments:
-    """What the Trainer needs to know, but for its `output_dir`; `settings` are its own names for the rest. Joins the
-    processes that torchrun started."""
+def training_arguments(settings: DistillSettings, seed: int, device: str) -> TrainingArguments:
+    """The settings in the Trainer's words, but for its `output_dir`; joins the processes that torchrun started."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "MASTER_ADDR" not in os.environ:
         raise MoEficationError(
             "WORLD_SIZE says that there are several processes, but MASTER_ADDR does not say where they meet: "
@@ -141,13 +101,20 @@ def training_arguments(seed: int, device: str, **settings) -> TrainingArguments:
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
             dataloader_pin_memory=not on_cpu,
-            **settings,
+            learning_rate=settings.lr,
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            bf16=settings.bf16,
+            save_steps=settings.save_steps,
         )
-    except ValueError as error:  # such as a GPU without bfloat16
-        raise MoEficationError(f"--device {device} cannot train like this: {first_line(error)}") from error
+    except ValueError as error:  # for example, the GPU has no bfloat16
+        raise SettingError(f"device {device} does not serve here: {first_line(error)}") from error
     except torch.distributed.DistError as error:
         raise MoEficationError(f"the other processes of this run did not come ({first_line(error)})") from error
-    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for torchrun, not for one process's threads
+    if torch.device(device).index not in (None, arguments.device.index):
+        raise SettingError(f"device {device}: one process trains on the first GPU; set CUDA_VISIBLE_DEVICES")
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU; torchrun starts more
     return arguments
 
 
@@ -157,14 +124,14 @@ def leave_group() -> None:
     DDP's reducer must go before the process group. Were it the last to hold the group, it would wait for gloo's threads
     with the GIL in hand, and one of them may be waiting for the GIL to free its last tensor (pytorch/pytorch#56297).
     """
-    gc.collect()  # a trainer and what it wraps refer to each other
+    gc.collect()  # the trainer and what it wraps refer to each other
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # the first process may be the one that hosts the group
+        torch.distributed.barrier()  # the first process may host the group
         torch.distributed.destroy_process_group()
 
 
 class DistillationTrainer(Trainer):
-    """The difference: the loss, and thresholds that keep to their budget."""
+    """A Trainer whose loss is the KL from the dense model, and whose thresholds keep to their budget."""
 
     def __init__(
         self,
@@ -175,8 +142,8 @@ class DistillationTrainer(Trainer):
         arguments: TrainingArguments,
         progress: Progress,
     ):
-        callbacks = [StepEnd(soft_blocks), Bar(progress), SavedSteps()]
-        super().__init__(model=model, args=arguments, train_dataset=blocks, data_collator=padded, callbacks=callbacks)
+        callbacks = [StepEnd(soft_blocks, progress), SavedSteps()]
+        super().__init__(model=model, args=arguments, train_dataset=blocks, data_collator=collate, callbacks=callbacks)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
         self.model_accepts_loss_kwargs = False  # compute_loss gives each batch's mean, which the Trainer then averages
@@ -187,45 +154,36 @@ class DistillationTrainer(Trainer):
         tokens, kept = inputs["input_ids"], inputs["kept"]
         for block in self._soft_blocks:
             block.kept = kept
-        # The model's hidden states, by way of its wrappers (DDP's, autocast's); it makes logits of the last token only.
+        # Calling the wrapped model (DDP, autocast) makes logits too; here, of the last token only.
         outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-        hidden, head = outputs.hidden_states[-1][kept], self.model.lm_head.weight
-        loss = HeadsKL.apply(hidden, self._teacher(tokens)[kept], head, self._teacher.head) / kept.sum()
+        kl = TeacherKL(self._teacher(tokens)[kept], self._teacher.head, self.model.lm_head.weight)
+        loss = kl(outputs.hidden_states[-1][kept]).mean()
         return (loss, outputs) if return_outputs else loss
 
     def _save_checkpoint(self, *args, **kwargs):
-        """A step that cannot be saved is no defect: each of the libraries that write its files says so in its way."""
+        """Turn the errors of all libraries that write a step's files into MoEficationError."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             if self.is_world_process_zero():
-                (folder / WHOLE).unlink(missing_ok=True)  # of a damaged one, of which the training began anew
+                (folder / WHOLE).unlink(missing_ok=True)  # the step may be a damaged one, so the training began anew
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise MoEficationError(f"{folder} cannot be saved ({reason})") from error
 
 
 class StepEnd(TrainerCallback):
-    """Keeps thresholds on budget."""
+    """Keeps thresholds on budget, and shows how far the training is."""
 
-    def __init__(self, soft_blocks: list[SoftBlock]):
-        self._soft_blocks = soft_blocks
-
-    def on_step_end(self, args, state, control, **kwargs):
-        nudge_thresholds(self._soft_blocks)
-
-
-class Bar(TrainerCallback):
-    """Shows how far the training is."""
-
-    def __init__(self, progress: Progress):
-        self._progress = progress
+    def __init__(self, soft_blocks: list[SoftBlock], progress: Progress):
+        self._soft_blocks, self._progress = soft_blocks, progress
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._steps = iter(self._progress(range(state.global_step, state.max_steps), "distill", "step"))
         next(self._steps, None)
 
     def on_step_end(self, args, state, control, **kwargs):
+        nudge_thresholds(self._soft_blocks)
         next(self._steps, None)
 
 
@@ -272,7 +230,7 @@ def _sizes(step: Path) -> dict[str, int]:
 
 
 def check_finite(model: LlamaMoEForCausalLM) -> None:
-    """Refuse what a training that diverged has left."""
+    """Raise MoEficationError if the training has diverged."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not math.isfinite(parameter.detach().sum(dtype=torch.float64).item()):
             raise diverged(f"{name} is not finite")
@@ -280,4 +238,4 @@ def check_finite(model: LlamaMoEForCausalLM) -> None:
 
 def diverged(why: str) -> MoEficationError:
     """The error of a training that went wrong."""
-    return MoEficationError(f"the training diverged: {why}; use a smaller --lr, and --overwrite to begin anew")
+    return SettingError(f"the training diverged: {why}; use a smaller lr, and overwrite to begin anew")

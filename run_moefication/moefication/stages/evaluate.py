@@ -1,26 +1,30 @@
 """Perplexity of checkpoints, dense or MoE, and how evenly an MoE uses its experts."""
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 # Importing it registers LlamaMoE with the Auto classes.
 from llama_moe import LlamaMoEConfig, RoutingStatistics, record_routing
 from llama_moe.moe_layers import MoEBlock
 
+from ...settings import EvaluateSettings
 from ..checkpoints.dense import DTYPES, DenseCheckpoint, resolve_model_path
 from ..checkpoints.dense_config import is_convertible, read_dense_config
 from ..checkpoints.headers import ADAPTER, MERGE_ADAPTER
-from ..checkpoints.moe import correct_zero_budget, require_num_selects
+from ..checkpoints.moe import experts_per_tok, require_num_selects
 from ..checkpoints.tokenizers import load_tokenizer
 from ..checkpoints.transformers_library import CONFIG_ERRORS, first_line, last_line, plain_config, quiet_transformers
 from ..errors import MoEficationError, SettingError
+from ..fitting.losses import next_token_nll
 from ..progress import Progress, no_progress
 from ..storage.files import read_json_object
 from ..text.corpus import pack, require_block_size
@@ -31,9 +35,14 @@ from ..text.tokens import tokenize
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One row of the table. `num_experts` and `num_selects` count shared experts, too. `active`: parameters of the MLP
-    blocks that ran, over the dense model's; `expert_load`: per layer, the share of tokens that each routed expert ran
-    for (MoE only)."""
+    """One row of the table.
+
+    Attributes:
+        num_experts, num_selects: shared experts included; None for dense models.
+        active: parameters of the MLP blocks that ran per token, over those of the dense model.
+        expert_load: by layer, the share of tokens that each routed expert ran for; None for dense models.
+        block_losses: mean negative log-likelihood of each block, in nats.
+    """
 
     model: str
     num_experts: int | None
@@ -42,6 +51,7 @@ class Evaluation:
     predicted_tokens: int
     active: float
     expert_load: list[list[float]] | None
+    block_losses: list[float]
 
     @property
     def label(self) -> str:
@@ -57,13 +67,9 @@ def evaluate(
     model_paths: Sequence[str | Path],
     text_path: str | Path,
     *,
-    num_selects: list[int] | None = None,
-    block_size: int | None = None,
-    max_tokens: int | None = None,
-    batch_size: int = 4,
-    dtype: str | None = None,
     device: str = "cpu",
     progress: Progress = no_progress,
+    **settings: Any,
 ) -> list[Evaluation]:
     """Perplexity on a text: `exp` of the mean negative log-likelihood over non-overlapping blocks.
 
@@ -71,35 +77,31 @@ def evaluate(
     loaded once for all its budgets.
 
     Args:
-        num_selects: budgets to evaluate MoE checkpoints at; None for the one each was converted with.
-        block_size: None for 2048, or what the smallest model takes.
-        dtype: to run in; None for float32 on CPUs and the checkpoint's own elsewhere.
+        settings: the fields of `EvaluateSettings`.
     """
+    settings = EvaluateSettings(**settings)
     text_path, model_paths = Path(text_path), [str(path) for path in model_paths]
     if not text_path.is_file():
         raise SettingError(f"text_path {text_path} is not a file")
-    if batch_size < 1:
-        raise SettingError(f"batch_size {batch_size} must be at least 1")
-    if max_tokens is not None and max_tokens < 2:
-        raise SettingError(f"max_tokens {max_tokens} must be at least 2")
     paths = [resolve_model_path(path) for path in model_paths]
     configs = [_read_config(path) for path in paths]
-    budgets = [_budgets(config, num_selects) for config in configs]
-    if num_selects and not any(config.model_type == "llama_moe" for config in configs):
+    budgets = [_budgets(config, settings.num_selects) for config in configs]
+    if settings.num_selects and not any(config.model_type == "llama_moe" for config in configs):
         raise SettingError("num_selects is for MoE checkpoints, none of model_path is one")
     positions = min(config.max_position_embeddings for config in configs)
-    block_size = require_block_size(block_size, positions, "the smallest model" if len(paths) > 1 else paths[0].name)
+    name = "the smallest model" if len(paths) > 1 else paths[0].name
+    block_size = require_block_size(settings.block_size, positions, name)
 
-    tokens = _same_tokens(text_path, paths, configs, max_tokens)
+    tokens = _same_tokens(text_path, paths, configs, settings.max_tokens)
     blocks = [block for block in pack(tokens, block_size) if len(block) > 1]
     if not blocks:
         raise MoEficationError(f"{text_path} holds fewer than 2 tokens")
 
     results = []
     for path, name, config, model_budgets in zip(paths, model_paths, configs, budgets, strict=True):
-        model = _load(path, config, dtype, device)
+        model = _load(path, config, settings.dtype, device)
         for budget in model_budgets:
-            results.append(_evaluate(model, Path(name).name, budget, blocks, batch_size, progress))
+            results.append(evaluate_model(model, Path(name).name, blocks, budget, settings.batch_size, progress))
         del model
     return results
 
@@ -107,8 +109,8 @@ def evaluate(
 def _same_tokens(
     text_path: Path, paths: list[Path], configs: list[PreTrainedConfig], max_tokens: int | None
 ) -> torch.Tensor:
-    """The text as the tokenizers of all models cut it; refused where they do not agree, for then no ratio of
-    perplexities means anything."""
+    """The tokens of the text; MoEficationError if the models' tokenizers differ there, for then their perplexities
+    cannot be compared."""
     sizes = [config.get_text_config().vocab_size for config in configs]
     tokens = [first_tokens(text_path, path, max_tokens, size) for path, size in zip(paths, sizes, strict=True)]
     for path, others in zip(paths[1:], tokens[1:], strict=True):
@@ -121,7 +123,7 @@ def _same_tokens(
 
 
 def first_tokens(text_path: Path, model_path: Path, max_tokens: int | None, vocab_size: int) -> torch.Tensor:
-    """The text as the model's tokenizer cuts it, read no further than needed; `vocab_size` as in `tokenize`."""
+    """The first tokens of a text by a model's tokenizer, read no further than needed; `vocab_size` as in `tokenize`."""
     pieces, count = [], 0
     reader = DocumentReader(find_text_files(text_path))
     for piece in tokenize(reader, load_tokenizer(model_path), vocab_size, reader.bad):
@@ -133,11 +135,11 @@ def first_tokens(text_path: Path, model_path: Path, max_tokens: int | None, voca
 
 
 def _read_config(path: Path) -> PreTrainedConfig:
-    """The config of a checkpoint, without what steers the library; that of a model with code of its own is refused."""
+    """The config of a checkpoint, without fields that steer the library; a model with code of its own is refused."""
     raw = read_json_object(path / "config.json", "is this the folder of a transformers checkpoint?")
     if is_convertible(raw):
         return read_dense_config(path)[1]
-    if raw.get("auto_map") and raw.get("model_type") != LlamaMoEConfig.model_type:  # whose code is the installed one
+    if raw.get("auto_map") and raw.get("model_type") != LlamaMoEConfig.model_type:  # the installed package is its code
         raise MoEficationError(f"{path} brings code of its own (auto_map in config.json), which is not run here")
     try:
         return plain_config(raw)
@@ -156,7 +158,7 @@ def _budgets(config, num_selects: list[int] | None) -> list[int | None]:
 def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) -> PreTrainedModel:
     default = torch.float32 if torch.device(device).type == "cpu" else "auto"
     torch_dtype = DTYPES[dtype] if dtype else default
-    if type(config) is LlamaConfig:  # as the stages read it
+    if type(config) is LlamaConfig:  # read it as the stages do
         checkpoint = DenseCheckpoint(str(path))
         return checkpoint.load_causal_lm(device, checkpoint.dtype if torch_dtype == "auto" else torch_dtype)
     if (path / ADAPTER).exists():  # transformers would apply it without a word
@@ -166,7 +168,7 @@ def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) 
             model, loading = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True
             )
-    # Files cut or missing, sizes that do not fit, classes that are no causal LM, and packages that a class needs.
+    # Files are cut or missing, sizes do not fit, the class is no causal LM, or a package that it needs is missing.
     except (OSError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError, *CONFIG_ERRORS) as error:
         raise MoEficationError(f"{path} does not load as a causal LM ({first_line(error)})") from error
     if loading["missing_keys"] or loading["mismatched_keys"]:
@@ -177,49 +179,71 @@ def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) 
 
 
 @torch.inference_mode()
-def _evaluate(
+def evaluate_model(
     model: PreTrainedModel,
     name: str,
-    budget: int | None,
     blocks: list[torch.Tensor],
-    batch_size: int,
-    progress: Progress,
+    budget: int | None = None,
+    batch_size: int = 4,
+    progress: Progress = no_progress,
 ) -> Evaluation:
+    """A loaded model on blocks of tokens, of which all but the last are equally long; `name` is for the row.
+
+    Args:
+        budget: experts to run per token, shared ones included; None for those that the model runs as it is.
+    """
     num_experts = None
     if model.config.model_type == "llama_moe":
-        shared = model.config.num_shared_experts
-        num_experts = model.config.num_experts + shared
-        if budget is None:
-            if model.config.routing == "threshold":
-                correct_zero_budget(model.config, [layer.mlp.gate.threshold.item() for layer in model.model.layers])
-            budget = model.config.num_selects
-        else:
-            try:
-                model.set_num_experts_per_tok(budget - shared)
-            except ValueError as error:  # thresholds without quantiles
-                raise MoEficationError(f"{name} cannot run --num_selects {budget}: {error}") from error
-    loss_sum, predicted = 0.0, 0
-    label = _label(name, budget, num_experts)
+        num_experts = model.config.num_experts + model.config.num_shared_experts
+        budget = _own_budget(model) if budget is None else _with_budget(model, name, budget)
+    # All blocks of a batch have one length: padding would count as tokens that were routed.
+    equal = (torch.stack(list(group)) for _, group in groupby(blocks, len))
+    batches = [batch for stacked in equal for batch in stacked.split(batch_size)]
     with record_routing(model) as routing:
-        for batch in progress(list(_batches(blocks, batch_size)), f"evaluate {label}", "batch"):
-            tokens = torch.stack(batch).long().to(model.device)
-            logits = model(input_ids=tokens, use_cache=False).logits
-            for row, targets in zip(logits[:, :-1], tokens[:, 1:], strict=True):  # a row at a time: logits are large
-                loss_sum += F.cross_entropy(row.float(), targets, reduction="sum").item()
-            predicted += tokens[:, 1:].numel()
+        work = progress(batches, f"evaluate {_label(name, budget, num_experts)}", "batch")
+        losses = [loss for batch in work for loss in _losses(model, batch.long().to(model.device))]
+    predicted = [len(block) - 1 for block in blocks]
     return Evaluation(
         model=name,
         num_experts=num_experts,
         num_selects=budget,
-        perplexity=float(torch.tensor(loss_sum / predicted, dtype=torch.float64).exp()),
-        predicted_tokens=predicted,
+        perplexity=float(torch.tensor(sum(losses) / sum(predicted), dtype=torch.float64).exp()),
+        predicted_tokens=sum(predicted),
         active=active_share(model, routing) if routing else 1.0,
         expert_load=[layer.expert_load.tolist() for layer in routing] or None,
+        block_losses=[loss / count for loss, count in zip(losses, predicted, strict=True)],
     )
 
 
+def _own_budget(model: PreTrainedModel) -> int:
+    """Experts per token that a MoE model runs as it is, shared ones included."""
+    counts = experts_per_tok(model.config, lambda layer: model.model.layers[layer].mlp.gate.threshold.item())
+    return model.config.num_selects if any(counts) else model.config.num_shared_experts
+
+
+def _with_budget(model: PreTrainedModel, name: str, budget: int) -> int:
+    """Set a MoE model to this many experts per token, shared ones included."""
+    try:
+        model.set_num_experts_per_tok(budget - model.config.num_shared_experts)
+    except ValueError as error:  # its thresholds have no quantiles
+        raise SettingError(f"{name} cannot run num_selects {budget}: {error}") from error
+    return budget
+
+
+def _losses(model: PreTrainedModel, tokens: torch.Tensor) -> list[float]:
+    """Negative log-likelihood of each of the blocks `[B, N]`, from its second token on, summed, in nats."""
+    if isinstance(model, LlamaForCausalLM):  # dense or MoE: its logits can be made for a few tokens at a time
+        states = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        return [next_token_nll(*block, model.lm_head.weight) for block in zip(states, tokens, strict=True)]
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return [
+        F.cross_entropy(rows.float(), targets, reduction="sum").item()
+        for rows, targets in zip(logits, tokens[:, 1:], strict=True)
+    ]
+
+
 def active_share(model: PreTrainedModel, routing: list[RoutingStatistics]) -> float:
-    """Parameters of the MoE blocks that ran per token on average, gates and biases and shared experts included, over
+    """Parameters of the MoE blocks that ran per token on average (gates, biases and shared experts included), over
     those of the dense model's MLPs; `routing` is what `record_routing` gave."""
     config = model.config
     hidden, neurons = config.hidden_size, config.intermediate_size
@@ -231,12 +255,3 @@ def active_share(model: PreTrainedModel, routing: list[RoutingStatistics]) -> fl
         always = sum(parameter.numel() for parameter in block.parameters()) - routed
         ran += always + routed * statistics.experts_per_tok / config.num_experts
     return ran / (dense * len(blocks))
-
-
-def _batches(blocks: list[torch.Tensor], batch_size: int) -> Iterator[list[torch.Tensor]]:
-    """Batches of equally long blocks: the last block, if shorter, is a batch of its own, so nothing is padded."""
-    whole = [block for block in blocks if len(block) == len(blocks[0])]
-    for start in range(0, len(whole), batch_size):
-        yield whole[start : start + batch_size]
-    if len(whole) < len(blocks):
-        yield blocks[len(whole) :]

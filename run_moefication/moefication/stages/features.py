@@ -13,14 +13,16 @@ from pathlib import Path
 import torch
 from transformers import LlamaModel
 
-from ...settings import FeatureSettings
-from ..artifacts.features import features_folder, shard_file
+from ...settings import TEMPLATES, FeatureSettings
+from ..artifacts.features import shard_file
 from ..checkpoints.dense import DTYPES, DenseCheckpoint
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
+from ..names import features_folder
 from ..progress import Progress, no_progress
 from ..storage.files import tensor_sha256
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import Claim, environment
+from ..text.batches import Batch, batches_of
 from ..text.corpus import Corpus
 
 INPUTS, GATE_OUTPUTS = "hidden_inputs", "hidden_gate_outputs"
@@ -57,7 +59,7 @@ def extract_features(
     batch_size, dtype = settings.batch_size, DTYPES[settings.dtype]
     claim = Claim(
         stage="hidden_features",
-        options=asdict(settings) | corpus.options,
+        options=settings.recorded() | corpus.options,
         source=checkpoint.source,
         environment=environment(device),
         inputs={"train_data_path": corpus.digest},
@@ -87,13 +89,13 @@ def _require_space(
     width = config.hidden_size + (config.intermediate_size if feature_format == "full" else 0)
     needed = corpus.num_tokens * config.num_hidden_layers * width * dtype.itemsize
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    # What an interrupted run already wrote counts as room.
+    # A run that was interrupted has used some of the room already.
     written = sum(file.stat().st_size for file in folder.rglob("*.pth")) if folder.is_dir() else 0
     free = shutil.disk_usage(existing).free + written
     if needed > free:
-        raise MoEficationError(
+        raise SettingError(
             f"{folder} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            f"use --feature_format inputs, --max_tokens or --data_use_percent"
+            f"use feature_format inputs, max_tokens or data_use_percent"
         )
 
 
@@ -101,71 +103,59 @@ class _Recorder:
     """Hooks on every MLP of a model that copy what passes into tensors allocated for a whole shard."""
 
     def __init__(self, model: LlamaModel, template: str | None, dtype: torch.dtype):
+        """`template` says which activations are kept beside the inputs; None: none."""
         self._model, self._dtype = model, dtype
         self._widths = {INPUTS: model.config.hidden_size}
         if template is not None:
             self._widths[GATE_OUTPUTS] = model.config.intermediate_size
-        self._rows = slice(0, 0)
-        self._kept = None
-        self._features: dict[str, dict[int, torch.Tensor]] = {}
-        for index, layer in enumerate(model.layers):
-            layer.mlp.register_forward_pre_hook(lambda _, args, i=index: self._keep(INPUTS, i, args[0]))
-            if template is None:
-                continue
-            if "up_proj" in template:  # SiLU(gate) * up is what enters down_proj
-                layer.mlp.down_proj.register_forward_pre_hook(
-                    lambda _, args, i=index: self._keep(GATE_OUTPUTS, i, args[0])
-                )
-            else:
-                layer.mlp.act_fn.register_forward_hook(lambda _, __, out, i=index: self._keep(GATE_OUTPUTS, i, out))
+        self._features: dict[str, list[torch.Tensor]] = {}
+        self._batch: Batch | None = None
+        for layer, mlp in enumerate(layer.mlp for layer in model.layers):
+            mlp.register_forward_pre_hook(lambda _, args, i=layer: self._keep(INPUTS, i, args[0]))
+            if template == TEMPLATES[1]:  # SiLU(gate) * up is what enters down_proj
+                mlp.down_proj.register_forward_pre_hook(lambda _, args, i=layer: self._keep(GATE_OUTPUTS, i, args[0]))
+            elif template is not None:
+                mlp.act_fn.register_forward_hook(lambda _, __, output, i=layer: self._keep(GATE_OUTPUTS, i, output))
 
     @torch.inference_mode()
-    def record(
-        self, blocks: list[torch.Tensor], batch_size: int, first_block: int
-    ) -> dict[str, dict[int, torch.Tensor]]:
-        """Kind -> layer -> `[tokens, width]` over the blocks, without padding.
+    def record(self, blocks: list[torch.Tensor], batch_size: int, first_block: int) -> dict[str, list[torch.Tensor]]:
+        """Kind -> by layer, `[tokens, width]` over the blocks, without padding.
 
         Raises:
             MoEficationError: a value is not finite in the stored dtype.
         """
-        num_tokens = sum(map(len, blocks))
-        layers = range(len(self._model.layers))
+        tokens = torch.cat(blocks).long().to(self._model.device)
         self._features = {
-            kind: {layer: torch.empty(num_tokens, width, dtype=self._dtype) for layer in layers}
+            kind: [torch.empty(len(tokens), width, dtype=self._dtype) for _ in self._model.layers]
             for kind, width in self._widths.items()
         }
-        start = 0
-        for index in range(0, len(blocks), batch_size):
-            batch = blocks[index : index + batch_size]
-            lengths = torch.tensor([len(block) for block in batch])
-            # Padding follows the text, where causal attention keeps it from changing anything before it.
-            tokens = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).long().to(self._model.device)
-            self._kept = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(tokens.device)
-            self._rows = slice(start, start := start + int(lengths.sum()))
-            self._model(input_ids=tokens, use_cache=False)
-        for kind, layer in ((kind, layer) for kind in self._features for layer in layers):
-            if not self._features[kind][layer].sum(dtype=torch.float32).isfinite():
-                raise MoEficationError(
-                    f"{kind} of layer {layer} are not finite in {self._dtype} in blocks {first_block} to "
-                    f"{first_block + len(blocks) - 1}; use --dtype float32, or look at the model's weights"
-                )
+        for batch in batches_of(blocks, batch_size):
+            self._batch = batch
+            self._model(input_ids=batch.padded(tokens[batch.rows]), use_cache=False)
+        for kind, layers in self._features.items():
+            for layer, features in enumerate(layers):
+                if not features.sum(dtype=torch.float32).isfinite():
+                    raise SettingError(
+                        f"{kind} of layer {layer} are not finite in {self._dtype} in blocks {first_block} to "
+                        f"{first_block + len(blocks) - 1}; use dtype float32, or look at the model's weights"
+                    )
         return self._features
 
     def _keep(self, kind: str, layer: int, activations: torch.Tensor) -> None:
-        self._features[kind][layer][self._rows] = activations[self._kept].to(self._dtype).cpu()
+        self._features[kind][layer][self._batch.rows] = self._batch.flat(activations).to(self._dtype).cpu()
 
 
 def _write_shard(
-    writer: ArtifactWriter, number: int, first_block: int, features: dict[str, dict[int, torch.Tensor]]
+    writer: ArtifactWriter, number: int, first_block: int, features: dict[str, list[torch.Tensor]]
 ) -> None:
-    writer.begin()  # another process may have, with its own count of processes
+    writer.begin()  # the claim may be another process's, with its own number of processes
     index, rank = divmod(number, writer.claim["facts"]["processes"])
     files = {}
     for kind, layers in features.items():
         file = shard_file(kind, rank, index)
-        files[file] = writer.write_tensors(file, layers) | {
+        files[file] = writer.write_tensors(file, dict(enumerate(layers))) | {
             "shard": number,
             "tokens": len(layers[0]),
-            "layers": {str(layer): tensor_sha256(tensor) for layer, tensor in layers.items()},
+            "layers": {str(layer): tensor_sha256(tensor) for layer, tensor in enumerate(layers)},
         }
     writer.write_piece(str(number), files)

@@ -67,7 +67,7 @@ def record_features(
 ) -> Features:
     """Stage 2, in one process."""
     writer = features_stage.extract_features(dense, text, save_path, settings, **run)
-    return Features(writer.folder, dense, settings.templates)
+    return Features(writer.folder, dense, settings.templates or TEMPLATES[0])
 
 
 def fit_gates(
@@ -133,7 +133,10 @@ def moefy(
     num_experts: int | None = None,
     num_selects: int | None = None,
     block_size: int | None = None,
+    seed: int = 0,
+    experts: Split | None = None,
     work_path: str | Path | None = None,
+    features_path: str | Path | None = None,
     **run: Any,
 ) -> MoECheckpoint:
     """Stages 1 to 5 (1 to 4 of a recipe that calibrates nothing), as the numbered shell scripts run them.
@@ -143,8 +146,11 @@ def moefy(
         save_path: folder of the new checkpoint.
         num_experts, num_selects: the recipe's, if not given; `num_selects` counts shared experts, too.
         block_size: tokens per block of text; None for 2048, or what the model takes.
+        experts: the split to use instead of the recipe's.
         work_path: where the stages keep their files, which are needed until the checkpoint is finished; by default
             `save_path` with `-work` after it.
+        features_path: where tokenised text and stage 2's features lie, which do not depend on the budget: runs for
+            several budgets can share them; by default `work_path`.
 
     Returns: the finished checkpoint.
     """
@@ -152,24 +158,26 @@ def moefy(
     num_selects = recipe.num_selects(num_experts) if num_selects is None else num_selects
     shared = recipe.num_shared_experts(num_experts, num_selects)
     work = Path(f"{save_path}-work" if work_path is None else work_path)
+    features_folder = work if features_path is None else Path(features_path)
 
     def text(max_tokens: int, domain_weights: str | None) -> Corpus:
-        options = dict(max_tokens=max_tokens, domain_weights=domain_weights, block_size=block_size)
-        return read_text(dense, text_path, work / "tokens", **options)
+        options = dict(max_tokens=max_tokens, domain_weights=domain_weights, block_size=block_size, seed=seed)
+        return read_text(dense, text_path, features_folder / "tokens", **options)
 
-    on_activations = recipe.cluster_on == "activations"
-    settings = SplitSettings(num_experts=num_experts, cluster_on=recipe.cluster_on, num_shared_experts=shared)
-    experts = split(dense, work, settings, text(recipe.split_tokens, EQUAL) if on_activations else None, **run)
-    features = record_features(
-        dense, text(recipe.feature_tokens, None), work, FeatureSettings(feature_format="inputs"), **run
-    )
+    if experts is None:
+        counts = dict(num_experts=num_experts, num_shared_experts=shared)
+        settings = SplitSettings(cluster_on=recipe.cluster_on, seed=seed, **counts)
+        on_activations = recipe.cluster_on == "activations"
+        experts = split(dense, work, settings, text(recipe.split_tokens, EQUAL) if on_activations else None, **run)
+    settings = FeatureSettings(feature_format="inputs")
+    features = record_features(dense, text(recipe.feature_tokens, None), features_folder, settings, **run)
     settings = GateSettings(
         num_experts=num_experts,
         num_selects=num_selects,
         select_criterion=recipe.select_criterion,
         gate_network=recipe.gate_network,
         gate_rank=recipe.rank(num_experts),
-        use_softmax=True,
+        **(dict(use_softmax=True, seed=seed) if recipe.gate_network == "mlp" else {}),  # the others are not trained
     )
     gates = fit_gates(dense, experts, features, work, settings, **run)
     settings = ConvertSettings(num_experts=num_experts, num_selects=num_selects, routing=recipe.routing)

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from llama_moe.gates import GATE_CLASSES, Gate, LinearGate
 
 from ...settings import GATE_NETWORKS, GateSettings, require_rank, require_selects
 from ..artifacts.features import Features
-from ..artifacts.gates import select_folder
 from ..artifacts.split import Split
 from ..checkpoints.dense import TEMPLATES, DenseCheckpoint
 from ..errors import MoEficationError, SettingError
 from ..fitting.ridge_gates import fit_ridge_gate
 from ..layers.mlp import GatedMLP
 from ..layers.scores import TOKENS_PER_CHUNK, ExpertScorer, OutputNorms, routing_quality, top_k_mask
+from ..names import select_folder
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter
 from ..storage.manifest import Claim, environment
@@ -92,7 +92,7 @@ def train_gates(
     names = [settings.templates.format(layer) for layer in range(num_layers)]
     claim = Claim(
         stage="select",
-        options=asdict(settings),
+        options=settings.recorded(),
         source=checkpoint.source,
         environment=environment(device),
         inputs={"split_file_path": split.artifact.digest, "hidden_features_path": features.artifact.digest},
@@ -241,7 +241,7 @@ def _train(
 
 def _epochs(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> Iterator[float]:
     """Train epoch by epoch (AdamW, one-cycle learning rate), yielding the mean training loss of each."""
-    epochs = 0 if settings.gate_network == "similarity" else settings.epochs
+    epochs = settings.epochs or 0  # similarity gates have none
     if not epochs:
         return
     generator = torch.Generator().manual_seed(settings.seed)
@@ -259,7 +259,7 @@ def _epochs(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: Ga
                 schedule.step()
             total += loss.item() * len(batch)
         if not math.isfinite(total):
-            raise MoEficationError(f"the loss of a gate did not stay finite; use a smaller --lr than {settings.lr}")
+            raise SettingError(f"the loss of a gate did not stay finite; use a smaller lr than {settings.lr}")
         yield total / len(inputs)
 
 

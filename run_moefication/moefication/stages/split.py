@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 
 from ...settings import RandomSplitSettings, SplitSettings, require_shared
-from ..artifacts.split import split_folder, write_labels
+from ..artifacts.split import write_labels
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.tokenizers import carried_over
 from ..errors import MoEficationError
 from ..fitting.balanced_kmeans import balanced_kmeans
+from ..names import split_folder
 from ..progress import Progress, no_progress
 from ..storage.files import digest
 from ..storage.folder import ArtifactWriter
@@ -36,8 +37,7 @@ def split_by_weights(
     """
     num_experts = settings.num_experts
     checkpoint.require_experts(num_experts)
-    recorded = ("cluster_on", "num_experts", "num_shared_experts", "distance", "seed")
-    options = {name: getattr(settings, name) for name in recorded} | {"templates": templates}
+    options = settings.recorded() | {"templates": templates}
     claim = Claim("split", options, checkpoint.source, environment(device))
     names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
     folder = split_folder(save_path, checkpoint.name, num_experts)

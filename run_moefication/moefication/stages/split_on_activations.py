@@ -17,18 +17,20 @@ from torch.nn import functional as F
 
 from ...settings import SplitSettings
 from ..artifacts.features import Features
-from ..artifacts.split import require_template, split_folder, write_labels
+from ..artifacts.split import require_template, write_labels
 from ..artifacts.streams import Streams
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.tokenizers import carried_over
 from ..fitting.balanced_kmeans import Clustering, balanced_kmeans
 from ..fitting.ridge import NormalEquations, gram, low_rank_map, token_weights
-from ..layers.decoder import Batch, PreMLP, batches_of, embed
+from ..layers.decoder import PreMLP, embed
 from ..layers.mlp import GatedMLP
 from ..layers.scores import TOKENS_PER_CHUNK, token_stride
+from ..names import split_folder
 from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import Claim, environment
+from ..text.batches import Batch, batches_of
 from ..text.corpus import Corpus
 
 # Added to the diagonal of the Gram matrix of normalised rows, so that it has a Cholesky factor in float64.
@@ -84,7 +86,7 @@ class NeuronStatistics:
         width = len(self.importance) // num_experts
         hottest = self.importance.argsort(descending=True, stable=True)
         shared, rest = hottest[: num_shared_experts * width], hottest[num_shared_experts * width :].sort().values
-        cosines = self.together(settings.kept)[rest][:, rest].double()
+        cosines = self.together(settings.keep_fraction)[rest][:, rest].double()
         norms = cosines.diagonal().clamp(min=1).sqrt()
         cosines /= norms[:, None] * norms
         cosines.diagonal().add_(JITTER)
@@ -129,7 +131,7 @@ def split_by_activations(
         "templates": [template],
         "num_experts": settings.num_experts,
         "num_shared_experts": settings.num_shared_experts,
-        "keep_fraction": settings.kept,
+        "keep_fraction": settings.keep_fraction,
         "distance": settings.distance,
         "seed": settings.seed,
     }

@@ -10,11 +10,12 @@ import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import MoEficationError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class _HashingFile:
@@ -113,8 +114,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensor_sha256(tensor: torch.Tensor) -> str:
+def tensor_sha256(tensor: "torch.Tensor") -> str:
     """sha256 of a tensor's bytes, whatever its dtype."""
+    import torch
+
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
 
 
@@ -149,6 +152,8 @@ def load_tensors(path: Path, mmap: bool = True) -> Any:
     """
     if not path.is_file():
         raise MoEficationError(f"{path} is not a file")
+    import torch
+
     try:
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except UNPICKLING_ERRORS as error:

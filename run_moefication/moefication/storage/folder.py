@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import torch
 
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from .clearing import clear, note, remove
 from .files import digest, file_sha256, load_tensors, turn, write_atomically, write_json
 from .manifest import (
@@ -50,19 +50,13 @@ def require_place(folder: Path, stage: str) -> tuple[dict[str, Any] | None, bool
     existing, finished = existing_claim(folder)
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not finished and not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise MoEficationError(
-            f"{folder} cannot be made: {nearest} is no folder to write to; choose another --save_path"
-        )
+        raise SettingError(f"{folder} cannot be made: {nearest} is no folder to write to; choose another save_path")
     if existing is None:
         # A run that died before its claim leaves an empty folder of parts, which is ours.
         if folder.exists() and any(path.name != PARTS for path in folder.iterdir()):
-            raise MoEficationError(
-                f"{folder} holds files but no {MANIFEST}: not ours to fill; choose another --save_path"
-            )
+            raise SettingError(f"{folder} holds files but no {MANIFEST}: not ours to fill; choose another save_path")
     elif existing["stage"] != stage:
-        raise MoEficationError(
-            f"{folder} was written by {STAGE_SCRIPTS[existing['stage']]}; choose another --save_path"
-        )
+        raise SettingError(f"{folder} was written by {STAGE_SCRIPTS[existing['stage']]}; choose another save_path")
     return existing, finished
 
 
@@ -162,7 +156,7 @@ class ArtifactWriter:
         if self._overwrite:
             return existing, bool(unlike or finished or half_cleared or not self._shared)
         if unlike:
-            raise MoEficationError(f"{self.folder} {unlike}; choose another --save_path, or add --overwrite to redo it")
+            raise SettingError(f"{self.folder} {unlike}; choose another save_path, or add overwrite to redo it")
         if finished:
             Artifact(self.folder, existing).check_sizes()  # "finished" is not said of a folder that has lost files
         return existing, half_cleared
@@ -276,8 +270,8 @@ class Artifact:
     def require_option(self, name: str, wanted: Any) -> None:
         """Refuse a folder made with another value of an option than this stage asks for."""
         if self.options.get(name) != wanted:
-            raise MoEficationError(
-                f"{self.folder} was made for --{name} {self.options.get(name)} "
+            raise SettingError(
+                f"{self.folder} was made for {name} {self.options.get(name)} "
                 f"of {self.manifest['source'].get('name')}, this run asks for {wanted}"
             )
 
@@ -285,7 +279,7 @@ class Artifact:
         """A torch file of this folder, its size and sha256 checked against the manifest."""
         path = self._checked_path(relative)
         if file_sha256(path) != self.files[relative]["sha256"]:
-            raise MoEficationError(f"{path} is damaged: its checksum is not the manifest's; {self._cure}")
+            raise SettingError(f"{path} is damaged: its checksum is not the manifest's; {self._cure}")
         return load_tensors(path)
 
     def map(self, relative: str) -> Any:
@@ -301,18 +295,18 @@ class Artifact:
         path = inside(self.folder, relative)
         entry = self.files.get(relative)
         if entry is None:
-            raise MoEficationError(f"{self.folder} has no {relative}; {self._cure}")
+            raise SettingError(f"{self.folder} has no {relative}; {self._cure}")
         if not path.is_file():
-            raise MoEficationError(f"{path} is missing although the manifest lists it; {self._cure}")
+            raise SettingError(f"{path} is missing although the manifest lists it; {self._cure}")
         if path.stat().st_size != entry["size"]:
-            raise MoEficationError(
+            raise SettingError(
                 f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}; {self._cure}"
             )
         return path
 
     @property
     def _cure(self) -> str:
-        return f"run {STAGE_SCRIPTS[self.manifest['stage']]} again with --overwrite"
+        return f"run {STAGE_SCRIPTS[self.manifest['stage']]} again with overwrite"
 
 
 def open_finished(folder: str | Path, *stages: str) -> Artifact:

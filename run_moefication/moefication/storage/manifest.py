@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -28,6 +28,8 @@ STAGE_SCRIPTS = {
     "calibrate": "llama_calibrate.py",
     "distill": "llama_distill.py",
 }
+# Options that older versions had, and the value with which their results are those of today.
+GONE = {"layer_budgets": "equal"}
 VERSIONED_PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "safetensors")
 MOE_STAGES = ("convert", "calibrate", "distill")  # whose folders are LlamaMoE checkpoints
 MAX_MANIFEST_BYTES = 1 << 30
@@ -72,7 +74,7 @@ class Claim:
 def existing_claim(folder: Path) -> tuple[dict[str, Any] | None, bool]:
     """The claim or manifest in a folder (None: there is none), and whether it is finished."""
     if folder.exists() and not folder.is_dir():
-        raise MoEficationError(f"{folder} is a file; choose another --save_path")
+        raise SettingError(f"{folder} is a file; choose another save_path")
     manifest, claim = folder / MANIFEST, folder / PARTS / CLAIM
     # The manifest once more: another process may just have written it, and taken the claim away.
     for path in (manifest, claim, manifest):
@@ -85,11 +87,12 @@ def difference(existing: dict[str, Any], wanted: dict[str, Any], finished: bool)
     """What keeps an existing folder from being the wanted one, as the rest of a sentence, or None."""
     if existing["source"].get("fingerprint") != wanted["source"]["fingerprint"]:
         return f"was made from another model ({existing['source'].get('name')}: its weights or config differ)"
-    # An option that only one of the two knows (a newer version's) counts as different.
-    for name in sorted({*existing["options"], *wanted["options"]}):
-        before, now = existing["options"].get(name), wanted["options"].get(name)
+    # Older versions also recorded options without an effect, which this run does not name.
+    gone = {name: value for name, value in GONE.items() if name in existing["options"]}
+    for name, now in sorted((gone | wanted["options"]).items()):
+        before = existing["options"].get(name)
         if before != now:
-            return f"was made with --{name} {before}, this run asks for {now}"
+            return f"was made with {name} {before}, this run asks for {now}"
     for name, value in wanted["inputs"].items():
         if existing["inputs"].get(name) != value:
             return f"was made from another {name}"

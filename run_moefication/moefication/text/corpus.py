@@ -1,4 +1,4 @@
-"""Token streams to blocks: packed, drawn, and mixed as LLaMA's pretraining mixed its domains."""
+"""Blocks drawn from streams of tokens, mixed as LLaMA's pretraining mixed its domains."""
 
 import math
 import os
@@ -24,8 +24,9 @@ DEFAULT_BLOCK_SIZE = 2048
 
 @dataclass(frozen=True)
 class DomainShare:
-    """One row of the mix that was applied, in tokens, and the files that were counted for the domain, by their place
-    in the data folder. `skipped_lines` of the text held no document."""
+    """One domain of a mix: its weight, and how many tokens there were, were asked for, and are in the blocks.
+
+    `skipped_lines` of its text held no document; `files` are paths within the data folder."""
 
     domain: str
     weight: float
@@ -61,7 +62,7 @@ class Corpus:
 
     @property
     def mix(self) -> list[DomainShare]:
-        """How much of each domain there was, was asked for and is in the blocks."""
+        """The shares of the domains."""
         return self._content[1]
 
     @property
@@ -70,7 +71,7 @@ class Corpus:
 
     @property
     def digest(self) -> str:
-        """sha256 over the blocks: stands for the text, the tokenizer and the choice of blocks in manifests."""
+        """sha256 over the blocks; in manifests it stands for the text, the tokenizer and the choice of blocks."""
         return digest([tensor_sha256(block) for block in self.blocks])
 
 
@@ -83,7 +84,7 @@ def pack(tokens: torch.Tensor, block_size: int) -> list[torch.Tensor]:
 
 
 def require_block_size(block_size: int | None, max_positions: int, name: str) -> int:
-    """The block size to use: the one asked for, or 2048, or what the model takes at most."""
+    """The given block size, checked, or else 2048 or as many positions as the model has."""
     if block_size is None:
         return min(DEFAULT_BLOCK_SIZE, max_positions)
     if not 2 <= block_size <= max_positions:
@@ -92,9 +93,9 @@ def require_block_size(block_size: int | None, max_positions: int, name: str) ->
 
 
 def require_held_out_block(corpus: Corpus) -> None:
-    """Refuse a corpus of which no block can be held out."""
+    """Raise MoEficationError if the corpus is a single block, so that none can be held out."""
     if (corpus.options["max_tokens"] or 2) < 2 or len(corpus.blocks) < 2:
-        raise MoEficationError("the corpus is a single block, and one is held out; use a smaller --block_size")
+        raise SettingError("the corpus is a single block, and one is held out; use a smaller block_size")
 
 
 # ---------------------------------------------------------------------------------------------------- the mix

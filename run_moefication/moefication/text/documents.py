@@ -6,7 +6,7 @@ import gzip
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -16,12 +16,12 @@ try:
 except ImportError:
     from backports import zstd
 
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from .text_files import TextFile
 
 MAX_LINE_BYTES = 64 << 20
-PLAIN_TEXT_BYTES = 4 << 20  # plain text beyond it is read as several documents, cut at line ends
-# Real text shrinks to a tenth, hardly ever to a hundredth: what expands further than this is no text.
+PLAIN_TEXT_BYTES = 4 << 20  # longer plain text is read as several documents, cut at line ends
+# Compression makes real text ten times smaller, hardly ever a hundred times: what expands further than this is no text.
 MAX_EXPANSION = 200
 FREE_EXPANSION_BYTES = 64 << 20
 # What readers of archives and compressed files raise for damaged ones.
@@ -41,7 +41,7 @@ class DocumentReader:
 
     Args:
         skip_bad_lines: count the lines that hold no document, and go on, instead of stopping at the first. None: the
-            same as False where there is no option to set it, of which errors then do not speak.
+            same as False, for callers without such an option, which errors then do not mention.
 
     Attributes:
         total_bytes, position: how much there is to read, and how much of it is read, for progress.
@@ -64,9 +64,13 @@ class DocumentReader:
 
     def __iter__(self) -> Iterator[Document]:
         for file, size in zip(self._files, self._sizes, strict=True):
-            read = self._rows if file.is_parquet else self._documents if file.holds_lines else self._plain_text
             try:
-                yield from read(file)
+                if file.is_parquet:
+                    yield from self._documents(file, self._rows(file), _text_of_value)
+                elif file.holds_lines:
+                    yield from self._documents(file, self._json_lines(file), _text_of_line)
+                else:
+                    yield from self._plain_text(file)
             except DAMAGE as error:
                 raise MoEficationError(f"{file} is damaged or cut short ({error}); get it again") from error
             self._position, self._done = int, self._done + size
@@ -74,23 +78,31 @@ class DocumentReader:
     def bad(self, place: str, why: str, error: Exception | None = None) -> None:
         """A document cannot be used: raise MoEficationError, or count it where bad lines are skipped."""
         if not self._skip_bad_lines:
-            cure = "" if self._skip_bad_lines is None else "; --skip_bad_lines goes on without it"
-            raise MoEficationError(f"{place}: {why}{cure}") from error
+            cure = "" if self._skip_bad_lines is None else "; skip_bad_lines goes on without it"
+            raise SettingError(f"{place}: {why}{cure}") from error
         self.skipped += 1
 
-    def _documents(self, file: TextFile) -> Iterator[Document]:
-        for number, line in self._lines(file):
-            if line is not None and not line.removeprefix(codecs.BOM_UTF8).strip():
-                continue
-            if number == 1 and _begins_array(line):
-                raise MoEficationError(f"{file} is one JSON array; write each of its elements in a line: jq -c '.[]'")
+    def _documents(
+        self, file: TextFile, values: Iterable[tuple[int, Any]], text_of: Callable[[Any], str]
+    ) -> Iterator[Document]:
+        """The documents of numbered lines or rows; `text_of` raises ValueError for one that holds none."""
+        for number, value in values:
             try:
-                text = _text_of_line(line)
+                text = text_of(value)
             except ValueError as error:
                 self.bad(f"{file}:{number}", str(error), error)
                 continue
             if text.strip():
                 yield Document(text, f"{file}:{number}")
+
+    def _json_lines(self, file: TextFile) -> Iterator[tuple[int, bytes | None]]:
+        """As `_lines`, without the empty ones; a file that is one JSON array is refused."""
+        for number, line in self._lines(file):
+            bare = None if line is None else line.removeprefix(codecs.BOM_UTF8).strip()
+            if number == 1 and bare and (bare == b"[" or bare.startswith(b"[{")):
+                raise MoEficationError(f"{file} is one JSON array; write each of its elements in a line: jq -c '.[]'")
+            if bare != b"":
+                yield number, line
 
     def _plain_text(self, file: TextFile) -> Iterator[Document]:
         """The whole file; in documents of `PLAIN_TEXT_BYTES` and up to the end of the line, where it is longer."""
@@ -112,8 +124,8 @@ class DocumentReader:
         if any(part.strip() for part in parts):
             yield Document("".join(parts), f"{file}:{first}")
 
-    def _rows(self, file: TextFile) -> Iterator[Document]:
-        """The rows of a parquet file; memory: those of a row group."""
+    def _rows(self, file: TextFile) -> Iterator[tuple[int, Any]]:
+        """The numbered values of a parquet file's column "text"; memory: those of a row group."""
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
 
@@ -125,18 +137,12 @@ class DocumentReader:
                 raise MoEficationError(f"{file} has no column text, but {', '.join(table.schema_arrow.names)}")
             self._position = lambda: size * number // max(1, table.metadata.num_rows)
             for batch in table.iter_batches(columns=["text"]):
-                for value in batch.column(0):
-                    number += 1
-                    try:
-                        text = _text_of_value(value)
-                    except ValueError as error:
-                        self.bad(f"{file}:{number}", str(error), error)
-                        continue
-                    limit -= len(text)
-                    if text.strip():
-                        yield Document(text, f"{file}:{number}")
+                limit -= batch.nbytes
                 if limit < 0:
                     raise _expands(file)
+                for value in batch.column(0):
+                    number += 1
+                    yield number, value
         except ArrowException as error:
             raise MoEficationError(f"{file} is damaged or cut short ({error}); get it again") from error
 
@@ -155,11 +161,6 @@ class DocumentReader:
                     raise _expands(file)
                 yield number, None if too_long else line
                 number += 1
-
-
-def _begins_array(line: bytes | None) -> bool:
-    line = (line or b"").removeprefix(codecs.BOM_UTF8).strip()
-    return line == b"[" or line.startswith(b"[{")
 
 
 def _text_of_value(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Which domain of a pretraining mix the text in a folder is of, by the names of its files and folders."""
+"""The domains of the text in a folder, told by the names of its files and folders."""
 
 import logging
 import os
@@ -22,8 +22,8 @@ LLAMA_MIX = {
     "arxiv": 0.025,
     "stackexchange": 0.02,
 }
-# What files and folders of each domain are called, as words in lower case, each a run of letters and digits: names of
-# RedPajama and SlimPajama, and those that people give. A number may follow the last letter.
+# Names of each domain's files and folders, as patterns over words in lower case: those of RedPajama and SlimPajama, and
+# those that people give. A number may follow the last letter.
 ALIASES = {
     "commoncrawl": r"common ?crawl|redpajamacommoncrawl|cc ?net|cc main|cc \d{4} \d{2}",
     "c4": r"c4|redpajamac4",
@@ -33,7 +33,7 @@ ALIASES = {
     "arxiv": r"arxiv|redpajamaarxiv",
     "stackexchange": r"stack ?exchange|redpajamastackexchange",
 }
-# A UUID, a checksum, and one in pieces, as content-addressed stores name their folders and files.
+# Content-addressed stores name folders and files by a UUID, a checksum, or a checksum in pieces.
 HASH = re.compile(
     r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"
     r"|(?<![^\W_])(?=[0-9]*[a-f])(?=[a-f]*[0-9])[0-9a-f]{8,}(?![^\W_])"
@@ -42,7 +42,7 @@ HASH = re.compile(
 
 
 def domains_in(name: str, aliases: Mapping[str, str] = ALIASES) -> list[str]:
-    """The domains that a file's or folder's name speaks of: those with an alias among the words of the name."""
+    """The domains that have an alias among the words of a file's or folder's name."""
     words = _words(name)
     return [domain for domain, alias in aliases.items() if re.search(_pattern(alias), words)]
 
@@ -65,7 +65,7 @@ def find_domains(data_path: str | Path, weights: Mapping[str, float] | None = No
             folder where no name speaks of any is one domain of its own, and one where only some do is refused.
     """
     data_path = Path(data_path)
-    # The words of other domains may be apart: "my_notes.jsonl" speaks of the domain "mynotes".
+    # The name of another domain may be written in several words: "my_notes.jsonl" is of the domain "mynotes".
     aliases = {name: ALIASES.get(name) or " ?".join(map(re.escape, name)) for name in weights or ALIASES}
     found: dict[str, list[TextFile]] = {}
     unnamed = []
@@ -76,17 +76,17 @@ def find_domains(data_path: str | Path, weights: Mapping[str, float] | None = No
             (found.setdefault(domain, []) if domain else unnamed).append(file)
     unread = unread_data(data_path, [folder for folder, _ in folders]) if data_path.is_dir() else ""
     if not found and not unnamed:
-        raise MoEficationError(
-            f"--train_data_path {data_path} holds no .jsonl, .txt or .parquet (nor .gz, .zst of the first two) or .zip "
+        raise SettingError(
+            f"train_data_path {data_path} holds no .jsonl, .txt or .parquet (nor .gz, .zst of the first two) or .zip "
             f"file: llama_data/make_sample_data.py makes some{unread and f'; not read: {unread}'}"
         )
     absent = [domain for domain in weights or () if domain not in found]
     if absent:
         raise SettingError(f"domain_weights names {absent[0]}, but no file name in {data_path} carries that word")
     if unnamed and found and not weights:
-        raise MoEficationError(
+        raise SettingError(
             f"{unnamed[0]} names none of the domains {', '.join(LLAMA_MIX)}, as other files there do; "
-            f"rename it, or choose with --domain_weights"
+            f"rename it, or choose with domain_weights"
         )
     if unread:
         logger.warning("%s: not read: %s", data_path, unread)
@@ -118,7 +118,7 @@ def _domain_folders(path: Path, aliases: Mapping[str, str]) -> Iterator[tuple[Pa
     """The folders that are read below `path`: those named after a domain, and all below them but for `HELD_OUT`; each
     with the name that counts."""
     tops = sorted(folder for folder in path.iterdir() if folder.is_dir() and folder.name != HELD_OUT)
-    # Folders of a store that spreads its files by the start of their checksum: 3f, c4, c5.
+    # Some stores spread their files over folders by the start of their checksum: 3f, c4, c5.
     of_checksums = {folder for folder in tops if re.fullmatch(r"[0-9a-f]{2}", folder.name)}
     seen = set()  # links may lead in circles
     for top in tops:

@@ -9,13 +9,13 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import MoEficationError
 
-LINES = (".jsonl", ".json", ".ndjson", ".jsonlines")  # the second is what C4 calls such files
+LINES = (".jsonl", ".json", ".ndjson", ".jsonlines")  # C4 calls such files .json
 TEXT = ".txt"
-OF_DATASETS = ("manifest.json", "redpajama.json", "dataset_info.json", "dataset_infos.json")  # no text
+METADATA = ("manifest.json", "redpajama.json", "dataset_info.json", "dataset_infos.json")
 PARQUET = ".parquet"
 HELD_OUT = "heldout"  # a folder whose text is never for training
 COMPRESSED = (".gz", ".gzip", ".zst", ".zstd")
-# Data that is not read, by what it ends with, and what to do about it.
+# What to do about data that is not read -> the ends of its names.
 UNREAD = {
     "unpack it": (".xz", ".bz2", ".lzma", ".lz4", ".br", ".7z", ".rar", ".tar", ".tgz", ".tar.gz", ".tar.zst"),
     'write it as .jsonl, with a "text" in each line': (
@@ -54,15 +54,15 @@ class TextFile:
 
     @property
     def is_text(self) -> bool:
-        """Whether a folder or zip that holds the file is meant to be read with it."""
+        """Whether the file is read when its folder or zip is."""
         is_named_so = (
             self.holds_lines or self.plain_name.lower().endswith(TEXT) or (self.is_parquet and reads_parquet())
         )
-        return is_named_so and self.plain_name not in OF_DATASETS and not self.plain_name.startswith(".")
+        return is_named_so and self.plain_name not in METADATA and not self.plain_name.startswith(".")
 
     @property
     def names(self) -> list[str]:
-        """The names that may say which domain it is of: its own, and within a zip those of the folders and the zip."""
+        """The names that may tell its domain: its own, and within a zip those of the folders and the zip."""
         *folders, name = PurePosixPath(self.member or self.path.name).parts
         return [name, *folders, *([self.path.name] if self.member else [])]
 

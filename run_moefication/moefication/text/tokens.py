@@ -19,7 +19,7 @@ from ..storage.files import digest, file_sha256, turn, write_atomically, write_j
 from .documents import Document, DocumentReader
 from .text_files import TextFile
 
-BATCH_CHARACTERS = 4 << 20  # of text tokenised at once, over all cores: some 200 MB of memory
+BATCH_CHARACTERS = 4 << 20  # that much text is tokenised at once, on all cores, in some 200 MB of memory
 CACHE_VERSION = 3
 logger = logging.getLogger(__name__)
 
@@ -79,11 +79,11 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def encode(batch: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The same ids as `tokenizer(batch)`, on all cores and without the offsets that nobody asks for."""
+    """The ids of `tokenizer(batch)`, made on all cores and without offsets, which nobody needs."""
     if not tokenizer.is_fast:
         return tokenizer(batch, verbose=False)["input_ids"]
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # which a tokenizer.json may ask for
+    backend.no_truncation()  # a tokenizer.json may ask for it
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
     return [encoding.ids for encoding in backend.encode_batch_fast(batch)]

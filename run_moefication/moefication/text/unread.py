@@ -1,4 +1,4 @@
-"""What in a data folder looks like text but is not read, and what to do about it."""
+"""Files in a data folder that look like text but are not read, and what to do about them."""
 
 import itertools
 import zipfile
@@ -8,7 +8,7 @@ from pathlib import Path
 from .text_files import HELD_OUT, ZIP_DAMAGE, TextFile, cure_of_unread
 
 SHOWN_NAMES = 3
-MOST_LOOKED_AT = 10_000  # files of a folder that is not read, among which text is looked for
+MOST_LOOKED_AT = 10_000  # files of an unread folder, to tell whether it holds text
 
 
 def unread_data(path: Path, read_below: list[Path]) -> str:
@@ -44,7 +44,7 @@ def _unread_members(file: Path) -> list[str]:
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except ZIP_DAMAGE:  # refused where it is read
+    except ZIP_DAMAGE:  # the reader refuses it
         return []
     return sorted(name for name in names if cure_of_unread(name) or name.lower().endswith((".zip", ".parquet")))
 
@@ -52,7 +52,7 @@ def _unread_members(file: Path) -> list[str]:
 def _holds_text(folder: Path) -> bool:
     try:
         return any(TextFile(file).is_text for file in itertools.islice(folder.rglob("*"), MOST_LOOKED_AT))
-    except OSError:  # may not be looked into, such as lost+found
+    except OSError:  # the folder must not be read, such as lost+found
         return False
 
 

@@ -5,20 +5,17 @@ import resource
 import pytest
 import torch
 from conftest import TINY, VARIANTS, make_llama
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.artifacts.streams import Streams
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.layers.decoder import AttentionHalf, Batch, batches_of, embed
-from run_moefication.moefication.layers.scores import LayerActivations
+from run_moefication.moefication.layers.decoder import PreMLP, embed
+from run_moefication.moefication.layers.mlp import GatedMLP
 from run_moefication.moefication.storage.folder import ArtifactWriter
 from run_moefication.moefication.storage.manifest import Claim
+from run_moefication.moefication.text.batches import Batch, batches_of
 
-UP = "layers.{}.mlp.up_proj.weight"
 # The same float32 products in another batch shape.
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)
 LENGTHS = [9, 1, 24, 100, 2, 24, 7]
@@ -48,16 +45,14 @@ def test_layer_by_layer_is_the_model(variant, batch_size, tmp_path):
         states = [model(block[None].long(), output_hidden_states=True).hidden_states for block in blocks]
     for index in range(config.num_hidden_layers):
         torch.testing.assert_close(stream, torch.cat([s[index][0] for s in states]), **TOLERANCE)
-        half = AttentionHalf(config, lambda name, i=index: checkpoint.tensor(f"layers.{i}.{name}"), "cpu")
-        activations = LayerActivations(checkpoint, index, UP, "cpu")
-        down = checkpoint.mlp_tensor(index, "down_proj.weight")
-        bias = checkpoint.mlp_tensor(index, "down_proj.bias") if config.mlp_bias else None
+        half = PreMLP.of_dense(checkpoint, index, "cpu")
+        mlp = GatedMLP.of_dense(checkpoint, index, "cpu")
         of_mlp = []
         with torch.no_grad():
             for batch in batches:
                 before_mlp, inputs = half(stream[batch.rows], batch)
                 of_mlp.append(inputs)
-                stream[batch.rows] = before_mlp + F.linear(activations(inputs), down, bias)
+                stream[batch.rows] = before_mlp + mlp.output(mlp.activations(inputs))
         torch.testing.assert_close(torch.cat(of_mlp), torch.cat(seen[index :: config.num_hidden_layers]), **TOLERANCE)
     assert stream.std() > 0.5
     # The last of the hidden states is normalised.
@@ -67,7 +62,7 @@ def test_layer_by_layer_is_the_model(variant, batch_size, tmp_path):
 
 def test_half_precision_weights_are_computed_with_in_float32(tmp_path):
     checkpoint = DenseCheckpoint(str(make_llama(tmp_path, dtype=torch.bfloat16)))
-    half = AttentionHalf(checkpoint.config, lambda name: checkpoint.tensor(f"layers.0.{name}"), "cpu")
+    half = PreMLP(checkpoint.config, lambda name: checkpoint.tensor(f"layers.0.{name}"), "cpu")
     batch = Batch(slice(0, 12), [12])
     stream = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
     layer = LlamaForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval().model.layers[0]
@@ -79,38 +74,6 @@ def test_half_precision_weights_are_computed_with_in_float32(tmp_path):
         found = half(stream, batch)[1]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, inputs[0], **TOLERANCE)
-
-
-# ---------------------------------------------------------------------------------------------------- batches
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 5), st.data())
-def test_batches_cover_the_tokens_in_order_and_keep_held_out_blocks_apart(lengths, batch_size, data):
-    num_held_out = data.draw(st.integers(0, len(lengths)))
-    blocks = [torch.zeros(length) for length in lengths]
-    batches = batches_of(blocks, batch_size, num_held_out)
-    assert [length for batch in batches for length in batch.lengths] == lengths
-    assert [row for batch in batches for row in range(batch.rows.start, batch.rows.stop)] == list(range(sum(lengths)))
-    assert all(batch.rows.stop - batch.rows.start == sum(batch.lengths) for batch in batches)
-    assert all(1 <= len(batch.lengths) <= batch_size for batch in batches)
-    held_out = [batch.held_out for batch in batches for _ in batch.lengths]
-    assert held_out == [False] * (len(lengths) - num_held_out) + [True] * num_held_out
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
-def test_padded_and_flat_are_each_others_inverse(lengths):
-    batch = Batch(slice(0, sum(lengths)), lengths)
-    rows = torch.arange(1.0, sum(lengths) + 1)[:, None].expand(-1, 3)
-    padded = batch.padded(rows)
-    assert padded.shape == (len(lengths), max(lengths), 3)
-    start = 0
-    for block, length in zip(padded, lengths, strict=True):
-        assert torch.equal(block[:length], rows[start : start + length])
-        assert (block[length:] == 0).all()
-        start += length
-    assert torch.equal(batch.flat(padded), rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -168,7 +131,7 @@ def test_streams_that_are_not_whole_are_refused_by_name(damage, writer):
         path.write_bytes(path.read_bytes()[:-1])
     if damage == "of more tokens":
         streams = Streams(writer, (2, 4, 3))
-    with pytest.raises(MoEficationError, match=r"streams\.2\.scratch is missing or cut; run again with --overwrite"):
+    with pytest.raises(MoEficationError, match=r"streams\.2\.scratch is missing or cut; run again with overwrite"):
         streams.before(2)
 
 

@@ -22,7 +22,6 @@ from run_moefication.moefication.layers import straight_through as soft_routing
 from run_moefication.moefication.layers.straight_through import NUDGE, TEMPERATURE, settle_thresholds, soft_blocks
 from run_moefication.moefication.stages import distill_trainer as distillation_trainer
 from run_moefication.moefication.stages.distill import distill
-from run_moefication.moefication.stages.distill_trainer import HeadsKL
 from run_moefication.settings import DistillSettings
 
 ALIKE = 1e-5  # float32 sums of the same terms in another order
@@ -276,27 +275,6 @@ def kl(pipeline: Pipeline, folder: Path, blocks: list[torch.Tensor]) -> float:
     return total / sum(map(len, blocks))
 
 
-def test_the_loss_is_the_divergence_of_the_logits_with_its_gradient():
-    generator = torch.Generator().manual_seed(0)
-    tokens, vocabulary = 2 * HeadsKL.CHUNK + 44, 50
-    student, teacher, of_student, of_teacher = (
-        torch.randn(shape, generator=generator)
-        for shape in ((tokens, 24), (tokens, 16), (vocabulary, 24), (vocabulary, 16))
-    )
-    straight, ours = student.clone().requires_grad_(), student.clone().requires_grad_()
-    distributions = [(straight @ of_student.T).softmax(-1), (teacher @ of_teacher.T).softmax(-1)]
-    expected = (distributions[1] * (distributions[1] / distributions[0]).log()).sum()
-    loss = HeadsKL.apply(ours, teacher, of_student, of_teacher)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    (3 * expected).backward()
-    (3 * loss).backward()
-    assert (ours.grad - straight.grad).norm() < 1e-5 * straight.grad.norm()
-    with torch.autocast("cpu", torch.bfloat16):  # the products are rounded, the sums are not
-        rounded = HeadsKL.apply(student, teacher, of_student, of_teacher)
-    assert rounded.dtype == torch.float32
-    assert 0 < abs(rounded.item() / expected.item() - 1) < 0.01
-
-
 def test_predictions_come_nearer_to_the_dense_model(finished, distilled):
     metrics, held_out = metrics_of(distilled), blocks_of(finished)[1]
     before, after = kl(finished, finished.moe, held_out), kl(finished, distilled, held_out)
@@ -325,17 +303,6 @@ def test_another_budget_can_be_asked_for(finished, tmp_path):
     assert llama_distill.main(arguments_of(finished, folder, num_selects=6, **SHORT)) == 0
     assert metrics_of(folder)["active_share"] == pytest.approx([5 / 7] * 3, rel=0.01)
     assert json.loads((folder / "config.json").read_text())["num_experts_per_tok"] == 5
-
-
-def test_a_calibrated_model_keeps_the_budgets_of_its_layers(finished, tmp_path):
-    calibrated, folder = tmp_path / "calibrated", tmp_path / "moe"
-    calibrate(finished, calibrated, layer_budgets="sensitivity")
-    assert llama_distill.main(arguments_of(finished, folder, moe_path=calibrated, **SHORT)) == 0
-    before, after = (json.loads((moe / "config.json").read_text()) for moe in (calibrated, folder))
-    assert after == before
-    budgets = before["layer_num_experts_per_tok"]
-    assert len({round(budget, 1) for budget in budgets}) > 1
-    assert metrics_of(folder)["active_share"] == pytest.approx([budget / 7 for budget in budgets], rel=0.01)
 
 
 def test_a_model_that_runs_its_shared_experts_only_goes_on_doing_so(finished, tmp_path):

@@ -47,6 +47,9 @@ def test_perplexity_is_the_straight_computation(block_size, batch_size, tiny_lla
     (row,) = evaluate([str(tiny_llama)], text, block_size=block_size, batch_size=batch_size)
     assert row.perplexity == pytest.approx(naive_perplexity(load_dense(tiny_llama), ids, block_size), rel=RELATIVE)
     assert row.predicted_tokens == len(ids) - math.ceil(len(ids) / block_size)
+    counts = [len(ids[start : start + block_size]) - 1 for start in range(0, len(ids) - 1, block_size)]
+    losses = sum(loss * count for loss, count in zip(row.block_losses, counts, strict=True))
+    assert math.exp(losses / sum(counts)) == pytest.approx(row.perplexity)
     assert row.expert_load is None
 
 
@@ -114,7 +117,7 @@ def test_a_budget_asked_for_replaces_those_of_single_layers(text, tmp_path):
 def test_thresholds_without_quantiles_have_no_other_budget(text, tmp_path):
     LlamaMoEForCausalLM(LlamaMoEConfig(**TINY, routing="threshold")).save_pretrained(tmp_path / "moe")
     make_tokenizer().save_pretrained(tmp_path / "moe")
-    with pytest.raises(MoEficationError, match="cannot run --num_selects 3: no score quantiles are stored"):
+    with pytest.raises(MoEficationError, match="cannot run num_selects 3: no score quantiles are stored"):
         evaluate([str(tmp_path / "moe")], text, num_selects=[3], block_size=32)
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from run_moefication.moefication.artifacts.features import Features
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.layers.scores import LayerActivations
+from run_moefication.moefication.layers.mlp import GatedMLP
 from run_moefication.moefication.stages.features import extract_features
 from run_moefication.moefication.text.corpus import Corpus
 from run_moefication.settings import FeatureSettings
@@ -68,11 +68,12 @@ def test_inputs_alone_give_the_same_activations(template, tmp_path, text_folder)
     checkpoint = DenseCheckpoint(str(make_llama(tmp_path / "biased", mlp_bias=True)))
     corpus = corpus_of(checkpoint, text_folder, None, block_size=16, max_tokens=100)
     extract(checkpoint, corpus, tmp_path / "full", templates=template)
-    extract(checkpoint, corpus, tmp_path / "inputs", templates=template, feature_format="inputs")
+    extract(checkpoint, corpus, tmp_path / "inputs", feature_format="inputs")
     full = Features(tmp_path / "full" / "biased-Hidden-Features", checkpoint, template)
     inputs = Features(tmp_path / "inputs" / "biased-Hidden-Features", checkpoint, template)
     assert not (inputs.artifact.folder / "hidden_gate_outputs").exists()
-    recompute = LayerActivations(checkpoint, 1, template, "cpu")
+    mlp = GatedMLP.of_dense(checkpoint, 1, "cpu")
+    recompute = mlp.gate_activations if "gate_proj" in template else mlp.activations
     for shard, stored in zip(inputs.inputs(1), full.gate_outputs(1), strict=True):
         assert torch.allclose(recompute(shard), stored, atol=TOLERANCE)
 

@@ -157,7 +157,7 @@ def test_a_gate_never_ends_below_its_start(seed, lr, use_softmax, network):
 def test_a_loss_that_is_not_finite_is_refused():
     rows, neurons, inputs, scores = problem(200)
     inputs[7, 3] = float("inf")
-    with pytest.raises(MoEficationError, match="loss of a gate did not stay finite; use a smaller --lr than"):
+    with pytest.raises(MoEficationError, match="loss of a gate did not stay finite; use a smaller lr than"):
         fit_gate(
             initial_gate("linear", rows, neurons),
             inputs,
@@ -236,7 +236,9 @@ def test_similarity_gate_is_not_trained():
     rows, neurons, inputs, scores = problem()
     gate = initial_gate("similarity", rows, neurons)
     before = gate.weight.clone()
-    metrics = fit_gate(gate, inputs, scores, dataclasses.replace(SETTINGS, gate_network="similarity"))
+    metrics = fit_gate(
+        gate, inputs, scores, GateSettings(num_experts=EXPERTS, num_selects=K, gate_network="similarity")
+    )
     assert torch.equal(gate.weight, before)
     assert metrics["loss"]["train"] == []
     assert metrics["best_epoch"] == 0

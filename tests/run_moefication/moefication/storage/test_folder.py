@@ -295,8 +295,8 @@ def test_stale_temporary_files_are_swept(finished, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"options": {"num_experts": 16, "seed": 0}}, "was made with --num_experts 8, this run asks for 16"),
-        ({"options": {"num_experts": 8, "seed": 0, "new": 1}}, "was made with --new None, this run asks for 1"),
+        ({"options": {"num_experts": 16, "seed": 0}}, "was made with num_experts 8, this run asks for 16"),
+        ({"options": {"num_experts": 8, "seed": 0, "new": 1}}, "was made with new None, this run asks for 1"),
         ({"source": {"name": "x", "fingerprint": "other"}}, "was made from another model (llama_7B"),
         ({"inputs": {"text": "other"}}, "was made from another text"),
         ({"stage": "select"}, "was written by llama_split_clustering.py"),
@@ -555,7 +555,7 @@ def test_mismatch_with_the_reader_is_named(finished):
     artifact.require_option("num_experts", 8)
     with pytest.raises(MoEficationError, match=r"was made from another model \(llama_7B\) than alpaca"):
         artifact.require_source("abcd", "alpaca")
-    with pytest.raises(MoEficationError, match="was made for --num_experts 8 of llama_7B, this run asks for 16"):
+    with pytest.raises(MoEficationError, match="was made for num_experts 8 of llama_7B, this run asks for 16"):
         artifact.require_option("num_experts", 16)
 
 
@@ -636,7 +636,7 @@ def test_malformed_entries_are_refused(entry, finished):
 def test_a_finished_folder_that_lost_a_file_says_so_and_is_redone(finished):
     before = contents(finished)
     (finished / "files" / "layer.1").unlink()
-    with pytest.raises(MoEficationError, match=r"layer.1 is missing .* again with --overwrite"):
+    with pytest.raises(MoEficationError, match=r"layer.1 is missing .* again with overwrite"):
         ArtifactWriter(finished, CLAIM, PIECES)
     writer = ArtifactWriter(finished, CLAIM, PIECES, overwrite=True)
     fill(writer, PIECES)
@@ -645,5 +645,5 @@ def test_a_finished_folder_that_lost_a_file_says_so_and_is_redone(finished):
 
 
 def test_overwrite_is_not_offered_where_it_would_be_refused(finished):
-    with pytest.raises(MoEficationError, match=r"llama_split_clustering.py; choose another --save_path$"):
+    with pytest.raises(MoEficationError, match=r"llama_split_clustering.py; choose another save_path$"):
         ArtifactWriter(finished, dataclasses.replace(CLAIM, stage="select"), PIECES)

@@ -360,7 +360,7 @@ def test_what_is_wrong_with_a_parquet_file_is_said(tmp_path):
     with pytest.raises(MoEficationError, match=r"a.parquet has no column text, but content, id"):
         read(write_parquet(tmp_path / "a.parquet", content=["x"], id=[1]))
     file = write_parquet(tmp_path / "b.parquet", text=["a", None, "b"])
-    with pytest.raises(MoEficationError, match=r"b.parquet:2: its text is no string; --skip_bad_lines"):
+    with pytest.raises(MoEficationError, match=r"b.parquet:2: its text is no string; skip_bad_lines"):
         read(file)
     assert read(file, skip_bad_lines=True) == ["a", "b"]
     file.write_bytes(file.read_bytes()[:-9])
@@ -371,7 +371,7 @@ def test_what_is_wrong_with_a_parquet_file_is_said(tmp_path):
 def test_bytes_in_a_parquet_file_are_text_if_they_are_utf8(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     file = write_parquet(tmp_path / "a.parquet", text=pyarrow.array(["雪".encode(), b"\xff"], pyarrow.binary()))
-    with pytest.raises(MoEficationError, match=r"a.parquet:2: not UTF-8 text; --skip_bad_lines"):
+    with pytest.raises(MoEficationError, match=r"a.parquet:2: not UTF-8 text; skip_bad_lines"):
         read(file)
     assert read(file, skip_bad_lines=True) == ["雪"]
 

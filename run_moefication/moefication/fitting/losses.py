@@ -1,0 +1,86 @@
+"""Losses of next-token predictions, computed for a few tokens at a time: logits are larger than all else.
+
+Axes: T tokens, H hidden size, V vocabulary.
+"""
+
+import torch
+from torch.nn import functional as F
+
+TOKENS_PER_CHUNK = 512
+
+
+@torch.no_grad()
+def next_token_nll(states: torch.Tensor, tokens: torch.Tensor, head: torch.Tensor) -> float:
+    """Negative log-likelihood of a block's tokens from the second on, summed, in nats.
+
+    Args:
+        states: `[T, H]`, what enters the head; tokens: int64 `[T]`; head: `[V, H]`.
+    """
+    chunks = zip(states[:-1].split(TOKENS_PER_CHUNK), tokens[1:].split(TOKENS_PER_CHUNK), strict=True)
+    return sum(
+        F.cross_entropy(F.linear(before, head).float(), targets, reduction="sum").item() for before, targets in chunks
+    )
+
+
+class TeacherKL:
+    """KL(teacher || student) of next-token distributions, as a function of the states that enter the student's head.
+
+    With p the teacher's distribution and z = head x the student's logits, KL = sum p log p - sum p z + logsumexp(z),
+    and sum p z = x (p head). So the teacher's logits are needed once, and H of their V numbers a token are kept.
+
+    Memory: beside the heads, a few times TOKENS_PER_CHUNK * V numbers.
+    """
+
+    @torch.no_grad()
+    def __init__(self, states: torch.Tensor, teacher_head: torch.Tensor, head: torch.Tensor):
+        """`states [T, H]`: what enters the teacher's head; `teacher_head` and the student's `head`: `[V, H]`, no
+        gradient goes to either."""
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+        teacher_head, self._head = teacher_head.to(dtype), head.to(dtype)  # once, not in each chunk
+        rows, negative_entropies = [], []
+        for chunk in states.split(TOKENS_PER_CHUNK):
+            log_p = _logits(chunk, teacher_head).log_softmax(-1)
+            p = log_p.exp()
+            rows.append(_mean_rows(p, self._head))
+            negative_entropies.append((p * log_p).sum(1))
+        self._rows, self._negative_entropies = torch.cat(rows), torch.cat(negative_entropies)
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """The student's states `[T, H]` -> nats `[T]`, differentiable."""
+        return _StudentKL.apply(states, self._head, self._rows, self._negative_entropies)
+
+
+class _StudentKL(torch.autograd.Function):
+    """The gradient is computed along with the values, while a chunk's logits are there: q head - p head."""
+
+    @staticmethod
+    def forward(ctx, states, head, rows, negative_entropies):
+        gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        kl = torch.empty_like(negative_entropies)
+        for start in range(0, len(states), TOKENS_PER_CHUNK):
+            chunk = slice(start, start + TOKENS_PER_CHUNK)
+            logits = _logits(states[chunk], head)
+            log_total = logits.logsumexp(1)
+            kl[chunk] = negative_entropies[chunk] - (states[chunk] * rows[chunk]).sum(1) + log_total
+            if gradient is not None:
+                gradient[chunk] = _mean_rows(logits.sub_(log_total[:, None]).exp_(), head) - rows[chunk]
+        ctx.save_for_backward(gradient)
+        ctx.dtype = states.dtype
+        return kl
+
+    @staticmethod
+    def backward(ctx, kl_gradient):
+        (gradient,) = ctx.saved_tensors
+        return (kl_gradient[:, None] * gradient).to(ctx.dtype), None, None, None
+
+
+def _logits(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """`[T, H]` -> `[T, V]`, multiplied in the head's dtype, at least float32 from there on."""
+    logits = F.linear(states.to(head.dtype), head)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _mean_rows(weights: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """The mean of the head's rows under distributions `[T, V]` -> `[T, H]`, in the dtype of the distributions."""
+    return (weights.to(head.dtype) @ head).to(weights.dtype)

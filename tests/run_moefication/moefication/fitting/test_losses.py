@@ -1,0 +1,37 @@
+"""Losses over a vocabulary in chunks against their definitions on whole logits."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from run_moefication.moefication.fitting.losses import TOKENS_PER_CHUNK, TeacherKL, next_token_nll
+
+TOKENS, VOCABULARY = 2 * TOKENS_PER_CHUNK + 44, 50
+
+
+def test_the_nll_is_the_cross_entropy_of_the_next_tokens():
+    generator = torch.Generator().manual_seed(0)
+    states, head = torch.randn(TOKENS, 24, generator=generator), torch.randn(VOCABULARY, 24, generator=generator)
+    tokens = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+    expected = F.cross_entropy(states[:-1] @ head.T, tokens[1:], reduction="sum")
+    assert next_token_nll(states, tokens, head) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_loss_is_the_divergence_of_the_logits_with_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, of_student, of_teacher = (
+        torch.randn(shape, generator=generator)
+        for shape in ((TOKENS, 24), (TOKENS, 16), (VOCABULARY, 24), (VOCABULARY, 16))
+    )
+    straight, ours = student.clone().requires_grad_(), student.clone().requires_grad_()
+    distributions = [(straight @ of_student.T).softmax(-1), (teacher @ of_teacher.T).softmax(-1)]
+    expected = (distributions[1] * (distributions[1] / distributions[0]).log()).sum()
+    loss = TeacherKL(teacher, of_teacher, of_student)(ours).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (3 * expected).backward()
+    (3 * loss).backward()
+    assert (ours.grad - straight.grad).norm() < 1e-5 * straight.grad.norm()
+    with torch.autocast("cpu", torch.bfloat16):  # the products are rounded, the sums are not
+        rounded = TeacherKL(teacher, of_teacher, of_student)(student).sum()
+    assert rounded.dtype == torch.float32
+    assert 0 < abs(rounded.item() / expected.item() - 1) < 0.01
