@@ -93,7 +93,7 @@ def _choose_on_cpu(packed: PackedExperts, hidden_states: torch.Tensor, top_k_wei
     is_small = packed.gate_up.nbytes + packed.down.nbytes <= SMALL_LAYER_BYTES
     if packed.down.shape[-1] < FINE_WIDTH or (is_small and in_bfloat16 and num_tokens < VERY_FEW_TOKENS):
         return masked_dense
-    if num_tokens == 1:
+    if num_tokens == 1 and not torch.is_grad_enabled():  # `one_by_one` gives unused experts gradients of zero
         return one_token
     # torch 2.10 wants aligned addresses, too, which weights mapped from a file may not have.
     can_group = packed.is_aligned and packed.gate_up.data_ptr() % 16 == packed.down.data_ptr() % 16 == 0

@@ -145,7 +145,9 @@ def test_what_runs_on_a_cpu(sizes, dtype, kernel):
     experts, width, hidden, tokens, k = sizes
     module = random_experts(experts, width, hidden, dtype=dtype)
     weights = random_routing(tokens, experts, k, dtype)[1]
-    assert choose_kernel(PackedExperts.of(module), hidden_states(tokens, hidden, dtype), weights, "top_k") is kernel
+    with torch.no_grad():
+        chosen = choose_kernel(PackedExperts.of(module), hidden_states(tokens, hidden, dtype), weights, "top_k")
+    assert chosen is kernel
 
 
 @pytest.mark.parametrize(
@@ -230,6 +232,7 @@ def test_the_code_of_another_checkpoint_changes_nothing():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 20), st.integers(1, 12), st.booleans(), st.data())
+@torch.no_grad()
 def test_any_shape_equals_the_naive_loop(num_experts, width, tokens, biased, data):
     k = data.draw(st.integers(1, num_experts))
     module = random_experts(num_experts, width, 6, biased=biased, implementation="llama_moe")
