@@ -116,8 +116,8 @@ def one_by_one(
     for expert, (rows, row_weights) in enumerate(runs):
         # If no expert runs, multiply empty matrices: every parameter gets a zero gradient instead of None.
         if len(rows) or not len(tokens):
-            expert_output = packed.run_one(expert, hidden_states.index_select(0, rows), row_weights)
-            output.index_add_(0, rows, expert_output.to(output.dtype))
+            inputs = hidden_states.index_select(0, rows)
+            output.index_add_(0, rows, packed.run_one(expert, inputs, row_weights).to(output.dtype))
     return output
 
 
