@@ -1,7 +1,6 @@
 """Configuration of LlamaMoE: a LLaMA whose MLPs are split into experts."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -26,11 +25,10 @@ class LlamaMoEConfig(LlamaConfig):
 
     Args:
         num_experts: routed experts per layer.
-        num_experts_per_tok: routed experts that run per token. With threshold routing the rounded average; there the
-            thresholds, which are in the checkpoint, decide.
+        num_experts_per_tok: routed experts that run per token, at least 1. With threshold routing it is the rounded
+            average, and 0 where the shared experts alone run; the thresholds in the checkpoint decide.
         layer_num_experts_per_tok: the same for each layer, where layers differ: with top-k routing whole numbers, of
-            which `num_experts_per_tok` is the largest; with threshold routing averages, whose differences the layers
-            keep when the model's budget is changed.
+            which `num_experts_per_tok` is the largest; with threshold routing averages.
         num_shared_experts: experts that always run, as one MLP `shared_experts`.
         moe_intermediate_size: neurons per expert; default `intermediate_size / (num_experts + num_shared_experts)`.
         gate_network: "mlp" (Linear-Tanh-Linear, MoEfication section 3.2) or "linear".
@@ -104,18 +102,21 @@ class LlamaMoEConfig(LlamaConfig):
         self.num_experts_per_tok = value - self.num_shared_experts
 
     def experts_per_tok_of(self, layer: int) -> int | float:
-        """Routed experts that run per token in this layer; with threshold routing, on average."""
+        """Routed experts that run per token in this layer; with threshold routing, on average.
+
+        Layers' own averages count only while `num_experts_per_tok` is their mean: older checkpoints whose budget was
+        changed kept the averages of the budget before it, and then all layers get `num_experts_per_tok`.
+        """
         budgets = self.layer_num_experts_per_tok
         if budgets is None:
             return self.num_experts_per_tok
-        if self.routing == "threshold":
-            least, most = self.min_experts_per_tok, self.most_experts_per_tok
-            budgets = shift_to_mean(budgets, self.num_experts_per_tok, least, most)
+        if self.routing == "threshold" and round(sum(budgets) / len(budgets)) != self.num_experts_per_tok:
+            return self.num_experts_per_tok
         return budgets[layer]
 
     @property
-    def most_experts_per_tok(self) -> int:
-        """Routed experts that a token runs at most."""
+    def max_routed_experts(self) -> int:
+        """Routed experts that a token runs at most: `max_experts_per_tok`, or all."""
         return self.num_experts if self.max_experts_per_tok is None else self.max_experts_per_tok
 
     def check_experts(self) -> None:
@@ -146,45 +147,33 @@ class LlamaMoEConfig(LlamaConfig):
         self._check_budgets()
 
     def _check_budgets(self) -> None:
+        is_threshold = self.routing == "threshold"
         whole = f"1 to num_experts ({self.num_experts})"
-        self._require("num_experts_per_tok", 1 <= self.num_experts_per_tok <= self.num_experts, whole)
+        min_experts, max_experts = self.min_experts_per_tok, self.max_routed_experts
+        self._require("max_experts_per_tok", 1 <= max_experts <= self.num_experts, whole)
+        self._require("min_experts_per_tok", 0 <= min_experts <= max_experts, f"0 to {max_experts}")
+        if is_threshold:
+            bounds = f"{min_experts} to {max_experts}, the bounds of each token"
+            self._require("num_experts_per_tok", min_experts <= self.num_experts_per_tok <= max_experts, bounds)
+        else:
+            self._require("num_experts_per_tok", 1 <= self.num_experts_per_tok <= self.num_experts, whole)
+            if min_experts > 0 or self.max_experts_per_tok is not None:
+                raise ValueError('min_experts_per_tok and max_experts_per_tok are for routing "threshold"')
         budgets = self.layer_num_experts_per_tok
         if budgets is not None:
             fits = len(budgets) == self.num_hidden_layers
-            if self.routing == "top_k":
+            if is_threshold:
+                counts = f"{self.num_hidden_layers} numbers of 0 to num_experts ({self.num_experts})"
+                fits = fits and all(0 <= k <= self.num_experts for k in budgets)
+            else:
                 counts = f"{self.num_hidden_layers} numbers of {whole}, the largest num_experts_per_tok"
                 fits = fits and all(isinstance(k, int) and 1 <= k <= self.num_experts for k in budgets)
                 fits = fits and max(budgets) == self.num_experts_per_tok
-            else:
-                counts = f"{self.num_hidden_layers} numbers of 0 to num_experts ({self.num_experts})"
-                fits = fits and all(0 <= k <= self.num_experts for k in budgets)
             self._require("layer_num_experts_per_tok", fits, counts)
-        least, most = self.min_experts_per_tok, self.most_experts_per_tok
-        self._require("max_experts_per_tok", 1 <= most <= self.num_experts, whole)
-        self._require("min_experts_per_tok", 0 <= least <= most, f"0 to {most}")
-        if self.routing == "threshold":
-            bounds = f"{max(least, 1)} to {most}, the bounds of each token"
-            self._require("num_experts_per_tok", least <= self.num_experts_per_tok <= most, bounds)
-        bounded = self.min_experts_per_tok > 0 or self.max_experts_per_tok is not None
-        if bounded and self.routing != "threshold":
-            raise ValueError('min_experts_per_tok and max_experts_per_tok are for routing "threshold"')
 
     def _require(self, field: str, holds: bool, wanted: str) -> None:
         if not holds:
             raise ValueError(f"{field} is {getattr(self, field)!r}; it must be {wanted}")
-
-
-def shift_to_mean(values: Sequence[float], mean: float, least: float, most: float) -> list[float]:
-    """The values, all raised or lowered by the same amount and kept between `least` and `most`, so that their mean is
-    `mean`: how layers of different budgets share another one."""
-    if not least < mean < most:
-        return [least if mean <= least else most] * len(values)
-    low, high = least - max(values), most - min(values)
-    for _ in range(64):  # halvings of the interval in which the amount lies
-        middle = (low + high) / 2
-        shifted = [min(max(value + middle, least), most) for value in values]
-        low, high = (middle, high) if sum(shifted) < mean * len(shifted) else (low, middle)
-    return shifted
 
 
 def auto_map() -> dict[str, str]:

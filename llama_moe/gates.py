@@ -22,8 +22,8 @@ class Gate(nn.Module):
 
     # Score quantiles kept for `set_active_share`, at levels 0, 1/1024, ..., 1.
     NUM_QUANTILES = 1025
-    # Every score reaches it, so all experts run: minus infinity (which float16 makes of it), but a number that tools
-    # can subtract.
+    # Every score reaches it, so all experts run. It stands for minus infinity, which float16 makes of it, but tools can
+    # subtract it.
     LOWEST_THRESHOLD = -1e30
 
     def __init__(
@@ -60,7 +60,7 @@ class Gate(nn.Module):
         scores = self.score(hidden_states)
         if self.training and self.noise:
             scores = scores + self.noise * torch.randn_like(scores)
-        index, used = self.select(scores)
+        index, used = self.route(scores)
         return scores, self._weights(scores, index, used).to(hidden_states.dtype), index
 
     @property
@@ -69,7 +69,7 @@ class Gate(nn.Module):
         bounds = (self.min_experts_per_tok, self.max_experts_per_tok)
         return self.routing == "threshold" and bounds == (0, self.num_experts)
 
-    def select(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def route(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scores `[T, E]` -> the slots' experts `[T, K]`, and which slots are used, bool `[T, K]` (None: all are)."""
         if self.routing == "top_k":
             return torch.topk(scores, self.num_experts_per_tok, dim=-1).indices, None
@@ -79,11 +79,11 @@ class Gate(nn.Module):
         forced = torch.arange(best.shape[-1], device=scores.device) < self.min_experts_per_tok
         return index, (best >= self.threshold) | forced
 
-    def selected(self, scores: torch.Tensor) -> torch.Tensor:
+    def mask(self, scores: torch.Tensor) -> torch.Tensor:
         """Which experts run, bool `[T, E]`."""
         if self._is_unbounded:
             return scores >= self.threshold
-        index, used = self.select(scores)
+        index, used = self.route(scores)
         used = torch.ones_like(index, dtype=torch.bool) if used is None else used
         return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, used)
 
@@ -133,19 +133,14 @@ class Gate(nn.Module):
         levels = np.linspace(0, len(ordered) - 1, self.NUM_QUANTILES).round().astype(np.int64)
         self.score_quantiles.copy_(torch.from_numpy(ordered[levels]))
 
-    def threshold_of_share(self, share: float) -> float:
-        """The threshold at which this share of all token-expert pairs runs on the text of the stored quantiles.
-
-        Raises:
-            ValueError: the gate routes by top-k, or no quantiles are stored.
-        """
-        self._require_threshold_routing()
-        return self.quantile_threshold(self.score_quantiles, share)
-
     @classmethod
     @torch.no_grad()
     def quantile_threshold(cls, score_quantiles: torch.Tensor, share: float) -> float:
-        """As `threshold_of_share`, from the quantiles alone."""
+        """The threshold at which this share of all token-expert pairs runs on the text of the quantiles.
+
+        Raises:
+            ValueError: the quantiles are all equal, as where none were stored.
+        """
         if not 0 < share < 1:
             return cls.LOWEST_THRESHOLD if share >= 1 else -cls.LOWEST_THRESHOLD
         if score_quantiles[0] == score_quantiles[-1]:
@@ -155,9 +150,13 @@ class Gate(nn.Module):
         return torch.lerp(low, high, part).item()
 
     def set_active_share(self, share: float) -> None:
-        """Set the threshold to `threshold_of_share(share)`."""
-        threshold = self.threshold_of_share(share)
-        self.threshold.fill_(threshold)
+        """Set the threshold to the `quantile_threshold` of the stored quantiles.
+
+        Raises:
+            ValueError: the gate routes by top-k, or no quantiles are stored.
+        """
+        self._require_threshold_routing()
+        self.threshold.fill_(self.quantile_threshold(self.score_quantiles, share))
 
     def _require_threshold_routing(self) -> None:
         if self.routing != "threshold":

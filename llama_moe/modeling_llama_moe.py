@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from .configuration_llama_moe import LlamaMoEConfig, shift_to_mean
+from .configuration_llama_moe import LlamaMoEConfig
 from .gates import Gate, load_balancing_loss
 from .moe_layers import Experts, MoEBlock
 
@@ -74,7 +74,7 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Unless asked otherwise, "llama_moe": the fastest way for each device and size."""
+        """Unless asked otherwise, "llama_moe": the fast kernels of `expert_kernels`."""
         if requested_experts in (None, "llama_moe"):
             return "llama_moe"
         return super().get_correct_experts_implementation(requested_experts)
@@ -83,29 +83,28 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         """Change how many routed experts run per token, in place; with threshold routing, on average.
 
         Args:
-            num_experts_per_tok: one number for every layer, or one per layer. With threshold routing one number is the
-                mean over the layers; where these differ (`layer_num_experts_per_tok`), they keep their differences.
+            num_experts_per_tok: one number for every layer, or one per layer.
 
         Raises:
-            ValueError: not between 1 and the number of experts, or not one per layer; or threshold routing has no
-                score quantiles to go by.
+            ValueError: more than there are, less than 1 (with threshold routing: less than 0), or not one per layer; or
+                threshold routing has no score quantiles to go by.
         """
         config = self.config
-        by_layer = isinstance(num_experts_per_tok, Sequence) and not isinstance(num_experts_per_tok, str)
-        budgets = list(num_experts_per_tok) if by_layer else [num_experts_per_tok] * config.num_hidden_layers
+        budgets = num_experts_per_tok
+        if isinstance(budgets, str) or not isinstance(budgets, Sequence):
+            budgets = [budgets] * config.num_hidden_layers
         if len(budgets) != config.num_hidden_layers:
             raise ValueError(f"{len(budgets)} budgets given for {config.num_hidden_layers} layers")
-        least, most = max(1, config.min_experts_per_tok), config.most_experts_per_tok
-        limits = f"1 to num_experts ({most})" if (least, most) == (1, config.num_experts) else f"{least} to {most}"
+        lowest, highest = self._routed_bounds()
+        limits = f"{lowest} to {f'num_experts ({highest})' if highest == config.num_experts else highest}"
         for budget in budgets:
             whole = isinstance(budget, Integral) and not isinstance(budget, bool)
-            if not (whole and least <= budget <= most):
+            if not (whole and lowest <= budget <= highest):
                 raise ValueError(f"num_experts_per_tok is {budget!r}; it must be {limits}")
-        self._set_routed_budgets([int(budget) for budget in budgets] if by_layer else int(num_experts_per_tok))
+        self._set_routed_budgets([int(budget) for budget in budgets])
 
     def set_active_fraction(self, fraction: float) -> None:
-        """Change the share of all experts, shared ones included, that runs per token, on average over the layers (which
-        keep their differences, where they have any).
+        """Change the share of all experts, shared ones included, that runs per token, in every layer.
 
         Raises:
             ValueError: outside of what the model can do. Top-k routing takes whole numbers of experts only.
@@ -116,9 +115,9 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         total = config.num_experts + config.num_shared_experts
         routed = fraction * total - config.num_shared_experts
         tolerance = 1e-6 * total
-        least, most = 1 if config.routing == "top_k" else config.min_experts_per_tok, config.most_experts_per_tok
-        if not (fraction > 0 and least - tolerance <= routed <= most + tolerance):
-            lowest, highest = ((config.num_shared_experts + count) / total for count in (least, most))
+        bounds = self._routed_bounds()
+        if not (fraction > 0 and bounds[0] - tolerance <= routed <= bounds[1] + tolerance):
+            lowest, highest = ((config.num_shared_experts + count) / total for count in bounds)
             raise ValueError(
                 f"active fraction {fraction} is outside of {lowest:.4g} to {highest:.4g}, what this model can run"
             )
@@ -126,33 +125,28 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
             if abs(routed - round(routed)) > tolerance:
                 raise ValueError(f"active fraction {fraction} is not a whole number of {total} experts")
             routed = round(routed)
-        self._set_routed_budgets(routed)
+        self._set_routed_budgets([routed] * config.num_hidden_layers)
 
-    def _set_routed_budgets(self, budget: list[int | float] | float) -> None:
+    def _routed_bounds(self) -> tuple[int, int]:
+        """The fewest and the most routed experts that a layer can be set to run per token."""
+        fewest = 1 if self.config.routing == "top_k" else self.config.min_experts_per_tok
+        return fewest, self.config.max_routed_experts
+
+    def _set_routed_budgets(self, budgets: list[int | float]) -> None:
+        """Set routed experts per token by layer, in gates and config; on a refusal nothing has changed."""
         config = self.config
         gates = [module for module in self.modules() if isinstance(module, Gate)]
-        if isinstance(budget, list):
-            budgets = budget
-        elif config.routing == "threshold" and config.layer_num_experts_per_tok:
-            least, most = config.min_experts_per_tok, config.most_experts_per_tok
-            budgets = shift_to_mean(config.layer_num_experts_per_tok, budget, least, most)
-        else:
-            budgets = [budget] * config.num_hidden_layers
         if config.routing == "threshold":
-            thresholds = [
-                gate.threshold_of_share(budget / config.num_experts)
-                for gate, budget in zip(gates, budgets, strict=True)
-            ]
+            shares = [budget / config.num_experts for budget in budgets]
+            thresholds = [g.quantile_threshold(g.score_quantiles, s) for g, s in zip(gates, shares, strict=True)]
             for gate, threshold in zip(gates, thresholds, strict=True):
                 gate.threshold.fill_(threshold)
-            config.num_experts_per_tok = max(1, round(sum(budgets) / len(budgets)))
-            if isinstance(budget, list):
-                config.layer_num_experts_per_tok = budgets if len(set(budgets)) > 1 else None
+            config.num_experts_per_tok = round(sum(budgets) / len(budgets))
         else:
             for gate, budget in zip(gates, budgets, strict=True):
                 gate.num_experts_per_tok = budget
             config.num_experts_per_tok = max(budgets)
-            config.layer_num_experts_per_tok = budgets if len(set(budgets)) > 1 else None
+        config.layer_num_experts_per_tok = budgets if len(set(budgets)) > 1 else None
 
 
 class LlamaMoEModel(LlamaMoEPreTrainedModel, LlamaModel):
@@ -218,7 +212,7 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM, GenerationM
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         router_logits, aux_loss = outputs.get("router_logits"), None
         if router_logits is not None:
-            selected = [layer.mlp.gate.selected(s) for layer, s in zip(self.model.layers, router_logits, strict=True)]
+            selected = [layer.mlp.gate.mask(s) for layer, s in zip(self.model.layers, router_logits, strict=True)]
             new_tokens = outputs.last_hidden_state.shape[1]  # the mask covers the cached ones as well
             mask = attention_mask[:, -new_tokens:] if getattr(attention_mask, "ndim", 0) == 2 else None
             aux_loss = load_balancing_loss(router_logits, selected, mask)

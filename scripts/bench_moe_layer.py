@@ -135,7 +135,7 @@ def measure(case: dict[str, Any], rounds: int, rates: tuple[float, float]) -> di
     dense, block, x = case["dense"], case["block"], case["x"]
     num_tokens, num_experts = x.shape[1], block.gate.num_experts
     with torch.inference_mode():
-        selected = block.gate.selected(block.gate.score(x[0]))
+        selected = block.gate.mask(block.gate.score(x[0]))
         alternatives: dict[str, Callable[[], object]] = {"dense": lambda: dense(x), "ours": lambda: block(x)}
         expert_bytes = sum(parameter[0].nbytes for parameter in block.experts.parameters())
         runs = {

@@ -23,7 +23,6 @@ from transformers import (
     LlamaForSequenceClassification,
     LlamaModel,
 )
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from llama_moe import (
@@ -33,6 +32,7 @@ from llama_moe import (
     LlamaMoEModel,
     record_routing,
 )
+from llama_moe.expert_kernels import EXPERTS_FUNCTIONS
 
 MOE = TINY | {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
 CLASSES = {
@@ -101,12 +101,11 @@ def base_of(model):
     [
         ({"num_experts": 0}, "num_experts is 0"),
         ({"intermediate_size": 0}, "moe_intermediate_size is 0"),
-        ({"num_experts": -2}, "num_experts is -2"),
         ({"num_experts": 5}, "num_experts (5) times moe_intermediate_size (12) must give intermediate_size (64)"),
         ({"moe_intermediate_size": 8}, "moe_intermediate_size (8)"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5; it must be 1 to num_experts (4)"),
-        ({"num_experts_per_tok": -1}, "num_experts_per_tok is -1"),
+        ({"num_experts_per_tok": -1, "routing": "threshold"}, "num_experts_per_tok is -1; it must be 0 to 4"),
         ({"num_shared_experts": -1}, "num_shared_experts is -1"),
         ({"num_shared_experts": 1}, "num_experts (4) plus num_shared_experts (1) times moe_intermediate_size (12)"),
         ({"layer_num_experts_per_tok": [2, 2]}, "layer_num_experts_per_tok is [2, 2]; it must be 3 numbers"),
@@ -139,75 +138,40 @@ def test_bad_config_values_are_refused_by_name(change, words):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("num_experts", "4"),
-        ("num_experts", None),
-        ("num_experts_per_tok", 2.0),
-        ("moe_intermediate_size", 16.0),
-        ("gate_network", None),
-        ("multiply_gate_scores", "no"),
-        ("output_router_logits", 1),
-        ("num_shared_experts", None),
-        ("layer_num_experts_per_tok", 2),
-        ("gate_rank", 1.0),
-        ("routing", None),
-        ("output_bias", "no"),
-    ],
+    ("field", "value"), [("num_experts_per_tok", 2.0), ("multiply_gate_scores", "no"), ("routing", None)]
 )
 def test_values_of_the_wrong_type_are_refused_by_name(field, value):
     with pytest.raises(StrictDataclassFieldValidationError, match=f"'{field}'"):
         LlamaMoEConfig(**(MOE | {field: value}))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("num_experts_per_tok", 0), ("num_experts_per_tok", 5), ("num_experts", 8), ("gate_network", "conv")],
-)
 @pytest.mark.parametrize("model_class", CLASSES)
-def test_bad_values_given_while_loading_are_refused_by_name(model_class, field, value, tmp_path):
+def test_bad_values_given_while_loading_are_refused_by_name(model_class, tmp_path):
     make(model_class).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=field):
-        model_class.from_pretrained(tmp_path, **{field: value})
-
-
-def test_config_defaults():
-    """As the class's docstring gives them; a LLaMA's own fields stay a LLaMA's."""
-    config, llama = LlamaMoEConfig(), LlamaConfig()
-    assert config.num_experts * config.moe_intermediate_size == config.intermediate_size == llama.intermediate_size
-    assert (config.num_experts, config.num_experts_per_tok, config.num_selects) == (8, 2, 2)
-    assert (config.gate_network, config.multiply_gate_scores, config.output_router_logits) == ("mlp", False, False)
+    for field, value in {"num_experts_per_tok": 5, "num_experts": 8, "gate_network": "conv"}.items():
+        with pytest.raises(ValueError, match=field):
+            model_class.from_pretrained(tmp_path, **{field: value})
 
 
 def test_config_round_trip(tmp_path):
-    config = LlamaMoEConfig(
-        **MOE,
-        gate_network="linear",
-        gate_rank=3,
-        multiply_gate_scores=True,
-        score_scale_factor=2,
-        layer_num_experts_per_tok=[1, 2, 2],
-        output_bias=True,
-    )
+    fields = {"gate_network": "linear", "gate_rank": 3, "score_scale_factor": 2, "layer_num_experts_per_tok": [1, 2, 2]}
+    config = LlamaMoEConfig(**MOE | fields)
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(again, LlamaMoEConfig)
     assert again.to_dict() | {"_name_or_path": ""} == config.to_dict()
-    assert again.num_selects == again.num_experts_per_tok == 2
-    assert again.moe_intermediate_size == 16
-    assert set(again.auto_map) == {
-        "AutoConfig",
-        "AutoModel",
-        "AutoModelForCausalLM",
-        "AutoModelForSequenceClassification",
-    }
+    assert (again.num_selects, again.moe_intermediate_size) == (2, 16)
+    assert set(again.auto_map) == {"AutoConfig", *(auto.__name__ for auto in CLASSES.values())}
 
 
 # ---------------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize("model_class", CLASSES)
-@pytest.mark.parametrize("config", [{"mlp_bias": True}, {"tie_word_embeddings": True}, *ROUTINGS])
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [(LlamaMoEForCausalLM, config) for config in ({"mlp_bias": True}, {"tie_word_embeddings": True}, *ROUTINGS)]
+    + [(LlamaMoEModel, {}), (LlamaMoEForSequenceClassification, {"num_shared_experts": 4})],
+)
 def test_save_and_load_through_auto_classes(model_class, config, tmp_path):
     model = make(model_class, **config)
     if model_class is LlamaMoEForCausalLM:
@@ -276,16 +240,7 @@ def test_all_experts_are_the_dense_llama(model_class, config):
 
 
 @pytest.mark.parametrize(
-    "mode",
-    [
-        {},
-        {"num_beams": 3},
-        {"num_beams": 4, "do_sample": True},
-        {"do_sample": True, "top_p": 0.9},
-        {"repetition_penalty": 1.3},
-        {"cache_implementation": "static"},
-        {"prompt_lookup_num_tokens": 2},
-    ],
+    "mode", [{"num_beams": 4, "do_sample": True}, {"repetition_penalty": 1.3}, {"prompt_lookup_num_tokens": 2}]
 )
 def test_every_way_to_generate_gives_what_the_dense_llama_gives(mode):
     model = make(num_experts_per_tok=4)
@@ -297,18 +252,6 @@ def test_every_way_to_generate_gives_what_the_dense_llama_gives(mode):
         results.append(each.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, **options))
     assert results[0].shape[1] > 14
     assert torch.equal(*results)
-
-
-@pytest.mark.parametrize("mask", [None, "left"])
-def test_attention_implementations_agree(mask):
-    model, tokens = make(), some_tokens()
-    mask = None if mask is None else (torch.arange(10) >= torch.tensor([[0], [3]])).long()
-    outputs = []
-    with torch.no_grad():
-        for name in ("eager", "sdpa"):
-            model.set_attn_implementation(name)
-            outputs.append(model(tokens, attention_mask=mask).logits[:, 3:])
-    torch.testing.assert_close(*outputs, **TOLERANCE)
 
 
 def test_gates_missing_from_a_checkpoint_are_initialised(tmp_path):
@@ -385,30 +328,8 @@ def test_loss_is_the_cross_entropy_of_the_next_token():
     with torch.no_grad():
         output = model(tokens, labels=labels)
         log_probabilities = output.logits.log_softmax(-1)
-    losses = [
-        -log_probabilities[row, position, labels[row, position + 1]]
-        for row in range(2)
-        for position in range(9)
-        if labels[row, position + 1] != -100
-    ]
-    assert len(losses) == 15
-    torch.testing.assert_close(output.loss, torch.stack(losses).mean())
-
-
-def test_returned_cache_continues_the_text():
-    model, tokens = make(), some_tokens()
-    with torch.no_grad():
-        cache = model(tokens[:, :6], use_cache=True).past_key_values
-        rest = model(tokens[:, 6:], past_key_values=cache).logits
-        torch.testing.assert_close(rest, model(tokens).logits[:, 6:], **TOLERANCE)
-
-
-def test_positions_reach_the_attention():
-    model, tokens, spread = make(), some_tokens(), 3 * torch.arange(10)[None]
-    with torch.no_grad():
-        logits = model(tokens, position_ids=spread).logits
-        assert torch.equal(logits, model.lm_head(model.model(tokens, position_ids=spread).last_hidden_state))
-        assert not torch.allclose(logits, model(tokens).logits, **TOLERANCE)
+    losses = -log_probabilities[:, :-1].gather(2, labels[:, 1:, None].clamp(min=0))[..., 0]
+    torch.testing.assert_close(output.loss, losses[labels[:, 1:] != -100].mean())
 
 
 def test_embeddings_in_and_tuples_out():
@@ -450,14 +371,9 @@ def test_hidden_states_and_attentions():
     model.set_attn_implementation("eager")
     with torch.no_grad():
         output = model(some_tokens(), output_hidden_states=True, output_attentions=True)
-        states, attentions = output.hidden_states, output.attentions
-        assert [state.shape for state in states] == [(2, 10, 32)] * 4
-        assert torch.equal(states[0], model.model.embed_tokens(some_tokens()))
-        assert torch.equal(model.lm_head(states[-1]), output.logits)
-    assert [attention.shape for attention in attentions] == [(2, 4, 10, 10)] * 3
-    for attention in attentions:
-        torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 10))
-        assert torch.equal(attention, attention.tril())
+        assert [state.shape for state in output.hidden_states] == [(2, 10, 32)] * 4
+        assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
+    assert [attention.shape for attention in output.attentions] == [(2, 4, 10, 10)] * 3
 
 
 def test_num_selects_names_the_budget_when_loading(tmp_path):
@@ -513,18 +429,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(config):
         assert torch.equal(plain, checkpointed)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_resized_embeddings_keep_the_old_logits(tied):
-    model = make(tie_word_embeddings=tied)
-    with torch.no_grad():
-        before = model(some_tokens()).logits
-        model.resize_token_embeddings(310)
-        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-        after = model(torch.cat([some_tokens(), torch.full((2, 1), 309)], dim=1)).logits
-    assert after.shape == (2, 11, 310)
-    torch.testing.assert_close(after[:, :10, :300], before, **TOLERANCE)
-
-
 def test_tied_embeddings_stay_one_tensor_on_disk_and_in_memory(tmp_path):
     make(tie_word_embeddings=True).save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
@@ -549,7 +453,7 @@ def calls(monkeypatch):
         return lambda *args, **kwargs: counts.update([name]) or real(*args, **kwargs)
 
     for name in ("grouped_mm", "batched_mm"):
-        monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, name, counting(name, ALL_EXPERTS_FUNCTIONS[name]))
+        monkeypatch.setitem(EXPERTS_FUNCTIONS, name, counting(name, EXPERTS_FUNCTIONS[name]))
     return counts
 
 
@@ -579,7 +483,7 @@ def test_a_dense_llama_built_before_changes_nothing(calls, tmp_path):
     assert dict(calls) == {"grouped_mm": 3, "batched_mm": 3}
 
 
-@pytest.mark.parametrize("num_experts", [4, 16, 32, 64])  # widths 16, 4, 2, 1: grouped_mm takes the first only
+@pytest.mark.parametrize("num_experts", [4, 64])  # widths 16 and 1: grouped_mm takes the first only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_by_default_any_width_runs(num_experts, dtype, calls, tmp_path):
     make(num_experts=num_experts, dtype=dtype).save_pretrained(tmp_path)
@@ -589,11 +493,10 @@ def test_by_default_any_width_runs(num_experts, dtype, calls, tmp_path):
         logits = model(some_tokens()).logits
         assert not calls
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(some_tokens()).logits
-        torch.testing.assert_close(
-            compiled, logits, **(TOLERANCE if dtype == torch.float32 else dict(rtol=0.1, atol=0.1))
-        )
         model.set_experts_implementation("eager")
-        assert torch.equal(model(some_tokens()).logits, logits)
+        tolerance = TOLERANCE if dtype == torch.float32 else dict(rtol=0.1, atol=0.1)
+        for other in (compiled, model(some_tokens()).logits):
+            torch.testing.assert_close(other, logits, **tolerance)
 
 
 @pytest.mark.parametrize("config", ROUTINGS)
@@ -672,8 +575,7 @@ def test_active_fraction_of_a_top_k_model_is_a_whole_number_of_experts(shared):
     assert model.config.num_selects == 0.75 * (4 + shared)
 
 
-@pytest.mark.parametrize("shared", [0, 8])
-@pytest.mark.parametrize("fraction", [0.55, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize(("shared", "fraction"), [(0, 0.55), (0, 1.0), (8, 0.7)])
 def test_threshold_routing_meets_its_budget_on_the_text_of_its_quantiles(shared, fraction, tmp_path):
     """The design's invariant 7: each layer on what it sees, so quantiles are taken layer after layer."""
     model, tokens = make(routing="threshold", num_experts=8, num_shared_experts=shared), some_tokens(8, 40)
@@ -730,7 +632,7 @@ def test_bounds_of_a_token_are_bounds_of_the_average():
             model.set_active_fraction(wrong)
     with pytest.raises(ValueError, match="num_experts_per_tok is 6; it must be 1 to 5"):
         model.set_num_experts_per_tok(6)
-    with pytest.raises(ValueError, match="num_experts_per_tok is 2; it must be 1 to 1, the bounds of each token"):
+    with pytest.raises(ValueError, match="num_experts_per_tok is 2; it must be 0 to 1, the bounds of each token"):
         LlamaMoEConfig(**MOE, routing="threshold", max_experts_per_tok=1)
 
 
@@ -752,10 +654,26 @@ def test_shapes_can_be_had_without_numbers(config):
         assert model(torch.ones(2, 10, dtype=torch.long)).logits.shape == (2, 10, 300)
 
 
-def test_tokens_differ_in_cost_under_a_threshold():
-    model = calibrated(make(routing="threshold", num_experts=16))
-    costs = [layer.tokens_by_cost for layer in routing_of(model, some_tokens(8, 40))]
-    assert all(int(counts.sum()) == 320 and (counts > 0).sum() >= 4 for counts in costs)
+def test_no_routed_expert_is_a_budget_under_a_threshold(tmp_path):
+    model = make(routing="threshold", num_shared_experts=4)
+    model.set_num_experts_per_tok(0)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaMoEForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.config.num_experts_per_tok, loaded.config.num_selects) == (0, 4)
+    assert [layer.experts_per_tok for layer in routing_of(loaded, some_tokens())] == [0, 0, 0]
+    model.set_active_fraction(0.5)  # the same, said otherwise
+    assert model.config.num_experts_per_tok == 0
+
+
+def test_layers_averages_count_while_their_mean_is_the_budget():
+    """As checkpoints with budgets of their own by layer have them; a new budget is one for all layers."""
+    fields = MOE | {"routing": "threshold", "layer_num_experts_per_tok": [1.5, 3.5, 1.0]}
+    config = LlamaMoEConfig(**fields)
+    assert [config.experts_per_tok_of(layer) for layer in range(3)] == [1.5, 3.5, 1.0]
+    rebudgeted = LlamaMoEConfig(**fields | {"num_experts_per_tok": 3})
+    assert [rebudgeted.experts_per_tok_of(layer) for layer in range(3)] == [3, 3, 3]
+    model = calibrated(make(**fields), fraction=0.75)
+    assert (model.config.num_experts_per_tok, model.config.layer_num_experts_per_tok) == (3, None)
 
 
 # ---------------------------------------------------------------------------------------------------- balancing
@@ -876,12 +794,3 @@ def test_checkpoints_load_and_save_without_the_package(tmp_path, monkeypatch):
         torch.testing.assert_close(torch.tensor(result[auto]["hidden"]), hidden, **TOLERANCE)
         torch.testing.assert_close(torch.tensor(result[auto]["output"]), expected, **TOLERANCE)
         assert result[auto]["again"] == result[auto]["output"]
-
-
-def test_checkpoint_without_trust_asks_for_it(tmp_path):
-    make().save_pretrained(tmp_path)
-    code = FRESH_PROCESS.replace(", trust_remote_code=True", ", trust_remote_code=False")
-    command = [sys.executable, "-c", code, "AutoModelForCausalLM", tmp_path]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert process.returncode != 0
-    assert "trust_remote_code=True" in process.stderr

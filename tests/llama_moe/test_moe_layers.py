@@ -1,6 +1,5 @@
 """Gates, experts and the block against straight-line computations."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -10,19 +9,37 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from llama_moe import LlamaMoEConfig, moe_layers
-from llama_moe.gates import GATE_CLASSES, LinearGate, MLPGate, load_balancing_loss
+from llama_moe import LlamaMoEConfig
+from llama_moe.expert_kernels import (
+    FEW_PAIRS,
+    FEW_TOKENS,
+    FINE_WIDTH,
+    TOKENS_PER_CHUNK,
+    PackedExperts,
+    choose_kernel,
+    grouped,
+    masked_dense,
+    one_by_one,
+    one_token,
+)
+from llama_moe.gates import LinearGate, MLPGate, load_balancing_loss
 from llama_moe.moe_layers import BiasedExperts, Experts, MoEBlock, record_routing
 
 # float32 sums of the same terms in another order.
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
-# Of the largest output: float32 as above; bf16 keeps 8 bits, and a handful of roundings add up.
+# Relative to the largest output: float32 as above; bf16 keeps 8 bits, and a handful of roundings add up.
 RELATIVE_TO_LARGEST = {torch.float32: 1e-6, torch.bfloat16: 4 * 2**-8}
 IMPLEMENTATIONS = ["eager", "llama_moe", "grouped_mm", "batched_mm"]
-# experts, width, tokens, experts per token; grouped_mm takes widths of whole 16 bytes only.
-SHAPES = [(1, 8, 3, 1), (4, 8, 1, 2), (4, 16, 9, 4), (8, 8, 40, 3)]
-NARROW = [(1, 1, 1, 1), (6, 1, 5, 2), (3, 5, 7, 3)]
+KERNELS = [one_by_one, masked_dense, grouped, one_token]
+# Experts, width and tokens: in between, odd, and beyond the sizes at which a kernel changes its products.
+SIZES = {
+    one_by_one: [(5, 6, 1), (4, 16, 70), (3, 43, 5)],
+    masked_dense: [(5, 6, 1), (4, 16, 5), (5, 6, 13), (4, 16, 70), (3, 5, TOKENS_PER_CHUNK + 9)],
+    grouped: [(4, 16, 1), (4, 8, 70)],  # widths of whole 16 bytes only
+    one_token: [(5, 6, 1), (4, 16, 1)],
+}
 
 
 def random_experts(num_experts, width, hidden, *, biased=False, implementation="eager", dtype=torch.float32):
@@ -64,175 +81,168 @@ def naive_experts(experts, hidden_states, index, weights):
     return torch.stack(rows)
 
 
+def hidden_states(tokens, hidden=16, dtype=torch.float32):
+    return torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def require_naive(output, module, x, index, weights, dtype):
+    with torch.no_grad():
+        expected = naive_experts(module.float(), x.float(), index, weights.float())
+    assert output.dtype == dtype
+    assert expected.any()
+    assert (output.float() - expected).abs().max() < 2 * RELATIVE_TO_LARGEST[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
-    ("implementation", "shape"),
-    [(name, shape) for name in IMPLEMENTATIONS for shape in SHAPES + (NARROW if name != "grouped_mm" else [])],
+    ("biased", "dtype", "shape"),
+    [
+        (False, torch.float32, (1, 8, 3, 1)),
+        (True, torch.float32, (4, 16, 9, 4)),
+        (True, torch.bfloat16, (4, 8, 1, 2)),
+        (False, torch.bfloat16, (8, 8, 40, 3)),
+    ],
 )
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("dtype", RELATIVE_TO_LARGEST)
 def test_experts_equal_the_naive_loop(implementation, biased, dtype, shape):
     experts, width, tokens, k = shape
     module = random_experts(experts, width, 16, biased=biased, implementation=implementation, dtype=dtype)
-    x = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
-    routing = random_routing(tokens, experts, k, dtype)
+    x, routing = hidden_states(tokens, dtype=dtype), random_routing(tokens, experts, k, dtype)
     before = [tensor.clone() for tensor in (x, *routing)]
     with torch.no_grad():
         output = module(x, *routing)
         assert torch.equal(output, module(x, *routing))
-        expected = naive_experts(module.float(), x.float(), routing[0], routing[1].float())
-    assert output.dtype == dtype
-    assert expected.any()
-    assert (output.float() - expected).abs().max() < RELATIVE_TO_LARGEST[dtype] * expected.abs().max()
+    require_naive(output, module, x, *routing, dtype)
     assert all(torch.equal(*pair) for pair in zip((x, *routing), before, strict=True)), "an input was modified"
 
 
-@pytest.fixture(params=["as it comes", "loop", "grouped", "few tokens", "all at once"])
-def path(request, monkeypatch):
-    """Our implementation has ways for different sizes; each is forced upon small ones here."""
-    if request.param == "all at once":
-        monkeypatch.setattr(moe_layers, "FINE_WIDTH", 10**6)
-    elif request.param != "as it comes":
-        monkeypatch.setattr(moe_layers, "FINE_WIDTH", 0)
-        for name in ("VERY_FEW_TOKENS", "FEW_TOKENS"):
-            monkeypatch.setattr(moe_layers, name, 10**6 if request.param == "few tokens" else 0)
-        monkeypatch.setattr(moe_layers, "FEW_PAIRS", 10**6 if request.param == "grouped" else 0)
-    return request.param
-
-
-@pytest.mark.parametrize(
-    ("capability", "width", "tokens", "routing", "way"),
-    [
-        ((9, 0), 8, 129, "top_k", "transformers"),
-        ((9, 0), 8, 129, "threshold", "_grouped"),
-        ((9, 0), 8, 128, "threshold", "_all_at_once"),
-        ((9, 0), 6, 129, "top_k", "_all_at_once"),
-        ((7, 5), 8, 129, "top_k", "_all_at_once"),
-    ],
-)
-def test_what_runs_on_a_gpu(capability, width, tokens, routing, way, monkeypatch):
-    """Which way is chosen there; the ways themselves are compared with the naive loop above and below."""
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setitem(moe_layers.ALL_EXPERTS_FUNCTIONS, "grouped_mm", lambda *_: chosen.append("transformers"))
-    monkeypatch.setattr(moe_layers, "_used_pairs", lambda *_: ())
-    for name in ("_grouped", "_all_at_once", "_eager"):
-        monkeypatch.setattr(Experts, name, lambda *_, name=name: chosen.append(name))
-    module = random_experts(4, width, 16, implementation="llama_moe")
-    module.config.routing = routing
-    index, weights = random_routing(tokens, 4, 4)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        module(torch.empty(tokens, 16, device="cuda"), index, weights)
-    assert chosen == [way]
-
-
-@pytest.mark.parametrize(("width", "routing"), [(6, "top_k"), (6, "threshold"), (8, "threshold")])
-def test_an_exported_layer_takes_any_number_of_tokens(width, routing):
-    module = random_experts(4, width, 16, implementation="llama_moe")
-    module.config.routing = routing
-
-    def inputs(tokens):
-        return (torch.randn(tokens, 16, generator=torch.Generator().manual_seed(2)), *random_routing(tokens, 4, 4))
-
-    tokens = torch.export.Dim("tokens")
-    exported = torch.export.export(module, inputs(40), dynamic_shapes=({0: tokens},) * 3).module()
-    for count in (2, 23, 24, 200):
-        torch.testing.assert_close(exported(*inputs(count)), module(*inputs(count)), **TOLERANCE)
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("dtype", RELATIVE_TO_LARGEST)
-@pytest.mark.parametrize(("experts", "width", "hidden"), [(5, 6, 24), (4, 16, 32), (2, 176, 1024), (3, 172, 1028)])
-@pytest.mark.parametrize("tokens", [1, 5, 70])
-def test_every_path_equals_the_naive_loop(path, biased, dtype, experts, width, hidden, tokens):
-    """Odd sizes, sizes whose products are split into blocks, and unused slots, which weigh 0."""
-    module = random_experts(experts, width, hidden, biased=biased, dtype=dtype)
-    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(2)).to(dtype)
+@pytest.mark.parametrize(("kernel", "size"), [(kernel, size) for kernel in KERNELS for size in SIZES[kernel]])
+@pytest.mark.parametrize(("biased", "dtype"), [(False, torch.float32), (True, torch.bfloat16), (True, torch.float32)])
+def test_every_kernel_equals_the_naive_loop(kernel, biased, dtype, size):
+    """Half of the slots are unused, and weigh 0."""
+    experts, width, tokens = size
+    module, x = random_experts(experts, width, 24, biased=biased, dtype=dtype), hidden_states(tokens, 24, dtype)
     index, weights = random_routing(tokens, experts, experts, dtype)
     weights = weights * (torch.rand(weights.shape, generator=torch.Generator().manual_seed(3)) < 0.5)
     with torch.no_grad():
-        output = module(x, index, weights)
-        expected = naive_experts(module.float(), x.float(), index, weights.float())
-    assert output.dtype == dtype
-    assert (output.float() - expected).abs().max() < 2 * RELATIVE_TO_LARGEST[dtype] * expected.abs().max()
+        output = kernel(PackedExperts.of(module), x, index, weights)
+    require_naive(output, module, x, index, weights, dtype)
 
 
-@pytest.mark.parametrize("tokens", [1, 70, 300])
-def test_what_no_token_uses_is_never_read(path, tokens):
-    if path == "all at once":
-        pytest.skip("reads all experts")
-    module = random_experts(6, 16, 32)
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "kernel"),  # experts, width, hidden, tokens, experts per token
+    [
+        ((4, FINE_WIDTH - 8, 16, 1, 2), torch.float32, masked_dense),
+        ((4, 16, 16, 1, 2), torch.float32, one_token),
+        ((4, 16, 16, 1, 2), torch.bfloat16, masked_dense),
+        ((4, 16, 16, 30, 2), torch.bfloat16, grouped),
+        ((4, 17, 16, 30, 2), torch.float32, one_by_one),
+        ((4, 16, 16, FEW_PAIRS // 2 + 1, 2), torch.float32, one_by_one),
+        ((2, 1024, 2048, 2, 1), torch.bfloat16, grouped),
+        ((2, 1024, 2048, 2, 1), torch.float32, one_by_one),
+    ],
+)
+def test_what_runs_on_a_cpu(sizes, dtype, kernel):
+    experts, width, hidden, tokens, k = sizes
+    module = random_experts(experts, width, hidden, dtype=dtype)
+    weights = random_routing(tokens, experts, k, dtype)[1]
+    with torch.no_grad():
+        chosen = choose_kernel(PackedExperts.of(module), hidden_states(tokens, hidden, dtype), weights, "top_k")
+    assert chosen is kernel
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "tokens", "routing", "kernel"),
+    [
+        ((9, 0), 8, FEW_TOKENS + 1, "top_k", None),  # transformers' own
+        ((9, 0), 8, FEW_TOKENS + 1, "threshold", grouped),
+        ((9, 0), 8, FEW_TOKENS, "threshold", masked_dense),
+        ((9, 0), 6, FEW_TOKENS + 1, "top_k", masked_dense),
+        ((7, 5), 8, FEW_TOKENS + 1, "top_k", masked_dense),
+    ],
+)
+def test_what_runs_on_a_gpu(capability, width, tokens, routing, kernel, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    packed = PackedExperts.of(random_experts(4, width, 16))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(tokens, 16, device="cuda")
+        assert choose_kernel(packed, x, torch.ones(tokens, 4), routing) is kernel
+
+
+@pytest.mark.parametrize(("width", "routing"), [(6, "top_k"), (8, "threshold")])
+def test_an_exported_layer_takes_any_number_of_tokens(width, routing):
+    module = random_experts(4, width, 16, implementation="llama_moe")
+    module.config.routing = routing
+    tokens = torch.export.Dim("tokens")
+    inputs = {count: (hidden_states(count), *random_routing(count, 4, 4)) for count in (40, 2, 23, 24, 600)}
+    exported = torch.export.export(module, inputs[40], dynamic_shapes=({0: tokens},) * 3).module()
+    for each in inputs.values():
+        torch.testing.assert_close(exported(*each), module(*each), **TOLERANCE)
+
+
+@pytest.mark.parametrize(("kernel", "tokens"), [(one_by_one, 70), (grouped, 70), (one_token, 1)])
+def test_what_no_token_uses_is_never_read(kernel, tokens):
+    module, x = random_experts(6, 16, 32), hidden_states(tokens, 32)
     index, weights = random_routing(tokens, 6, 6)
     weights[(index == 2) | (index == 5)] = 0
-    x = torch.randn(tokens, 32)
     with torch.no_grad():
-        expected = module(x, index, weights)
+        expected = kernel(PackedExperts.of(module), x, index, weights)
         for unused in (2, 5):
             module.gate_up_proj[unused] = float("nan")
             module.down_proj[unused] = float("nan")
         assert expected.any()
-        assert torch.equal(module(x, index, weights), expected)
+        assert torch.equal(kernel(PackedExperts.of(module), x, index, weights), expected)
 
 
-def test_slots_of_another_process_are_skipped(path):
+@pytest.mark.parametrize("run", [Experts.__call__, *KERNELS])
+def test_slots_of_another_process_are_skipped(run):
     """Expert parallelism marks them with an index beyond the local experts and weight 0."""
-    module = random_experts(4, 16, 32)
-    index, weights = random_routing(9, 4, 2)
-    x = torch.randn(9, 32)
-    elsewhere = torch.rand(9, 2) < 0.5
+    module, tokens = random_experts(4, 16, 32), 1 if run is one_token else 9
+    index, weights = random_routing(tokens, 4, 4)
+    x, elsewhere = hidden_states(tokens, 32), torch.arange(4) % 2 == 0
+    experts, weights = module if run is Experts.__call__ else PackedExperts.of(module), weights * ~elsewhere
     with torch.no_grad():
-        expected = module(x, index, weights.masked_fill(elsewhere, 0))
-        output = module(x, index.masked_fill(elsewhere, 4), weights.masked_fill(elsewhere, 0))
-    torch.testing.assert_close(output, expected, **TOLERANCE)
+        output = run(experts, x, index.masked_fill(elsewhere, 4), weights)
+        torch.testing.assert_close(output, naive_experts(module, x, index, weights), **TOLERANCE)
 
 
-def test_gradients_of_every_path_equal_the_naive_loops(path):
-    module = random_experts(3, 176, 1024)
-    index, weights = random_routing(10, 3, 2)
+@pytest.mark.parametrize("run", [*IMPLEMENTATIONS, *KERNELS])
+def test_gradients_equal_the_naive_loops(run):
+    single = run in ("grouped_mm", grouped)  # which know no float64
+    dtype, bound, tokens = torch.float32 if single else torch.float64, 5e-6 if single else 1e-13, 10
+    module = random_experts(4, 8, 16, biased=True, implementation=run if isinstance(run, str) else "", dtype=dtype)
+    tokens = 1 if run is one_token else 10
+    index, weights = random_routing(tokens, 4, 4 if run is one_token else 2, dtype)
+    ours = module if isinstance(run, str) else lambda *inputs: run(PackedExperts.of(module), *inputs)
     gradients = []
-    for forward in (module, lambda *inputs: naive_experts(module, *inputs)):
+    for forward in (ours, lambda *inputs: naive_experts(module, *inputs)):
         module.zero_grad()
-        x = torch.randn(10, 1024, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        w = weights.clone().requires_grad_()
-        forward(x, index, w).mean().backward()
+        x, w = hidden_states(tokens, dtype=dtype).requires_grad_(), weights.clone().requires_grad_()
+        forward(x, index, w).square().sum().backward()
         gradients.append([x.grad, w.grad, *(p.grad.clone() for p in module.parameters())])
-    for ours, naive in zip(*gradients, strict=True):
-        assert (ours - naive).abs().max() < 1e-5 * naive.abs().max()
+    for own, naive in zip(*gradients, strict=True):
+        assert (own - naive).abs().max() < bound * naive.abs().max()
+
+
+def test_the_code_of_another_checkpoint_changes_nothing():
+    """A checkpoint's own copy of the package, of another version, registers its kernels with transformers."""
+    ALL_EXPERTS_FUNCTIONS.register("llama_moe", lambda *_: pytest.fail("the other copy's kernels ran"))
+    module = random_experts(4, 8, 16, implementation="llama_moe")
+    assert module(hidden_states(3), *random_routing(3, 4, 2)).any()
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 12), st.booleans(), st.data())
+@given(st.integers(1, 6), st.integers(1, 20), st.integers(1, 12), st.booleans(), st.data())
+@torch.no_grad()
 def test_any_shape_equals_the_naive_loop(num_experts, width, tokens, biased, data):
     k = data.draw(st.integers(1, num_experts))
-    module = random_experts(num_experts, width, 6, biased=biased)
-    x = torch.randn(tokens, 6, generator=torch.Generator().manual_seed(2))
-    routing = random_routing(tokens, num_experts, k)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe_layers, "FINE_WIDTH", data.draw(st.sampled_from([0, 16])))
-        torch.testing.assert_close(module(x, *routing), naive_experts(module, x, *routing), **TOLERANCE)
+    module = random_experts(num_experts, width, 6, biased=biased, implementation="llama_moe")
+    x, routing = hidden_states(tokens, 6), random_routing(tokens, num_experts, k)
+    torch.testing.assert_close(module(x, *routing), naive_experts(module, x, *routing), **TOLERANCE)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("biased", [False, True])
-def test_gradients_equal_the_naive_loops(implementation, biased):
-    dtype = torch.float32 if implementation == "grouped_mm" else torch.float64  # which it does not know
-    module = random_experts(4, 8, 16, biased=biased, implementation=implementation, dtype=dtype)
-    index, weights = random_routing(10, 4, 2, dtype)
-    gradients = []
-    for forward in (module, lambda *inputs: naive_experts(module, *inputs)):
-        module.zero_grad()
-        x = torch.randn(10, 16, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
-        w = weights.clone().requires_grad_()
-        forward(x, index, w).square().sum().backward()
-        gradients.append([x.grad, w.grad, *(p.grad.clone() for p in module.parameters())])
-    for ours, naive in zip(*gradients, strict=True):
-        bound = 2e-6 if dtype == torch.float32 else 1e-13
-        assert (ours - naive).abs().max() < bound * naive.abs().max()
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("biased", [False, True])
-def test_no_tokens_give_no_rows(implementation, biased):
-    module = random_experts(4, 8, 16, biased=biased, implementation=implementation)
+def test_no_tokens_give_no_rows(implementation):
+    module = random_experts(4, 8, 16, biased=True, implementation=implementation)
     output = module(torch.empty(0, 16), torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2))
     assert output.shape == (0, 16)
 
@@ -270,12 +280,6 @@ def test_gate_selects_the_true_top_k(gate_class, k, multiply):
             assert weights[token].tolist() == [1.0] * k
 
 
-def test_gate_sees_x_unnormalised():
-    gate = random_gate(LinearGate, num_experts_per_tok=2)
-    x = torch.randn(5, 16)
-    torch.testing.assert_close(gate.score(4 * x), 4 * gate.score(x))
-
-
 @pytest.mark.parametrize("gate_class", [MLPGate, LinearGate])
 def test_bf16_weights_are_a_float32_softmax_rounded_once(gate_class):
     gate = random_gate(gate_class, num_experts_per_tok=4, multiply_gate_scores=True).bfloat16()
@@ -286,13 +290,6 @@ def test_bf16_weights_are_a_float32_softmax_rounded_once(gate_class):
     torch.testing.assert_close(
         weights.double(), exponentials / exponentials.sum(dim=-1, keepdim=True), rtol=1.01 * 2**-8, atol=0
     )
-
-
-@pytest.mark.parametrize("gate_class", [MLPGate, LinearGate])
-def test_gates_hold_raw_parameters_only(gate_class):
-    gate = random_gate(gate_class, num_experts_per_tok=2)
-    assert not list(gate.children())
-    assert all(type(parameter) is nn.Parameter for parameter in gate.parameters())
 
 
 def test_a_gate_of_low_rank_is_the_product_of_its_factors():
@@ -344,7 +341,7 @@ def test_threshold_routing_runs_what_reaches_it_within_the_bounds(threshold, lea
     x = torch.randn(12, 16, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         scores, weights, index = gate(x)
-    mask = gate.selected(scores)
+    mask = gate.mask(scores)
     for token in range(12):
         ranked = sorted(range(6), key=lambda e: -scores[token, e])
         reached = [e for e in ranked if scores[token, e] >= threshold]
@@ -359,17 +356,7 @@ def test_threshold_routing_runs_what_reaches_it_within_the_bounds(threshold, lea
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.floats(0.02, 0.98), st.integers(0, 100))
-def test_quantiles_give_the_threshold_of_any_share(share, seed):
-    gate = random_gate(LinearGate, num_experts_per_tok=1, routing="threshold")
-    scores = torch.randn(2000, 6, generator=torch.Generator().manual_seed(seed)) ** 3
-    gate.store_score_quantiles(scores)
-    gate.set_active_share(share)
-    assert gate.selected(scores).float().mean().item() == pytest.approx(share, abs=1 / 1024 + 1 / 12000)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 5), st.integers(0, 5), st.floats(0.02, 0.98), st.integers(0, 100))
+@given(st.integers(0, 5), st.integers(0, 6), st.floats(0.02, 0.98), st.integers(0, 100))
 def test_quantiles_know_the_bounds_of_a_token(one, other, share, seed):
     least, most = min(one, other), max(one, other, 1)
     bounds = dict(min_experts_per_tok=least, max_experts_per_tok=most)
@@ -378,7 +365,7 @@ def test_quantiles_know_the_bounds_of_a_token(one, other, share, seed):
     gate.store_score_quantiles(scores)
     gate.set_active_share(share)
     possible = min(max(share, least / 6), most / 6)
-    assert gate.selected(scores).float().mean().item() == pytest.approx(possible, abs=1 / 1024 + 1 / 12000)
+    assert gate.mask(scores).float().mean().item() == pytest.approx(possible, abs=1 / 1024 + 1 / 12000)
 
 
 def test_quantiles_are_of_finite_scores_and_for_thresholds():
@@ -396,8 +383,8 @@ def test_the_ends_of_the_shares_are_all_and_none():
     gate.store_score_quantiles(torch.randn(50, 6))
     for share, every in ((1.0, True), (0.0, False)):
         gate.set_active_share(share)
-        assert gate.selected(torch.randn(50, 6) * 1e6).all().item() == every
-        assert gate.selected(torch.randn(50, 6) * 1e6).any().item() == every
+        assert gate.mask(torch.randn(50, 6) * 1e6).all().item() == every
+        assert gate.mask(torch.randn(50, 6) * 1e6).any().item() == every
 
 
 @pytest.mark.parametrize("routing", [{}, {"routing": "threshold"}])
@@ -457,7 +444,7 @@ def test_statistics_count_what_ran():
 # ---------------------------------------------------------------------------------------------------- the block
 
 
-def block_of(mlp_bias, num_selects, implementation="eager", **fields):
+def block_of(mlp_bias, num_selects, **fields):
     config = LlamaMoEConfig(
         hidden_size=16,
         num_attention_heads=2,
@@ -465,67 +452,17 @@ def block_of(mlp_bias, num_selects, implementation="eager", **fields):
         mlp_bias=mlp_bias,
         **({"num_experts": 4, "intermediate_size": 32} | fields),
     )
-    config._experts_implementation_internal = implementation
+    config._experts_implementation = "eager"
     block = MoEBlock(config)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(5))
     return block
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("mlp_bias", [False, True])
-def test_all_experts_are_the_dense_swiglu(mlp_bias, implementation):
-    block = block_of(mlp_bias, 4, implementation)
-    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(6))
-    gate, up = (part.reshape(32, 16) for part in block.experts.gate_up_proj.chunk(2, dim=1))
-    down = block.experts.down_proj.permute(1, 0, 2).reshape(16, 32)
-    gate_bias = up_bias = output_bias = None
-    if mlp_bias:
-        gate_bias, up_bias = (part.reshape(32) for part in block.experts.gate_up_proj_bias.chunk(2, dim=1))
-        output_bias = block.output_bias
-    dense = F.linear(F.silu(F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias), down, output_bias)
-    output = block(x)
-    assert isinstance(output, torch.Tensor)
-    torch.testing.assert_close(output, dense, **TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    "fields", [{"gate_network": gate, "multiply_gate_scores": m} for gate in GATE_CLASSES for m in (False, True)]
-)
-@pytest.mark.parametrize("mlp_bias", [False, True])
-def test_block_is_gate_then_experts(mlp_bias, fields):
-    block = block_of(mlp_bias, 2, **fields)
-    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(6))
-    _, weights, index = block.gate(x.reshape(10, 16))
-    expected = naive_experts(block.experts, x.reshape(10, 16), index, weights)
-    if mlp_bias:
-        expected = expected + block.output_bias
-    torch.testing.assert_close(block(x), expected.reshape(2, 5, 16), **TOLERANCE)
-
-
-def test_output_bias_is_added_once_whatever_the_budget():
-    block, x = block_of(True, 2), torch.randn(1, 5, 16)
-    with torch.no_grad():
-        with_bias, bias = block(x), block.output_bias.clone()
-        block.output_bias.zero_()
-        torch.testing.assert_close(with_bias - block(x), bias.expand(1, 5, 16), **TOLERANCE)
-
-
-def test_block_runs_only_the_selected_experts():
-    # Narrower ones would all be read.
-    block, x = block_of(False, 2, intermediate_size=4 * moe_layers.FINE_WIDTH), torch.randn(1, 1, 16)
-    used = set(block.gate(x[0])[2].flatten().tolist())
-    changed = copy.deepcopy(block)
-    with torch.no_grad():
-        for unused in set(range(4)) - used:
-            changed.experts.gate_up_proj[unused] = float("nan")
-            changed.experts.down_proj[unused] = float("nan")
-    assert torch.equal(block(x), changed(x))
-
-
-@pytest.mark.parametrize("mlp_bias", [False, True])
-def test_shared_experts_always_run(mlp_bias):
-    block = block_of(mlp_bias, 1, num_experts=3, num_shared_experts=1, output_bias=True)
+def test_block_is_gate_then_experts_and_shared_ones_and_bias(mlp_bias):
+    fields = {"num_shared_experts": 1, "output_bias": True, "multiply_gate_scores": mlp_bias}
+    block = block_of(mlp_bias, 2, num_experts=3, **fields)
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(6))
     _, weights, index = block.gate(x.reshape(10, 16))
     routed = naive_experts(block.experts, x.reshape(10, 16), index, weights).reshape(2, 5, 16)
@@ -534,12 +471,3 @@ def test_shared_experts_always_run(mlp_bias):
     expected = routed + (F.silu(gate) * up) @ shared.down_proj.weight.T + block.output_bias
     assert (shared.gate_proj.bias is not None) == mlp_bias
     torch.testing.assert_close(block(x), expected, **TOLERANCE)
-
-
-def test_experts_child_is_what_engines_look_for():
-    block = block_of(False, 2)
-    assert {name for name, _ in block.named_children()} == {"gate", "experts"}
-    assert {name: parameter.ndim for name, parameter in block.experts.named_parameters()} == {
-        "gate_up_proj": 3,
-        "down_proj": 3,
-    }

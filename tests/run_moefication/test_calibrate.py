@@ -180,7 +180,7 @@ def test_down_proj_is_scikit_learns_ridge_on_what_the_calibrated_prefix_produces
         inputs, target, w = seen(dense, after, layer, blocks)
         mlp = after.model.layers[layer].mlp
         with torch.no_grad():
-            selected = mlp.gate.selected(mlp.gate.score(inputs)).repeat_interleave(64 // run.num_experts, dim=1)
+            selected = mlp.gate.mask(mlp.gate.score(inputs)).repeat_interleave(64 // run.num_experts, dim=1)
         x = neurons_of(mlp, inputs)
         x[:, : selected.shape[1]] *= selected
         x, y = x.double().numpy(), target.double().numpy()

@@ -69,7 +69,7 @@ def test_bounds_hold_for_every_token(least, most, shared_run, tmp_path):
         counts = []
         for index, layer in enumerate(model.model.layers):
             gate = layer.mlp.gate
-            counts.append(2 + gate.selected(gate.score(shared_run.recorded(index))).sum(1))
+            counts.append(2 + gate.mask(gate.score(shared_run.recorded(index))).sum(1))
         counts = torch.cat(counts)
         inside = ((counts >= (least or 2)) & (counts <= (most or 8))).all()
         assert inside != widened  # without bounds, tokens do leave them

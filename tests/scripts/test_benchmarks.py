@@ -23,12 +23,12 @@ def test_threshold_cases_spread_over_the_experts_and_keep_the_average():
     x = torch.randn(400, 64)
     bench_moe_layer.spread_costs(gate, x, budget=4)
     with torch.no_grad():
-        costs = gate.selected(gate.score(x)).sum(-1)
+        costs = gate.mask(gate.score(x)).sum(-1)
     assert costs.float().mean().item() == pytest.approx(4, abs=0.1)
     assert (costs.min().item(), costs.max().item()) == (1, 15)
     one = torch.randn(1, 64)
     bench_moe_layer.spread_costs(gate, one, budget=4)
-    assert gate.selected(gate.score(one)).sum().item() == 4
+    assert gate.mask(gate.score(one)).sum().item() == 4
 
 
 def test_layer_bench_times_the_same_computation():

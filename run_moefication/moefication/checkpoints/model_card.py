@@ -60,7 +60,6 @@ the fitted one, on the sixth of the calibration text that is held out to choose 
 |---|---|---|---|---|---|
 {table}
 {final}""",
-        only_shared=not any(m["active_share"] for m in metrics),
     )
 
 
@@ -83,19 +82,17 @@ experts {sum(shares) / len(shares):.3f} ran per token (mean over layers; {min(sh
     )
 
 
-def model_card(
-    name: str, config: LlamaMoEConfig, model_class: str, made: str, quality: str, only_shared: bool = False
-) -> str:
+def model_card(name: str, config: LlamaMoEConfig, model_class: str, made: str, quality: str) -> str:
     """What a stranger needs to know of the checkpoint: origin, how it was made, how to load it, what to expect."""
     auto_class = next(auto for auto, path in config.auto_map.items() if path.endswith(f".{model_class}"))
     limits = "\nThis model has MLP biases: it runs in transformers only.\n" if config.mlp_bias else ""
     experts = config.num_experts + config.num_shared_experts
     budget = f"{config.num_selects} of them run per token"
-    if only_shared:
+    if not config.num_experts_per_tok:
         budget = f"the {config.num_shared_experts} shared ones alone run"
     elif config.num_shared_experts:
         budget += f", {config.num_shared_experts} of these always"
-    if config.routing == "threshold" and not only_shared:
+    if config.routing == "threshold" and config.num_experts_per_tok:
         budget += ": as many as reach the layer's score threshold, that many on average"
     return f"""---
 library_name: transformers

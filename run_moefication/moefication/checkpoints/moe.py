@@ -23,12 +23,11 @@ from .transformers_library import CONFIG_ERRORS, first_line, quiet_transformers
 
 
 def experts_per_tok(config: LlamaMoEConfig, threshold_of: Callable[[int], float]) -> list[float]:
-    """Routed experts that run per token, by layer; `threshold_of(layer)` is asked for models that route by threshold.
-
-    The config has no number for layers that run no routed expert: their threshold is out of every score's reach.
+    """Routed experts that run per token, by layer; `threshold_of(layer)` is asked where models of version 0.1 may say 1
+    for none: there the threshold is out of every score's reach.
     """
     counts = [float(config.experts_per_tok_of(layer)) for layer in range(config.num_hidden_layers)]
-    if config.routing != "threshold":
+    if config.routing != "threshold" or config.num_experts_per_tok != 1:
         return counts
     return [0.0 if threshold_of(layer) >= -Gate.LOWEST_THRESHOLD else count for layer, count in enumerate(counts)]
 
@@ -36,7 +35,7 @@ def experts_per_tok(config: LlamaMoEConfig, threshold_of: Callable[[int], float]
 def require_num_selects(num_selects: int, config: LlamaMoEConfig, least_routed: int = 1) -> None:
     """Raise MoEficationError unless the model can run so many experts per token, shared ones included."""
     least = config.num_shared_experts + max(least_routed, config.min_experts_per_tok)
-    most = config.num_shared_experts + config.most_experts_per_tok
+    most = config.num_shared_experts + config.max_routed_experts
     if not least <= num_selects <= most:
         raise SettingError(f"num_selects {num_selects} is outside of {least} to {most}, the model's experts")
 

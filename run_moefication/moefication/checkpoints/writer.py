@@ -21,7 +21,13 @@ from ..storage.folder import ArtifactWriter
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 MAX_SHARD_BYTES = 2 << 30
-CODE_FILES = ("configuration_llama_moe.py", "modeling_llama_moe.py", "moe_layers.py", "gates.py")
+CODE_FILES = (
+    "configuration_llama_moe.py",
+    "modeling_llama_moe.py",
+    "moe_layers.py",
+    "expert_kernels.py",
+    "gates.py",
+)
 # These files are copied: loading and saving them would lose templates, and refuse some generation configs.
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 COPIED_FILES = ("chat_template.json", "generation_config.json", *LICENCES)

@@ -69,7 +69,7 @@ class SoftBlock(nn.Module):
         of_text = hard if self.kept is None else hard[self.kept.flatten()]
         if self.training and self._tracks:
             self._wanted.append(_threshold(self.gate.within_bounds(of_text), self._share))
-        selected = self.gate.selected(hard).to(scores.dtype)
+        selected = self.gate.mask(hard).to(scores.dtype)
         if not scores.requires_grad:
             return selected
         if self.gate.routing == "threshold":
@@ -170,7 +170,7 @@ def settle_thresholds(
             if gate.routing == "threshold":
                 gate.store_score_quantiles(scores)
                 gate.set_active_share(share)
-            ran = sum(int(gate.selected(chunk).sum()) for chunk in scores.split(4096))
+            ran = sum(int(gate.mask(chunk).sum()) for chunk in scores.split(4096))
             active.append(ran / scores.numel())
             for batch in batches:
                 attended = stream[batch.rows].to(device)

@@ -57,7 +57,7 @@ class LayerCalibration:
             self._gate.store_score_quantiles(scores[:: token_stride(scores.numel())])
             self._gate.set_active_share(self._share)
             metrics["threshold"] = self._gate.threshold.item()
-        runs = torch.cat([self._gate.selected(chunk) for chunk in scores.split(TOKENS_PER_CHUNK)])  # bool [tokens, E]
+        runs = torch.cat([self._gate.mask(chunk) for chunk in scores.split(TOKENS_PER_CHUNK)])  # bool [tokens, E]
         metrics["active_share"] = runs.mean(dtype=torch.float64).item()
         metrics |= self._refit_down(batches, after, weights, runs)
         for batch in batches:

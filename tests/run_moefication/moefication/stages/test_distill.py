@@ -222,7 +222,7 @@ def test_the_text_of_a_step_knows_the_bounds_of_a_token():
         model(some_tokens(4, 200))
         hook.remove()
         gate.threshold.copy_(soft[0].wanted_threshold())
-    ran = gate.selected(seen[0].detach().flatten(0, 1))
+    ran = gate.mask(seen[0].detach().flatten(0, 1))
     assert ran.float().mean().item() == pytest.approx(share, abs=0.001)
     assert set(ran.sum(dim=1).tolist()) == {1, 2, 3}
 
