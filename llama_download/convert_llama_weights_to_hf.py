@@ -20,7 +20,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from run_moefication.command_line import new_parser, path, progress_bar, run
+from run_moefication.command_line import new_parser, path, run
 from run_moefication.moefication.errors import MoEficationError
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ def write_model(
 
     from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.checkpoints.writer import WEIGHTS_INDEX, plan_shards, shard_index
+    from run_moefication.moefication.progress import progress
 
     dtype = model.dtype if dtype_name is None else getattr(torch, dtype_name)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -156,7 +157,7 @@ def write_model(
     with ThreadPoolExecutor(1) as reader:
         reader.submit(model.read_ahead, 0.0, ends[0])
         steps = list(zip(shards.items(), pairwise([*ends, 1.0]), strict=True))
-        for (name, group), next_part in progress_bar(steps, "convert", "shard"):
+        for (name, group), next_part in progress(steps, "convert", "shard"):
             reader.submit(model.read_ahead, *next_part)
             save_shard(group, folder / name)
     if len(shards) > 1:

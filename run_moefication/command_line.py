@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin
 
@@ -159,16 +159,9 @@ def add_local_rank(parser: argparse.ArgumentParser) -> None:
 
 
 def run_options(arguments: argparse.Namespace, process: "Process | None" = None) -> dict[str, Any]:
-    """What every stage's function takes: `device` (where it is an option), `overwrite` and `progress`.
-
-    Args:
-        process: this one among several, of which the first shows its progress.
-    """
-    from .moefication.progress import no_progress
-
+    """What every stage's function takes: `device` (where it is an option), on this `process`, and `overwrite`."""
     options = {"device": pick_device(arguments, process.local_rank if process else 0)} if "device" in arguments else {}
-    is_first = process is None or process.rank == 0
-    return options | {"overwrite": arguments.overwrite, "progress": progress_bar if is_first else no_progress}
+    return options | {"overwrite": arguments.overwrite}
 
 
 def this_process(arguments: argparse.Namespace, what_alone: str) -> "Process":
@@ -199,20 +192,13 @@ def pick_device(arguments: argparse.Namespace, local_rank: int = 0) -> str:
     return processes.pick_device(arguments.device, local_rank)
 
 
-def read_corpus(arguments: argparse.Namespace, checkpoint: Any, progress: Callable) -> Any:
+def read_corpus(arguments: argparse.Namespace, checkpoint: Any) -> Any:
     """The corpus that the options of `add_corpus` and `--seed` choose, as this dense model's tokenizer cuts it."""
     from .moefication.text.corpus import training_corpus
 
     settings = settings_of(arguments, CorpusSettings)
     paths = arguments.train_data_path, arguments.train_data_cache_path
-    return training_corpus(checkpoint, *paths, settings, progress=progress)
-
-
-def progress_bar(items: Iterable, what: str, unit: str) -> Iterable:
-    """tqdm, silent where stderr is no terminal."""
-    from tqdm import tqdm
-
-    return tqdm(items, desc=what, unit=unit, disable=None, dynamic_ncols=True)
+    return training_corpus(checkpoint, *paths, settings)
 
 
 # ---------------------------------------------------------------------------------------------------- the summary

@@ -36,7 +36,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
 
     settings = command_line.settings_of(arguments, CalibrateSettings)
     checkpoint = DenseCheckpoint(arguments.model_path)
-    corpus = command_line.read_corpus(arguments, checkpoint, run["progress"])
+    corpus = command_line.read_corpus(arguments, checkpoint)
     writer = stage.calibrate(checkpoint, arguments.moe_path, corpus, arguments.save_path, settings, **run)
     command_line.print_mix(checkpoint, corpus)
     print(f"{'layer':>5} {'routed that run':>17} {'error before':>13} {'after':>8} {'strength':>9}")

@@ -39,7 +39,7 @@ def distill(arguments: argparse.Namespace) -> None:
 
     settings = command_line.settings_of(arguments, DistillSettings)
     checkpoint = DenseCheckpoint(arguments.model_path)
-    corpus = command_line.read_corpus(arguments, checkpoint, run["progress"])
+    corpus = command_line.read_corpus(arguments, checkpoint)
     writer = stage.distill(checkpoint, arguments.moe_path, corpus, arguments.save_path, settings, **run)
     if process.rank != 0:
         return

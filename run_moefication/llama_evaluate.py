@@ -52,8 +52,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             raise SettingError(f"json {file} cannot be written: name a file in a folder that exists")
 
     settings = command_line.settings_of(arguments, EvaluateSettings)
-    run = {"device": device, "progress": command_line.progress_bar}
-    results = stage.evaluate(arguments.model_path, arguments.text_path, **vars(settings), **run)
+    results = stage.evaluate(arguments.model_path, arguments.text_path, **vars(settings), device=device)
     if arguments.json:
         content = json.dumps([asdict(row) for row in results], indent=1)
         if arguments.json == "-":

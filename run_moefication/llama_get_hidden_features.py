@@ -33,7 +33,7 @@ def get_hidden_features(arguments: argparse.Namespace) -> None:
 
     settings = command_line.settings_of(arguments, FeatureSettings)
     checkpoint = DenseCheckpoint(arguments.model_path)
-    corpus = command_line.read_corpus(arguments, checkpoint, run["progress"])
+    corpus = command_line.read_corpus(arguments, checkpoint)
     share = {"rank": process.rank, "world_size": process.world_size}
     writer = extract_features(checkpoint, corpus, arguments.save_path, settings, **share, **run)
     if process.rank == 0:

@@ -83,7 +83,7 @@ def _check(arguments: argparse.Namespace, templates: list[str]) -> None:
 def _text(arguments: argparse.Namespace, checkpoint: Any, template: str) -> Any:
     """What the activations come from."""
     if arguments.train_data_path:
-        return command_line.read_corpus(arguments, checkpoint, command_line.progress_bar)
+        return command_line.read_corpus(arguments, checkpoint)
     from run_moefication.moefication.artifacts.features import Features
 
     return Features(arguments.hidden_features_path, checkpoint, template)

@@ -18,7 +18,7 @@ from quality_baselines import Choice, all_neurons, cmoe, masked, oracle
 from transformers import PreTrainedModel
 
 import run_moefication as rm
-from run_moefication.command_line import pick_device, progress_bar
+from run_moefication.command_line import pick_device
 from run_moefication.moefication.artifacts.split import Split
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.stages.evaluate import evaluate_model, first_tokens
@@ -61,7 +61,7 @@ class Bench:
     @property
     def run(self) -> dict[str, Any]:
         """How stages run."""
-        return {"device": self.device, "progress": progress_bar}
+        return {"device": self.device}
 
     def text(self, tokens: int) -> Corpus:
         """So many tokens of the training text, every domain alike, as the recipe calibrates on them."""

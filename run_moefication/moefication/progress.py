@@ -1,17 +1,12 @@
-"""How the toolkit reports progress without printing: it is handed something that wraps an iterable."""
+"""How long work shows how far it is."""
 
+import os
 from collections.abc import Iterable
-from typing import Protocol, TypeVar
 
-T = TypeVar("T")
-
-
-class Progress(Protocol):
-    """`progress(items, what, unit)` yields the items and shows how far it is, as tqdm does."""
-
-    def __call__(self, items: Iterable[T], what: str, unit: str) -> Iterable[T]: ...
+from tqdm import tqdm
 
 
-def no_progress(items: Iterable[T], what: str, unit: str) -> Iterable[T]:
-    """Shows nothing."""
-    return items
+def progress(items: Iterable, what: str, unit: str) -> tqdm:
+    """The items, under a bar of the first process; silent where stderr is no terminal."""
+    hidden = True if os.environ.get("RANK", "0") != "0" else None  # None: shown on a terminal
+    return tqdm(items, desc=what, unit=unit, disable=hidden, dynamic_ncols=True)

@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
 from ...settings import TEMPLATES
 from ..errors import MoEficationError, SettingError
 from ..names import model_name
-from ..progress import Progress, no_progress
+from ..progress import progress
 from ..storage.files import digest
 from .dense_config import expected_shapes, read_dense_config
 from .headers import ADAPTER, HEAD, HEADS, MERGE_ADAPTER, StoredTensors, read_headers
@@ -122,7 +122,7 @@ class DenseCheckpoint(StoredTensors):
             "intermediate_size": self.config.intermediate_size,
         }
 
-    def check_finite(self, progress: Progress = no_progress) -> None:
+    def check_finite(self) -> None:
         """Raise MoEficationError if a tensor that a causal LM uses holds NaN or infinity; the error names it."""
         head = [] if self.lm_head is None else [self.lm_head]
         for name in progress([*self.body_tensors(), *head], "check", "tensor"):

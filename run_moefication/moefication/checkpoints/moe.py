@@ -13,7 +13,7 @@ from llama_moe import LlamaMoEConfig
 from llama_moe.gates import Gate
 
 from ..errors import MoEficationError, SettingError
-from ..progress import Progress, no_progress
+from ..progress import progress
 from ..storage.files import file_sha256
 from ..storage.folder import open_finished
 from ..storage.manifest import MOE_STAGES
@@ -65,7 +65,7 @@ class MoECheckpoint(StoredTensors):
         prefix = "" if self.model_class == "LlamaMoEModel" else "model."
         super().__init__(path, {n.removeprefix(prefix): info for n, info in read_headers(path).items()}, prefix)
 
-    def verify(self, progress: Progress = no_progress) -> None:
+    def verify(self) -> None:
         """Raise MoEficationError if the checksum of a file of weights is not the manifest's."""
         for file in progress(sorted({info.file for info in self.tensors.values()}), "check", "file"):
             self._open_files[file] = self._open(file)

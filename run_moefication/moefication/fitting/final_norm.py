@@ -10,7 +10,7 @@ Axes: T tokens, H hidden size, V vocabulary.
 import torch
 from torch.nn import functional as F
 
-from ..progress import Progress, no_progress
+from ..progress import progress
 from .losses import TOKENS_PER_CHUNK, TeacherKL
 
 MAX_PASSES = 8  # over the tokens; more gain nothing on text that was not fitted to
@@ -47,7 +47,7 @@ class Divergence:
         return total / self.num_tokens
 
 
-def fit_final_norm(divergence: Divergence, weight: torch.Tensor, progress: Progress = no_progress) -> torch.Tensor:
+def fit_final_norm(divergence: Divergence, weight: torch.Tensor) -> torch.Tensor:
     """The weight `[H]` of least divergence, pulled a little to the given one, by L-BFGS from there (Liu and Nocedal
     1989)."""
     curvature = divergence.curvature(weight)
@@ -57,15 +57,15 @@ def fit_final_norm(divergence: Divergence, weight: torch.Tensor, progress: Progr
     units = (curvature + pull).rsqrt()
     unknowns = (1 / units).requires_grad_()
     optimizer = torch.optim.LBFGS([unknowns], max_iter=MAX_PASSES, max_eval=MAX_PASSES, line_search_fn="strong_wolfe")
-    passes = iter(progress(range(MAX_PASSES), "final norm", "pass"))
 
     def closure() -> torch.Tensor:
-        next(passes, None)
+        bar.update()
         optimizer.zero_grad()
         factors = unknowns * units
         loss = divergence(factors * weight) + pull / 2 * (factors - 1).square().sum()
         loss.backward()
         return loss.detach()
 
-    optimizer.step(closure)
+    with progress(range(MAX_PASSES), "final norm", "pass") as bar:
+        optimizer.step(closure)
     return (unknowns * units).detach() * weight

@@ -25,7 +25,7 @@ from ..checkpoints.writer import PlannedTensor, write_checkpoint_files, write_sh
 from ..errors import MoEficationError, SettingError
 from ..fitting.final_norm import Divergence, fit_final_norm
 from ..layers.decoder import embed
-from ..progress import Progress, no_progress
+from ..progress import progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
 from ..text.batches import batches_of
@@ -48,7 +48,6 @@ def calibrate(
     *,
     device: str = "cpu",
     overwrite: bool = False,
-    progress: Progress = no_progress,
 ) -> ArtifactWriter:
     """Write a calibrated copy of a LlamaMoE checkpoint.
 
@@ -59,7 +58,7 @@ def calibrate(
     Returns: the folder's writer, finished; its metrics say by layer, and for the final norm, what the fit gained.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
-    moe.verify(progress)
+    moe.verify()
     config = _new_config(moe, settings)
     if Path(save_path).resolve() in (checkpoint.path, moe.artifact.folder.resolve()):
         raise SettingError(f"save_path {save_path} is one of the source checkpoints; choose another folder")
@@ -78,7 +77,7 @@ def calibrate(
     writer = ArtifactWriter(Path(save_path), spec, [*shards, "config"], overwrite=overwrite, exclusive=True)
     missing = writer.missing()
     if missing:
-        checkpoint.check_finite(progress)  # before anything is written
+        checkpoint.check_finite()  # before anything is written
     streams = Streams(writer, (2, corpus.num_tokens, config.hidden_size))
     batches = batches_of(corpus.blocks, settings.batch_size, -(-len(corpus.blocks) // HELD_OUT))
     layers = streams.layers_to_walk([i for i, file in enumerate(layer_files) if file in missing], len(layer_files))
@@ -98,7 +97,7 @@ def calibrate(
         values, metrics = {}, None
         if moe.model_class == "LlamaMoEForCausalLM":
             last = streams.before(config.num_hidden_layers)
-            weight, metrics = _fit_final_norm(checkpoint, moe, last, corpus.options["seed"], device, progress)
+            weight, metrics = _fit_final_norm(checkpoint, moe, last, corpus.options["seed"], device)
             values = _stored(moe, {FINAL_NORM: weight})
         write_shard(writer, rest, shards[rest], values, metrics)
     if "config" in missing:
@@ -181,7 +180,6 @@ def _fit_final_norm(
     streams: torch.Tensor,
     seed: int,
     device: str,
-    progress: Progress,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The final norm's weight, once the last layer is calibrated, and the divergence from the dense model before and
     after, in nats a token, on tokens that it is not fitted to.
@@ -200,7 +198,7 @@ def _fit_final_norm(
         dense, normed = F.rms_norm(streams[:, tokens].to(device), [config.hidden_size], eps=config.rms_norm_eps)
         return Divergence(head, dense * dense_weight, normed)
 
-    found = fit_final_norm(divergence(fit_to), weight.to(device, torch.float32), progress).to(weight.dtype).cpu()
+    found = fit_final_norm(divergence(fit_to), weight.to(device, torch.float32)).to(weight.dtype).cpu()
     measure = divergence(measured_on)
     before, after = (measure(w.to(device, torch.float32)).item() for w in (weight, found))
     best = found if after < before else weight

@@ -16,7 +16,7 @@ from ..checkpoints.model_card import conversion_card
 from ..checkpoints.tokenizers import carried_over
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
-from ..progress import Progress, no_progress
+from ..progress import progress
 from ..storage.folder import ArtifactWriter
 from ..storage.manifest import ArtifactSpec, environment
 
@@ -31,7 +31,6 @@ def convert(
     settings: ConvertSettings,
     *,
     overwrite: bool = False,
-    progress: Progress = no_progress,
 ) -> ArtifactWriter:
     """Write a LlamaMoE checkpoint: config, safetensors shards, tokenizer files, code and model card.
 

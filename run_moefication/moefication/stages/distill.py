@@ -24,7 +24,6 @@ from ..checkpoints.transformers_library import quiet_transformers
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
 from ..layers.straight_through import settle_thresholds, soft_blocks
-from ..progress import Progress, no_progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
 from ..text.corpus import Corpus, require_held_out_block
@@ -53,7 +52,6 @@ def distill(
     *,
     device: str = "cpu",
     overwrite: bool = False,
-    progress: Progress = no_progress,
 ) -> ArtifactWriter:
     """Write a distilled copy of a LlamaMoE checkpoint. Under torchrun, all its processes train and the first writes.
 
@@ -63,7 +61,7 @@ def distill(
     Returns: the folder's writer, finished (in the first process); its metrics say what the training gained.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
-    moe.verify(progress)
+    moe.verify()
     _check(checkpoint, moe, corpus, save_path, settings)
     arguments = training_arguments(settings, corpus.options["seed"], device)
     spec = ArtifactSpec(
@@ -85,11 +83,11 @@ def distill(
         if is_first:
             writer.finish()  # an interrupted run may have left this to do
         return writer
-    checkpoint.check_finite(progress)
+    checkpoint.check_finite()
     model = _load(moe, settings)
     _begin(writer, is_first)
     arguments.output_dir = str(writer.temporary_path("training"))
-    metrics = _train(checkpoint, moe, model, corpus, settings, arguments, progress)
+    metrics = _train(checkpoint, moe, model, corpus, settings, arguments)
     if is_first:
         trained = model.state_dict()
         for file in (file for file in shards if file in missing):
@@ -192,7 +190,6 @@ def _train(
     corpus: Corpus,
     settings: DistillSettings,
     arguments: TrainingArguments,
-    progress: Progress,
 ) -> dict[str, Any]:
     """Train the model in place, as it will be stored. Returns the metrics (in the first process)."""
     device, is_first, batch_size = arguments.device, arguments.process_index == 0, settings.batch_size
@@ -206,7 +203,7 @@ def _train(
     before = mean_kl(model, teacher, held_out, batch_size, device) if is_first else None
     last = last_whole_step(Path(arguments.output_dir))
     with quiet_transformers(), soft_blocks(model, shares) as soft:
-        trainer = DistillationTrainer(model, soft, teacher, blocks, arguments, progress)
+        trainer = DistillationTrainer(model, soft, teacher, blocks, arguments)
         steps = trainer.train(resume_from_checkpoint=last and str(last)).global_step
     del trainer
     leave_group()

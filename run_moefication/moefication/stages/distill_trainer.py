@@ -20,7 +20,7 @@ from ..checkpoints.transformers_library import first_line
 from ..errors import MoEficationError, SettingError
 from ..fitting.losses import TeacherKL
 from ..layers.straight_through import SoftBlock, nudge_thresholds
-from ..progress import Progress
+from ..progress import progress
 from ..storage.files import sync, write_json
 from ..storage.manifest import read_json
 from ..text.batches import batches_of
@@ -139,9 +139,8 @@ class DistillationTrainer(Trainer):
         teacher: DenseTeacher,
         blocks: list[torch.Tensor],
         arguments: TrainingArguments,
-        progress: Progress,
     ):
-        callbacks = [StepEnd(soft_blocks, progress), SavedSteps()]
+        callbacks = [StepEnd(soft_blocks), SavedSteps()]
         super().__init__(model=model, args=arguments, train_dataset=blocks, data_collator=collate, callbacks=callbacks)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
@@ -174,16 +173,18 @@ class DistillationTrainer(Trainer):
 class StepEnd(TrainerCallback):
     """Keeps thresholds on budget, and shows how far the training is."""
 
-    def __init__(self, soft_blocks: list[SoftBlock], progress: Progress):
-        self._soft_blocks, self._progress = soft_blocks, progress
+    def __init__(self, soft_blocks: list[SoftBlock]):
+        self._soft_blocks = soft_blocks
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._steps = iter(self._progress(range(state.global_step, state.max_steps), "distill", "step"))
-        next(self._steps, None)
+        self._bar = progress(range(state.global_step, state.max_steps), "distill", "step")
 
     def on_step_end(self, args, state, control, **kwargs):
         nudge_thresholds(self._soft_blocks)
-        next(self._steps, None)
+        self._bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._bar.close()
 
 
 class SavedSteps(TrainerCallback):

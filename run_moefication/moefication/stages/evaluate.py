@@ -25,7 +25,7 @@ from ..checkpoints.tokenizers import load_tokenizer
 from ..checkpoints.transformers_library import CONFIG_ERRORS, first_line, last_line, plain_config, quiet_transformers
 from ..errors import MoEficationError, SettingError
 from ..fitting.losses import next_token_nll
-from ..progress import Progress, no_progress
+from ..progress import progress
 from ..storage.files import read_json_object
 from ..text.corpus import pack, require_block_size
 from ..text.documents import DocumentReader
@@ -68,7 +68,6 @@ def evaluate(
     text_path: str | Path,
     *,
     device: str = "cpu",
-    progress: Progress = no_progress,
     **settings: Any,
 ) -> list[Evaluation]:
     """Perplexity on a text: `exp` of the mean negative log-likelihood over non-overlapping blocks.
@@ -101,7 +100,7 @@ def evaluate(
     for path, name, config, model_budgets in zip(paths, model_paths, configs, budgets, strict=True):
         model = _load(path, config, settings.dtype, device)
         for budget in model_budgets:
-            results.append(evaluate_model(model, Path(name).name, blocks, budget, settings.batch_size, progress))
+            results.append(evaluate_model(model, Path(name).name, blocks, budget, settings.batch_size))
         del model
     return results
 
@@ -185,7 +184,6 @@ def evaluate_model(
     blocks: list[torch.Tensor],
     budget: int | None = None,
     batch_size: int = 4,
-    progress: Progress = no_progress,
 ) -> Evaluation:
     """A loaded model on blocks of tokens, of which all but the last are equally long; `name` is for the row.
 

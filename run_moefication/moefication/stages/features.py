@@ -18,7 +18,7 @@ from ..artifacts.features import shard_file
 from ..checkpoints.dense import DTYPES, DenseCheckpoint
 from ..errors import MoEficationError, SettingError
 from ..names import features_folder
-from ..progress import Progress, no_progress
+from ..progress import progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
 from ..storage.tensors import tensor_sha256
@@ -38,7 +38,6 @@ def extract_features(
     rank: int = 0,
     world_size: int = 1,
     overwrite: bool = False,
-    progress: Progress = no_progress,
 ) -> ArtifactWriter:
     """Run the dense model over the corpus and store, per layer, the MLP's inputs and (format "full") activations.
 

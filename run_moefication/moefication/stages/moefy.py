@@ -52,7 +52,7 @@ def split(
     template: str = TEMPLATES[0],
     **run: Any,
 ) -> Split:
-    """Stage 1. `text` is what a split on activations reads; `run` may hold `device`, `overwrite` and `progress`."""
+    """Stage 1. `text` is what a split on activations reads; `run` may hold `device` and `overwrite`."""
     if (text is None) != (settings.cluster_on == "weights"):
         raise SettingError("cluster_on activations needs a text, and cluster_on weights none")
     if text is None:

@@ -23,7 +23,7 @@ from ..fitting.ridge_gates import fit_ridge_gate
 from ..layers.mlp import GatedMLP
 from ..layers.scores import TOKENS_PER_CHUNK, ExpertScorer, OutputNorms, routing_quality, top_k_mask
 from ..names import select_folder
-from ..progress import Progress, no_progress
+from ..progress import progress
 from ..storage.folder import ArtifactWriter
 from ..storage.manifest import ArtifactSpec, environment
 
@@ -67,7 +67,6 @@ def train_gates(
     layers: list[int],
     device: str = "cpu",
     overwrite: bool = False,
-    progress: Progress = no_progress,
 ) -> ArtifactWriter:
     """Train and write the gates of the given layers; runs over different layers fill one folder.
 

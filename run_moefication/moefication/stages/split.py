@@ -12,7 +12,7 @@ from ..checkpoints.tokenizers import carried_over
 from ..errors import MoEficationError
 from ..fitting.balanced_kmeans import balanced_kmeans
 from ..names import split_folder
-from ..progress import Progress, no_progress
+from ..progress import progress
 from ..storage.files import digest
 from ..storage.folder import ArtifactWriter
 from ..storage.manifest import ArtifactSpec, environment
@@ -26,7 +26,6 @@ def split_by_weights(
     *,
     device: str = "cpu",
     overwrite: bool = False,
-    progress: Progress = no_progress,
 ) -> ArtifactWriter:
     """Cluster the neurons of every layer by the direction of their weight rows (MoEfication, section 3.1).
 

@@ -27,7 +27,7 @@ from ..layers.decoder import PreMLP, embed
 from ..layers.mlp import GatedMLP
 from ..layers.scores import TOKENS_PER_CHUNK, token_stride
 from ..names import split_folder
-from ..progress import Progress, no_progress
+from ..progress import progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
 from ..text.batches import Batch, batches_of
@@ -109,7 +109,6 @@ def split_by_activations(
     *,
     device: str = "cpu",
     overwrite: bool = False,
-    progress: Progress = no_progress,
 ) -> ArtifactWriter:
     """Split the neurons of every layer by what they do on text.
 
@@ -147,7 +146,7 @@ def split_by_activations(
     layers = [layer for layer, name in enumerate(names) if name in missing]
     if layers:
         carried_over(checkpoint.path)  # what the last stage needs is better refused in the first
-        checkpoint.check_finite(progress)  # before anything is written
+        checkpoint.check_finite()  # before anything is written
     if isinstance(text, Features):
         for layer in progress(layers, "split", "layer"):
             statistics = _of_features(checkpoint, text, layer, device)

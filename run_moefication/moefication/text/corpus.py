@@ -14,7 +14,6 @@ import torch
 from ...settings import EQUAL, CorpusSettings
 from ..checkpoints.dense import DenseCheckpoint
 from ..errors import MoEficationError, SettingError
-from ..progress import Progress, no_progress
 from ..storage.files import digest
 from ..storage.tensors import tensor_sha256
 from .domains import LLAMA_MIX, find_domains, known_domain
@@ -128,8 +127,6 @@ def training_corpus(
     data_path: str | Path,
     cache_path: str | Path | None,
     settings: CorpusSettings,
-    *,
-    progress: Progress = no_progress,
 ) -> Corpus:
     """Blocks of the domains in a folder, in their proportions: as many tokens as the scarcest domain allows.
 
@@ -150,7 +147,7 @@ def training_corpus(
     def read() -> tuple[list[torch.Tensor], list[DomainShare]]:
         """Tokenise the text, or take it from the cache, and draw the blocks."""
         streams = {
-            name: token_stream(checkpoint, name, files, cache_path, skip_bad_lines=skip_bad_lines, progress=progress)
+            name: token_stream(checkpoint, name, files, cache_path, skip_bad_lines=skip_bad_lines)
             for name, files in domains.items()
         }
         root = data_path if Path(data_path).is_dir() else Path(data_path).parent

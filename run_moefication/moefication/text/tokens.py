@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.tokenizers import load_tokenizer, tokenizer_files
 from ..errors import MoEficationError
-from ..progress import Progress, no_progress
+from ..progress import progress
 from ..storage.files import digest, file_sha256, locked, write_atomically, write_json
 from .documents import Document, DocumentReader
 from .text_files import TextFile
@@ -97,7 +97,6 @@ def token_stream(
     cache_path: str | Path | None,
     *,
     skip_bad_lines: bool = False,
-    progress: Progress = no_progress,
 ) -> TokenStream:
     """The tokens of a domain, from the cache if it holds just this text as this tokenizer cuts it.
 
@@ -107,7 +106,7 @@ def token_stream(
 
     if cache_path is None:
         file = tempfile.TemporaryFile()  # noqa: SIM115 (the mapping keeps it)
-        skipped = _write_tokens(checkpoint, domain, files, file, skip_bad_lines, progress)
+        skipped = _write_tokens(checkpoint, domain, files, file, skip_bad_lines)
         file.flush()
         return TokenStream(_mapped(file), skipped)
     cached = Path(cache_path) / f"{domain}-{_cache_key(checkpoint, files, skip_bad_lines)[:32]}.tokens"
@@ -118,7 +117,7 @@ def token_stream(
 
             def write(file) -> None:
                 nonlocal skipped
-                skipped = _write_tokens(checkpoint, domain, files, file, skip_bad_lines, progress)
+                skipped = _write_tokens(checkpoint, domain, files, file, skip_bad_lines)
 
             entry = write_atomically(cached, write)
             write_json(cached.with_suffix(".json"), entry | {"skipped_lines": skipped})
@@ -126,35 +125,21 @@ def token_stream(
     return stream
 
 
-def _write_tokens(
-    checkpoint: DenseCheckpoint, domain: str, files: list[TextFile], file, skip_bad_lines: bool, progress: Progress
-) -> int:
+def _write_tokens(checkpoint: DenseCheckpoint, domain: str, files: list[TextFile], file, skip_bad_lines: bool) -> int:
     """Write the raw tokens of all documents; returns the number of lines skipped."""
     reader = DocumentReader(files, skip_bad_lines)
     tokenizer, vocab_size = load_tokenizer(checkpoint.path), checkpoint.config.vocab_size
     pieces = tokenize(reader, tokenizer, vocab_size, reader.bad)
     count = 0
-    for piece in _following(reader, pieces, f"tokenise {domain}", progress):
-        file.write(piece.data)
-        count += len(piece)
+    with progress(range(-(-reader.total_bytes >> 20)), f"tokenise {domain}", "MiB") as bar:
+        for piece in pieces:
+            file.write(piece.data)
+            count += len(piece)
+            bar.update((reader.position >> 20) - bar.n)
     if not count:
         skipped = f" but for {reader.skipped:,} lines that were skipped" if reader.skipped else ""
         raise MoEficationError(f"{files[0]} holds no text{skipped}")
     return reader.skipped
-
-
-def _following(
-    reader: DocumentReader, pieces: Iterator[np.ndarray], what: str, progress: Progress
-) -> Iterator[np.ndarray]:
-    """The pieces, while a bar over the bytes that the reader has to read keeps up with it."""
-    steps = iter(progress(range(-(-reader.total_bytes >> 20)), what, "MiB"))
-    done = 0
-    for piece in pieces:
-        yield piece
-        while done < reader.position >> 20 and next(steps, None) is not None:
-            done += 1
-    for _ in steps:
-        pass
 
 
 # ---------------------------------------------------------------------------------------------------- the cache

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -341,21 +342,13 @@ def test_the_summary_says_what_was_gained(finished, short, run_script):
     assert f"{metrics['loss_after']:.4f} after it" in (short / "README.md").read_text()
 
 
-def test_progress_counts_the_steps(finished, short, tmp_path):
+def test_progress_counts_the_steps(finished, short, tmp_path, capsys, monkeypatch):
     checkpoint = DenseCheckpoint(str(finished.model))
     corpus = corpus_of(checkpoint, finished.text, None, block_size=32, max_tokens=SHORT["max_tokens"])
-    done = []
-
-    def progress(items, what, unit):
-        for item in items:
-            yield item
-            done.append((item, what, unit))
-
-    settings = DistillSettings(lr=1e-3)
-    writer = distill(checkpoint, finished.moe, corpus, tmp_path / "moe", settings, progress=progress)
-    assert writer.finished
-    steps = [item for item in done if item[1] != "check"]
-    assert steps == [(step, "distill", "step") for step in range(metrics_of(short)["steps"])]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert distill(checkpoint, finished.moe, corpus, tmp_path / "moe", DistillSettings(lr=1e-3)).finished
+    steps = metrics_of(short)["steps"]
+    assert re.search(rf"distill: 100%.* {steps}/{steps} ", capsys.readouterr().err)
     assert contents(tmp_path / "moe") == contents(short)
 
 
