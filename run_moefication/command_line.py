@@ -11,14 +11,17 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin
 
 from .settings import TEMPLATES, CorpusSettings
 
 if TYPE_CHECKING:
-    from .moefication.processes import Process
+    from .moefication.checkpoints.dense import DenseCheckpoint
+    from .moefication.storage.folder import ArtifactWriter
+    from .moefication.text.corpus import Corpus
 
 TRACEBACK = "MOEFICATION_TRACEBACK"  # if it is set in the environment, the traceback stands before the line of an error
 # Help of paths that several scripts take.
@@ -29,14 +32,129 @@ NEW_CHECKPOINT = "folder of the new checkpoint itself, absent or empty"
 CURES = {"batch_size": "a smaller --batch_size", "device": "another --device", "max_tokens": "fewer --max_tokens"}
 
 
+# ---------------------------------------------------------------------------------------------------- a stage's script
+
+
+@dataclass(frozen=True)
+class StageScript:
+    """The script of a stage; to call it with the options (or None for those of `sys.argv`) is the script's `main`.
+
+    Attributes:
+        doc: the script's docstring.
+        settings: the stage's settings, which become options.
+        work: calls the stage and prints a summary.
+        paths: the options beside `--model_path` that name a file or folder, with their help.
+        more_options: functions that add the options which are neither settings nor required paths.
+        has_device: whether the stage computes anything that a GPU could do.
+    """
+
+    doc: str
+    settings: type
+    work: Callable[["Run"], None]
+    paths: Mapping[str, str]
+    more_options: Sequence[Callable[[argparse.ArgumentParser], None]] = ()
+    has_device: bool = True
+
+    def __call__(self, argv: list[str] | None = None) -> int:
+        """Returns the exit status."""
+        return run(self.build_parser(), lambda arguments: self.work(Run(arguments, self.settings)), argv)
+
+    def build_parser(self) -> "Parser":
+        """The options of the script."""
+        parser = new_parser(self.doc)
+        add_model_path(parser)
+        for name, help in self.paths.items():
+            parser.add_argument(f"--{name}", type=path, required=True, help=help)
+        add_settings(parser, self.settings)
+        if self.has_device:
+            add_device(parser)
+        parser.add_argument(
+            "--overwrite", action="store_true", help="redo a finished stage, or one made with other options"
+        )
+        for add in self.more_options:
+            add(parser)
+        return parser
+
+
+class Run:
+    """One run of a stage's script: what its options name, checked before any model or text is opened.
+
+    Attributes:
+        arguments: the options.
+        process: this process; one of several only where the script has the option of `add_local_rank`.
+        settings: those of the stage.
+        options: what every stage's function takes: `device`, where it is an option, and `overwrite`.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, settings: type):
+        from .moefication.processes import Process, pick_device, this_process
+
+        self.arguments = arguments
+        self.process = this_process(arguments.local_rank) if "local_rank" in arguments else Process()
+        self.options = {"overwrite": arguments.overwrite}
+        if "device" in arguments:
+            self.options["device"] = pick_device(arguments.device, self.process.local_rank)
+        self.settings = settings_of(arguments, settings)
+
+    @cached_property
+    def checkpoint(self) -> "DenseCheckpoint":
+        """The dense model of `--model_path`."""
+        from .moefication.checkpoints.dense import DenseCheckpoint
+
+        return DenseCheckpoint(self.arguments.model_path)
+
+    @cached_property
+    def corpus(self) -> "Corpus":
+        """The text that the options of `add_corpus` and `--seed` choose, as the dense model's tokenizer cuts it."""
+        from .moefication.text.corpus import training_corpus
+
+        settings = settings_of(self.arguments, CorpusSettings)
+        paths = self.arguments.train_data_path, self.arguments.train_data_cache_path
+        return training_corpus(self.checkpoint, *paths, settings)
+
+    def warn_if_not_started_together(self, what_alone: str) -> None:
+        """Tell what this process does if RANK and WORLD_SIZE say that it is one of several, but torchrun did not set
+        them: they may be left over from another run."""
+        if self.process.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            print(
+                f"the environment says RANK {self.process.rank} of WORLD_SIZE {self.process.world_size}: {what_alone}; "
+                f"`unset RANK WORLD_SIZE` if this process is to do all",
+                file=sys.stderr,
+            )
+
+    def print_mix(self) -> None:
+        """The domains of the corpus: their shares, the tokens there, asked for and got, and the files counted."""
+        from .moefication.text.unread import some
+
+        print(f"{'domain':<14} {'share':>6} {'there':>10} {'asked':>10} {'got':>10}  tokens, of files")
+        for row in self.corpus.mix:
+            counts = f"{row.available:>10,} {row.asked:>10,} {row.got:>10,}"
+            print(f"{row.domain:<14} {row.weight:>6.1%} {counts}  {some(row.files)}")
+        for row in self.corpus.mix:
+            if row.skipped_lines:
+                print(f"{row.domain}: {row.skipped_lines:,} bad lines skipped")
+        print(f"{self.checkpoint.name}: {self.corpus.num_tokens:,} tokens in {len(self.corpus.blocks):,} blocks")
+
+    def report(self, writer: "ArtifactWriter", next_step: str, missing: str = "still missing") -> None:
+        """The last lines of a stage: what was written, where, how long it took, and what comes next. `missing` says of
+        parts that are not there who makes them."""
+        took = f"{time.perf_counter() - self.arguments.start_time:.1f} s"
+        if writer.was_finished:
+            print(f"already finished: {writer.folder} (--overwrite redoes it)")
+        elif writer.finished:
+            print(f"written: {writer.folder} ({took})")
+        else:
+            parts = f"{len(writer.missing())} of {len(writer.parts)} parts {missing}"
+            print(f"written so far: {writer.folder} ({parts}) after {took}")
+        if writer.finished:
+            print(f"next: {next_step}")
+
+
 # ---------------------------------------------------------------------------------------------------- the parser
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, and lets the epilogue keep its line breaks."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(indent + line for line in text.strip().splitlines())
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that say something, and keeps the line breaks of the description."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -53,25 +171,7 @@ class Parser(argparse.ArgumentParser):
 
 def new_parser(doc: str) -> Parser:
     """A parser described by its script's docstring."""
-    return Parser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
-
-
-def stage_parser(
-    doc: str, settings: type, *, has_device: bool = True, leave_out: Collection[str] = (), **paths: str
-) -> Parser:
-    """The options of a stage: its paths (`--model_path`, and those given by name with their help), its settings but
-    for those left out, `--device` and `--overwrite`."""
-    parser = new_parser(doc)
-    add_model_path(parser)
-    for name, help in paths.items():
-        parser.add_argument(f"--{name}", type=path, required=True, help=help)
-    add_settings(parser, settings, leave_out)
-    if has_device:
-        add_device(parser)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="redo a finished stage, or one made with other options"
-    )
-    return parser
+    return Parser(description=doc.strip(), formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def path(text: str) -> str:
@@ -88,11 +188,11 @@ def seed_number(text: str) -> int:
     return int(text)
 
 
-def add_settings(parser: Any, settings: type, leave_out: Collection[str] = ()) -> None:
+def add_settings(parser: Any, settings: type) -> None:
     """An option for each field of a stage's settings (see `run_moefication.settings`) that has none yet."""
     taken = {action.dest for action in parser._actions}  # argparse has no public list of them
     for one in fields(settings):
-        if one.name in taken or one.name in leave_out:
+        if one.name in taken or not one.metadata["is_option"]:
             continue
         alternatives = get_args(one.type) or (one.type,)
         items = [item for kind in alternatives if get_origin(kind) is Sequence for item in get_args(kind)]
@@ -128,7 +228,7 @@ def add_templates(parser: argparse.ArgumentParser) -> None:
 
 
 def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The options that choose text and cut it into blocks; `read_corpus` follows them."""
+    """The options that choose text and cut it into blocks: `Run.corpus`."""
     group = parser.add_argument_group("text")
     group.add_argument(
         "--train_data_path",
@@ -146,91 +246,13 @@ def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """`--device`, for `pick_device`."""
+    """`--device`, for `processes.pick_device`."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
 
 
 def add_local_rank(parser: argparse.ArgumentParser) -> None:
     """The hidden option that the old launcher of PyTorch passes; torchrun sets LOCAL_RANK instead."""
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-
-
-# ---------------------------------------------------------------------------------------------------- the work
-
-
-def run_options(arguments: argparse.Namespace, process: "Process | None" = None) -> dict[str, Any]:
-    """What every stage's function takes: `device` (where it is an option), on this `process`, and `overwrite`."""
-    options = {"device": pick_device(arguments, process.local_rank if process else 0)} if "device" in arguments else {}
-    return options | {"overwrite": arguments.overwrite}
-
-
-def this_process(arguments: argparse.Namespace, what_alone: str) -> "Process":
-    """Which of several processes this one is, as torchrun says in the environment.
-
-    If something else set these variables, they may be left over from another run: a line on stderr says what this
-    process will do.
-
-    Args:
-        what_alone: what a process does if it is one of several.
-    """
-    from .moefication import processes
-
-    process = processes.this_process(arguments.local_rank)
-    if process.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        print(
-            f"the environment says RANK {process.rank} of WORLD_SIZE {process.world_size}: {what_alone}; "
-            f"`unset RANK WORLD_SIZE` if this process is to do all",
-            file=sys.stderr,
-        )
-    return process
-
-
-def pick_device(arguments: argparse.Namespace, local_rank: int = 0) -> str:
-    """The device that `--device` names, checked; by default the GPU of this process where there is one."""
-    from .moefication import processes
-
-    return processes.pick_device(arguments.device, local_rank)
-
-
-def read_corpus(arguments: argparse.Namespace, checkpoint: Any) -> Any:
-    """The corpus that the options of `add_corpus` and `--seed` choose, as this dense model's tokenizer cuts it."""
-    from .moefication.text.corpus import training_corpus
-
-    settings = settings_of(arguments, CorpusSettings)
-    paths = arguments.train_data_path, arguments.train_data_cache_path
-    return training_corpus(checkpoint, *paths, settings)
-
-
-# ---------------------------------------------------------------------------------------------------- the summary
-
-
-def print_mix(checkpoint: Any, corpus: Any) -> None:
-    """The domains of a corpus: their shares, the tokens there, asked for and got, and the files counted for each."""
-    from .moefication.text.unread import some
-
-    print(f"{'domain':<14} {'share':>6} {'there':>10} {'asked':>10} {'got':>10}  tokens, of files")
-    for row in corpus.mix:
-        counts = f"{row.available:>10,} {row.asked:>10,} {row.got:>10,}"
-        print(f"{row.domain:<14} {row.weight:>6.1%} {counts}  {some(row.files)}")
-    for row in corpus.mix:
-        if row.skipped_lines:
-            print(f"{row.domain}: {row.skipped_lines:,} bad lines skipped")
-    print(f"{checkpoint.name}: {corpus.num_tokens:,} tokens in {len(corpus.blocks):,} blocks")
-
-
-def report(arguments: argparse.Namespace, writer: Any, next_step: str, missing: str = "still missing") -> None:
-    """The last lines of a stage: what was written, where, how long it took, and what comes next. `missing` says of
-    parts that are not there who makes them."""
-    took = f"{time.perf_counter() - arguments.start_time:.1f} s"
-    if writer.was_finished:
-        print(f"already finished: {writer.folder} (--overwrite redoes it)")
-    elif writer.finished:
-        print(f"written: {writer.folder} ({took})")
-    else:
-        parts = f"{len(writer.missing())} of {len(writer.parts)} parts {missing}"
-        print(f"written so far: {writer.folder} ({parts}) after {took}")
-    if writer.finished:
-        print(f"next: {next_step}")
 
 
 # ---------------------------------------------------------------------------------------------------- the exit status

@@ -9,36 +9,19 @@ Writes a LlamaMoE checkpoint like the one it read. Memory: a layer of each model
 hidden_size (LLaMA-7B: 66 kB a token).
 """
 
-import argparse
 import sys
 
-from run_moefication import command_line
+from run_moefication.command_line import NEW_CHECKPOINT, Run, StageScript, add_corpus
 from run_moefication.settings import CalibrateSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of this stage."""
-    parser = command_line.stage_parser(
-        __doc__,
-        CalibrateSettings,
-        moe_path="the converted checkpoint, as llama_convert.py (or this script, or llama_distill.py) wrote it",
-        save_path=command_line.NEW_CHECKPOINT,
-    )
-    command_line.add_corpus(parser)
-    return parser
-
-
-def calibrate(arguments: argparse.Namespace) -> None:
+def calibrate(run: Run) -> None:
     """Run the stage and print what each layer's fit gained."""
-    run = command_line.run_options(arguments)
-    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.stages import calibrate as stage
 
-    settings = command_line.settings_of(arguments, CalibrateSettings)
-    checkpoint = DenseCheckpoint(arguments.model_path)
-    corpus = command_line.read_corpus(arguments, checkpoint)
-    writer = stage.calibrate(checkpoint, arguments.moe_path, corpus, arguments.save_path, settings, **run)
-    command_line.print_mix(checkpoint, corpus)
+    paths = run.arguments
+    writer = stage.calibrate(run.checkpoint, paths.moe_path, run.corpus, paths.save_path, run.settings, **run.options)
+    run.print_mix()
     print(f"{'layer':>5} {'routed that run':>17} {'error before':>13} {'after':>8} {'strength':>9}")
     for layer, m in enumerate(stage.layer_metrics(writer)):
         print(
@@ -48,13 +31,19 @@ def calibrate(arguments: argparse.Namespace) -> None:
     if final := stage.final_norm_metrics(writer):
         before, after = final["divergence_before"], final["divergence_after"]
         print(f"divergence from the dense model: {before:.4f} nats a token, {after:.4f} with the final norm fitted")
-    command_line.report(arguments, writer, "llama_distill.py (6_distill.sh), or llama_evaluate.py (evaluate.sh)")
+    run.report(writer, "llama_distill.py (6_distill.sh), or llama_evaluate.py (evaluate.sh)")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    return command_line.run(build_parser(), calibrate, argv)
-
+main = StageScript(
+    __doc__,
+    CalibrateSettings,
+    calibrate,
+    paths={
+        "moe_path": "the converted checkpoint, as llama_convert.py (or this script, or llama_distill.py) wrote it",
+        "save_path": NEW_CHECKPOINT,
+    },
+    more_options=[add_corpus],
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,34 +7,19 @@ r"""Stage 4, convert: dense weights, split and gates become a LlamaMoE checkpoin
 No weight changes; neurons move to their experts. Memory: twice one shard of at most 2 GiB.
 """
 
-import argparse
 import sys
 
-from run_moefication import command_line
+from run_moefication.command_line import NEW_CHECKPOINT, SPLIT, Run, StageScript
 from run_moefication.settings import ConvertSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of this stage."""
-    return command_line.stage_parser(
-        __doc__,
-        ConvertSettings,
-        has_device=False,
-        split_file_path=command_line.SPLIT,
-        select_file_path="folder that llama_select_mlp.py wrote",
-        save_path=command_line.NEW_CHECKPOINT,
-    )
-
-
-def convert(arguments: argparse.Namespace) -> None:
+def convert(run: Run) -> None:
     """Run the stage and print what kind of checkpoint came out."""
-    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.stages import convert as stage
 
-    settings = command_line.settings_of(arguments, ConvertSettings)
-    checkpoint = DenseCheckpoint(arguments.model_path)
-    paths = arguments.split_file_path, arguments.select_file_path, arguments.save_path
-    writer = stage.convert(checkpoint, *paths, settings, **command_line.run_options(arguments))
+    checkpoint, settings = run.checkpoint, run.settings
+    paths = run.arguments.split_file_path, run.arguments.select_file_path, run.arguments.save_path
+    writer = stage.convert(checkpoint, *paths, settings, **run.options)
     average = " on average" if settings.routing == "threshold" else ""
     budget = f"{settings.num_selects} of {settings.num_experts} experts a token{average}"
     print(f"{checkpoint.name} as {settings.convert_type}: {budget}")
@@ -43,13 +28,20 @@ def convert(arguments: argparse.Namespace) -> None:
         print(f"the source has no score.weight: the classification head of {labels} labels is new and must be trained")
     if not (checkpoint.path / "tokenizer_config.json").exists():
         print(f"{checkpoint.path} has no tokenizer files: none were copied")
-    command_line.report(arguments, writer, "llama_calibrate.py (5_calibrate.sh), or llama_evaluate.py (evaluate.sh)")
+    run.report(writer, "llama_calibrate.py (5_calibrate.sh), or llama_evaluate.py (evaluate.sh)")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    return command_line.run(build_parser(), convert, argv)
-
+main = StageScript(
+    __doc__,
+    ConvertSettings,
+    convert,
+    paths={
+        "split_file_path": SPLIT,
+        "select_file_path": "folder that llama_select_mlp.py wrote",
+        "save_path": NEW_CHECKPOINT,
+    },
+    has_device=False,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,44 +21,34 @@ from run_moefication.settings import EvaluateSettings
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
-    parser = command_line.new_parser(__doc__)
-    parser.add_argument(
-        "--model_path",
-        type=command_line.path,
-        nargs="+",
-        required=True,
-        help="checkpoint folders or hub ids, dense or MoE",
-    )
-    parser.add_argument(
-        "--text_path", type=command_line.path, required=True, help='text file, or .jsonl with a "text" a line'
-    )
+    parser, path = command_line.new_parser(__doc__), command_line.path
+    models = "checkpoint folders or hub ids, dense or MoE"
+    parser.add_argument("--model_path", type=path, nargs="+", required=True, help=models)
+    parser.add_argument("--text_path", type=path, required=True, help='text file, or .jsonl with a "text" a line')
     command_line.add_settings(parser, EvaluateSettings)
     command_line.add_device(parser)
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="write the results as JSON to a file, or to stdout"
-    )
+    json_help = "write the results as JSON to a file, or to stdout"
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help=json_help)
     return parser
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the tables or the JSON."""
-    device = command_line.pick_device(arguments)
     from run_moefication.moefication.errors import SettingError
+    from run_moefication.moefication.processes import pick_device
     from run_moefication.moefication.stages import evaluate as stage
 
-    if arguments.json not in (None, "-"):
-        file = Path(arguments.json)
-        if file.is_dir() or not file.parent.is_dir():
-            raise SettingError(f"json {file} cannot be written: name a file in a folder that exists")
-
-    settings = command_line.settings_of(arguments, EvaluateSettings)
+    file = Path(arguments.json) if arguments.json not in (None, "-") else None
+    if file and (file.is_dir() or not file.parent.is_dir()):
+        raise SettingError(f"json {file} cannot be written: name a file in a folder that exists")
+    device, settings = pick_device(arguments.device), command_line.settings_of(arguments, EvaluateSettings)
     results = stage.evaluate(arguments.model_path, arguments.text_path, **vars(settings), device=device)
-    if arguments.json:
-        content = json.dumps([asdict(row) for row in results], indent=1)
-        if arguments.json == "-":
-            print(content)
-            return
-        Path(arguments.json).write_text(content + "\n")
+    as_json = json.dumps([asdict(row) for row in results], indent=1)
+    if arguments.json == "-":
+        print(as_json)
+        return
+    if file:
+        file.write_text(as_json + "\n")
     for name, rows in groupby((row for row in results if row.expert_load), attrgetter("model")):
         print_load(name, list(rows))
     width = max(len(row.label) for row in results)

@@ -11,41 +11,26 @@ Writes SAVE_PATH/NAME-8Expert-Select-MLP, a gate per layer. Memory: one layer's 
 import argparse
 import sys
 
-from run_moefication import command_line
+from run_moefication.command_line import SPLIT, Run, StageScript
 from run_moefication.settings import GateSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of this stage."""
-    parser = command_line.stage_parser(
-        __doc__,
-        GateSettings,
-        leave_out=("patience",),
-        split_file_path=command_line.SPLIT,
-        hidden_features_path="folder that llama_get_hidden_features.py wrote",
-        save_path="folder in which NAME-nExpert-Select-MLP is made",
-    )
-    parser.add_argument(
-        "--specify_layer",
-        nargs="*",
-        help="layers to train: 0-7 (ends included), 0 1 2, or both (default: all)",
-    )
-    return parser
+def add_specify_layer(parser: argparse.ArgumentParser) -> None:
+    """`--specify_layer`."""
+    layers = "layers to train: 0-7 (ends included), 0 1 2, or both (default: all)"
+    parser.add_argument("--specify_layer", nargs="*", help=layers)
 
 
-def select(arguments: argparse.Namespace) -> None:
+def select(run: Run) -> None:
     """Run the stage and print how good the gates are."""
-    run = command_line.run_options(arguments)
-    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.stages.select import parse_layers, train_gates
 
-    settings = command_line.settings_of(arguments, GateSettings)
-    checkpoint = DenseCheckpoint(arguments.model_path)
-    layers = parse_layers(arguments.specify_layer or [], checkpoint.config.num_hidden_layers)
-    paths = arguments.split_file_path, arguments.hidden_features_path, arguments.save_path
-    writer = train_gates(checkpoint, *paths, settings, layers=layers, **run)
-    print_quality(writer.metrics(), settings.num_selects)
-    command_line.report(arguments, writer, "llama_convert.py (4_convert.sh)")
+    given = run.arguments
+    layers = parse_layers(given.specify_layer or [], run.checkpoint.config.num_hidden_layers)
+    paths = given.split_file_path, given.hidden_features_path, given.save_path
+    writer = train_gates(run.checkpoint, *paths, run.settings, layers=layers, **run.options)
+    print_quality(writer.metrics(), run.settings.num_selects)
+    run.report(writer, "llama_convert.py (4_convert.sh)")
 
 
 def print_quality(metrics: dict, num_selects: int) -> None:
@@ -62,10 +47,17 @@ def print_quality(metrics: dict, num_selects: int) -> None:
     print(f"{better} of {len(metrics)} gates beat the best constant choice of {num_selects} experts by mass recall")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    return command_line.run(build_parser(), select, argv)
-
+main = StageScript(
+    __doc__,
+    GateSettings,
+    select,
+    paths={
+        "split_file_path": SPLIT,
+        "hidden_features_path": "folder that llama_get_hidden_features.py wrote",
+        "save_path": "folder in which NAME-nExpert-Select-MLP is made",
+    },
+    more_options=[add_specify_layer],
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,42 +5,33 @@ r"""Stage 1, split, as a control: deal the neurons of every MLP out to experts a
 Writes SAVE_PATH/NAME-8Expert-Split-Random, which the later stages take as they take a clustering.
 """
 
-import argparse
 import sys
 
-from run_moefication import command_line
+from run_moefication.command_line import Run, StageScript, add_templates
 from run_moefication.settings import RandomSplitSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of this stage."""
-    parser = command_line.stage_parser(
-        __doc__, RandomSplitSettings, has_device=False, save_path="folder in which NAME-nExpert-Split-Random is made"
-    )
-    command_line.add_templates(parser)
-    return parser
-
-
-def split(arguments: argparse.Namespace) -> None:
+def split(run: Run) -> None:
     """Run the stage and print what came out."""
     from run_moefication.moefication.artifacts.split import parse_templates
-    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.stages.split import split_at_random
 
-    settings = command_line.settings_of(arguments, RandomSplitSettings)
-    templates = parse_templates(arguments.templates)
-    checkpoint = DenseCheckpoint(arguments.model_path)
-    writer = split_at_random(checkpoint, arguments.save_path, templates, settings, overwrite=arguments.overwrite)
-    width = checkpoint.config.intermediate_size // arguments.num_experts
-    layers = checkpoint.config.num_hidden_layers
-    print(f"{checkpoint.name}: {layers} layers, {arguments.num_experts} experts of {width} neurons")
-    command_line.report(arguments, writer, "llama_get_hidden_features.py (2_get_hidden_features.sh)")
+    templates = parse_templates(run.arguments.templates)
+    writer = split_at_random(run.checkpoint, run.arguments.save_path, templates, run.settings, **run.options)
+    config, num_experts = run.checkpoint.config, run.settings.num_experts
+    experts = f"{num_experts} experts of {config.intermediate_size // num_experts} neurons"
+    print(f"{run.checkpoint.name}: {config.num_hidden_layers} layers, {experts}")
+    run.report(writer, "llama_get_hidden_features.py (2_get_hidden_features.sh)")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    return command_line.run(build_parser(), split, argv)
-
+main = StageScript(
+    __doc__,
+    RandomSplitSettings,
+    split,
+    paths={"save_path": "folder in which NAME-nExpert-Split-Random is made"},
+    more_options=[add_templates],
+    has_device=False,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

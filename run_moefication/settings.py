@@ -63,6 +63,7 @@ def setting(
     check: Check | None = None,
     only: str | None = None,
     is_recorded: bool = True,
+    is_option: bool = True,
 ) -> Any:
     """A field of a stage's settings.
 
@@ -74,13 +75,15 @@ def setting(
         only: "field value", or "field value or value": a field above this one, and its values with which this one has
             an effect. With other values it is None.
         is_recorded: whether it shapes the result, so that manifests name it.
+        is_option: whether the stage's script has it.
     """
     if only:
         known = f"{help} (default: {default})" if default else help
         help = f"{known[:-1]}; " if known.endswith(")") else f"{known} ("
         help += f"with --{only})"
-    rules = dict(help=help, choices=choices and tuple(choices), check=check, only=only, is_recorded=is_recorded)
-    return field(default=None if only else default, metadata=rules | {"default": default})
+    rules = dict(help=help, choices=choices and tuple(choices), check=check, only=only, default=default)
+    rules |= dict(is_recorded=is_recorded, is_option=is_option)
+    return field(default=None if only else default, metadata=rules)
 
 
 def templates(**rules: Any) -> Any:
@@ -296,7 +299,7 @@ class GateSettings(Settings):
     lr: float | None = setting(0.01, "peak of the one-cycle learning rate", check=POSITIVE, only="gate_fit adam")
     valid_percent: float = setting(0.1, "fraction of the tokens held out to measure on", check=FRACTION)
     patience: int | None = setting(
-        10, "epochs without a gain after which training ends", check=at_least(1), only="gate_fit adam"
+        10, "epochs without a gain after which training ends", check=at_least(1), only="gate_fit adam", is_option=False
     )
     seed: int | None = seed("the order of tokens in training", only="gate_fit adam")
 

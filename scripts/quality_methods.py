@@ -18,9 +18,9 @@ from quality_baselines import Choice, all_neurons, cmoe, masked, oracle
 from transformers import PreTrainedModel
 
 import run_moefication as rm
-from run_moefication.command_line import pick_device
 from run_moefication.moefication.artifacts.split import Split
 from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.processes import pick_device
 from run_moefication.moefication.stages.evaluate import evaluate_model, first_tokens
 from run_moefication.moefication.stages.split import split_at_random
 from run_moefication.moefication.text.corpus import Corpus, pack
@@ -97,7 +97,7 @@ def prepare(arguments: argparse.Namespace) -> Bench:
         texts[name] = [block for block in blocks if len(block) == arguments.block_size]
         if not texts[name]:
             raise MoEficationError(f"{path}: less than a block of {arguments.block_size} tokens to measure on")
-    return Bench(dense, texts, arguments, pick_device(arguments))
+    return Bench(dense, texts, arguments, pick_device(arguments.device))
 
 
 def rows(bench: Bench) -> Iterator[Row]:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from run_moefication import command_line
 from run_moefication.moefication.errors import MoEficationError
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -38,6 +37,8 @@ def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) 
     """Refuse what cannot be measured; returns the torch device."""
     import torch
 
+    from run_moefication.moefication.processes import pick_device
+
     for size in intermediate_sizes:
         if size % arguments.num_experts:
             raise MoEficationError(f"--num_experts {arguments.num_experts} does not divide {size} neurons")
@@ -47,7 +48,7 @@ def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) 
             raise MoEficationError(
                 f"--active {active} of {arguments.num_experts} experts is not a whole number of them above 0"
             )
-    return torch.device(command_line.pick_device(arguments))
+    return torch.device(pick_device(arguments.device))
 
 
 def fill(module: Any, dtype: Any, device: Any, generator: Any) -> None:

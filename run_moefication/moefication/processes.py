@@ -12,9 +12,9 @@ from .errors import MoEficationError, SettingError
 class Process:
     """This process among those that share the work, as the environment says."""
 
-    rank: int
-    world_size: int
-    local_rank: int
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
 
 def this_process(local_rank: int | None = None) -> Process:

@@ -91,7 +91,8 @@ def options(typed) -> Callable[..., tuple[argparse.Namespace, Any]]:
         module, kind = SCRIPTS[script]
         path, *words = typed(script, **environment)
         assert Path(path).samefile(module.__file__)
-        arguments = module.build_parser().parse_args(words)
+        build_parser = module.build_parser if module is llama_evaluate else module.main.build_parser
+        arguments = build_parser().parse_args(words)
         return arguments, settings_of(arguments, kind)
 
     return options
