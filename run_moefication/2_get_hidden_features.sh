@@ -2,11 +2,8 @@
 # Stage 2, get_hidden_features: record what the MLPs see on pretraining-like text, one process per GPU. Works from any
 # directory; each setting can be given in the environment instead:  MODEL_PATH=/models/llama_7B NUM_GPUS=4 bash ...
 set -euo pipefail
-HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-# shellcheck source=run_moefication/common.sh
-. "$HERE/common.sh" && shared_settings # MODEL_PATH, SAVE_PATH, TEMPLATES, SEED; what text is read; NUM_GPUS
-# shellcheck source=run_moefication/recipe.sh
-. "$HERE/recipe.sh" # FEATURE_TOKENS
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+stage_settings # MODEL_PATH, SAVE_PATH, TEMPLATES, SEED, NUM_GPUS; what text is read
 
 FEATURE_FORMAT="${FEATURE_FORMAT:-inputs}"  # inputs: the rest is recomputed; full: store it all
 DATA_USE_PERCENT="${DATA_USE_PERCENT:-1.0}" # fraction of what the domain mix allows

@@ -2,11 +2,9 @@
 # Stage 3, select: train the gates that choose experts. Works from any directory; each setting can be given in the
 # environment instead. Several GPUs:  SPECIFY_LAYER=0-15 bash 3_select.sh --device cuda:0 & SPECIFY_LAYER=16-31 ...
 set -euo pipefail
-HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-# shellcheck source=run_moefication/common.sh
-. "$HERE/common.sh" && shared_settings # MODEL_PATH, SAVE_PATH, TEMPLATES, SEED
-# shellcheck source=run_moefication/recipe.sh
-. "$HERE/recipe.sh" # NUM_EXPERTS and NUM_SELECTS, SELECT_CRITERION, GATE_NETWORK and GATE_RANK
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# MODEL_PATH, SAVE_PATH, TEMPLATES, SEED, NUM_EXPERTS, NUM_SELECTS, SELECT_CRITERION, GATE_NETWORK, GATE_RANK
+stage_settings
 
 GATE_FIT="${GATE_FIT:-}"           # ridge or adam; empty: ridge for linear gates
 SPECIFY_LAYER="${SPECIFY_LAYER:-}" # such as 0-7; empty: all layers

@@ -3,13 +3,9 @@
 # Works from any directory; each setting can be given in the environment instead:
 #     MODEL_PATH=/models/llama_7B MAX_TOKENS=262144 bash 5_calibrate.sh
 set -euo pipefail
-HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-# shellcheck source=run_moefication/common.sh
-. "$HERE/common.sh" && shared_settings # MODEL_PATH, MOE_PATH, SEED; what text is read; CALIBRATED_PATH, the new one
-# shellcheck source=run_moefication/recipe.sh
-. "$HERE/recipe.sh" # BUDGET (empty: as converted); GATE_NETWORK: linear gates are fitted anew; OUTPUT_BIAS
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+stage_settings # MODEL_PATH, MOE_PATH, CALIBRATED_PATH (the new one), SEED, NUM_SELECTS, OUTPUT_BIAS; what text is read
 
-DOMAIN_WEIGHTS="${DOMAIN_WEIGHTS:-equal}"                                # or domain=weight,...
 MAX_TOKENS="${MAX_TOKENS:-$CALIBRATION_TOKENS}"                          # more is better, and longer
 BATCH_SIZE="${BATCH_SIZE:-4}"                                            # blocks at a time
 REFIT_GATES="${REFIT_GATES-$([ "$GATE_NETWORK" != linear ] || echo 1)}" # empty: gates stay as they are

@@ -3,14 +3,11 @@
 # Works from any directory; each setting can be given in the environment instead:
 #     MODEL_PATH=/models/llama_7B MAX_TOKENS=262144 NUM_GPUS=4 bash 6_distill.sh --bf16
 set -euo pipefail
-HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 BLOCK_SIZE="${BLOCK_SIZE:-512}" # tokens that predict one another
-# shellcheck source=run_moefication/common.sh
-. "$HERE/common.sh" && shared_settings # MODEL_PATH, CALIBRATED_PATH, DISTILLED_PATH, SEED; what text is read; NUM_GPUS
-# shellcheck source=run_moefication/recipe.sh
-. "$HERE/recipe.sh" # BUDGET (empty: as calibrated) and DISTILLATION_TOKENS
+# MODEL_PATH, CALIBRATED_PATH, DISTILLED_PATH (the new one), SEED, NUM_SELECTS, NUM_GPUS; what text is read
+stage_settings
 
-DOMAIN_WEIGHTS="${DOMAIN_WEIGHTS:-equal}"        # or domain=weight,...
 MAX_TOKENS="${MAX_TOKENS:-$DISTILLATION_TOKENS}" # more is better, and longer
 BATCH_SIZE="${BATCH_SIZE:-2}"                    # blocks at a time in each process
 TRAIN="${TRAIN:-all}"                            # gates, experts or all

@@ -1,22 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the other shell scripts: which Python runs the stages, the settings that several stages share, and how a
-# stage starts on several GPUs.
+# Sourced by the other shell scripts: which Python runs the stages, the settings that several stages share, how settings
+# become options, and how a stage starts on several GPUs.
 
-PYTHON_OF_VENV="$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/python"
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+PYTHON_OF_VENV="$HERE/../.venv/bin/python"
 PYTHON="${PYTHON:-$([ -x "$PYTHON_OF_VENV" ] && echo "$PYTHON_OF_VENV" || echo python3)}"
-
-# whole LEAST SETTING...: each of these settings, where it is given, must be a whole number, LEAST or more.
-whole() {
-    local least="$1" setting value
-    shift
-    for setting in "$@"; do
-        value="${!setting:-$least}"
-        if ! [[ "$value" =~ ^(0|[1-9][0-9]{0,17})$ ]] || [ "$value" -lt "$least" ]; then
-            echo "error: $setting=$value: a whole number is needed, $least or more" >&2
-            exit 2
-        fi
-    done
-}
 
 # in_full FOLDER: its path from the root, so that "." has a name, too. What is no folder here, such as a hub id, stays.
 in_full() {
@@ -33,8 +21,15 @@ shared_settings() {
     TEMPLATES="${TEMPLATES:-"layers.{}.mlp.gate_proj.weight"}"
     TRAIN_DATA_PATH="${TRAIN_DATA_PATH:-$HERE/../llama_data}"     # folder of jsonl files
     TRAIN_DATA_CACHE_PATH="${TRAIN_DATA_CACHE_PATH:-$HERE/../llama_data_cache}"
+    DOMAIN_WEIGHTS="${DOMAIN_WEIGHTS:-equal}"                     # or domain=weight,...; stage 2: LLaMA's own mix
     BLOCK_SIZE="${BLOCK_SIZE:-}"                                  # tokens; empty: 2048, or what the model takes
     SEED="${SEED:-0}"
+}
+
+# The settings of a stage: those that several stages share, and those of the recipe.
+stage_settings() {
+    shared_settings
+    . "$HERE/recipe.sh"
 }
 
 # options SETTING...: add to OPTIONS each of these settings that is not empty, as `--setting value`.
@@ -50,7 +45,6 @@ options() {
 launch() {
     local launcher=()
     NUM_GPUS="${NUM_GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
-    whole 1 NUM_GPUS
     [ "$NUM_GPUS" -eq 1 ] || launcher=(-m torch.distributed.run --standalone --nproc_per_node="$NUM_GPUS") # torchrun
     "$PYTHON" ${launcher[@]+"${launcher[@]}"} "$@"
 }

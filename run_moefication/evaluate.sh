@@ -3,9 +3,8 @@
 # can be given in the environment instead:
 #     MODEL_PATH=/models/llama_7B TEXT_PATH=wiki.test.raw NUM_SELECTS="8 6 4 2" bash evaluate.sh
 set -euo pipefail
-HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-# shellcheck source=run_moefication/common.sh
-. "$HERE/common.sh" && shared_settings # MODEL_PATH, MOE_PATH, and where there are any CALIBRATED_PATH and DISTILLED_PATH
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+shared_settings # MODEL_PATH, MOE_PATH, and where there are any CALIBRATED_PATH and DISTILLED_PATH
 
 TEXT_PATH="${TEXT_PATH:-$HERE/../llama_data/heldout/wikipedia.jsonl}"
 NUM_SELECTS="${NUM_SELECTS:-}" # such as "8 6 4 2"; empty: the checkpoint's own

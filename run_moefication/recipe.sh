@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the numbered scripts: the settings that belong together, as settings.py knows them. Each can be given in the
-# environment instead.
+# Sourced after common.sh: the settings that belong together, as settings.py knows them. Each can be given in the
+# environment instead; numbers given there are checked.
 #
 #     RECIPE=calibrated    many small experts split on activations, some of them shared; ridge gates; a threshold instead
 #                          of a fixed number; stage 5 refits what remains (the default, and the better model)
@@ -9,14 +9,11 @@
 # It also gives BUDGET, which is NUM_SELECTS where that is given and else empty, and the folders of the first stages'
 # files: SPLIT_FOLDER, FEATURES_FOLDER and SELECT_FOLDER.
 
-# shellcheck source=run_moefication/common.sh
-. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "error: Python >= 3.11 is needed, '$PYTHON' is not: set PYTHON=/path/to/python3.11 (or newer)" >&2
     exit 2
 fi
 export RECIPE NUM_EXPERTS NUM_SELECTS NUM_SHARED_EXPERTS CLUSTER_ON SELECT_CRITERION GATE_NETWORK GATE_RANK OUTPUT_BIAS \
-    ROUTING SPLIT_TOKENS FEATURE_TOKENS CALIBRATION_TOKENS DISTILLATION_TOKENS
-ROOT="$(dirname "${BASH_SOURCE[0]}")/.."
-ASSIGNMENTS="$(PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m run_moefication.settings)" || exit 2
+    ROUTING SPLIT_TOKENS FEATURE_TOKENS CALIBRATION_TOKENS DISTILLATION_TOKENS BLOCK_SIZE EVAL_TOKENS NUM_GPUS
+ASSIGNMENTS="$(PYTHONPATH="$HERE/..${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m run_moefication.settings)" || exit 2
 eval "$ASSIGNMENTS"

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from .moefication.errors import SettingError
 from .moefication.names import features_folder, model_name, select_folder, split_folder
@@ -33,26 +33,23 @@ CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceCla
 TRAINED = ("gates", "experts", "all")
 EQUAL = "equal"
 
-Check = Callable[[Any], str | None]
 
+class Check(NamedTuple):
+    """Which values are right, and what to say of one that is not: the rest of a sentence."""
 
-# ---------------------------------------------------------------------------------------------------- one setting
-
-
-def must(is_right: Callable[[Any], bool], otherwise: str) -> Check:
-    """A check, which says of a value that is not right what is wrong with it: the rest of a sentence."""
-    return lambda value: None if is_right(value) else otherwise
+    is_right: Callable[[Any], bool]
+    otherwise: str
 
 
 def at_least(minimum: int) -> Check:
     """The check of a whole number."""
-    return must(lambda value: value >= minimum, f"must be at least {minimum}")
+    return Check(lambda value: value >= minimum, f"must be at least {minimum}")
 
 
-POSITIVE = must(lambda value: 0 < value < math.inf, "must be a positive number")
-FRACTION = must(lambda value: 0 < value < 1, "is not a fraction between 0 and 1")
-FRACTION_OR_ALL = must(lambda value: 0 < value <= 1, "is not a fraction in (0, 1]; one percent is 0.01")
-SEED = must(lambda value: 0 <= value < 2**32, "is outside of 0 to 2^32 - 1")
+POSITIVE = Check(lambda value: 0 < value < math.inf, "must be a positive number")
+FRACTION = Check(lambda value: 0 < value < 1, "is not a fraction between 0 and 1")
+FRACTION_OR_ALL = Check(lambda value: 0 < value <= 1, "is not a fraction in (0, 1]; one percent is 0.01")
+SEED = Check(lambda value: 0 <= value < 2**32, "is outside of 0 to 2^32 - 1")
 
 
 def setting(
@@ -71,7 +68,7 @@ def setting(
         default: None where the stage finds a value of its own; without one the setting must be given.
         help: what it means, with its unit.
         choices: the values that it may have.
-        check: returns what is wrong with a value, as the rest of a sentence, or None.
+        check: what its values must fulfil.
         only: "field value", or "field value or value": a field above this one, and its values with which this one has
             an effect. With other values it is None.
         is_recorded: whether it shapes the result, so that manifests name it.
@@ -109,28 +106,23 @@ class Settings:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            value, rules = getattr(self, one.name), one.metadata
-            if not self._has_effect(one):
-                if value is not None:
-                    raise SettingError(f"{one.name} is for {rules['only']}")
-                continue
-            if value is None and rules["only"]:
+            name, value, rules = one.name, getattr(self, one.name), one.metadata
+            if value is None and rules["only"] and self._has_effect(one):
                 value = rules["default"]
-                object.__setattr__(self, one.name, value)
-            if value is not None:
-                self._check_value(one, value)
+                object.__setattr__(self, name, value)
+            if value is None:
+                continue
+            if not self._has_effect(one):
+                raise SettingError(f"{name} is for {rules['only']}")
+            if rules["choices"] and value not in rules["choices"]:
+                raise SettingError(f"{name} {value!r} is not one of {', '.join(rules['choices'])}")
+            if rules["check"] and not rules["check"].is_right(value):
+                raise SettingError(f"{name} {value} {rules['check'].otherwise}")
         self.check()
 
     def _has_effect(self, one: Field) -> bool:
         name, _, values = (one.metadata["only"] or "").partition(" ")
         return not name or getattr(self, name) in values.split(" or ")
-
-    def _check_value(self, one: Field, value: Any) -> None:
-        choices, check = one.metadata["choices"], one.metadata["check"]
-        if choices and value not in choices:
-            raise SettingError(f"{one.name} {value!r} is not one of {', '.join(choices)}")
-        if wrong := check and check(value):
-            raise SettingError(f"{one.name} {repr(value) if isinstance(value, str) else value} {wrong}")
 
     def recorded(self) -> dict[str, Any]:
         """The settings that shape the result, as manifests record them."""
@@ -139,9 +131,6 @@ class Settings:
 
     def check(self) -> None:
         """What fields must fulfil together."""
-
-
-# ---------------------------------------------------------------------------------------------------- counts of experts
 
 
 def require_shared(num_shared_experts: int, num_experts: int) -> None:
@@ -172,9 +161,6 @@ EXPERTS_HELP = "experts per layer; must divide the MLP's width"
 SPLIT_EXPERTS_HELP = "experts per layer, those of the split"
 
 
-# ---------------------------------------------------------------------------------------------------- text
-
-
 @dataclass(frozen=True, kw_only=True)
 class CorpusSettings(Settings):
     """Which text a stage reads, and how it is cut into blocks."""
@@ -193,9 +179,6 @@ class CorpusSettings(Settings):
     )
     skip_bad_lines: bool = setting(False, "count lines that hold no document, and go on without them")
     seed: int = seed("the choice and order of blocks")
-
-
-# ---------------------------------------------------------------------------------------------------- the stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,9 +200,7 @@ class SplitSettings(Settings):
         0.3, "share of the neurons a token is said to need, on average", check=FRACTION, only="cluster_on activations"
     )
     distance: str = setting(
-        "l2",
-        "between a normalised row and a centre: squared Euclidean, or one minus the cosine",
-        choices=DISTANCES,
+        "l2", "between a normalised row and a centre: squared Euclidean, or one minus the cosine", choices=DISTANCES
     )
     batch_size: int | None = setting(
         4, "blocks of --train_data_path at a time", check=at_least(1), only="cluster_on activations"
@@ -350,10 +331,11 @@ class CalibrateSettings(Settings):
     """Stage 5: what is refitted, and for which budget."""
 
     num_selects: int | None = setting(
-        None,
-        "experts that run per token, shared ones included, while fitting and afterwards (default: as converted)",
+        None, "experts that run per token, shared ones included, while fitting and afterwards (default: as converted)"
     )
-    refit_gates: bool = setting(False, "fit linear gates anew, on what the calibrated layers before produce")
+    refit_gates: bool = setting(
+        False, "refine linear gates, pulled to those given, on what the calibrated layers before produce"
+    )
     output_bias: bool = setting(
         False, "fit a bias on each MLP's output as well; engines for other MoE architectures have no place for it"
     )
@@ -365,8 +347,7 @@ class DistillSettings(Settings):
     """Stage 6: what is trained, and how long."""
 
     num_selects: int | None = setting(
-        None,
-        "experts that run per token, shared ones included, in training and afterwards (default: as given)",
+        None, "experts that run per token, shared ones included, in training and afterwards (default: as given)"
     )
     train: str = setting(
         "all",
@@ -396,12 +377,11 @@ class EvaluateSettings(Settings):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- recipes
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Which settings belong together, from the split to the calibration, as rules over the number of experts.
+
+    The defaults are the calibrated recipe.
 
     Attributes:
         num_experts: by default.
@@ -413,17 +393,20 @@ class Recipe:
         is_calibrated: whether stage 5 belongs to it.
     """
 
-    name: str
-    num_experts: int
-    selects: int | Fraction
-    cluster_on: str
-    shared: tuple[tuple[Fraction, Fraction], ...] | None
-    select_criterion: str
-    gate_network: str
-    gate_rank: int | None
-    rank_from: int
-    routing: str
-    output_bias: bool
+    name: str = "calibrated"
+    num_experts: int = 256
+    selects: int | Fraction = Fraction(1, 2)
+    cluster_on: str = "activations"
+    shared: tuple[tuple[Fraction, Fraction], ...] | None = (
+        (Fraction(2, 5), Fraction(1, 8)),
+        (Fraction(1, 8), Fraction(1, 16)),
+    )
+    select_criterion: str = "output_norm"
+    gate_network: str = "linear"
+    gate_rank: int | None = 64
+    rank_from: int = 256
+    routing: str = "threshold"
+    output_bias: bool = True
     is_calibrated: bool = True
     split_tokens: int = 32_768
     feature_tokens: int = 65_536
@@ -452,19 +435,7 @@ class Recipe:
         return self.gate_rank if num_experts >= self.rank_from else None
 
 
-CALIBRATED = Recipe(
-    name="calibrated",
-    num_experts=256,
-    selects=Fraction(1, 2),
-    cluster_on="activations",
-    shared=((Fraction(2, 5), Fraction(1, 8)), (Fraction(1, 8), Fraction(1, 16))),
-    select_criterion="output_norm",
-    gate_network="linear",
-    gate_rank=64,
-    rank_from=256,
-    routing="threshold",
-    output_bias=True,
-)
+CALIBRATED = Recipe()
 # The original description's: 8 experts clustered on weights, MLP gates, 2 of 8 for every token.
 PLAIN = Recipe(
     name="plain",
@@ -475,7 +446,6 @@ PLAIN = Recipe(
     select_criterion="l2_norm",
     gate_network="mlp",
     gate_rank=None,
-    rank_from=0,
     routing="top_k",
     output_bias=False,
     is_calibrated=False,
@@ -485,52 +455,54 @@ RECIPES = {recipe.name: recipe for recipe in (CALIBRATED, PLAIN)}
 
 # ---------------------------------------------------------------------------------------------------- the shell's side
 
+# Settings of the shell scripts that are whole numbers.
+COUNTS = (
+    *("NUM_EXPERTS", "NUM_SELECTS", "NUM_SHARED_EXPERTS", "SPLIT_TOKENS", "FEATURE_TOKENS", "CALIBRATION_TOKENS"),
+    *("DISTILLATION_TOKENS", "BLOCK_SIZE", "EVAL_TOKENS", "NUM_GPUS"),
+)
+
 
 def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
     """The shell scripts' settings of the recipe that the environment asks for; what is given there stays as it is.
 
     Raises:
-        SettingError: an unknown recipe, or counts of experts that are none or do not go together.
+        SettingError: an unknown recipe, numbers that are none, or counts of experts that do not go together.
     """
-    name = environment.get("RECIPE") or CALIBRATED.name
+    given = {name: value for name, value in environment.items() if value}
+    name = given.get("RECIPE", CALIBRATED.name)
     if name not in RECIPES:
         raise SettingError(f"RECIPE={name}: {' or '.join(RECIPES)}")
+    for number in COUNTS:
+        least = 0 if number == "NUM_SHARED_EXPERTS" else 1
+        text = given.get(number, str(least))
+        if not re.fullmatch(r"0|[1-9][0-9]{0,17}", text) or int(text) < least:
+            raise SettingError(f"{number}={text}: a whole number is needed, {least} or more")
     recipe = RECIPES[name]
-    num_experts = _whole(environment, "NUM_EXPERTS", 1, recipe.num_experts)
-    num_selects = _whole(environment, "NUM_SELECTS", 1, recipe.num_selects(num_experts))
+    num_experts = int(given.get("NUM_EXPERTS", recipe.num_experts))
+    num_selects = int(given.get("NUM_SELECTS", recipe.num_selects(num_experts)))
     if not 1 <= num_selects <= num_experts:
         raise SettingError(f"NUM_SELECTS={num_selects} is outside of 1 to NUM_EXPERTS={num_experts}")
-    shared = recipe.num_shared_experts(num_experts, num_selects)
-    values = {
+    settings = {
         "RECIPE": name,
         "NUM_EXPERTS": num_experts,
         "NUM_SELECTS": num_selects,
-        "NUM_SHARED_EXPERTS": _whole(environment, "NUM_SHARED_EXPERTS", 0, shared),
+        "NUM_SHARED_EXPERTS": recipe.num_shared_experts(num_experts, num_selects),
     }
     same = "cluster_on", "select_criterion", "gate_network", "routing"
     tokens = "split_tokens", "feature_tokens", "calibration_tokens", "distillation_tokens"
-    values |= {name.upper(): getattr(recipe, name) for name in (*same, *tokens)}
+    settings |= {name.upper(): getattr(recipe, name) for name in (*same, *tokens)}
+    settings |= {name: given[name] for name in settings if name in given}
     # These two may be given as empty, which says none.
-    may_be_empty = {"GATE_RANK": recipe.rank(num_experts) or "", "OUTPUT_BIAS": 1 if recipe.output_bias else ""}
-    model, save_path = model_name(environment.get("MODEL_PATH", "")), environment.get("SAVE_PATH", "")
-    derived = {
-        "BUDGET": environment.get("NUM_SELECTS", ""),
+    settings["GATE_RANK"] = environment.get("GATE_RANK", recipe.rank(num_experts) or "")
+    settings["OUTPUT_BIAS"] = environment.get("OUTPUT_BIAS", 1 if recipe.output_bias else "")
+    model, save_path = model_name(given.get("MODEL_PATH", "")), given.get("SAVE_PATH", "")
+    settings |= {
+        "BUDGET": given.get("NUM_SELECTS", ""),
         "SPLIT_FOLDER": split_folder(save_path, model, num_experts),
         "FEATURES_FOLDER": features_folder(save_path, model),
         "SELECT_FOLDER": select_folder(save_path, model, num_experts),
     }
-    settings = {key: environment.get(key) or value for key, value in values.items()} | derived
-    settings |= {key: environment.get(key, value) for key, value in may_be_empty.items()}
-    return {key: str(value) for key, value in settings.items()}
-
-
-def _whole(environment: Mapping[str, str], name: str, minimum: int, default: int) -> int:
-    text = environment.get(name)
-    if not text:
-        return default
-    if not re.fullmatch(r"0|[1-9][0-9]{0,17}", text) or int(text) < minimum:
-        raise SettingError(f"{name}={text}: a whole number is needed, {minimum} or more")
-    return int(text)
+    return {name: str(value) for name, value in settings.items()}
 
 
 def main() -> int:

@@ -29,7 +29,6 @@ CALIBRATION_TOKENS="${CALIBRATION_TOKENS:-32768}"
 DISTILLATION_TOKENS="${DISTILLATION_TOKENS:-32768}"
 # shellcheck source=run_moefication/common.sh
 . "$STAGES/common.sh"
-whole 1 SPLIT_TOKENS FEATURE_TOKENS CALIBRATION_TOKENS DISTILLATION_TOKENS BLOCK_SIZE EVAL_TOKENS
 # shellcheck source=run_moefication/recipe.sh
 . "$STAGES/recipe.sh"
 if [ -n "${TEXT:-}" ] && [ ! -f "$TEXT" ]; then
