@@ -130,7 +130,7 @@ class Settings:
         return {one.name: getattr(self, one.name) for one in shaping}
 
     def check(self) -> None:
-        """What fields must fulfil together."""
+        """Refuse fields that do not go together."""
 
 
 def require_shared(num_shared_experts: int, num_experts: int) -> None:
@@ -168,8 +168,8 @@ class CorpusSettings(Settings):
     block_size: int | None = setting(None, "tokens per block (default: 2048, or what the model takes)")
     domain_weights: Mapping[str, float] | str | None = setting(
         None,
-        "domain=weight,..., each a word of the names of files or folders; or equal, every domain alike (default: the "
-        "mix of LLaMA's pretraining)",
+        "shares of domains, as domain=weight,..., a domain being a word in the names of files or folders; or equal, to "
+        "take as much of each (default: the mix of LLaMA's pretraining)",
     )
     data_use_percent: float = setting(
         1.0, "fraction, in (0, 1], of the tokens that the domain mix allows; 0.01 is one percent", check=FRACTION_OR_ALL
@@ -188,19 +188,21 @@ class SplitSettings(Settings):
     num_experts: int = setting(help=EXPERTS_HELP)
     cluster_on: str = setting(
         "weights",
-        "what is clustered: rows of the template's weight, or which tokens of a text need which neurons",
+        "what neurons are clustered by: their rows of the template's weight, or the tokens of a text that need them",
         choices=("weights", "activations"),
     )
     num_shared_experts: int = setting(
         0,
-        "experts that always run, of the neurons that add most (with --cluster_on activations); --num_experts counts "
-        "them",
+        "experts that always run, made of the neurons that add most; --num_experts counts them, too (with "
+        "--cluster_on activations)",
     )
     keep_fraction: float | None = setting(
         0.3, "share of the neurons a token is said to need, on average", check=FRACTION, only="cluster_on activations"
     )
     distance: str = setting(
-        "l2", "between a normalised row and a centre: squared Euclidean, or one minus the cosine", choices=DISTANCES
+        "l2",
+        "distance of a normalised row to a centre: l2, squared Euclidean; or cos, one minus the cosine",
+        choices=DISTANCES,
     )
     batch_size: int | None = setting(
         4, "blocks of --train_data_path at a time", check=at_least(1), only="cluster_on activations"
@@ -208,7 +210,7 @@ class SplitSettings(Settings):
     seed: int = seed("k-means++, and the choice of blocks")
 
     def check(self) -> None:
-        """Shared experts are chosen by activations."""
+        """Refuse shared experts where no activations choose them."""
         if self.cluster_on == "activations":
             require_shared(self.num_shared_experts, self.num_experts)
         elif self.num_shared_experts:
@@ -221,7 +223,7 @@ class RandomSplitSettings(Settings):
 
     num_experts: int = setting(help=EXPERTS_HELP)
     num_shared_experts: int = setting(0, "experts that always run; --num_experts counts them")
-    seed: int = seed("the deal")
+    seed: int = seed("the random deal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +240,7 @@ class FeatureSettings(Settings):
     save_interval: int = setting(
         1, "batches per file; more means fewer, larger files and more host memory", check=at_least(1)
     )
-    dtype: str = setting("bfloat16", "of the stored features", choices=DTYPES)
+    dtype: str = setting("bfloat16", "dtype of the stored features", choices=DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,8 +254,8 @@ class GateSettings(Settings):
     )
     select_criterion: str = setting(
         "l2_norm",
-        "score of an expert: from its neurons' activations a |sum a|, sum max(a, 0), or sum a^2; or the norm of what "
-        "it adds to the MLP's output",
+        "score of an expert, whose neurons have activations a: plain, |sum a|; positive, sum max(a, 0); l2_norm, sum "
+        "a^2; output_norm, the norm of what the expert adds to the MLP's output",
         choices=CRITERIA,
     )
     gate_network: str = setting(
@@ -268,7 +270,9 @@ class GateSettings(Settings):
         only="gate_network mlp or linear",
     )
     gate_rank: int | None = setting(
-        None, "of a linear gate as two factors: cheaper with many experts (default: full)", only="gate_fit ridge"
+        None,
+        "rank of a linear gate of two factors, which is cheaper with many experts (default: full)",
+        only="gate_fit ridge",
     )
     use_softmax: bool | None = setting(
         False,
@@ -290,7 +294,7 @@ class GateSettings(Settings):
         super().__post_init__()
 
     def check(self) -> None:
-        """A closed form is for linear gates."""
+        """Refuse a closed form of gates that are not linear, and a budget of more experts than there are."""
         if self.gate_fit == "ridge" and self.gate_network != "linear":
             raise SettingError("gate_fit ridge is for gate_network linear")
         require_selects(self.num_selects, self.num_experts)
@@ -307,14 +311,14 @@ class ConvertSettings(Settings):
     templates: str = templates()
     routing: str = setting(
         "top_k",
-        "top_k: so many for every token; threshold: those whose score reaches the layer's threshold, so many on "
-        "average",
+        "top_k: --num_selects experts for every token; threshold: the experts whose score reaches the layer's "
+        "threshold, --num_selects on average",
         choices=ROUTINGS,
     )
     min_selects: int | None = setting(None, "the least experts for any token (default: 0)", only="routing threshold")
     max_selects: int | None = setting(None, "the most experts for any token (default: all)", only="routing threshold")
     convert_type: str = setting("LlamaMoEForCausalLM", "class of the new checkpoint", choices=CONVERT_TYPES)
-    dtype: str | None = setting(None, "of the new weights (default: as in the source)", choices=DTYPES)
+    dtype: str | None = setting(None, "dtype of the new weights (default: as in the source)", choices=DTYPES)
     num_labels: int | None = setting(
         None,
         "labels of a new classification head (zeros, to be trained), where the source has none (default: 2)",
@@ -322,7 +326,7 @@ class ConvertSettings(Settings):
     )
 
     def check(self) -> None:
-        """A budget is one of experts."""
+        """Refuse a budget of more experts than there are."""
         require_selects(self.num_selects, self.num_experts)
 
 
@@ -373,7 +377,7 @@ class EvaluateSettings(Settings):
     max_tokens: int | None = setting(None, "read only so many tokens (default: all)", check=at_least(2))
     batch_size: int = setting(4, "blocks per forward pass", check=at_least(1))
     dtype: str | None = setting(
-        None, "to run in (default: float32 on CPUs, the checkpoint's own elsewhere)", choices=DTYPES
+        None, "dtype to run in (default: float32 on CPUs, the checkpoint's own elsewhere)", choices=DTYPES
     )
 
 
@@ -384,11 +388,13 @@ class Recipe:
     The defaults are the calibrated recipe.
 
     Attributes:
-        num_experts: by default.
-        selects: experts that run per token, shared ones included, by default: a number, or a share of all experts.
-        shared: shared experts over all experts, by the active fraction: `(above, share)` pairs, of which the first that
-            holds counts; at or below all of them half of the experts that run are shared. None: none are shared.
-        gate_rank, rank_from: rank of the gates from so many experts on; fewer experts have full gates.
+        num_experts: experts per layer, if no other number is asked for.
+        selects: experts that run per token, shared ones included, if no other number is asked for; a fraction is one of
+            all experts.
+        shared: `(above, share)` pairs: if more than the fraction `above` of all experts run, the fraction `share` of
+            all experts is shared; the first such pair counts, and if there is none, half of those that run are shared.
+            None: none are shared.
+        gate_rank, rank_from: gates have this rank where a layer has `rank_from` experts or more; others have full rank.
         split_tokens, feature_tokens, calibration_tokens, distillation_tokens: how much text each stage reads.
         is_calibrated: whether stage 5 belongs to it.
     """
