@@ -35,17 +35,17 @@ from . import select as select_stage
 from . import split as split_stage
 from . import split_on_activations as activations_stage
 
+StrPath = str | Path
 
-def read_text(
-    dense: DenseCheckpoint, text_path: str | Path, cache_path: str | Path | None = None, **settings: Any
-) -> Corpus:
+
+def read_text(dense: DenseCheckpoint, text_path: StrPath, cache_path: StrPath | None = None, **settings: Any) -> Corpus:
     """The text in a folder as the model's tokenizer cuts it; `settings` are the fields of `CorpusSettings`."""
     return training_corpus(dense, text_path, cache_path, CorpusSettings(**settings))
 
 
 def split(
     dense: DenseCheckpoint,
-    save_path: str | Path,
+    save_path: StrPath,
     settings: SplitSettings,
     text: Corpus | Features | None = None,
     *,
@@ -63,7 +63,7 @@ def split(
 
 
 def record_features(
-    dense: DenseCheckpoint, text: Corpus, save_path: str | Path, settings: FeatureSettings, **run: Any
+    dense: DenseCheckpoint, text: Corpus, save_path: StrPath, settings: FeatureSettings, **run: Any
 ) -> Features:
     """Stage 2, in one process."""
     writer = features_stage.extract_features(dense, text, save_path, settings, **run)
@@ -71,12 +71,7 @@ def record_features(
 
 
 def fit_gates(
-    dense: DenseCheckpoint,
-    experts: Split,
-    features: Features,
-    save_path: str | Path,
-    settings: GateSettings,
-    **run: Any,
+    dense: DenseCheckpoint, experts: Split, features: Features, save_path: StrPath, settings: GateSettings, **run: Any
 ) -> TrainedGates:
     """Stage 3, for all layers."""
     folders = experts.artifact.folder, features.artifact.folder
@@ -89,7 +84,7 @@ def convert(
     dense: DenseCheckpoint,
     experts: Split,
     gates: TrainedGates,
-    save_path: str | Path,
+    save_path: StrPath,
     settings: ConvertSettings,
     **run: Any,
 ) -> MoECheckpoint:
@@ -102,7 +97,7 @@ def calibrate(
     dense: DenseCheckpoint,
     moe: MoECheckpoint,
     text: Corpus,
-    save_path: str | Path,
+    save_path: StrPath,
     settings: CalibrateSettings,
     **run: Any,
 ) -> MoECheckpoint:
@@ -112,12 +107,7 @@ def calibrate(
 
 
 def distill(
-    dense: DenseCheckpoint,
-    moe: MoECheckpoint,
-    text: Corpus,
-    save_path: str | Path,
-    settings: DistillSettings,
-    **run: Any,
+    dense: DenseCheckpoint, moe: MoECheckpoint, text: Corpus, save_path: StrPath, settings: DistillSettings, **run: Any
 ) -> MoECheckpoint:
     """Stage 6, in one process."""
     writer = distill_stage.distill(dense, moe.artifact.folder, text, save_path, settings, **run)
@@ -126,8 +116,8 @@ def distill(
 
 def moefy(
     dense: DenseCheckpoint,
-    text_path: str | Path,
-    save_path: str | Path,
+    text_path: StrPath,
+    save_path: StrPath,
     recipe: Recipe = CALIBRATED,
     *,
     num_experts: int | None = None,
@@ -135,8 +125,8 @@ def moefy(
     block_size: int | None = None,
     seed: int = 0,
     experts: Split | None = None,
-    work_path: str | Path | None = None,
-    features_path: str | Path | None = None,
+    work_path: StrPath | None = None,
+    features_path: StrPath | None = None,
     **run: Any,
 ) -> MoECheckpoint:
     """Stages 1 to 5 (1 to 4 of a recipe that calibrates nothing), as the numbered shell scripts run them.
