@@ -11,8 +11,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import MISSING, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin
 
@@ -35,43 +35,36 @@ CURES = {"batch_size": "a smaller --batch_size", "device": "another --device", "
 # ---------------------------------------------------------------------------------------------------- a stage's script
 
 
-@dataclass(frozen=True)
 class StageScript:
-    """The script of a stage; to call it with the options (or None for those of `sys.argv`) is the script's `main`.
+    """The script of a stage: its options, and the work that they are for. To call it is the script's `main`.
 
-    Attributes:
+    Args:
         doc: the script's docstring.
         settings: the stage's settings, which become options.
         work: calls the stage and prints a summary.
-        paths: the options beside `--model_path` that name a file or folder, with their help.
-        more_options: functions that add the options which are neither settings nor required paths.
-        has_device: whether the stage computes anything that a GPU could do.
+        more: functions that add options which are neither settings nor required paths.
+        paths: the help of the options, beside `--model_path`, that name a file or folder.
     """
 
-    doc: str
-    settings: type
-    work: Callable[["Run"], None]
-    paths: Mapping[str, str]
-    more_options: Sequence[Callable[[argparse.ArgumentParser], None]] = ()
-    has_device: bool = True
+    def __init__(
+        self, doc: str, settings: type, work: Callable[["Run"], None], more: Sequence[Callable] = (), **paths: str
+    ):
+        self._doc, self._settings, self._work, self._more, self._paths = doc, settings, work, more, paths
 
     def __call__(self, argv: list[str] | None = None) -> int:
-        """Returns the exit status."""
-        return run(self.build_parser(), lambda arguments: self.work(Run(arguments, self.settings)), argv)
+        """Work as these options say, or those of `sys.argv`; returns the exit status."""
+        return run(self.build_parser(), lambda arguments: self._work(Run(arguments, self._settings)), argv)
 
     def build_parser(self) -> "Parser":
         """The options of the script."""
-        parser = new_parser(self.doc)
+        parser = new_parser(self._doc)
         add_model_path(parser)
-        for name, help in self.paths.items():
+        for name, help in self._paths.items():
             parser.add_argument(f"--{name}", type=path, required=True, help=help)
-        add_settings(parser, self.settings)
-        if self.has_device:
-            add_device(parser)
-        parser.add_argument(
-            "--overwrite", action="store_true", help="redo a finished stage, or one made with other options"
-        )
-        for add in self.more_options:
+        add_settings(parser, self._settings)
+        redo = "redo a finished stage, or one made with other options"
+        parser.add_argument("--overwrite", action="store_true", help=redo)
+        for add in self._more:
             add(parser)
         return parser
 

@@ -11,7 +11,7 @@ hidden_size (LLaMA-7B: 66 kB a token).
 
 import sys
 
-from run_moefication.command_line import NEW_CHECKPOINT, Run, StageScript, add_corpus
+from run_moefication.command_line import NEW_CHECKPOINT, Run, StageScript, add_corpus, add_device
 from run_moefication.settings import CalibrateSettings
 
 
@@ -38,11 +38,9 @@ main = StageScript(
     __doc__,
     CalibrateSettings,
     calibrate,
-    paths={
-        "moe_path": "the converted checkpoint, as llama_convert.py (or this script, or llama_distill.py) wrote it",
-        "save_path": NEW_CHECKPOINT,
-    },
-    more_options=[add_corpus],
+    [add_device, add_corpus],
+    moe_path="the converted checkpoint, as llama_convert.py (or this script, or llama_distill.py) wrote it",
+    save_path=NEW_CHECKPOINT,
 )
 
 if __name__ == "__main__":

@@ -35,12 +35,9 @@ main = StageScript(
     __doc__,
     ConvertSettings,
     convert,
-    paths={
-        "split_file_path": SPLIT,
-        "select_file_path": "folder that llama_select_mlp.py wrote",
-        "save_path": NEW_CHECKPOINT,
-    },
-    has_device=False,
+    split_file_path=SPLIT,
+    select_file_path="folder that llama_select_mlp.py wrote",
+    save_path=NEW_CHECKPOINT,
 )
 
 if __name__ == "__main__":

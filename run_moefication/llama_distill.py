@@ -11,7 +11,7 @@ each parameter that is trained; disk, until it is done: 12, and twice that while
 import os
 import sys
 
-from run_moefication.command_line import NEW_CHECKPOINT, Run, StageScript, add_corpus, add_local_rank
+from run_moefication.command_line import NEW_CHECKPOINT, Run, StageScript, add_corpus, add_device, add_local_rank
 from run_moefication.settings import DistillSettings
 
 
@@ -40,11 +40,9 @@ main = StageScript(
     __doc__,
     DistillSettings,
     distill,
-    paths={
-        "moe_path": "the checkpoint to train, as llama_convert.py or llama_calibrate.py (or this script) wrote it",
-        "save_path": NEW_CHECKPOINT,
-    },
-    more_options=[add_corpus, add_local_rank],
+    [add_device, add_corpus, add_local_rank],
+    moe_path="the checkpoint to train, as llama_convert.py or llama_calibrate.py (or this script) wrote it",
+    save_path=NEW_CHECKPOINT,
 )
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Writes SAVE_PATH/NAME-Hidden-Features. Disk, LLaMA-7B in 2-byte dtypes: 0.97 MB 
 
 import sys
 
-from run_moefication.command_line import Run, StageScript, add_corpus, add_local_rank
+from run_moefication.command_line import Run, StageScript, add_corpus, add_device, add_local_rank
 from run_moefication.settings import FeatureSettings
 
 
@@ -32,8 +32,8 @@ main = StageScript(
     __doc__,
     FeatureSettings,
     get_hidden_features,
-    paths={"save_path": "folder in which NAME-Hidden-Features is made"},
-    more_options=[add_corpus, add_local_rank],
+    [add_device, add_corpus, add_local_rank],
+    save_path="folder in which NAME-Hidden-Features is made",
 )
 
 if __name__ == "__main__":

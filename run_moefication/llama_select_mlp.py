@@ -11,7 +11,7 @@ Writes SAVE_PATH/NAME-8Expert-Select-MLP, a gate per layer. Memory: one layer's 
 import argparse
 import sys
 
-from run_moefication.command_line import SPLIT, Run, StageScript
+from run_moefication.command_line import SPLIT, Run, StageScript, add_device
 from run_moefication.settings import GateSettings
 
 
@@ -51,12 +51,10 @@ main = StageScript(
     __doc__,
     GateSettings,
     select,
-    paths={
-        "split_file_path": SPLIT,
-        "hidden_features_path": "folder that llama_get_hidden_features.py wrote",
-        "save_path": "folder in which NAME-nExpert-Select-MLP is made",
-    },
-    more_options=[add_specify_layer],
+    [add_device, add_specify_layer],
+    split_file_path=SPLIT,
+    hidden_features_path="folder that llama_get_hidden_features.py wrote",
+    save_path="folder in which NAME-nExpert-Select-MLP is made",
 )
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ SAVE_PATH/NAME-8Expert-Split-Clustering, one file per layer with the expert of e
 import argparse
 import sys
 
-from run_moefication.command_line import Run, StageScript, add_corpus, add_templates, path
+from run_moefication.command_line import Run, StageScript, add_corpus, add_device, add_templates, path
 from run_moefication.settings import CorpusSettings, SplitSettings
 
 
@@ -75,8 +75,8 @@ main = StageScript(
     __doc__,
     SplitSettings,
     split,
-    paths={"save_path": "folder in which NAME-nExpert-Split-Clustering is made"},
-    more_options=[add_templates, add_text],
+    [add_device, add_templates, add_text],
+    save_path="folder in which NAME-nExpert-Split-Clustering is made",
 )
 
 if __name__ == "__main__":

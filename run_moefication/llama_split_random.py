@@ -25,12 +25,7 @@ def split(run: Run) -> None:
 
 
 main = StageScript(
-    __doc__,
-    RandomSplitSettings,
-    split,
-    paths={"save_path": "folder in which NAME-nExpert-Split-Random is made"},
-    more_options=[add_templates],
-    has_device=False,
+    __doc__, RandomSplitSettings, split, [add_templates], save_path="folder in which NAME-nExpert-Split-Random is made"
 )
 
 if __name__ == "__main__":
