@@ -23,11 +23,9 @@ from .moefication.names import features_folder, model_name, select_folder, split
 TEMPLATES = ("layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight")
 DTYPES = ("float32", "float16", "bfloat16")
 DISTANCES = ("l2", "cos")
-FEATURE_FORMATS = ("full", "inputs")
 CRITERIA = ("plain", "positive", "l2_norm", "output_norm")
 # What a gate computes, and which class of `llama_moe.gates` that is.
 GATE_NETWORKS = {"mlp": "mlp", "linear": "linear", "similarity": "linear"}
-GATE_FITS = ("ridge", "adam")
 ROUTINGS = ("top_k", "threshold")
 CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
 TRAINED = ("gates", "experts", "all")
@@ -233,7 +231,7 @@ class FeatureSettings(Settings):
     feature_format: str = setting(
         "full",
         "full: MLP inputs and activations; inputs: the inputs alone, the rest is recomputed from the weights",
-        choices=FEATURE_FORMATS,
+        choices=("full", "inputs"),
     )
     templates: str | None = templates(only="feature_format full")
     batch_size: int = setting(4, "blocks per forward pass; limits device memory", check=at_least(1))
@@ -266,7 +264,7 @@ class GateSettings(Settings):
     gate_fit: str | None = setting(
         None,
         "ridge: linear gates in closed form, with a bias; adam: training (default: ridge for linear, adam for mlp)",
-        choices=GATE_FITS,
+        choices=("ridge", "adam"),
         only="gate_network mlp or linear",
     )
     gate_rank: int | None = setting(
