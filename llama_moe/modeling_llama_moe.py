@@ -247,10 +247,3 @@ LlamaMoEConfig.register_for_auto_class()
 LlamaMoEModel.register_for_auto_class("AutoModel")
 LlamaMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 LlamaMoEForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-
-__all__ = [
-    "LlamaMoEForCausalLM",
-    "LlamaMoEForSequenceClassification",
-    "LlamaMoEModel",
-    "LlamaMoEPreTrainedModel",
-]

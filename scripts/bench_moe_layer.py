@@ -1,4 +1,4 @@
-"""One MoE block against the dense MLP it replaces, and against transformers' own MoE, gates included.
+"""One MoE block against the dense MLP it replaces, gate included: our kernels, and transformers' ways to run experts.
 
 python scripts/bench_moe_layer.py --shapes SmolLM2 --rounds 3     # a minute
 python scripts/bench_moe_layer.py --json layer.json               # LLaMA-7B's layer and SmolLM2's, fp32 and bf16
@@ -10,7 +10,8 @@ and memory allow: the active fraction of the flops, or the share of experts whos
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -83,15 +84,10 @@ def cases(arguments: argparse.Namespace, shape: str, dtype: Any, device: Any) ->
     fields |= dict(num_experts=arguments.num_experts, num_experts_per_tok=1, gate_network="linear")
     budgets = [round(active * arguments.num_experts) for active in arguments.active]
     spread = [budget for budget in budgets if cost_bounds(arguments.num_experts)[0] < budget < arguments.num_experts]
-    experts = None
     for routing, budgets_of_routing in (("top_k", budgets), ("threshold", spread[:1])):
-        config = LlamaMoEConfig(**fields, routing=routing)
-        config._experts_implementation = "llama_moe"
         with torch.device("meta"):
-            block = MoEBlock(config)
-        block.experts = experts or block.experts
+            block = MoEBlock(LlamaMoEConfig(**fields, routing=routing))
         timing.fill(block, dtype, device, generator)
-        experts = block.experts
         for tokens, budget in product(arguments.tokens, budgets_of_routing):
             block.gate.num_experts_per_tok = budget
             x = torch.randn(1, tokens, hidden_size, generator=generator).to(device, dtype)
@@ -113,19 +109,24 @@ def spread_costs(gate: Any, x: Any, budget: int) -> None:
     """
     import torch
 
-    num_experts = gate.num_experts
-    low, high = cost_bounds(num_experts)
+    low, high = cost_bounds(gate.num_experts)
     high = max(high, budget)
-    # Shares of a curve low + (high - low) u^p between the ends, whose mean low + (high - low) / (p + 1) is the budget.
-    power = (high - low) / (budget - low) - 1
-    places = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x) if len(x) > 1 else torch.tensor([0.0])
-    counts = low + (high - low) * places**power if len(x) > 1 else torch.tensor([float(budget)])
-    counts = counts.round().long().to(x.device)  # [T]
+    counts = torch.tensor([budget])
+    if len(x) > 1:
+        # A curve low + (high - low) u^p between the ends, whose mean low + (high - low) / (p + 1) is the budget.
+        places = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
+        counts = (low + (high - low) * places ** ((high - low) / (budget - low) - 1)).round().long()
     direction = torch.linalg.pinv(gate.weight.float()).sum(-1)  # [H]
     scores = gate.score(x).float().sort(dim=-1, descending=True).values
-    rows = torch.arange(len(x), device=x.device)
-    middles = (scores[rows, counts - 1] + scores[rows, counts]) / 2
-    x.sub_((middles[:, None] * direction).to(x.dtype))
+    counts = counts.to(x.device)[:, None]  # [T, 1]
+    middles = (scores.gather(1, counts - 1) + scores.gather(1, counts)) / 2
+    x.sub_((middles * direction).to(x.dtype))
+
+
+def run(block: Any, x: Any, implementation: str) -> Any:
+    """The block's output, its experts run in this way."""
+    block.experts.config._experts_implementation = implementation
+    return block(x)
 
 
 def measure(case: dict[str, Any], rounds: int, rates: tuple[float, float]) -> dict[str, Any]:
@@ -136,17 +137,14 @@ def measure(case: dict[str, Any], rounds: int, rates: tuple[float, float]) -> di
     num_tokens, num_experts = x.shape[1], block.gate.num_experts
     with torch.inference_mode():
         selected = block.gate.mask(block.gate.score(x[0]))
-        alternatives: dict[str, Callable[[], object]] = {"dense": lambda: dense(x), "ours": lambda: block(x)}
+        alternatives = {"dense": partial(dense, x), "ours": partial(run, block, x, "llama_moe")}
         expert_bytes = sum(parameter[0].nbytes for parameter in block.experts.parameters())
-        runs = {
-            "eager": True,
-            "batched_mm": num_tokens * case["budget"] * expert_bytes <= MOST_COPIED_BYTES,
-            "grouped_mm": block.experts.down_proj[0, 0].nbytes % 16 == 0,  # it wants rows of whole 16 bytes
-        }
-        for name in IMPLEMENTATIONS if case["routing"] == "top_k" else ():
-            if runs[name]:
-                peer = mixtral(block, case["budget"], name)
-                alternatives[name] = lambda peer=peer: peer(x)
+        if case["routing"] == "top_k":
+            alternatives["eager"] = partial(run, block, x, "eager")
+            if num_tokens * case["budget"] * expert_bytes <= MOST_COPIED_BYTES:
+                alternatives["batched_mm"] = partial(run, block, x, "batched_mm")
+            if block.experts.down_proj[0, 0].nbytes % 16 == 0:  # it wants rows of whole 16 bytes
+                alternatives["grouped_mm"] = partial(run, block, x, "grouped_mm")
         seconds = timing.median_seconds(alternatives, rounds=rounds, device=x.device)
 
     active = selected.float().mean().item()
@@ -166,27 +164,6 @@ def measure(case: dict[str, Any], rounds: int, rates: tuple[float, float]) -> di
         **ratios,
         "ours_over_best": ratios["ours"] / best if best else None,
     }
-
-
-def mixtral(block: Any, budget: int, implementation: str) -> Any:
-    """transformers' Mixtral block around the same tensors."""
-    import torch
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-
-    num_experts, hidden_size, width = block.experts.down_proj.shape
-    config = MixtralConfig(
-        hidden_size=hidden_size,
-        intermediate_size=width,
-        num_local_experts=num_experts,
-        num_experts_per_tok=budget,
-    )
-    config._experts_implementation = implementation
-    with torch.device("meta"):
-        peer = MixtralSparseMoeBlock(config)
-    peer.gate.weight = block.gate.weight
-    peer.experts.gate_up_proj, peer.experts.down_proj = block.experts.gate_up_proj, block.experts.down_proj
-    return peer.eval()
 
 
 def _line(row: dict[str, Any]) -> str:

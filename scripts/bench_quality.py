@@ -17,7 +17,7 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
-from quality_table import DENSE, compared, read_rows, rounded, row_key, table, write_rows
+from quality_table import DENSE, compared, read_rows, row_key, table, write_rows
 from timing import machine, positive
 
 from run_moefication import command_line
@@ -99,7 +99,7 @@ def bench(arguments: argparse.Namespace) -> None:
             numbers = row.measure()
             about = {"method": row.method, "budget": row.budget, "minutes": (time.time() - start) / 60}
             about |= {"machine": where, "date": datetime.date.today().isoformat(), "settings": settings}
-            kept[key] = about | rounded(numbers)
+            kept[key] = about | numbers
             write_rows(path, kept)
         if key != DENSE:
             own = compared({"": {DENSE: kept[DENSE], key: kept[key]}})

@@ -164,7 +164,7 @@ def measure_masked(bench: Bench, make: Callable[[PreTrainedModel], list[Choice]]
         with masked(model, choices) as shares:
             row = evaluate_model(model, name, blocks)
         active = torch.cat(shares).mean().item()
-        numbers[name] = {"losses": row.block_losses, "active": active, "neurons": active}
+        numbers[name] = {"losses": _kept(row.block_losses), "active": active, "neurons": active}
     return numbers
 
 
@@ -197,8 +197,12 @@ def measure_moe(
         row = evaluate_model(model, name, blocks, num_selects)
         routed = sum(map(sum, row.expert_load)) / len(row.expert_load)
         neurons = (routed + config.num_shared_experts) / row.num_experts
-        numbers[name] = {"losses": row.block_losses, "active": row.active - gate, "neurons": neurons}
+        numbers[name] = {"losses": _kept(row.block_losses), "active": row.active - gate, "neurons": neurons}
     return numbers
+
+
+def _kept(losses: list[float]) -> list[float]:
+    return [round(loss, 5) for loss in losses]
 
 
 # ---------------------------------------------------------------------------------------------------- models

@@ -11,7 +11,6 @@ is above its budget. Rows of several files say which file they are from, whose n
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from run_moefication.moefication.errors import MoEficationError
 Row = dict[str, Any]  # as `bench_quality.py --json` writes it
 Rows = dict[str, Row]  # by `row_key`
 DRAWS = 2000  # of the bootstrap
-DECIMALS = 5  # of the losses in a file of rows
 DENSE = "dense at 1"
 
 
@@ -106,12 +104,6 @@ def text_names(row: Row) -> list[str]:
     return [name for name, value in row.items() if isinstance(value, dict) and "losses" in value]
 
 
-def rounded(row: Row) -> Row:
-    """A row with its block losses as a file keeps them."""
-    losses = {name: [round(loss, DECIMALS) for loss in row[name]["losses"]] for name in text_names(row)}
-    return row | {name: row[name] | {"losses": values} for name, values in losses.items()}
-
-
 def compared(files: dict[str, Rows]) -> Rows:
     """The rows of several files by their names, each from the first that has it, without the dense models.
 
@@ -184,7 +176,7 @@ def _ratio(ratio: float) -> str:
     return f"{ratio:#.4g}" if ratio < 1000 else f"{ratio:,.0f}"
 
 
-def _cells(cells: Sequence[str]) -> str:
+def _cells(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

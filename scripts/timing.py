@@ -88,20 +88,15 @@ def median_seconds(
 
 
 def _seconds(function: Callable[[], object], calls: int, device: Any) -> float:
-    synchronize(device)
+    import torch
+
+    wait = torch.get_device_module(device).synchronize  # does nothing for CPUs
+    wait(device)
     start = time.perf_counter()
     for _ in range(calls):
         function()
-    synchronize(device)
+    wait(device)
     return (time.perf_counter() - start) / calls
-
-
-def synchronize(device: Any) -> None:
-    """Wait for the device's work to end."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def machine(device: Any) -> str:
