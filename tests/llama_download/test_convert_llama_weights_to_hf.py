@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from llama_download import checkpoint_folder
 from llama_download import convert_llama_weights_to_hf as script
-from llama_download.meta_checkpoint import SIZES
 
 TOKENS = torch.arange(1, 97).view(2, 48)
 ROPE3 = {"rope_theta": 500_000.0, "rope_type": "default"}
@@ -327,10 +326,6 @@ def test_damage_is_named_and_nothing_written(convert, meta_folder, tmp_path, mon
     assert (status, message in err, len(err.strip().splitlines())) == (2, True, 1), err
     assert contents(tmp_path) == before
     assert not any((tmp_path / "elsewhere").iterdir())
-
-
-def test_the_sizes_of_the_command_line_are_those_that_are_known():
-    assert {*script.MODEL_SIZES} == {*SIZES, "auto"}
 
 
 @pytest.mark.parametrize("size", ["7B", "70B", "1B"])
