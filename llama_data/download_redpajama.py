@@ -25,7 +25,7 @@ from typing import Any
 from llama_data.domain_download import DEFAULT_DATASET, DOMAINS, Download, new_state
 from llama_data.own_files import read_record, refuse_foreign_files
 from llama_data.partial_download import MANIFEST, STATE, discard_partial_files, publish, refuse_other_options
-from run_moefication.command_line import run
+from run_moefication.command_line import new_parser, run
 from run_moefication.moefication.errors import MoEficationError
 
 CHARACTERS_PER_TOKEN = 4  # where no tokenizer counts
@@ -33,25 +33,24 @@ CHARACTERS_PER_TOKEN = 4  # where no tokenizer counts
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    add, here = parser.add_argument, Path(__file__).resolve().parent
-    add("--output_dir", type=Path, default=here, help="folder of the files (default: llama_data in this project)")
-    cut = "training tokens of each domain, whose last document is cut there (default: %(default)s)"
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=Path(__file__).resolve().parent, help="folder of the files")
+    cut = "training tokens of each domain, whose last document is cut there"
     add("--tokens_per_domain", type=int, default=1_000_000, help=cut)
     counts = "folder of a checkpoint whose tokenizer counts the tokens (default: none; 4 characters count as a token)"
     add("--model_path", type=Path, help=counts)
     add("--overwrite", action="store_true", help="start anew; the old files go when the new ones are complete")
     add = parser.add_argument_group("the dataset").add_argument
-    add("--dataset", default=DEFAULT_DATASET, help="hub id or local folder (default: %(default)s)")
+    add("--dataset", default=DEFAULT_DATASET, help="hub id or local folder")
     add("--config", help="its configuration, with {} one for each domain (default: its only one)")
     add("--data_dir", help="folder in it, with {} one for each domain (default: all of it)")
-    add("--split", default="train", help="its split (default: %(default)s)")
-    add("--text_field", default="text", help="field of a record that holds the text (default: %(default)s)")
-    label = "field of a record that names its domain, unused with {} (default: %(default)s)"
+    add("--split", default="train", help="its split")
+    add("--text_field", default="text", help="field of a record that holds the text")
+    label = "field of a record that names its domain, unused with {}"
     add("--label_field", default="meta.redpajama_set_name", help=label)
     names = ",".join(f"{domain}={name}" for domain, (name, _) in DOMAINS.items())
-    add("--domain_names", default=names, help="the domains to get, and their names there (default: %(default)s)")
+    add("--domain_names", default=names, help="the domains to get, and their names there")
     return parser
 
 
