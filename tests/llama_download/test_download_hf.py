@@ -9,6 +9,7 @@ import sys
 from itertools import repeat
 from pathlib import Path
 
+import pipeline
 import pytest
 from local_server import LocalServer, Reply, assert_one_line
 
@@ -19,15 +20,9 @@ RECORD = ".download_hf"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 NEEDED = ["LICENSE.txt", "README.md", "config.json", "tokenizer.json", "tokenizer.model", *SHARDS]
 NEEDED += ["model.safetensors.index.json"]
-NOT_NEEDED = ["consolidated.safetensors", "consolidated.00.pth", "original/params.json", "original/consolidated.00.pth"]
-NOT_NEEDED += [
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "tiny.Q4_0.gguf",
-    "onnx/model.onnx",
-    ".gitattributes",
-]
-NOT_NEEDED += ["model.fp16.safetensors", "flax_model.msgpack"]
+NOT_NEEDED = ["original/params.json", "original/consolidated.00.pth", "onnx/model.onnx", "flax_model.msgpack"]
+NOT_NEEDED += ["consolidated.safetensors", "model.fp16.safetensors", "consolidated.00.pth", "tiny.Q4_0.gguf"]
+NOT_NEEDED += ["pytorch_model.bin", "pytorch_model.bin.index.json", ".gitattributes"]
 
 
 class Hub(LocalServer):
@@ -45,10 +40,7 @@ class Hub(LocalServer):
             large = name.endswith(("safetensors", "bin", "model"))
             tree.append(entry | ({"lfs": {"oid": sha256, "size": len(content), "pointerSize": 130}} if large else {}))
             self.files[self.place(name)] = content
-            self.headers[self.place(name)] = {
-                "ETag": f'"{sha256 if large else git_hash}"',
-                "X-Repo-Commit": COMMIT,
-            }
+            self.headers[self.place(name)] = {"ETag": f'"{sha256 if large else git_hash}"', "X-Repo-Commit": COMMIT}
         info = {"id": MODEL, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
         self.files[f"api/models/{MODEL}/revision/main"] = json.dumps(info).encode()
         self.files[f"api/models/{MODEL}/tree/{COMMIT}"] = json.dumps(tree).encode()
@@ -102,10 +94,7 @@ def run(hub, target, tmp_path):
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The checkpoint's files: without this script's record and what the client notes down for itself."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {
-        name: path.read_bytes() for name, path in files.items() if name != RECORD and not name.startswith(".cache/")
-    }
+    return {n: c for n, c in pipeline.contents(folder).items() if n != RECORD and not n.startswith(".cache/")}
 
 
 def assert_complete(result: subprocess.CompletedProcess, hub: Hub, target: Path, names: list[str] = NEEDED) -> None:
