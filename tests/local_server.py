@@ -87,7 +87,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.server.files.get(path) if reply.body is None else reply.body
         status = 404 if content is None and reply.status == 200 else reply.status
         if status != 200:
-            self._send(status, b"<html>no</html>", {"X-Error-Code": "EntryNotFound"} | reply.headers)
+            missing = {"X-Error-Code": "EntryNotFound"} if status == 404 else {}
+            self._send(status, b"<html>no</html>", missing | reply.headers)
         elif start is None or reply.ignore_range:
             self._send(200, content, reply=reply)
         elif start >= len(content):
