@@ -26,6 +26,7 @@ from run_moefication.moefication.errors import MoEficationError, NetworkError
 
 RECORD = ".download_hf"  # in the target folder: what it is filled with
 TEXTS = (".json", ".jinja", ".model", ".txt", ".md")
+WEIGHTS = (".safetensors", ".bin")
 LICENCES = ("LICEN", "NOTICE", "USE_POLICY")
 
 
@@ -65,6 +66,9 @@ def download(arguments: argparse.Namespace) -> None:
             hf_hub_download(**where, filename=name, force_download=True)
         if wrong := damaged():
             raise MoEficationError(f"{wrong[0]}: what the hub sends is not what its checksum says: try again later")
+    stale = [path.name for path in folder.iterdir() if path.suffix in WEIGHTS and path.name not in names]
+    if stale:  # transformers might prefer them
+        raise MoEficationError(f"{folder} holds {min(stale)}, weights that {model} has no more: remove that file")
     print(f"verified: {len(names)} files of {model} ({info.sha[:12]}) in {folder}")
     print(f"next: MODEL_PATH={shlex.quote(str(folder))} bash run_moefication/1_split.sh")
 

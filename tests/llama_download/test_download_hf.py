@@ -187,13 +187,23 @@ def test_a_damaged_file_is_mended(run, hub, target):
     assert hub.downloads() == {SHARDS[1]}
 
 
+def test_weights_of_an_earlier_commit_are_named(run, hub, target):
+    """transformers would load the whole file, not the shards that took its place."""
+    hub.publish(["config.json", "model.safetensors"])
+    assert run().returncode == 0
+    hub.publish(NEEDED)
+    assert_one_line(run(), "model.safetensors", "remove that file")
+    (target / "model.safetensors").unlink()
+    assert_complete(run(), hub, target)
+
+
 INFO = f"api/models/{MODEL}/revision/main"
 
 
 @pytest.mark.parametrize(
     ("path", "reply", "words", "status"),
     [
-        (INFO, Reply(500), "500 Server Error", 3),
+        (INFO, Reply(500), "500 Internal Server Error", 3),
         (INFO, Reply(401, headers={"X-Error-Code": "RepoNotFound"}), "Repository Not Found", 2),
         (INFO, Reply(404, headers={"X-Error-Code": "RevisionNotFound"}), "Revision Not Found", 2),
         (INFO, Reply(403, headers={"X-Error-Code": "GatedRepo"}), "Cannot access gated repo", 2),
