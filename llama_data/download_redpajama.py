@@ -17,17 +17,19 @@ configuration for each domain, `{}` standing for what --domain_names calls it:
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_data.domain_download import DEFAULT_DATASET, DOMAINS, Download, new_state
-from llama_data.own_files import read_record, refuse_foreign_files
-from llama_data.partial_download import MANIFEST, STATE, discard_partial_files, publish, refuse_other_options
+from llama_data.domain_download import DEFAULT_DATASET, DOMAINS, STATE, Download, discard_parts, new_state, part_path
+from llama_data.own_files import old_names, read_record, refuse_foreign_files
 from run_moefication.command_line import new_parser, run
 from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.storage.files import write_json
 
+MANIFEST = "redpajama.json"
 CHARACTERS_PER_TOKEN = 4  # where no tokenizer counts
 
 
@@ -72,7 +74,7 @@ def download(args: argparse.Namespace) -> None:
     if state and state["finished"]:  # interrupted while the files got their names
         state, manifest = None, publish(folder, state, manifest)
     if args.overwrite:
-        discard_partial_files(folder, state)
+        discard_parts(folder, state)
         state = None
     elif state or manifest:
         refuse_other_options(folder, state or manifest, options)
@@ -106,6 +108,34 @@ def collect_options(args: argparse.Namespace) -> dict[str, Any]:
             raise MoEficationError(f"--domain_names: {item!r} is not domain=name, each once, of {', '.join(DOMAINS)}")
         names[domain] = name
     return options
+
+
+def refuse_other_options(folder: Path, record: dict[str, Any], options: dict[str, Any]) -> None:
+    """Raise MoEficationError where the folder holds a download with other options, or one that has lost a file."""
+    others = [f"--{name}" for name, value in options.items() if record["options"].get(name) != value]
+    if others:
+        raise MoEficationError(f"{folder} holds a download with another {', '.join(others)}: --overwrite replaces it")
+    missing = [name for name in record["files"] if "position" not in record and not (folder / name).exists()]
+    if missing:
+        raise MoEficationError(f"{folder / missing[0]} is missing: --overwrite downloads everything again")
+
+
+def publish(folder: Path, state: dict[str, Any], manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """Give the complete files their names, in place of those of the manifest before; returns the new manifest.
+
+    Interrupted, it can be called again. Files without a document are left out: no stage could read them.
+    """
+    files = {name: tally for name, tally in state["files"].items() if tally["documents"]}
+    for name in files:
+        if part_path(folder, name).exists():
+            os.replace(part_path(folder, name), folder / name)
+    for name in old_names(folder, manifest, files):
+        (folder / name).unlink(missing_ok=True)
+    kept = ("options", "revision", "records", "skipped")
+    manifest = {**{key: state[key] for key in kept}, "files": files}
+    write_json(folder / MANIFEST, manifest)
+    discard_parts(folder, state)
+    return manifest
 
 
 def token_counter(model_path: Path | None) -> Callable[[str], int]:
