@@ -36,13 +36,11 @@ def refuse_occupied(folder: Path, overwrite: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, source: dict[str, Any], overwrite: bool = False) -> Iterator[Path]:
+def new_folder(folder: Path, source: dict[str, Any]) -> Iterator[Path]:
     """Gives an empty folder to fill, which then gets its record and, synced, the name `folder`; removed if that fails.
 
-    Raises:
-        MoEficationError: see `refuse_occupied`; or another process is making the same folder.
+    `refuse_occupied` comes first. Raises MoEficationError where another process is making the same folder.
     """
-    refuse_occupied(folder, overwrite)
     writer = FolderWriter(folder, _own_files)
     with writer.locked(timeout=0):
         writer.start()

@@ -116,7 +116,7 @@ def convert(arguments: argparse.Namespace) -> None:
         f"{folder}: {model.family}, {config.num_hidden_layers} layers of {config.hidden_size} x "
         f"{config.intermediate_size}, {config.max_position_embeddings} positions; shards: {len(model.files)}"
     )
-    with new_folder(output_dir, source, arguments.overwrite) as partial:
+    with new_folder(output_dir, source) as partial:
         shutil.copyfile(tokenizer_path, partial / tokenizer_path.name)  # other tools look for the original
         tokenizer.save_pretrained(partial)
         write_model(model, tokenizer, partial, arguments.dtype, arguments.max_shard_size)
