@@ -208,7 +208,7 @@ class Download:
         return self.tallies[f"{domain}.jsonl"]["tokens"] < self.options["tokens_per_domain"]
 
     def take(self, domain: str, text: Any) -> None:
-        """Write a text to its domain's file, on the side of the split that its hash says, as far as there is room."""
+        """Write as much of a text as there is room for; its hash says whether it is held out."""
         if not is_text(text):
             self.state["skipped"][domain] += 1
             return
@@ -229,7 +229,7 @@ class Download:
         self.bar.update(0 if held_out else tokens)
 
     def cut(self, text: str, room: int) -> tuple[str, int]:
-        """The text and its tokens; of one with more than `room` a beginning that has as many, or very few more."""
+        """The text and its tokens. A text of more than `room` tokens is cut to that many, or very few more."""
         tokens = self.count_tokens(text)
         if tokens <= room:
             return text, tokens

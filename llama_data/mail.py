@@ -104,8 +104,7 @@ def threads(mails: Iterable[Mail]) -> dict[str, str]:
 
 
 def readable(text: str) -> str:
-    """The text without addresses, and without lines that hold no words, only what confuses spam filters, or the footer
-    of a list."""
+    """The text without addresses, footers of lists, and lines without words, which are to confuse spam filters."""
     lines = (
         line
         for line in text.split("\n")

@@ -21,7 +21,7 @@ def is_complete(folder: Path, source: dict[str, Any]) -> bool:
 
 
 def refuse_occupied(folder: Path, overwrite: bool = False) -> None:
-    """Refuse a folder that is neither absent nor empty nor, to be overwritten, made by `new_folder` alone."""
+    """Refuse a folder that holds anything; with `overwrite`, one that holds anything `new_folder` did not make."""
     FolderWriter(folder, _own_files).refuse_place()
     if not folder.exists():
         return

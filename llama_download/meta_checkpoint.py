@@ -106,7 +106,7 @@ class MetaCheckpoint:
 
     @property
     def content(self) -> dict[str, Any]:
-        """Stands for the weights without reading them: sizes and checksums that the files keep of their members."""
+        """What tells these weights from others. It needs no reading: the files list sizes and checksums of members."""
         members = []
         for file in self.files:
             with zipfile.ZipFile(file) as archive:
