@@ -39,7 +39,7 @@ class Shingles:
 
 
 def _shingles(text: str, words: int, numbers: dict[str, int]) -> np.ndarray:
-    """A number for each different run of that many words; `numbers` names the words, and grows."""
+    """A number for each different run of that many words. New words get their numbers in `numbers`."""
     ids = [numbers.setdefault(word, len(numbers) + 1) for word in WORD.findall(text.lower())]
     ids = np.array(ids, dtype=np.uint64)
     values = np.zeros(max(0, len(ids) - words + 1), dtype=np.uint64)

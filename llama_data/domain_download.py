@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama_data.partial_download import STATE, discard_partial_files, part_path
 from run_moefication.moefication.errors import MoEficationError, NetworkError
 from run_moefication.moefication.storage.files import file_sha256, write_json
 
@@ -28,6 +27,7 @@ DOMAINS = {
     "arxiv": ("RedPajamaArXiv", "arXiv terms of use, by paper"),
     "stackexchange": ("RedPajamaStackExchange", "CC BY-SA"),
 }
+STATE = ".redpajama.part.json"  # beside the partial files: what an interrupted run goes on from
 HELD_OUT_ONE_IN = 20
 COMMIT_EVERY = 1000  # records between two points from which a later run can go on
 LOOK_AHEAD = 10_000  # records after which a dataset that gave no document is given up
@@ -94,6 +94,19 @@ def is_text(value: Any) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------- writing
+
+
+def part_path(folder: Path, name: str) -> Path:
+    """Where a file lies until it is complete."""
+    return (folder / name).with_name(f".{Path(name).name}.part")
+
+
+def discard_parts(folder: Path, state: dict[str, Any] | None) -> None:
+    """Delete what an unfinished download left: its partial files, then its state."""
+    if state:
+        for name in state["files"]:
+            part_path(folder, name).unlink(missing_ok=True)
+        (folder / STATE).unlink(missing_ok=True)
 
 
 def new_state(options: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +208,7 @@ class Download:
         return self.tallies[f"{domain}.jsonl"]["tokens"] < self.options["tokens_per_domain"]
 
     def take(self, domain: str, text: Any) -> None:
-        """Write a text to its domain's file, on the side of the split that its hash says, as far as there is room."""
+        """Write as much of a text as there is room for; its hash says whether it is held out."""
         if not is_text(text):
             self.state["skipped"][domain] += 1
             return
@@ -216,7 +229,7 @@ class Download:
         self.bar.update(0 if held_out else tokens)
 
     def cut(self, text: str, room: int) -> tuple[str, int]:
-        """The text and its tokens; of one with more than `room` a beginning that has as many, or very few more."""
+        """The text and its tokens. A text of more than `room` tokens is cut to that many, or very few more."""
         tokens = self.count_tokens(text)
         if tokens <= room:
             return text, tokens
@@ -235,7 +248,7 @@ class Download:
         """Raise MoEficationError, and leave nothing, where no record so far gave a document."""
         if any(tally["documents"] for tally in self.tallies.values()):
             return
-        discard_partial_files(self.folder, self.state)
+        discard_parts(self.folder, self.state)
         fields = f"a text in {self.options['text_field']!r} and a domain ({', '.join(self.domain_of)})"
         raise MoEficationError(
             f"--dataset {self.options['dataset']}: none of {self.state['records']} records has {fields} in "

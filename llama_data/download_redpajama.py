@@ -17,41 +17,42 @@ configuration for each domain, `{}` standing for what --domain_names calls it:
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_data.domain_download import DEFAULT_DATASET, DOMAINS, Download, new_state
-from llama_data.own_files import read_record, refuse_foreign_files
-from llama_data.partial_download import MANIFEST, STATE, discard_partial_files, publish, refuse_other_options
-from run_moefication.command_line import run
+from llama_data.domain_download import DEFAULT_DATASET, DOMAINS, STATE, Download, discard_parts, new_state, part_path
+from llama_data.own_files import old_names, read_record, refuse_foreign_files
+from run_moefication.command_line import new_parser, run
 from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.storage.files import write_json
 
+MANIFEST = "redpajama.json"
 CHARACTERS_PER_TOKEN = 4  # where no tokenizer counts
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    add, here = parser.add_argument, Path(__file__).resolve().parent
-    add("--output_dir", type=Path, default=here, help="folder of the files (default: llama_data in this project)")
-    cut = "training tokens of each domain, whose last document is cut there (default: %(default)s)"
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=Path(__file__).resolve().parent, help="folder of the files")
+    cut = "training tokens of each domain, whose last document is cut there"
     add("--tokens_per_domain", type=int, default=1_000_000, help=cut)
     counts = "folder of a checkpoint whose tokenizer counts the tokens (default: none; 4 characters count as a token)"
     add("--model_path", type=Path, help=counts)
     add("--overwrite", action="store_true", help="start anew; the old files go when the new ones are complete")
     add = parser.add_argument_group("the dataset").add_argument
-    add("--dataset", default=DEFAULT_DATASET, help="hub id or local folder (default: %(default)s)")
+    add("--dataset", default=DEFAULT_DATASET, help="hub id or local folder")
     add("--config", help="its configuration, with {} one for each domain (default: its only one)")
     add("--data_dir", help="folder in it, with {} one for each domain (default: all of it)")
-    add("--split", default="train", help="its split (default: %(default)s)")
-    add("--text_field", default="text", help="field of a record that holds the text (default: %(default)s)")
-    label = "field of a record that names its domain, unused with {} (default: %(default)s)"
+    add("--split", default="train", help="its split")
+    add("--text_field", default="text", help="field of a record that holds the text")
+    label = "field of a record that names its domain, unused with {}"
     add("--label_field", default="meta.redpajama_set_name", help=label)
     names = ",".join(f"{domain}={name}" for domain, (name, _) in DOMAINS.items())
-    add("--domain_names", default=names, help="the domains to get, and their names there (default: %(default)s)")
+    add("--domain_names", default=names, help="the domains to get, and their names there")
     return parser
 
 
@@ -73,7 +74,7 @@ def download(args: argparse.Namespace) -> None:
     if state and state["finished"]:  # interrupted while the files got their names
         state, manifest = None, publish(folder, state, manifest)
     if args.overwrite:
-        discard_partial_files(folder, state)
+        discard_parts(folder, state)
         state = None
     elif state or manifest:
         refuse_other_options(folder, state or manifest, options)
@@ -107,6 +108,34 @@ def collect_options(args: argparse.Namespace) -> dict[str, Any]:
             raise MoEficationError(f"--domain_names: {item!r} is not domain=name, each once, of {', '.join(DOMAINS)}")
         names[domain] = name
     return options
+
+
+def refuse_other_options(folder: Path, record: dict[str, Any], options: dict[str, Any]) -> None:
+    """Raise MoEficationError where the folder holds a download with other options, or one that has lost a file."""
+    others = [f"--{name}" for name, value in options.items() if record["options"].get(name) != value]
+    if others:
+        raise MoEficationError(f"{folder} holds a download with another {', '.join(others)}: --overwrite replaces it")
+    missing = [name for name in record["files"] if "position" not in record and not (folder / name).exists()]
+    if missing:
+        raise MoEficationError(f"{folder / missing[0]} is missing: --overwrite downloads everything again")
+
+
+def publish(folder: Path, state: dict[str, Any], manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """Give the complete files their names, in place of those of the manifest before; returns the new manifest.
+
+    Interrupted, it can be called again. Files without a document are left out: no stage could read them.
+    """
+    files = {name: tally for name, tally in state["files"].items() if tally["documents"]}
+    for name in files:
+        if part_path(folder, name).exists():
+            os.replace(part_path(folder, name), folder / name)
+    for name in old_names(folder, manifest, files):
+        (folder / name).unlink(missing_ok=True)
+    kept = ("options", "revision", "records", "skipped")
+    manifest = {**{key: state[key] for key in kept}, "files": files}
+    write_json(folder / MANIFEST, manifest)
+    discard_parts(folder, state)
+    return manifest
 
 
 def token_counter(model_path: Path | None) -> Callable[[str], int]:

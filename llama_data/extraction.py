@@ -5,6 +5,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from llama_data import mail
@@ -49,7 +50,7 @@ def uncleaned_pages(members: Members) -> Iterator[Document]:
 def _pages(members: Members) -> Iterator[Document]:
     for name, content in members.items():
         for number, line in enumerate(decode(content).split("\n"), 1):
-            yield Document(f"{_base(name)} line {number}", tidy(line))
+            yield Document(f"{Path(name).name} line {number}", tidy(line))
 
 
 def is_uncleaned(page: str) -> bool:
@@ -84,7 +85,7 @@ def marked_files(members: Members) -> Iterator[Document]:
     marked = re.compile(r"^// ===== BEGIN [^\n]*\n(.*?)^// ===== END ", re.DOTALL | re.MULTILINE)
     for name, content in members.items():
         for number, match in enumerate(marked.finditer(decode(content)), 1):
-            yield Document(f"{_base(name)} file {number}", tidy(match[1]))
+            yield Document(f"{Path(name).name} file {number}", tidy(match[1]))
 
 
 def code_files(members: Members) -> Iterator[Document]:
@@ -204,10 +205,6 @@ def mail_threads(members: Members) -> Iterator[Document]:
     """The threads of mailing lists, each mail without what it quotes."""
     for name, text in mail.threads(map(mail.parse_mail, members.values())).items():
         yield from _parts(name, text)
-
-
-def _base(name: str) -> str:
-    return name.rpartition("/")[2]
 
 
 def _parts(work: str, text: str) -> Iterator[Document]:

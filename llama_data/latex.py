@@ -35,8 +35,8 @@ def paper(vignette: str) -> str:
     """Title, abstract and body of a vignette as LaTeX; "" where hardly any words are left or a publisher
     claims the rights.
 
-    Gone: code and its output, comments, the preamble, references, commands that set up the page. Macros of the paper's
-    own stay as they are.
+    Code and its output, comments, the preamble, references and commands that set up the page are removed. The paper's
+    own macros stay.
     """
     text = vignette.replace("\r\n", "\n")
     for removed in REMOVED:

@@ -12,6 +12,7 @@ from email.message import EmailMessage
 
 from llama_data.cleaning import decode, tidy
 
+MASK = "<address>"  # in place of addresses, which need not be learnt
 ADDRESS = re.compile(r"<?\b[\w.+=-]+@[\w-]+(?:\.[\w-]+)+\b>?")
 PREFIXES = re.compile(r"^(?:(?:re|fwd?|aw|sv)\s*(?:\[\d+\])?\s*:|\[[^\]]*\]|\s)+", re.IGNORECASE)
 ATTRIBUTION = re.compile(
@@ -79,17 +80,12 @@ def own_words(plain: str) -> str:
     text = re.sub(r"(?:^[^\n\0]{0,100}\n)?^[^\n\0]{0,100}:[ \t]*\n+(?=\0)", _drop_attribution, text, flags=re.MULTILINE)
     text = ENDINGS.split(HEADER_LINES.sub("", text.replace("\0", "")), maxsplit=1)[0].rstrip()
     text = SIGNATURE.sub("", text)
-    return tidy(without_addresses(ATTRIBUTION.sub("", text))).strip()
+    return tidy(ADDRESS.sub(MASK, ATTRIBUTION.sub("", text))).strip()
 
 
 def _drop_attribution(match: re.Match) -> str:
     first, _, second = match[0].strip().partition("\n")
     return "" if not second or ATTRIBUTION.search(match[0]) else first + "\n"
-
-
-def without_addresses(text: str) -> str:
-    """Nobody's address needs to be learnt."""
-    return ADDRESS.sub("<address>", text)
 
 
 def threads(mails: Iterable[Mail]) -> dict[str, str]:
@@ -103,19 +99,18 @@ def threads(mails: Iterable[Mail]) -> dict[str, str]:
     for name, group in groups.items():
         contributions = list(dict.fromkeys(words for mail in group if (words := own_words(mail.plain))))
         if len(contributions) > 1:
-            texts[name] = "\n\n".join([without_addresses(group[0].subject), *contributions])
+            texts[name] = "\n\n".join([ADDRESS.sub(MASK, group[0].subject), *contributions])
     return texts
 
 
 def readable(text: str) -> str:
-    """The text without addresses, and without lines that hold no words, only what confuses spam filters, or the footer
-    of a list."""
+    """The text without addresses, footers of lists, and lines without words, which are to confuse spam filters."""
     lines = (
         line
         for line in text.split("\n")
         if not line.strip() or (re.search(r"[^\W\d_]{2}", line) and not NO_WORDS.search(line))
     )
-    return without_addresses(tidy("\n".join(lines)))
+    return ADDRESS.sub(MASK, tidy("\n".join(lines)))
 
 
 def _text(part: EmailMessage) -> str:

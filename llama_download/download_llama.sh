@@ -36,7 +36,6 @@ for variant in "pre_trained" "instruction_tuned"; do # the first links to Llama 
     N_SHARD_DICT+=(["8b_$variant"]=0 ["70b_$variant"]=7)
 done
 
-LINK_EXPIRED="the link has expired or does not cover this model: ask Meta for a new one"
 RUN_AGAIN="check the network, then run this again: it goes on where it stopped"
 
 die() { # MESSAGE [STATUS]
@@ -105,7 +104,7 @@ fetch() {
         fi
         case "$HTTP" in
             408 | 425 | 429) ;;
-            401 | 403) die "$file: HTTP $HTTP: $LINK_EXPIRED" ;;
+            401 | 403) die "$file: HTTP $HTTP: the link has expired or does not cover this model: ask Meta for a new one" ;;
             4??) die "$file: HTTP $HTTP: the server does not have it: check PRESIGNED_URL and MODEL_SIZE" ;;
         esac
         size="$(size_of "$part")"
@@ -148,8 +147,7 @@ fetch_folder() {
     local folder="$TARGET_FOLDER/$1" list="$TARGET_FOLDER/$1$2" name wrong=""
     make_folder "$folder" || die "$folder cannot be made: choose another TARGET_FOLDER"
     for name in "${@:3}"; do
-        is_right "$list" "$name" "$folder$name" || wrong="$name"
-        [ -z "$wrong" ] || break
+        is_right "$list" "$name" "$folder$name" || { wrong="$name" && break; }
     done
     if [ -z "$wrong" ]; then
         echo "${1:-"$TARGET_FOLDER/"}: verified already: ${*:3}"

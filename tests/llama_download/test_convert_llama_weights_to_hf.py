@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from llama_download import checkpoint_folder
 from llama_download import convert_llama_weights_to_hf as script
-from llama_download.meta_checkpoint import SIZES
 
 TOKENS = torch.arange(1, 97).view(2, 48)
 ROPE3 = {"rope_theta": 500_000.0, "rope_type": "default"}
@@ -37,6 +37,18 @@ def scaled(factor: float) -> dict:
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory) -> Path:
     return write_sentencepiece(tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model")
+
+
+@pytest.fixture
+def write_in(tmp_path, tokenizer_file) -> Callable[..., Path]:
+    """`write_in(model, num_shards)` is `write_meta` into a folder of the test, with a tokenizer beside it."""
+
+    def write(model: LlamaForCausalLM, num_shards: int = 1, **options) -> Path:
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+        return write_meta(model, tmp_path / "in", num_shards, **options)
+
+    return write
 
 
 @pytest.fixture
@@ -74,11 +86,10 @@ def assert_same_logits(folder: Path, model: LlamaForCausalLM) -> LlamaForCausalL
     ("num_shards", "kv_heads", "embedding_axis"),
     [(1, 16, 1), (2, 8, 0), (4, 16, 0), (4, 8, 1), (8, 8, 0), (8, 16, 1)],
 )
-def test_logits_are_equal_bit_for_bit(convert, tmp_path, tokenizer_file, num_shards, kv_heads, embedding_axis):
+def test_logits_are_equal_bit_for_bit(convert, tmp_path, write_in, num_shards, kv_heads, embedding_axis):
     model = small_llama(num_key_value_heads=kv_heads)
     kv = None if kv_heads == 16 else kv_heads  # LLaMA 1 does not mention them
-    folder = write_meta(model, tmp_path / "in", num_shards, embedding_axis=embedding_axis, n_kv_heads=kv)
-    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    folder = write_in(model, num_shards, embedding_axis=embedding_axis, n_kv_heads=kv)
     assert convert(folder, tmp_path / "out")[0] == 0
     assert_same_logits(tmp_path / "out", model)
 
@@ -134,10 +145,9 @@ def test_every_generation_is_known_by_its_parameters(convert, tmp_path, family, 
 
 
 @pytest.mark.parametrize("ships_output", [True, False])
-def test_tied_embeddings_are_written_once(convert, tmp_path, tokenizer_file, ships_output):
+def test_tied_embeddings_are_written_once(convert, tmp_path, write_in, ships_output):
     model = small_llama(tie_word_embeddings=True)
-    folder = write_meta(model, tmp_path / "in", embedding_axis=0)
-    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    folder = write_in(model, embedding_axis=0)
     if not ships_output:
         shard = torch.load(folder / "consolidated.00.pth", weights_only=True)
         del shard["output.weight"]
@@ -156,19 +166,13 @@ def test_output_shards_are_as_small_as_asked_for(convert, meta_folder, tmp_path)
     largest_tensor = 512 * 64 * 4
     assert all(file.stat().st_size < largest_tensor + 2_000 for file in files)
     assert_same_logits(tmp_path / "out", small_llama())
-    assert all(file.stat().st_mode & 0o777 == 0o666 & ~umask() for file in files)
+    (tmp_path / "new").touch()
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "new").stat().st_mode}
 
 
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def test_dtype_is_that_of_the_source_unless_told_otherwise(convert, tmp_path, tokenizer_file):
+def test_dtype_is_that_of_the_source_unless_told_otherwise(convert, tmp_path, write_in):
     model = small_llama().to(torch.bfloat16)
-    folder = write_meta(model, tmp_path / "in")
-    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    folder = write_in(model)
     assert convert(folder, tmp_path / "same")[0] == convert(folder, tmp_path / "wide", "--dtype", "float32")[0] == 0
     same, wide = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("same", "wide"))
     assert (same.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
@@ -251,18 +255,9 @@ def edit_shard(folder: Path, rank: int, change) -> None:
     torch.save(shard, path)
 
 
-def cut(path: Path, share: float) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
-
-
 DAMAGES = {
     "first shard missing": (lambda f: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth is missing"),
     "last shard missing": (lambda f: (f / "consolidated.01.pth").unlink(), "shards are missing, too many"),
-    "a shard too many": (
-        lambda f: (f / "consolidated.02.pth").write_bytes((f / "consolidated.01.pth").read_bytes()),
-        "shards are missing, too many",
-    ),
     "a rank twice": (
         lambda f: (f / "consolidated.1.pth").write_bytes((f / "consolidated.01.pth").read_bytes()),
         "consolidated.02.pth is missing; the folder has consolidated.00.pth, consolidated.01.pth, consolidated.1.pth",
@@ -272,13 +267,11 @@ DAMAGES = {
         lambda f: edit_shard(f, 0, lambda shard: shard.update(extra=torch.empty(2, device="meta"))),
         "not a dict of tensors",
     ),
-    "shard cut short": (lambda f: cut(f / "consolidated.01.pth", 0.5), "consolidated.01.pth is not a whole file"),
-    "shard is empty": (lambda f: cut(f / "consolidated.00.pth", 0), "consolidated.00.pth is not a whole file"),
-    "shard runs code": (lambda f: torch.save(Bomb(), f / "consolidated.00.pth"), "consolidated.00.pth is not a whole"),
-    "code among tensors": (
-        lambda f: edit_shard(f, 1, lambda shard: shard.update(extra=Bomb())),
+    "shard cut short": (
+        lambda f: os.truncate(f / "consolidated.01.pth", 9000),
         "consolidated.01.pth is not a whole file",
     ),
+    "shard runs code": (lambda f: torch.save(Bomb(), f / "consolidated.00.pth"), "consolidated.00.pth is not a whole"),
     "tensor missing": (
         lambda f: edit_shard(f, 1, lambda shard: shard.pop("layers.1.ffn_norm.weight")),
         "lacks layers.1.ffn_norm.weight",
@@ -329,10 +322,6 @@ def test_damage_is_named_and_nothing_written(convert, meta_folder, tmp_path, mon
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
-def test_the_sizes_of_the_command_line_are_those_that_are_known():
-    assert {*script.MODEL_SIZES} == {*SIZES, "auto"}
-
-
 @pytest.mark.parametrize("size", ["7B", "70B", "1B"])
 def test_another_size_than_the_files_is_refused(convert, meta_folder, tmp_path, size):
     status, _, err = convert(meta_folder, tmp_path / "out", model_size=size)
@@ -365,11 +354,8 @@ def start(folder: Path, output: Path) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_none_of_its_remains(
-    convert, tmp_path, tokenizer_file, kind
-):
-    folder = write_meta(small_llama(num_hidden_layers=60), tmp_path / "in")
-    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_none_of_its_remains(convert, tmp_path, write_in, kind):
+    folder = write_in(small_llama(num_hidden_layers=60))
     (results := tmp_path / "results").mkdir()
     process = start(folder, results / "out")
     while process.poll() is None and not list(results.glob(".out.partial/model-*")):
@@ -384,22 +370,13 @@ def test_a_killed_run_leaves_no_checkpoint_and_the_next_one_none_of_its_remains(
     assert_same_logits(results / "out", small_llama(num_hidden_layers=60))
 
 
-def test_the_output_may_be_a_link_to_an_empty_folder(convert, meta_folder, tmp_path):
-    (tmp_path / "disk" / "real").mkdir(parents=True)
-    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
-    assert convert(meta_folder, tmp_path / "out")[0] == 0
-    assert (tmp_path / "out").is_symlink()
-    assert_same_logits(tmp_path / "disk" / "real", small_llama())
-
-
-def test_one_tensor_under_two_names_in_a_file_is_written_twice(convert, tmp_path, tokenizer_file):
+def test_one_tensor_under_two_names_in_a_file_is_written_twice(convert, tmp_path, write_in):
     model = small_llama()
     mlp = model.model.layers[0].mlp
     mlp.up_proj.weight = mlp.gate_proj.weight
-    folder = write_meta(model, tmp_path / "in")
+    folder = write_in(model)
     first, second = (f"layers.0.feed_forward.{name}.weight" for name in ("w1", "w3"))
     edit_shard(folder, 0, lambda shard: shard.update({second: shard[first]}))
-    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
     assert convert(folder, tmp_path / "out")[0] == 0
     assert_same_logits(tmp_path / "out", model)
 
@@ -436,11 +413,10 @@ print("more memory:", peak - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
-def test_a_model_is_converted_in_the_memory_of_a_shard(tmp_path, tokenizer_file):
+def test_a_model_is_converted_in_the_memory_of_a_shard(tmp_path, write_in):
     """A model of 410 MB, in shards of 41 MB."""
     model = small_llama(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_key_value_heads=16)
-    folder = write_meta(model, tmp_path / "in", 2, n_kv_heads=None, multiple_of=256)
-    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    folder = write_in(model, 2, n_kv_heads=None, multiple_of=256)
     arguments = ["--input_dir", folder, "--model_size", "auto", "--output_dir", tmp_path / "out"]
     command = [sys.executable, "-c", ANONYMOUS_PEAK, *arguments, "--max_shard_size", "41MB"]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from local_server import LocalServer, Reply, assert_one_line
+from pipeline import contents
 
 SCRIPT = Path(__file__).parents[2] / "llama_download" / "download_llama.sh"
 BASH, ENV = shutil.which("bash"), shutil.which("env")
@@ -45,10 +46,6 @@ def meta_files(size: str, shards: int, tokenizer: str = "root", seed: int = 0) -
 def checklist(files: dict[str, bytes], form: str = "{md5}  {name}\n") -> bytes:
     sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
     return "".join(form.format(md5=md5, MD5=md5.upper(), name=name) for name, md5 in sums.items()).encode()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -122,13 +119,6 @@ def assert_complete(result: subprocess.CompletedProcess, server: LocalServer, ta
     assert contents(target) == server.files
 
 
-def test_the_first_lines_are_the_settings():
-    lines = SCRIPT.read_text().splitlines()
-    names = ["PRESIGNED_URL", "MODEL_SIZE", "TARGET_FOLDER"]
-    assert [line.partition("=")[0] for line in lines[:3]] == names
-    assert 'PRESIGNED_URL="${PRESIGNED_URL:-}"' in lines[0]
-
-
 def test_a_release_is_fetched_and_verified(client, server, settings, target):
     result = run(client, settings)
     assert_complete(result, server, target)
@@ -180,6 +170,7 @@ def test_relative_folder_settings_in_the_file_and_no_foreign_ones(client, server
     """As the description has it: the variables are edited, the script is run where it lies."""
     copy = tmp_path / "download_llama.sh"
     text = SCRIPT.read_text().split("\n", 3)
+    assert [line.partition("=")[0] for line in text[:3]] == ["PRESIGNED_URL", "MODEL_SIZE", "TARGET_FOLDER"]
     copy.write_text(
         f'PRESIGNED_URL="{settings["PRESIGNED_URL"]}"\nMODEL_SIZE="7B"\nTARGET_FOLDER="some models"\n{text[3]}'
     )

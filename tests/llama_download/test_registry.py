@@ -8,27 +8,19 @@ from pathlib import Path
 import pytest
 
 from llama_data.sources import PACKAGES
-from llama_download.registry import (
-    DebianPackage,
-    NpmPackage,
-    Package,
-    RegistryError,
-    Wheel,
-    fetch,
-    prefetch,
-)
+from llama_download.registry import CLIENTS, Package, RegistryError, fetch, prefetch
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.storage.files import file_sha256
 
-MS = NpmPackage("ms", "2.1.3", "f6616e15e530ed552f9daa2d3ce71963947c6bc7c98c9b64fd3e673fd02622c6")
-FAQ = DebianPackage("debian-faq", "11.1", "427426e0cfa6888622fc1d72631071cb4b5a1f86ccde722e7820bcef284de5d0")
+MS = Package("npm", "ms", "2.1.3", "f6616e15e530ed552f9daa2d3ce71963947c6bc7c98c9b64fd3e673fd02622c6")
+FAQ = Package("Debian", "debian-faq", "11.1", "427426e0cfa6888622fc1d72631071cb4b5a1f86ccde722e7820bcef284de5d0")
 
 LUNR = PACKAGES["lunr"]
 
 
 def fetch_or_skip(package: Package, folder: Path) -> Path:
-    if shutil.which(package.client) is None:
-        pytest.skip(f"{package.client} is not installed")
+    if shutil.which(CLIENTS[package.registry]) is None:
+        pytest.skip(f"{CLIENTS[package.registry]} is not installed")
     try:
         return fetch(package, folder)
     except RegistryError as error:
@@ -38,13 +30,13 @@ def fetch_or_skip(package: Package, folder: Path) -> Path:
 def test_an_undamaged_file_is_not_fetched_again(tmp_path):
     path = tmp_path / "no_such_package-0-py3-none-any.whl"
     path.write_bytes(b"content")
-    assert fetch(Wheel("no_such_package", "0", file_sha256(path)), tmp_path) == path
+    assert fetch(Package("PyPI", "no_such_package", "0", file_sha256(path)), tmp_path) == path
 
 
 def test_names_of_files_and_releases():
-    assert NpmPackage("@a/b-c", "1.0", "").file_name == "a-b-c-1.0.tgz"
-    assert Wheel("a_b", "1.0", "").title == "PyPI a-b==1.0"
-    package = DebianPackage("a", "1:2-3", "", "amd64")
+    assert Package("npm", "@a/b-c", "1.0", "").file_name == "a-b-c-1.0.tgz"
+    assert Package("PyPI", "a_b", "1.0", "").title == "PyPI a-b==1.0"
+    package = Package("Debian", "a", "1:2-3", "", "amd64")
     assert (package.file_name, package.requirement) == ("a_1%3a2-3_amd64.deb", "a=1:2-3")
 
 
@@ -72,7 +64,7 @@ def test_lists_of_debian_older_than_the_pin_do_not_matter(tmp_path, monkeypatch)
     assert not [*(tmp_path / "lists").glob("*Packages*")]
 
 
-@pytest.mark.parametrize("package", [Wheel("tqdm", "4.67.1", ""), MS, FAQ])
+@pytest.mark.parametrize("package", [Package("PyPI", "tqdm", "4.67.1", ""), MS, FAQ])
 def test_a_package_that_is_not_the_pinned_one_is_refused(tmp_path, package):
     """Real, small packages under a wrong sum."""
     with pytest.raises(MoEficationError, match="is not the expected file"):
@@ -90,7 +82,7 @@ def test_packages_are_fetched_with_one_call_and_a_bad_one_does_no_harm(tmp_path,
     assert fetch(MS, together).is_file()
     prefetch([MS, LUNR], together)
     assert capsys.readouterr().err == ""  # they are there
-    prefetch([MS, NpmPackage("ms", "0.0.987", "0" * 64), NpmPackage("ms", "2.1.2", "0" * 64)], with_others)
+    prefetch([MS, Package("npm", "ms", "0.0.987", "0" * 64), Package("npm", "ms", "2.1.2", "0" * 64)], with_others)
     assert file_sha256(fetch(MS, with_others)) == MS.sha256
     assert [*with_others.iterdir()] == [with_others / MS.file_name]
 
@@ -98,13 +90,13 @@ def test_packages_are_fetched_with_one_call_and_a_bad_one_does_no_harm(tmp_path,
 @pytest.mark.parametrize(
     ("package", "reason"),
     [
-        (NpmPackage("ms", "0.0.987", "0" * 64), "npm could not fetch ms@0.0.987"),
-        (DebianPackage("debian-faq", "0.1", "0" * 64), "apt-get could not fetch debian-faq=0.1"),
+        (Package("npm", "ms", "0.0.987", "0" * 64), "npm could not fetch ms@0.0.987"),
+        (Package("Debian", "debian-faq", "0.1", "0" * 64), "apt-get could not fetch debian-faq=0.1"),
     ],
 )
 def test_a_release_that_is_gone_says_so(tmp_path, package, reason):
-    if shutil.which(package.client) is None:
-        pytest.skip(f"{package.client} is not installed")
+    if shutil.which(CLIENTS[package.registry]) is None:
+        pytest.skip(f"{CLIENTS[package.registry]} is not installed")
     with pytest.raises(RegistryError, match=re.escape(reason)):
         fetch(package, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """A real HTTP server on this machine that misbehaves on demand, for the scripts that download."""
 
+import json
 import re
 import subprocess
 import threading
@@ -79,22 +80,31 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, _, query = self.path.lstrip("/").partition("?")
         asked = self.headers.get("Range", "")
-        start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else None
+        first, _, last = asked.removeprefix("bytes=").partition("-")
+        start, stop = int(first) if asked else None, int(last) + 1 if last else None
         self.server.requests.append(Request(self.command, path, query, start, self.headers.get("User-Agent", "")))
         reply = self.server.next_reply(self.command, path)
         content = self.server.files.get(path) if reply.body is None else reply.body
         status = 404 if content is None and reply.status == 200 else reply.status
         if status != 200:
-            self._send(status, b"<html>no</html>", reply.headers)
+            missing = {"X-Error-Code": "EntryNotFound"} if status == 404 else {}
+            self._send(status, b"<html>no</html>", missing | reply.headers)
         elif start is None or reply.ignore_range:
             self._send(200, content, reply=reply)
         elif start >= len(content):
             self._send(416, b"", {"Content-Range": f"bytes */{len(content)}"})
         else:
-            span = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-            self._send(206, content[start:], span, reply)
+            part = content[start:stop]
+            span = {"Content-Range": f"bytes {start}-{start + len(part) - 1}/{len(content)}"}
+            self._send(206, part, span, reply)
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        """Answers with those entries of a list whose paths are asked for, as the hub does."""
+        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        entries = json.loads(self.server.files[self.path.lstrip("/")])
+        self._send(200, json.dumps([entry for entry in entries if entry["path"] in asked]).encode())
 
     def _send(
         self, status: int, body: bytes, headers: dict[str, str] | None = None, reply: Reply | None = None
