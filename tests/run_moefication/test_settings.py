@@ -174,5 +174,5 @@ def test_every_field_is_explained():
 )
 def test_options_that_older_versions_recorded(recorded, wanted, said):
     claim = {"source": {"fingerprint": "1"}, "inputs": {}, "environment": {}}
-    told = difference(claim | {"options": recorded}, claim | {"options": wanted}, finished=True)
+    told = difference(claim | {"options": recorded}, claim | {"options": wanted}, is_finished=True)
     assert told is None if said is None else told.startswith(said)
