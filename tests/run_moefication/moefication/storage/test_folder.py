@@ -93,13 +93,6 @@ def test_a_part_without_files_may_be_the_first_write(finished):
     assert writer.metrics()["layer.0"] == {"cost": 7}
 
 
-def test_finished_folder_is_left_alone(finished):
-    before = contents(finished.parent)
-    writer = ArtifactWriter(finished, SPEC, PARTS)
-    assert (writer.was_finished, writer.missing(), writer.finish()) == (True, [], True)
-    assert contents(finished.parent) == before
-
-
 def hold(folder, begun):
     """Begin to fill an exclusive folder, and never finish."""
     writer = ArtifactWriter(folder, SPEC, PARTS, exclusive=True)
@@ -408,16 +401,6 @@ def test_folders_of_other_kinds_do_not_open(finished, tmp_path):
             MoEficationError, match=r"is damaged \(no list of files .*remove its folder and run the sta"
         ):
             open_finished(finished, "split")
-
-
-def test_mismatch_with_the_reader_is_named(finished):
-    artifact = open_finished(finished, "split")
-    artifact.require_source("abc", "llama_7B")
-    artifact.require_option("num_experts", 8)
-    with pytest.raises(MoEficationError, match=r"was made from another model \(llama_7B\) than alpaca"):
-        artifact.require_source("abcd", "alpaca")
-    with pytest.raises(MoEficationError, match="was made for num_experts 8 of llama_7B, this run asks for 16"):
-        artifact.require_option("num_experts", 16)
 
 
 def test_digest_stands_for_the_files_alone(finished, tmp_path):
