@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline import contents
+from pipeline import Killed, contents
 
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.storage.folder import ArtifactWriter, open_finished
@@ -159,14 +159,19 @@ def test_environment_counts_only_while_unfinished(tmp_path):
     assert ArtifactWriter(writer.folder, other, PARTS).was_finished
 
 
+def assert_refused(folder: Path, words: str, root: Path) -> None:
+    """With overwrite or without; and nothing changes."""
+    before = contents(root)
+    for overwrite in (False, True):
+        with pytest.raises(MoEficationError, match=words):
+            ArtifactWriter(folder, SPEC, PARTS, overwrite=overwrite)
+    assert contents(root) == before
+
+
 def test_foreign_folders_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    for overwrite in (False, True):
-        with pytest.raises(MoEficationError, match=r"holds files but no manifest.json: not ours to fill"):
-            ArtifactWriter(tmp_path, SPEC, PARTS, overwrite=overwrite)
-    with pytest.raises(MoEficationError, match="is a file"):
-        ArtifactWriter(tmp_path / "notes.txt", SPEC, PARTS)
-    assert contents(tmp_path) == {"notes.txt": b"mine"}
+    assert_refused(tmp_path, "holds files but no manifest.json: not ours to fill", tmp_path)
+    assert_refused(tmp_path / "notes.txt", "is a file", tmp_path)
 
 
 def test_overwrite_removes_only_what_was_written_here(finished, tmp_path):
@@ -198,11 +203,7 @@ def test_what_has_the_partial_folder_s_name_and_is_not_ours_is_refused(is_link, 
     (foreign / "notes.txt").write_text("mine")
     if is_link:
         (tmp_path / ".folder.partial").symlink_to(foreign)
-    before = contents(tmp_path)
-    for overwrite in (False, True):
-        with pytest.raises(MoEficationError, match=r"\.folder\.partial is in the way, and not ours: move it away"):
-            ArtifactWriter(tmp_path / "folder", SPEC, PARTS, overwrite=overwrite)
-    assert contents(tmp_path) == before
+    assert_refused(tmp_path / "folder", r"\.folder\.partial is in the way, and not ours: move it away", tmp_path)
 
 
 def test_a_link_stays_a_link(tmp_path):
@@ -219,10 +220,7 @@ def test_an_unfinished_folder_of_an_earlier_version_is_refused(tmp_path):
     """These filled a folder in place."""
     (tmp_path / "manifest.parts").mkdir()
     (tmp_path / "manifest.parts" / "claim.json").write_text("{}")
-    for overwrite in (False, True):
-        with pytest.raises(MoEficationError, match=r"an earlier version left it unfinished, so remove it; choose"):
-            ArtifactWriter(tmp_path, SPEC, PARTS, overwrite=overwrite)
-    assert contents(tmp_path) == {"manifest.parts/claim.json": b"{}"}
+    assert_refused(tmp_path, "an earlier version left it unfinished, so remove it; choose", tmp_path)
 
 
 def overwrite_in_step(folders, rank, step):
@@ -248,10 +246,6 @@ def test_processes_that_overwrite_at_the_same_time(tmp_path):
     expected = made(tmp_path / "expected", OTHER)
     assert [contents(folder) for folder in folders] == [expected] * len(folders)
     assert {path.name for path in tmp_path.iterdir()} == {"expected", *map(str, range(8))}
-
-
-class Killed(BaseException):
-    """Stands in for the process's end: nothing runs after it."""
 
 
 OPERATIONS = ("replace", "rename", "unlink", "rmdir", "mkdir")
