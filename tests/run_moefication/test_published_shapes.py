@@ -350,14 +350,6 @@ def test_no_code_of_a_checkpoint_runs_and_nothing_is_asked(file, text, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_finished_checkpoint_runs_the_installed_code(text, tmp_path, monkeypatch):
-    moe = converted(write(Shape(), tmp_path / "model"), text, tmp_path / "out").moe
-    for file in moe.glob("*.py"):
-        file.write_text(f"raise SystemExit({file.name!r})\n")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt"))
-    assert llama_evaluate.main(["--model_path", str(moe), "--text_path", str(text / "c4.jsonl")]) == 0
-
-
 def test_change_of_the_kind_of_model_is_noticed_in_the_token_cache(text, tmp_path):
     """The same tokenizer files are another tokenizer beside another kind of model."""
     folder = write(SHAPES["Mistral v0.2"], tmp_path / "model")

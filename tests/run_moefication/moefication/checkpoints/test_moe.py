@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from conftest import change_config
-from pipeline import load
 
 import run_moefication as rm
 from run_moefication.moefication.storage.files import file_sha256
@@ -25,6 +24,6 @@ def test_budgets_of_layers_are_loaded_and_distilled(checkpoint, shared_run, tmp_
 
     text = rm.read_text(checkpoint, shared_run.text, block_size=32, max_tokens=1200)
     distilled = rm.distill(checkpoint, moe, text, tmp_path / "distilled", rm.DistillSettings())
-    assert distilled.experts_per_tok == load(distilled.path).config.layer_num_experts_per_tok == budgets
+    assert distilled.experts_per_tok == distilled.load().config.layer_num_experts_per_tok == budgets
     shares = distilled.artifact.manifest["metrics"]["distillation"]["active_share"]
     assert shares == pytest.approx([budget / 6 for budget in budgets], rel=0.01)

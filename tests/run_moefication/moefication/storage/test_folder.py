@@ -8,6 +8,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -141,10 +142,8 @@ def test_other_specs_are_refused(change, words, finished, tmp_path):
     fill(ArtifactWriter(begun, SPEC, PARTS), PARTS[:1])
     before = contents(tmp_path)
     for folder in (begun, finished):
-        with pytest.raises(MoEficationError) as error:
+        with pytest.raises(MoEficationError, match=re.escape(f"{folder} {words}")):
             ArtifactWriter(folder, dataclasses.replace(SPEC, **change), PARTS)
-        assert words in str(error.value)
-        assert str(folder) in str(error.value)
     assert contents(tmp_path) == before
 
 
@@ -159,12 +158,12 @@ def test_environment_counts_only_while_unfinished(tmp_path):
     assert ArtifactWriter(writer.folder, other, PARTS).was_finished
 
 
-def assert_refused(folder: Path, words: str, root: Path) -> None:
+def assert_refused(folder: Path, words: str, root: Path, spec: ArtifactSpec = SPEC) -> None:
     """With overwrite or without; and nothing changes."""
     before = contents(root)
     for overwrite in (False, True):
         with pytest.raises(MoEficationError, match=words):
-            ArtifactWriter(folder, SPEC, PARTS, overwrite=overwrite)
+            ArtifactWriter(folder, spec, PARTS, overwrite=overwrite)
     assert contents(root) == before
 
 
@@ -320,11 +319,9 @@ def test_manifest_that_names_files_outside_removes_nothing_there(finished, tmp_p
     manifest = json.loads((finished / "manifest.json").read_text())
     manifest["files"]["../precious"] = {"size": 4, "sha256": "x"}
     (finished / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(MoEficationError, match=r"names ../precious, outside of it"):
-        ArtifactWriter(finished, SPEC, PARTS, overwrite=True)
+    assert_refused(finished, r"names ../precious, outside of it", tmp_path)
     with pytest.raises(MoEficationError, match="outside of it"):
         open_finished(finished, "split").load("../precious")
-    assert (tmp_path / "precious").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -342,10 +339,8 @@ def test_manifest_that_names_files_outside_removes_nothing_there(finished, tmp_p
 def test_bad_manifests_are_refused(content, words, finished):
     (finished / "manifest.json").write_bytes(content)
     for use in (lambda: open_finished(finished, "split"), lambda: ArtifactWriter(finished, SPEC, PARTS)):
-        with pytest.raises(MoEficationError) as error:
+        with pytest.raises(MoEficationError, match=re.escape(f"manifest.json {words}")):
             use()
-        assert words in str(error.value)
-        assert "manifest.json" in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -385,15 +380,12 @@ def test_folders_of_other_kinds_do_not_open(finished, tmp_path):
         (tmp_path / "empty", "select", "has no manifest.json: not a folder written by llama_select_mlp.py"),
         (finished, "select", "was written by llama_split_clustering.py, not by llama_select_mlp.py"),
     ]:
-        with pytest.raises(MoEficationError) as error:
+        with pytest.raises(MoEficationError, match=re.escape(f"{folder} {words}")):
             open_finished(folder, stage)
-        assert f"{folder} {words}" in str(error.value)
     manifest = json.loads((finished / "manifest.json").read_text())
     for files in (None, {"a": 3}, {"a": {}}, {"a": {"size": "x", "sha256": "y"}}, {"a": {"size": 3}}):
         (finished / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
-        with pytest.raises(
-            MoEficationError, match=r"is damaged \(no list of files .*remove its folder and run the sta"
-        ):
+        with pytest.raises(MoEficationError, match=r"damaged \(no list of files .*remove its folder and run the sta"):
             open_finished(finished, "split")
 
 
@@ -434,7 +426,6 @@ def test_a_finished_folder_that_lost_a_file_says_so_and_is_redone(finished):
     assert made(finished, overwrite=True) == before
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_overwrite_is_not_offered_where_it_would_be_refused(overwrite, finished):
-    with pytest.raises(MoEficationError, match=r"llama_split_clustering.py; choose another save_path$"):
-        ArtifactWriter(finished, dataclasses.replace(SPEC, stage="select"), PARTS, overwrite=overwrite)
+def test_overwrite_is_not_offered_where_it_would_be_refused(finished):
+    words = r"llama_split_clustering.py; choose another save_path$"
+    assert_refused(finished, words, finished, dataclasses.replace(SPEC, stage="select"))
