@@ -92,15 +92,9 @@ def untouched(finished, places) -> tuple[dict[str, bytes], dict[str, bytes]]:
 
 
 ON_FEATURES = {"cluster_on": "activations", "hidden_features_path": "{features}"}
-ON_TEXT = {"cluster_on": "activations", "train_data_path": "{text}", "block_size": 32, "max_tokens": 128}
-ON_MOE = {
-    "model_path": "{model}",
-    "moe_path": "{moe}",
-    "train_data_path": "{text}",
-    "save_path": "{save}",
-    "block_size": 32,
-    "max_tokens": 128,
-}
+TEXT = {"train_data_path": "{text}", "block_size": 32, "max_tokens": 128}
+ON_TEXT = TEXT | {"cluster_on": "activations"}
+ON_MOE = TEXT | {"model_path": "{model}", "moe_path": "{moe}", "save_path": "{save}"}
 TO_SPLIT = {"model_path": "{model}", "save_path": "{save}", "num_experts": 4}
 FROM_SPLIT = TO_SPLIT | {"num_selects": 2, "split_file_path": "{split}"}
 GOOD = {
@@ -240,9 +234,8 @@ def test_one_variable_shows_the_traceback(places, run_script, monkeypatch):
 @pytest.mark.parametrize("stage", GOOD)
 def test_unknown_option_and_abbreviation_are_refused(stage, places, run_script):
     for option in ("--nonsense", "--model"):
-        assert_refused(
-            run_script(MAINS[stage], *arguments_of(stage, {}, places), option, "x"), "unrecognized arguments"
-        )
+        result = run_script(MAINS[stage], *arguments_of(stage, {}, places), option, "x")
+        assert_refused(result, "unrecognized arguments")
 
 
 def test_left_over_names_of_processes_are_told(places, run_script, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, change_config, change_weights, make_llama, to_bin, to_shards, write_jsonl
+from conftest import TINY, VARIANTS, change_config, change_weights, make_llama, to_bin, to_shards, write_jsonl
 from pipeline import LINEAR, Pipeline, load
 from safetensors.torch import save_file
 from tiny_tokenizers import save_byte_level, save_sentencepiece, save_tekken, save_tiktoken
@@ -22,13 +22,7 @@ from run_moefication.moefication.checkpoints.tokenizers import MARKUP_TEXTS, PLA
 
 VOCABULARY = 640  # more than any of the tokenizers has
 HALF_HEAD = TINY["hidden_size"] // TINY["num_attention_heads"] // 2
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+LLAMA3_ROPE = {k: v for k, v in VARIANTS["llama3_rope"]["rope_parameters"].items() if k != "rope_theta"}
 NUM_LAYERS = 2
 WEIGHTS = "model.safetensors"
 

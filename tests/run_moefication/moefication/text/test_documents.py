@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import struct
 import tempfile
 import zipfile
 from pathlib import Path
@@ -69,18 +68,12 @@ def test_any_text_comes_back(texts, escaped, line_end, bom, final_line_end):
         assert read(path) == [text for text in texts if text.strip()]
 
 
-NO_STRING = 'not a JSON object with a string "text"'
 BROKEN = {
     "not valid JSON": [
-        *(
-            b'{"text": "cut',
-            b'{"text": "a"} {"text": "b"}',
-            b"[" * 100_000,
-            b'{"text": "a", "n": ' + b"1" * 5000 + b"}",
-        ),
+        *(b'{"text": "cut', b'{"text": "a"} {"text": "b"}', b"[" * 100_000, b'{"n": ' + b"1" * 5000 + b"}"),
         b'{"text": "a"}\r{"text": "b"}',  # lone CR does not end a line
     ],
-    NO_STRING: [b'["text"]', b"3", b'"text"', b"null", b'{"text": null}', b'{"text": ["a"]}'],
+    'not a JSON object with a string "text"': [b"3", b'["text"]', b'"text"', b"null", b'{"text": null}'],
     'no "text" field': [b'{"content": "a"}'],
     "not UTF-8": [b'{"text": "\xff"}', b'{"text": "\\ud800"}', '{"text": "a"}'.encode("utf-16")],
 }
@@ -258,15 +251,6 @@ def test_encrypted_zips_are_refused(tmp_path):
     content[central + 8] |= 1
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(MoEficationError, match="is encrypted"):
-        read(tmp_path)
-
-
-def test_a_zip_that_lies_about_a_size_is_refused(tmp_path):
-    content = bytearray(write_zip(tmp_path / "a.zip", {"a.jsonl": LONG}).read_bytes())
-    central = content.index(b"PK\x01\x02")
-    content[central + 24 : central + 28] = struct.pack("<I", len(LONG) - 1000)
-    (tmp_path / "a.zip").write_bytes(content)
-    with pytest.raises(MoEficationError, match=r"a.zip/a.jsonl.* (is damaged or cut short|not valid JSON)"):
         read(tmp_path)
 
 

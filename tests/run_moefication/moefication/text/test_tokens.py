@@ -194,17 +194,13 @@ def test_a_damaged_cache_is_rebuilt_and_said(damage, checkpoint, tmp_path, caplo
 # ---------------------------------------------------------------------------------------------------- refused text
 
 
-def with_added_token(model: Path, folder: Path) -> DenseCheckpoint:
-    """A tokenizer with a [PAD] added by hand, and a model whose embedding was not made longer."""
-    shutil.copytree(model, folder)
+def test_a_token_outside_of_the_embedding_is_named_by_file_and_line(tiny_llama, tmp_path):
+    """A [PAD] was added to the tokenizer by hand, and the model's embedding was not made longer."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(folder)
-    return DenseCheckpoint(str(folder))
-
-
-def test_a_token_outside_of_the_embedding_is_named_by_file_and_line(tiny_llama, tmp_path):
-    checkpoint = with_added_token(tiny_llama, tmp_path / "model")
+    checkpoint = DenseCheckpoint(str(folder))
     write_jsonl(tmp_path / "text" / "c4.jsonl", [SENTENCES[0], f"{SENTENCES[1]} [PAD]", SENTENCES[2]])
     words = r"c4.jsonl:2: holds token 300 \('\[PAD\]'\), but the embedding has 300 rows; skip_bad_lines goes on"
     with pytest.raises(MoEficationError, match=words):
