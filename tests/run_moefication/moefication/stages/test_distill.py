@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, make_llama
-from pipeline import LINEAR, Killed, Pipeline, contents, corpus_of, limited_files, load, renames, shares_on
+from pipeline import LINEAR, Killed, Pipeline, contents, corpus_of, load, renames, shares_on
 from safetensors.torch import load_file
 
 from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
@@ -418,10 +420,16 @@ def test_a_damaged_saved_step_is_not_gone_on_from(harm, finished, short, tmp_pat
 
 
 def test_a_step_that_cannot_be_saved_is_one_line(finished, short, tmp_path, run_script):
-    """With room again, it goes on to the same bytes."""
+    """A full disk, as far as files larger than 20 kB go; with room again, it goes on to the same bytes."""
     folder = tmp_path / "moe"
-    with limited_files(20_000):
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
+    try:
         status, _, err = run_script(llama_distill.main, *arguments_of(finished, folder, **SHORT))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        signal.signal(signal.SIGXFSZ, previous)
     assert status == 2
     assert "/checkpoint-5 cannot be saved (" in err.splitlines()[-1]
     assert contents(distilled_to(folder, finished, **SHORT)) == contents(short)
