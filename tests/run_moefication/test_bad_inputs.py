@@ -1,16 +1,12 @@
 """Wrong input to any stage: one line on stderr that names it and the cure, exit status 2, nothing written or run."""
 
-import hashlib
-import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import make_llama, write_jsonl
+from conftest import change_weights, make_llama, write_jsonl
 from pipeline import Pipeline, contents
-from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from run_moefication import (
     llama_calibrate,
@@ -45,8 +41,7 @@ def finished(tiny_llama, text_folder, tmp_path_factory) -> Pipeline:
     other = make_llama(root / "other-llama", seed=1)
     Pipeline(other, text_folder, root / "other").run()
     Pipeline(tiny_llama, text_folder, root / "out", num_experts=8).split()
-    other_split = Pipeline(tiny_llama, text_folder, root / "seed1", split_options=["--seed", 1])
-    other_split.split()
+    Pipeline(tiny_llama, text_folder, root / "seed1", split_options=["--seed", 1]).split()
     return pipeline
 
 
@@ -54,30 +49,21 @@ def finished(tiny_llama, text_folder, tmp_path_factory) -> Pipeline:
 def places(finished, tmp_path_factory) -> dict[str, object]:
     """What the tables below may name in braces: good things, and bad ones of every kind."""
     root, tmp_path = finished.save.parent, tmp_path_factory.mktemp("places")
-    gpt2 = tmp_path / "gpt2"
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10)).save_pretrained(gpt2)
-    mistral = Path(shutil.copytree(finished.model, tmp_path / "mistral"))
-    config = json.loads((mistral / "config.json").read_text())
-    (mistral / "config.json").write_text(json.dumps(config | {"model_type": "mistral", "sliding_window": 64}))
     cut = Path(shutil.copytree(finished.model, tmp_path / "cut"))
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])
     nan = Path(shutil.copytree(finished.model, tmp_path / "nan"))
-    weights = load_file(nan / "model.safetensors")
-    weights["model.layers.1.mlp.gate_proj.weight"][0, 0] = float("nan")
-    save_file(weights, nan / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "empty").mkdir()
+    change_weights(nan, lambda state: state["model.layers.1.mlp.gate_proj.weight"][0, 0].fill_(float("nan")))
     (tmp_path / "no_text").mkdir()
     (tmp_path / "no_text" / "c4.jsonl").touch()
     write_jsonl(tmp_path / "bad" / "c4.jsonl", ["fine", "fine"])
     (tmp_path / "bad" / "github.jsonl").write_text('{"text": "fine"}\n{"text": "fine"}\n{"text": "cut')
     (tmp_path / "file").write_text("a file")
-    for name in ("unfinished_moe", "damaged_moe", "cut_moe", "old_moe"):
+    for name in ("unfinished_moe", "damaged_moe", "old_moe"):
         shutil.copytree(finished.moe, tmp_path / name)
     partial = (tmp_path / "unfinished_moe").rename(tmp_path / ".unfinished_moe.partial")
     (partial / "manifest.parts").mkdir()
     (partial / "manifest.json").rename(partial / "manifest.parts" / "spec.json")
     flip(tmp_path / "damaged_moe" / "model.safetensors")
-    cut_short(tmp_path / "cut_moe" / "model.safetensors")
     config = tmp_path / "old_moe" / "config.json"
     config.write_text(config.read_text().replace('"num_experts"', '"num_selects"'))  # as LLaMA-MoE v1 had
     return {
@@ -90,9 +76,7 @@ def places(finished, tmp_path_factory) -> dict[str, object]:
         "moe": finished.moe,
         "root": root,
         "other_moe": root / "other/other-llama-MoE",
-        "other_split": root / "other/other-llama-4Expert-Split-Clustering",
         "other_features": root / "other/other-llama-Hidden-Features",
-        "other_select": root / "other/other-llama-4Expert-Select-MLP",
         "split8": root / "out/tiny-llama-8Expert-Split-Clustering",
         "split_seed1": root / "seed1/tiny-llama-4Expert-Split-Clustering",
         "tmp": tmp_path,
@@ -108,34 +92,17 @@ def untouched(finished, places) -> tuple[dict[str, bytes], dict[str, bytes]]:
 
 
 ON_FEATURES = {"cluster_on": "activations", "hidden_features_path": "{features}"}
-ON_TEXT = {"cluster_on": "activations", "train_data_path": "{text}", "block_size": 32, "max_tokens": 128}
-COUNTS = {"num_experts": 4, "num_selects": 2}
-ON_MOE = {
-    "model_path": "{model}",
-    "moe_path": "{moe}",
-    "train_data_path": "{text}",
-    "save_path": "{save}",
-    "block_size": 32,
-    "max_tokens": 128,
-}
+TEXT = {"train_data_path": "{text}", "block_size": 32, "max_tokens": 128}
+ON_TEXT = TEXT | {"cluster_on": "activations"}
+ON_MOE = TEXT | {"model_path": "{model}", "moe_path": "{moe}", "save_path": "{save}"}
+TO_SPLIT = {"model_path": "{model}", "save_path": "{save}", "num_experts": 4}
+FROM_SPLIT = TO_SPLIT | {"num_selects": 2, "split_file_path": "{split}"}
 GOOD = {
-    "split": {"model_path": "{model}", "save_path": "{save}", "num_experts": 4},
-    "split_random": {"model_path": "{model}", "save_path": "{save}", "num_experts": 4},
+    "split": TO_SPLIT,
+    "split_random": TO_SPLIT,
     "features": {"model_path": "{model}", "train_data_path": "{text}", "save_path": "{save}", "block_size": 32},
-    "select": {
-        "model_path": "{model}",
-        "split_file_path": "{split}",
-        "hidden_features_path": "{features}",
-        "save_path": "{save}",
-        **COUNTS,
-    },
-    "convert": {
-        "model_path": "{model}",
-        "split_file_path": "{split}",
-        "select_file_path": "{select}",
-        "save_path": "{save}",
-        **COUNTS,
-    },
+    "select": FROM_SPLIT | {"hidden_features_path": "{features}"},
+    "convert": FROM_SPLIT | {"select_file_path": "{select}"},
     "calibrate": ON_MOE,
     "distill": ON_MOE,
     "evaluate": {"model_path": "{moe}", "text_path": "{text}/c4.jsonl", "max_tokens": 64, "block_size": 32},
@@ -143,32 +110,17 @@ GOOD = {
 
 # stage, options changed (None: left out), words that the line must have
 WRONG = [
-    # Every stage opens the dense model in the same way.
+    ("split", {"model_path": "{tmp}/nowhere"}, "no folder here, and no hub id"),
+    ("split", {"model_path": ""}, "path is empty"),
     *[
-        ("split", {"model_path": path}, words)
-        for path, words in [
-            ("{tmp}/nowhere", "no folder here, and no hub id"),
-            ("", "path is empty"),
-            ("{tmp}/file", "is a file"),
-            ("{tmp}/gpt2", "'gpt2' model; llama, and mistral"),
-            ("{tmp}/mistral", "sliding_window"),
-            ("{tmp}/cut", "not a whole safetensors file"),
-            ("{tmp}/empty", "no config.json"),
-        ]
-    ],
-    *[
-        (stage, {"model_path": "{tmp}/mistral"}, "sliding_window")
-        for stage in ("split_random", "features", "select", "convert", "calibrate")
+        (stage, {"model_path": "{tmp}/cut"}, "not a whole safetensors file")
+        for stage in ("split", "split_random", "features", "select", "convert", "calibrate", "evaluate")
     ],
     ("split", {"num_experts": 5}, "5 does not divide the MLP width 64 of tiny-llama; near it, 1, 2, 4, 8"),
-    ("split", {"num_experts": 0}, "--num_experts 0 does not divide"),
-    ("split", {"num_experts": 128}, "--num_experts 128 does not divide"),
     ("split", {"num_experts": 2.5}, "--num_experts: invalid int value"),
     ("split", {"num_experts": None}, "required: --num_experts"),
-    ("split", {"templates": "layers.{}.mlp.down_proj.weight"}, "--templates 'layers.{}.mlp.down_proj.weight'"),
     ("split", {"templates": "layers.{}.mlp.gate_proj.weight," * 2}, "--templates"),
     ("split", {"seed": -1}, "--seed: '-1' is not an integer from 0 to 2^32 - 1"),
-    ("split", {"device": "meta"}, "--device 'meta' cannot be used here"),
     ("split", {"device": "warp"}, "--device 'warp' cannot be used here"),
     ("split", {"model_path": "{tmp}/nan"}, "layers.1.mlp.gate_proj.weight holds NaN"),
     ("split", {"save_path": "{tmp}/file"}, "tmp}/file"),
@@ -185,37 +137,21 @@ WRONG = [
     ("split", ON_FEATURES | {"templates": "{both}"}, "takes one of --templates"),
     ("split", ON_FEATURES | {"hidden_features_path": "{other_features}"}, "another model (other-llama)"),
     ("split", ON_TEXT | {"num_shared_experts": 4}, "--num_shared_experts 4 is outside of 0 to 3"),
-    ("split", ON_TEXT | {"num_shared_experts": -1}, "--num_shared_experts -1 is outside of 0 to 3"),
     ("split", ON_TEXT | {"keep_fraction": 0}, "--keep_fraction 0.0 is not a fraction between 0 and 1"),
-    ("split", ON_TEXT | {"keep_fraction": 1}, "--keep_fraction 1.0 is not a fraction between 0 and 1"),
     ("split", ON_TEXT | {"batch_size": 0}, "--batch_size 0 must be at least 1"),
     ("split", ON_TEXT | {"model_path": "{tmp}/nan"}, "layers.1.mlp.gate_proj.weight holds NaN"),
     ("split_random", {"num_shared_experts": 4}, "--num_shared_experts 4 is outside of 0 to 3"),
     ("split_random", {"templates": "layers.{}.mlp.down_proj.weight"}, "is not one of"),
     ("features", {"seed": 2**32}, "--seed: '4294967296' is not an integer"),
-    ("features", {"train_data_path": "{tmp}/nowhere"}, "nowhere does not exist"),
-    ("features", {"train_data_path": "{tmp}/empty"}, "holds no .jsonl, .txt"),
-    ("features", {"train_data_path": "{tmp}/no_text"}, "no_text/c4.jsonl holds no text"),
     ("features", {"train_data_path": "{tmp}/bad"}, "bad/github.jsonl:3: not valid JSON"),
     ("features", {"block_size": 129}, "--block_size 129 is outside of 2 to 128, the positions of tiny-llama"),
-    ("features", {"block_size": 1}, "--block_size 1 is outside"),
     ("features", {"data_use_percent": 0}, "--data_use_percent 0.0 is not a fraction in (0, 1]; one percent is 0.01"),
-    ("features", {"data_use_percent": "nan"}, "--data_use_percent nan is not a fraction"),
     ("features", {"save_interval": 0}, "--save_interval 0 must be at least 1"),
-    ("features", {"max_tokens": 0}, "--max_tokens 0 must be at least 1"),
-    ("features", {"domain_weights": "c4"}, "'c4' is not of the form domain=positive number"),
-    ("features", {"domain_weights": "arxiv=1"}, "--domain_weights names arxiv"),
     ("features", {"templates": "layers.{}.mlp.down_proj.weight"}, "--templates: invalid choice"),
     ("features", {"feature_format": "inputs", "templates": "{gate_proj}"}, "--templates is for --feature_format full"),
-    ("select", {"split_file_path": "{tmp}/nowhere"}, "nowhere is not a folder; run llama_split_clustering.py first"),
     ("select", {"split_file_path": "{features}"}, "was written by llama_get_hidden_features.py, not by llama_split"),
-    ("select", {"split_file_path": "{other_split}"}, "was made from another model (other-llama) than tiny-llama"),
     ("select", {"split_file_path": "{split8}"}, "was made for --num_experts 8 of tiny-llama, this run asks for 4"),
-    ("select", {"hidden_features_path": "{other_features}"}, "made from another model (other-llama) than tiny-llama"),
-    ("select", {"hidden_features_path": "{text}"}, "has no manifest.json: not a folder written by"),
-    ("select", {"num_experts": 8}, "was made for --num_experts 4 of tiny-llama, this run asks for 8"),
     ("select", {"num_selects": 5}, "--num_selects 5 is outside of 1 to --num_experts 4"),
-    ("select", {"num_selects": 0}, "--num_selects 0 is outside"),
     ("select", {"specify_layer": "4"}, "--specify_layer 4 goes beyond the model's layers 0-2"),
     ("select", {"specify_layer": "2-1"}, "--specify_layer '2-1' is neither a layer nor a range"),
     ("select", {"templates": "layers.{}.mlp.up_proj.weight"}, "was not made on layers.{{}}.mlp.up_proj.weight"),
@@ -230,16 +166,11 @@ WRONG = [
         for name, value in {"epochs": 30, "lr": 0.01, "batch_size": 1024, "use_softmax": True, "seed": 0}.items()
     ],
     ("convert", {"select_file_path": "{split}"}, "by llama_split_clustering.py, not by llama_select_mlp.py"),
-    ("convert", {"select_file_path": "{other_select}"}, "was made from another model (other-llama) than tiny-llama"),
     ("convert", {"split_file_path": "{split_seed1}"}, "holds gates of another split than"),
-    ("convert", {"split_file_path": "{split8}", "num_experts": 8}, "was made for --num_experts 4"),
-    ("convert", {"model_path": "{tmp}/nan"}, "was made from another model"),
-    ("convert", {"num_selects": 9}, "--num_selects 9 is outside of 1 to --num_experts 4"),
     ("convert", {"min_selects": 1}, "--min_selects is for --routing threshold"),
     ("convert", {"max_selects": 3}, "--max_selects is for --routing threshold"),
     ("convert", {"routing": "threshold", "min_selects": 3}, "must not decrease"),
     ("convert", {"routing": "threshold", "max_selects": 5}, "must not decrease"),
-    ("convert", {"routing": "threshold", "min_selects": -1}, "must not decrease"),
     ("convert", {"num_labels": 3}, "--num_labels is for --convert_type LlamaMoEForSequenceClassification"),
     ("convert", {"save_path": "{model}"}, "is the source checkpoint itself"),
     ("convert", {"save_path": "{text}"}, "holds files but no manifest.json: not ours to fill"),
@@ -247,23 +178,18 @@ WRONG = [
     ("calibrate", {"moe_path": "{other_moe}"}, "was made from another model (other-llama) than tiny-llama"),
     ("calibrate", {"moe_path": "{tmp}/unfinished_moe"}, "is unfinished (0 parts done); run llama_convert.py again"),
     ("calibrate", {"moe_path": "{tmp}/damaged_moe"}, "is damaged: its checksum is not the manifest's"),
-    ("calibrate", {"moe_path": "{tmp}/cut_moe"}, "bytes, the manifest says"),
     ("calibrate", {"moe_path": "{tmp}/old_moe"}, "has no usable config.json"),
     ("calibrate", {"save_path": "{moe}"}, "is one of the source checkpoints; choose another folder"),
     ("calibrate", {"save_path": "{model}"}, "is one of the source checkpoints; choose another folder"),
     ("calibrate", {"max_tokens": 16, "domain_weights": "c4=1"}, "a single block, and one is held out; use a smaller"),
     ("calibrate", {"refit_gates": True}, "--refit_gates is for linear gates, not for the 'mlp' ones given"),
-    ("calibrate", {"num_selects": 0}, "--num_selects 0 is outside of 1 to 4"),
-    ("calibrate", {"num_selects": 5}, "--num_selects 5 is outside of 1 to 4"),
     ("calibrate", {"layer_budgets": "sensitivity"}, "unrecognized arguments: --layer_budgets"),
-    ("evaluate", {"model_path": "{tmp}/cut"}, "not a whole safetensors file"),
     ("evaluate", {"text_path": "{tmp}/nowhere"}, "nowhere is not a file"),
     ("evaluate", {"text_path": "{tmp}/no_text/c4.jsonl"}, "holds fewer than 2 tokens"),
     ("evaluate", {"num_selects": 5}, "--num_selects 5 is outside of 1 to 4"),
     ("evaluate", {"model_path": "{model}", "num_selects": 2}, "--num_selects is for MoE checkpoints"),
     ("evaluate", {"block_size": 129}, "--block_size 129 is outside"),
     ("evaluate", {"max_tokens": 1}, "--max_tokens 1 must be at least 2"),
-    ("evaluate", {"batch_size": 0}, "--batch_size 0 must be at least 1"),
     ("evaluate", {"json": "{tmp}/nowhere/rows.json"}, "cannot be written: name a file in a folder that exists"),
 ]
 
@@ -308,9 +234,8 @@ def test_one_variable_shows_the_traceback(places, run_script, monkeypatch):
 @pytest.mark.parametrize("stage", GOOD)
 def test_unknown_option_and_abbreviation_are_refused(stage, places, run_script):
     for option in ("--nonsense", "--model"):
-        assert_refused(
-            run_script(MAINS[stage], *arguments_of(stage, {}, places), option, "x"), "unrecognized arguments"
-        )
+        result = run_script(MAINS[stage], *arguments_of(stage, {}, places), option, "x")
+        assert_refused(result, "unrecognized arguments")
 
 
 def test_left_over_names_of_processes_are_told(places, run_script, monkeypatch):
@@ -340,32 +265,19 @@ def test_left_over_names_of_processes_are_told(places, run_script, monkeypatch):
         ("convert", ["--dtype", "bfloat16"], "was made with --dtype None, this run asks for bfloat16"),
     ],
 )
-def test_other_options_are_refused_then_redone_with_overwrite(stage, option, words, finished, tmp_path, capfd):
-    pipeline = Pipeline(finished.model, finished.text, Path(shutil.copytree(finished.save, tmp_path / "out")))
-    options = {"features": pipeline.feature_options}.get(stage) or getattr(pipeline, f"{stage}_options")
-    options.extend(option)
-    before = contents(tmp_path)
+def test_other_options_are_refused(stage, option, words, finished, capfd):
+    """`test_stages` goes on with --overwrite."""
+    name = f"{'feature' if stage == 'features' else stage}_options"
+    pipeline = replace(finished, **{name: [*getattr(finished, name), *option]})
+    before = contents(finished.save)
     assert getattr(pipeline, stage)() == 2
     message = capfd.readouterr().err
     assert words in message
     assert "add --overwrite" in message
-    assert contents(tmp_path) == before
-    options.append("--overwrite")
-    assert getattr(pipeline, stage)() == 0
-    assert contents(tmp_path) != before
+    assert contents(finished.save) == before
 
 
 # ---------------------------------------------------------------------------------------------------- damaged artifacts
-
-
-class Bomb:
-    """Pickles to a call that would leave a file behind."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
 
 
 def flip(path: Path) -> None:
@@ -378,60 +290,23 @@ def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-DAMAGE = {
-    "flipped": (flip, "damaged"),
-    "cut": (cut_short, "bytes, the manifest says"),
-    "removed": (Path.unlink, "is missing although the manifest lists it"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize(
-    ("stage", "folder", "file"),
+    ("stage", "folder", "file", "damage", "words"),
     [
-        ("select", "split", LABELS),
-        ("select", "features", "hidden_inputs/0_1.pth"),
-        ("select", "features", "hidden_gate_outputs/0_0.pth"),
-        ("convert", "select", LABELS),
+        ("select", "split", LABELS, flip, "damaged"),
+        ("select", "features", "hidden_inputs/0_1.pth", flip, "damaged"),
+        ("select", "features", "hidden_gate_outputs/0_0.pth", cut_short, "bytes, the manifest says"),
+        ("convert", "select", LABELS, Path.unlink, "is missing although the manifest lists it"),
     ],
 )
-def test_damaged_artifacts_are_named(damage, stage, folder, file, finished, tmp_path, capfd):
-    work, words = DAMAGE[damage]
+def test_damaged_artifacts_are_named(stage, folder, file, damage, words, finished, tmp_path, capfd):
     pipeline = Pipeline(finished.model, finished.text, Path(shutil.copytree(finished.save, tmp_path / "out")))
-    shutil.rmtree(pipeline.moe)
-    if stage == "select":
-        shutil.rmtree(pipeline.select_folder)
+    target = pipeline.select_folder if stage == "select" else pipeline.moe
+    shutil.rmtree(target)
     path = getattr(pipeline, f"{folder}_folder") / file
-    work(path)
+    damage(path)
     assert getattr(pipeline, stage)() == 2
     message = capfd.readouterr().err.strip()
     assert str(path) in message
     assert words in message
-    assert not (pipeline.select_folder if stage == "select" else pipeline.moe).joinpath("manifest.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("stage", "folder", "file"), [("select", "split", LABELS), ("select", "features", "hidden_inputs/0_0.pth")]
-)
-def test_code_in_an_artifact_is_never_run(stage, folder, file, finished, tmp_path, capfd):
-    pipeline = Pipeline(finished.model, finished.text, Path(shutil.copytree(finished.save, tmp_path / "out")))
-    shutil.rmtree(pipeline.select_folder)
-    place = getattr(pipeline, f"{folder}_folder")
-    torch.save({0: Bomb(tmp_path / "exploded")}, place / file)
-    manifest = json.loads((place / "manifest.json").read_text())
-    data = (place / file).read_bytes()
-    manifest["files"][file] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}  # a careful attacker
-    (place / "manifest.json").write_text(json.dumps(manifest))
-    assert getattr(pipeline, stage)() == 2
-    assert "not a whole file of plain tensors, refused" in capfd.readouterr().err
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_code_in_a_checkpoint_is_never_run(finished, tmp_path, capfd):
-    model = Path(shutil.copytree(finished.model, tmp_path / "llama"))
-    (model / "model.safetensors").unlink()
-    torch.save({"model.embed_tokens.weight": Bomb(tmp_path / "exploded")}, model / "pytorch_model.bin")
-    assert Pipeline(model, finished.text, tmp_path / "out").split() == 2
-    assert "not a whole file of plain tensors, refused" in capfd.readouterr().err
-    assert not (tmp_path / "exploded").exists()
-    assert not (tmp_path / "out").exists()
+    assert not target.exists()

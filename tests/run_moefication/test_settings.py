@@ -1,8 +1,6 @@
 """One place of every setting: scripts, shell and README say what `settings.py` says."""
 
 import re
-import subprocess
-import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -53,6 +51,7 @@ def test_a_scripts_options_are_its_settings(script):
         assert option.default == (None if one.default is MISSING else one.default)
         assert option.choices == one.metadata["choices"]
         assert option.help == one.metadata["help"]
+        assert re.match(r"[a-z].{7,}", option.help)
 
 
 def test_choices_are_what_the_code_knows():
@@ -83,15 +82,11 @@ def test_the_shell_has_the_recipe(recipe):
     assert {name: shell[name] for name in expected} == {name: str(value) for name, value in expected.items()}
 
 
-def test_large_gates_have_a_rank_and_small_ones_none():
-    assert [settings.CALIBRATED.rank(experts) for experts in (16, 255, 256, 512)] == [None, None, 64, 64]
-    assert settings.shell_settings({"NUM_EXPERTS": "16"})["GATE_RANK"] == ""
-
-
 def test_the_environment_goes_before_the_recipe():
     given = {"NUM_EXPERTS": "512", "GATE_RANK": "", "SPLIT_TOKENS": "7", "CLUSTER_ON": "weights", "NUM_SELECTS": "9"}
     assert given.items() <= settings.shell_settings(given).items()
     assert settings.shell_settings({"NUM_EXPERTS": "512"})["NUM_SELECTS"] == "256"
+    assert settings.shell_settings({"NUM_EXPERTS": "255"})["GATE_RANK"] == ""  # small gates have no rank
     assert settings.shell_settings(given)["BUDGET"] == "9"
 
 
@@ -99,11 +94,9 @@ def test_the_environment_goes_before_the_recipe():
     ("environment", "words"),
     [
         ({"RECIPE": "best"}, "RECIPE=best: calibrated or plain"),
-        ({"NUM_EXPERTS": "abc"}, "NUM_EXPERTS=abc: a whole number is needed, 1 or more"),
         ({"NUM_EXPERTS": "08"}, "NUM_EXPERTS=08: a whole number is needed, 1 or more"),
         ({"NUM_EXPERTS": "0"}, "NUM_EXPERTS=0: a whole number is needed, 1 or more"),
         ({"NUM_EXPERTS": "9" * 20}, f"NUM_EXPERTS={'9' * 20}: a whole number is needed, 1 or more"),
-        ({"NUM_SELECTS": "2.5"}, "NUM_SELECTS=2.5: a whole number is needed, 1 or more"),
         ({"NUM_EXPERTS": "4", "NUM_SELECTS": "5"}, "NUM_SELECTS=5 is outside of 1 to NUM_EXPERTS=4"),
         ({"NUM_EXPERTS": "1"}, "NUM_SELECTS=0 is outside of 1 to NUM_EXPERTS=1"),
         ({"NUM_SHARED_EXPERTS": "-1"}, "NUM_SHARED_EXPERTS=-1: a whole number is needed, 0 or more"),
@@ -146,19 +139,6 @@ def test_the_readmes_name_the_default_recipe():
 )
 def test_the_command_line_adds_the_dashes(message, shown):
     assert with_dashes(message, ["num_selects", "num_experts", "model_path", "seed"]) == shown
-
-
-def test_nothing_heavy_is_imported():
-    code = (
-        "import sys, run_moefication.settings; sys.exit(bool({'torch', 'numpy', 'transformers'} & sys.modules.keys()))"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_every_field_is_explained():
-    for stage in (*STAGES.values(), settings.CorpusSettings):
-        for one in fields(stage):
-            assert re.match(r"[a-z].{7,}", one.metadata["help"]), one.name
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Streams on the disk are whole or absent. (`test_calibrate` walks through whole models.)"""
 
-import resource
 from contextlib import suppress
 
 import pytest
 import torch
+from pipeline import limited_files
 
 from run_moefication.moefication.artifacts.streams import Streams
 from run_moefication.moefication.errors import MoEficationError
@@ -63,10 +63,5 @@ def test_finishing_takes_the_streams_away(writer):
 
 
 def test_no_room_for_a_stream_is_an_error_before_it_is_filled(writer):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"), Streams(writer, SHAPE).filling(0):
-            pytest.fail("there is no room")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with limited_files(16), pytest.raises(OSError, match="File too large"), Streams(writer, SHAPE).filling(0):
+        pytest.fail("there is no room")

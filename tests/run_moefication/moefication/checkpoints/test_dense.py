@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, VARIANTS, as_bin, change_config, change_weights, make_llama
+from conftest import TINY, VARIANTS, as_bin, change_config, change_weights, make_llama, to_bin
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
@@ -30,43 +32,23 @@ def assert_reads(folder: Path, state: dict[str, torch.Tensor]) -> DenseCheckpoin
     return checkpoint
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variants(variant, tmp_path):
-    folder = make_llama(tmp_path / "llama", **VARIANTS[variant])
-    checkpoint = assert_reads(folder, state_of(folder))
-    assert checkpoint.name == "llama"
-    assert checkpoint.lm_head == ("embed_tokens.weight" if checkpoint.config.tie_word_embeddings else "lm_head.weight")
-    assert checkpoint.config.mlp_bias == (variant == "mlp_bias")
-
-
-def test_base_model_and_classifier(tmp_path):
+def test_tied_and_base_models_and_classifiers(tmp_path):
+    tied = make_llama(tmp_path / "tied", tie_word_embeddings=True)
+    assert assert_reads(tied, state_of(tied)).lm_head == "embed_tokens.weight"
     base = make_llama(tmp_path / "base", model_class=LlamaModel)
     assert assert_reads(base, state_of(base)).lm_head is None
     classifier = make_llama(tmp_path / "classifier", model_class=LlamaForSequenceClassification, num_labels=3)
     assert assert_reads(classifier, state_of(classifier)).tensors["score.weight"].shape == (3, TINY["hidden_size"])
 
 
-def test_precomputed_rotary_tensors_of_old_checkpoints_are_passed_over(tiny_llama, tmp_path):
-    folder = Path(shutil.copytree(tiny_llama, tmp_path / "old"))
-    name = "model.layers.2.self_attn.rotary_emb.inv_freq"
-    change_state(lambda state: state.update({name: torch.ones(4)}))(folder)
-    checkpoint = DenseCheckpoint(str(folder))
-    expected = {key.removeprefix("model.") for key in state_of(tiny_llama)} - {"lm_head.weight"}
-    assert set(checkpoint.body_tensors()) == expected
-
-
-@pytest.mark.parametrize("variant", ["mlp_bias", "llama3_rope", "base", "classifier", "sharded", "bins"])
+@pytest.mark.parametrize("variant", ["mlp_bias", "llama3_rope", "base", "classifier"])
 def test_loaded_model_computes_what_transformers_does(variant, tmp_path):
     model_class = {"base": LlamaModel, "classifier": LlamaForSequenceClassification}.get(variant, LlamaForCausalLM)
-    shards = {"max_shard_size": "40KB"} if variant == "sharded" else {}
-    folder = make_llama(tmp_path / "llama", model_class=model_class, **shards, **VARIANTS.get(variant, {}))
-    reference = model_class.from_pretrained(folder)
-    if variant == "bins":
-        folder = as_bin(folder, tmp_path / "bin", shards=3)
+    folder = make_llama(tmp_path / "llama", model_class=model_class, **VARIANTS.get(variant, {}))
     tokens = torch.arange(40).view(2, 20)
     with torch.no_grad():
         hidden = DenseCheckpoint(str(folder)).load_model("cpu", torch.float32)(tokens).last_hidden_state
-        expected = reference.base_model(tokens).last_hidden_state
+        expected = model_class.from_pretrained(folder).base_model(tokens).last_hidden_state
     assert torch.equal(hidden, expected)  # the same code on the same numbers
 
 
@@ -87,24 +69,18 @@ def test_layout_does_not_matter(tiny_llama, tmp_path):
     assert len({assert_reads(folder, state).fingerprint for folder in layouts}) == 1
 
 
-def test_fingerprint_sees_weights_and_config_but_not_noise(tiny_llama, tmp_path):
+def test_fingerprint_sees_config_and_every_tensor_but_not_noise(tiny_llama, tmp_path):
     original = DenseCheckpoint(str(tiny_llama)).fingerprint
-    noise = Path(shutil.copytree(tiny_llama, tmp_path / "noise"))
-    change_config(noise, transformers_version="0", _name_or_path="elsewhere", use_cache=False)
-    assert DenseCheckpoint(str(noise)).fingerprint == original
-    config = Path(shutil.copytree(tiny_llama, tmp_path / "config"))
-    change_config(config, rms_norm_eps=1e-3)
-    weights = make_llama(tmp_path / "weights", seed=1)
-    assert len({original, DenseCheckpoint(str(config)).fingerprint, DenseCheckpoint(str(weights)).fingerprint}) == 3
-
-
-def test_fingerprint_sees_every_tensor(tiny_llama, tmp_path):
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
-    fingerprints = {DenseCheckpoint(str(tiny_llama)).fingerprint}
+    change_config(folder, transformers_version="0", _name_or_path="elsewhere", use_cache=False)
+    assert DenseCheckpoint(str(folder)).fingerprint == original
+    fingerprints = {original}
     for name in (state := state_of(tiny_llama)):
         save_file(state | {name: state[name] * 2}, folder / "model.safetensors", metadata={"format": "pt"})
         fingerprints.add(DenseCheckpoint(str(folder)).fingerprint)
-    assert len(fingerprints) == 1 + len(state)
+    change_config(folder, rms_norm_eps=1e-3)
+    fingerprints.add(DenseCheckpoint(str(folder)).fingerprint)
+    assert len(fingerprints) == 2 + len(state)
 
 
 def test_fingerprint_samples_all_over_a_tensor(tiny_llama, tmp_path):
@@ -143,11 +119,6 @@ def cut(name: str = "model.safetensors"):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-1])
 
 
-def longer(folder: Path) -> None:
-    with (folder / "model.safetensors").open("ab") as file:
-        file.write(b"x")
-
-
 def pipe(name: str):
     return lambda folder: [(folder / name).unlink(), os.mkfifo(folder / name)]
 
@@ -158,10 +129,6 @@ def with_tensors(tensors: dict[str, torch.Tensor]):
 
 def renamed(old: str, new: str):
     return change_state(lambda state: state.update({new: state.pop(old)}))
-
-
-def transposed(state: dict[str, torch.Tensor]) -> None:
-    state[GATE] = state[GATE].T.contiguous()
 
 
 def index(weight_map: dict[str, str] | None = None, shards: dict[str, list[str]] | None = None):
@@ -178,39 +145,51 @@ def index(weight_map: dict[str, str] | None = None, shards: dict[str, list[str]]
     return damage
 
 
-def bad_index(content: bytes):
-    return lambda folder: [index()(folder), file("model.safetensors.index.json", content)(folder)]
+def bins(damage: Callable[[Path], object]):
+    return lambda folder: [to_bin(folder), damage(folder)]
 
 
 GATE = "model.layers.0.mlp.gate_proj.weight"
 NORM = "model.norm.weight"
 SCORE = "score.weight"
+BIN = "pytorch_model.bin"
+NO_MODEL = "config.json describes no model that can be built"
 REFUSED = {
     "gpt2": (config(model_type="gpt2"), "is a 'gpt2' model"),
     "no model_type": (config(model_type=None), "is a None model"),
     "gelu": (config(hidden_act="gelu"), "has hidden_act 'gelu'"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config not JSON": (file("config.json", b"{"), "is not JSON"),
     "config a list": (file("config.json", b"[]"), "is not a JSON object"),
     "config nested": (file("config.json", b"[" * 100_000), "is not JSON"),
     "config a pipe": (pipe("config.json"), "has no config.json"),
     "no layers": (config(num_hidden_layers=0), "num_hidden_layers is 0; a positive integer is needed"),
-    "half a layer": (config(num_hidden_layers=1.5), "num_hidden_layers is 1.5"),
     "layers true": (config(num_hidden_layers=True), "num_hidden_layers is True"),
     "no width": (config(intermediate_size=None), "intermediate_size is None"),
-    "a layer more": (config(num_hidden_layers=4), "lacks the tensor model.layers.3."),
     "a billion layers": (config(num_hidden_layers=10**9), "lacks the tensor model.layers.3."),
     "a layer less": (config(num_hidden_layers=2), "holds layers.2."),
     "other width": (config(intermediate_size=128), "layers.0.mlp.gate_proj.weight has shape [64, 32]"),
     "other heads": (config(num_attention_heads=3), "not a multiple of the number of attention heads"),
-    "no key-value heads": (config(num_key_value_heads=0), "config.json describes no model that can be built"),
-    "head_dim below zero": (config(head_dim=-4), "config.json describes no model that can be built"),
-    "vocabulary beyond any tensor": (config(vocab_size=10**18), "config.json describes no model that can be built"),
-    "width beyond any integer": (config(hidden_size=10**20), "config.json describes no model that can be built"),
+    "no key-value heads": (config(num_key_value_heads=0), NO_MODEL),
+    "head_dim below zero": (config(head_dim=-4), NO_MODEL),
+    "vocabulary beyond any tensor": (config(vocab_size=10**18), NO_MODEL),
+    "width beyond any integer": (config(hidden_size=10**20), NO_MODEL),
+    "key-value heads that do not divide": (config(num_key_value_heads=3), "4 is no multiple of num_key_value_heads 3"),
     "rope in words": (config(rope_parameters="x"), "config.json: "),
-    "transposed": (change_state(transposed), f"{GATE.removeprefix('model.')} has shape [32, 64]"),
+    "rope of no kind": (config(rope_parameters={"rope_type": "spiral", "factor": 2.0}), NO_MODEL),
+    "rope of half a head": (
+        config(rope_parameters={"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}),
+        "its rope turns 4 of the 8 dimensions of a head",
+    ),
+    "layers that differ": (config(per_layer_config={"0": {"intermediate_size": 32}}), "has layers of different shapes"),
+    "no causal mask": (config(is_causal=False), "is no causal model"),
+    "quantised": (config(quantization_config={"bits": 4}), "is quantised"),
+    "code of its own": (config(auto_map={"AutoConfig": "x.X"}), "brings code of its own (auto_map in config.json)"),
+    "Mistral v0.1": (config(model_type="mistral", sliding_window=64), "is a Mistral with sliding_window 64"),
+    "Mistral v0.1, window left out": (
+        config(model_type="mistral"),
+        'sliding_window 4096 (what its config.json means by leaving it out; "sliding_window": null',
+    ),
     "tensor absent": (change_state(lambda state: state.pop(NORM)), f"lacks the tensor {NORM}"),
-    "integers": (change_state(lambda state: state.update({GATE: state[GATE].to(torch.int8)})), "is I8"),
     "float64": (change_state(lambda state: state.update({GATE: state[GATE].double()})), "is F64"),
     "name without prefix": (renamed(NORM, "norm.weight"), "holds norm.weight, which"),
     "name with and without prefix": (with_tensors({"norm.weight": torch.ones(32)}), "holds norm.weight, which"),
@@ -218,21 +197,14 @@ REFUSED = {
     "classifier of other width": (with_tensors({SCORE: torch.ones(2, 31)}), "score.weight has shape [2, 31]"),
     "classifier a vector": (with_tensors({SCORE: torch.ones(32)}), "score.weight has shape [32]"),
     "classifier of integers": (with_tensors({SCORE: torch.ones(2, 32, dtype=torch.int64)}), "score.weight is I64"),
-    "classifier and another": (with_tensors({SCORE: torch.ones(2, 32), "model.x": torch.ones(1)}), "holds x, which"),
     "tensor too many": (with_tensors({"x": torch.ones(1)}), "holds x, which"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
     "weights a pipe": (pipe("model.safetensors"), "model.safetensors is missing"),
-    "a byte more": (longer, "model.safetensors is not a whole safetensors file"),
     "cut": (cut(), "model.safetensors is not a whole safetensors file"),
     "LFS pointer": (file("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer?"),
-    "empty": (file("model.safetensors", b""), "not a whole safetensors file"),
-    "huge header": (file("model.safetensors", b"\xff" * 8), "not a whole safetensors file"),
     "shard absent": (index(), "a.safetensors is missing"),
     "shard outside": (index({GATE: "../x/evil.safetensors"}), "names ../x/evil.safetensors, outside"),
-    "shard at an absolute path": (index({GATE: "/x/evil.safetensors"}), "names /x/evil.safetensors, outside"),
-    "index without map": (bad_index(b"{}"), "has no weight_map from tensor to file"),
     "index of numbers": (index({GATE: 1}), "has no weight_map from tensor to file"),
-    "index cut": (bad_index(b"{"), "is not JSON"),
     "index of nothing": (index({}, {}), "lacks the tensor"),
     "index wrong": (index(None, {"a.safetensors": [NORM]}), "where it is not"),
     "index swapped": (
@@ -243,52 +215,11 @@ REFUSED = {
         index({GATE: "a.safetensors", NORM: "b.safetensors"}, {"a.safetensors": [GATE, NORM], "b.safetensors": [NORM]}),
         f"{NORM} lies in both a.safetensors and b.safetensors",
     ),
+    "bin cut": (bins(cut(BIN)), f"{BIN} is not a whole file of plain tensors, refused"),
+    "bin a list": (bins(lambda f: torch.save([torch.ones(1)], f / BIN)), f"{BIN} is not a dict of tensors by name"),
+    "bin nested": (bins(lambda f: torch.save({"model": {}}, f / BIN)), f"{BIN} is not a dict of tensors by name"),
+    "bin numbered": (bins(lambda f: torch.save({3: torch.ones(1)}, f / BIN)), "is not a dict of tensors by name"),
 }
-
-
-BIN = "pytorch_model.bin"
-REFUSED_BINS = {
-    "cut": (1, cut(BIN), f"{BIN} is not a whole file of plain tensors, refused"),
-    "empty": (1, file(BIN, b""), f"{BIN} is not a whole file of plain tensors, refused"),
-    "LFS pointer": (1, file(BIN, b"version https://git-lfs.github.com/spec/v1\n"), f"{BIN} is not a whole file"),
-    "a list": (1, lambda folder: torch.save([torch.ones(1)], folder / BIN), f"{BIN} is not a dict of tensors by name"),
-    "nested": (1, lambda folder: torch.save({"model": {}}, folder / BIN), f"{BIN} is not a dict of tensors by name"),
-    "numbered": (1, lambda folder: torch.save({3: torch.ones(1)}, folder / BIN), "is not a dict of tensors by name"),
-    "shard absent": (3, lambda folder: (folder / "pytorch_model-1.bin").unlink(), "pytorch_model-1.bin is missing"),
-    "shard swapped": (
-        3,
-        lambda folder: shutil.copy(folder / "pytorch_model-0.bin", folder / "pytorch_model-1.bin"),
-        "lies in both pytorch_model-0.bin and pytorch_model-1.bin",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED_BINS)
-def test_bins_are_refused_by_name(case, tiny_llama, tmp_path):
-    shards, damage, words = REFUSED_BINS[case]
-    folder = as_bin(tiny_llama, tmp_path / "bin", shards)
-    damage(folder)
-    with pytest.raises(MoEficationError) as error:
-        DenseCheckpoint(str(folder))
-    assert words in str(error.value)
-    assert str(folder) in str(error.value)
-
-
-def test_what_is_no_folder_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    (tmp_path / "dangling").symlink_to("nowhere")
-    for path, words in [
-        (tmp_path / "file", "is a file; name the folder of the checkpoint"),
-        (tmp_path / "nowhere", "is no folder here, and no hub id (owner/name)"),
-        (tmp_path / "dangling", "is no folder here, and no hub id"),
-        ("../nowhere", "is no folder here, and no hub id"),
-        ("nowhere", "is no folder here, and no hub id"),
-        ("nobody/no-such-model", "is no folder here and the hub has no answer"),  # the tests are offline
-    ]:
-        with pytest.raises(MoEficationError) as error:
-            DenseCheckpoint(str(path))
-        assert words in str(error.value)
-        assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -303,6 +234,21 @@ def test_refused_by_name(case, tiny_llama, tmp_path):
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
     assert time.perf_counter() - start < 5  # a billion layers included
+
+
+def test_what_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for path, words in [
+        (tmp_path / "file", "is a file; name the folder of the checkpoint"),
+        (tmp_path / "nowhere", "is no folder here, and no hub id (owner/name)"),
+        (tmp_path / "dangling", "is no folder here, and no hub id"),
+        ("../nowhere", "is no folder here, and no hub id"),
+        ("nowhere", "is no folder here, and no hub id"),
+        ("nobody/no-such-model", "is no folder here and the hub has no answer"),  # the tests are offline
+    ]:
+        with pytest.raises(MoEficationError, match=re.escape(str(path)) + ".*" + re.escape(words)):
+            DenseCheckpoint(str(path))
 
 
 def test_code_in_a_bin_is_never_run(tiny_llama, tmp_path):
@@ -320,24 +266,18 @@ def test_code_in_a_bin_is_never_run(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("num_experts", "nearby"), [(5, "2, 4, 8"), (0, "1, 2, 4, 8, 16"), (-1, "1, 2"), (60, "32, 64"), (128, "64")]
 )
-def test_number_of_experts_must_divide(num_experts, nearby, tiny_llama):
-    with pytest.raises(MoEficationError, match="does not divide the MLP width 64 of tiny-llama") as error:
-        DenseCheckpoint(str(tiny_llama)).require_experts(num_experts)
-    assert nearby in str(error.value)
-    DenseCheckpoint(str(tiny_llama)).require_experts(64)
+def test_number_of_experts_must_divide(num_experts, nearby, checkpoint):
+    with pytest.raises(MoEficationError, match=f"does not divide the MLP width 64 of tiny-llama; .*{nearby}"):
+        checkpoint.require_experts(num_experts)
+    checkpoint.require_experts(64)
 
 
-def test_the_largest_half_precision_values_are_finite(tmp_path):
+def test_values_must_be_finite(tmp_path):
+    name = "layers.0.mlp.gate_proj.weight"
     folder = make_llama(tmp_path / "llama", dtype=torch.float16)
     change_state(lambda state: state[GATE].fill_(65504.0))(folder)  # their sum is beyond float16
-    assert (DenseCheckpoint(str(folder)).finite_tensor("layers.0.mlp.gate_proj.weight") == 65504.0).all()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_values_must_be_finite(value, tiny_llama, tmp_path):
-    folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
-    change_state(lambda state: state[GATE][3].fill_(value))(folder)
-    checkpoint = DenseCheckpoint(str(folder))
-    with pytest.raises(MoEficationError, match=r"layers.0.mlp.gate_proj.weight holds NaN or infinite values"):
-        checkpoint.finite_tensor("layers.0.mlp.gate_proj.weight")
-    assert checkpoint.finite_tensor("layers.1.mlp.gate_proj.weight").isfinite().all()
+    assert (DenseCheckpoint(str(folder)).finite_tensor(name) == 65504.0).all()
+    for value in (float("nan"), float("-inf")):
+        change_state(lambda state, value=value: state[GATE][3].fill_(value))(folder)
+        with pytest.raises(MoEficationError, match=f"{name} holds NaN or infinite values"):
+            DenseCheckpoint(str(folder)).finite_tensor(name)

@@ -1,6 +1,6 @@
 """The balanced assignment is the true optimum; the clustering is a fixed point of equal parts."""
 
-from itertools import pairwise, permutations
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,8 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.fitting.balanced_kmeans import balanced_assignment, balanced_kmeans
 
-# Of the cost: sums of some thousand float64 numbers.
-RELATIVE = 1e-11
+RELATIVE = 1e-11  # costs are sums of some thousand float64 numbers
 
 
 def optimum(costs: np.ndarray) -> float:
@@ -40,20 +39,12 @@ def assert_optimal(costs: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("rows", "clusters", "scale"),
     [
-        *((rows, clusters, 1.0) for rows, clusters in [(1, 1), (7, 1), (7, 7), (6, 3), (64, 8), (300, 2), (512, 64)]),
-        *((240, 60, scale) for scale in (1e-150, 1e-8, 1.0, 1e8, 1e150)),
+        *((rows, clusters, 1.0) for rows, clusters in [(1, 1), (7, 1), (7, 7), (300, 2), (512, 64)]),
+        *((240, 60, scale) for scale in (1e-150, 1.0, 1e150)),
     ],
 )
 def test_assignment_is_the_optimum(rows, clusters, scale):
     assert_optimal(np.random.default_rng(rows).random((rows, clusters)) * scale)
-
-
-@pytest.mark.parametrize("clusters", [1, 2, 3, 6])
-@pytest.mark.parametrize("decimals", [1, 9])
-def test_assignment_is_the_best_of_all_six_row_assignments(clusters, decimals):
-    costs, size = np.random.default_rng(clusters).random((6, clusters)).round(decimals), 6 // clusters
-    best = min(sum(costs[row, place // size] for row, place in enumerate(order)) for order in permutations(range(6)))
-    assert balanced_assignment(costs).cost == pytest.approx(best)
 
 
 def hard_costs() -> dict[str, np.ndarray]:
@@ -84,18 +75,13 @@ def test_assignment_is_the_optimum_with_ties(clusters, capacity, decimals, seed)
     assert_optimal(costs.round(decimals))
 
 
-def test_start_prices_change_nothing_but_time():
+def test_start_prices_and_the_order_of_rows_change_nothing():
     generator = np.random.default_rng(1)
-    costs = generator.random((200, 10))
+    costs, order = generator.random((200, 10)), generator.permutation(200)
     plain = balanced_assignment(costs)
     for prices in (plain.prices, generator.normal(size=10), np.full(10, 1e6)):
         assert np.array_equal(balanced_assignment(costs, prices).labels, plain.labels)
-
-
-def test_permuted_rows_give_permuted_labels():
-    generator = np.random.default_rng(2)
-    costs, order = generator.random((120, 6)), generator.permutation(120)
-    assert np.array_equal(balanced_assignment(costs[order]).labels, balanced_assignment(costs).labels[order])
+    assert np.array_equal(balanced_assignment(costs[order]).labels, plain.labels[order])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -104,16 +90,12 @@ def test_costs_must_be_finite(value):
         balanced_assignment(np.array([[0.0, 1.0], [1.0, value]]))
 
 
-def test_sizes_must_divide():
+def test_wrong_arguments_are_refused():
     with pytest.raises(MoEficationError, match="7 rows cannot be cut into 2 equal clusters"):
         balanced_assignment(np.zeros((7, 2)))
-    with pytest.raises(MoEficationError, match="7 rows cannot be cut into 2 equal clusters"):
-        balanced_kmeans(torch.zeros(7, 3), 2)
-    with pytest.raises(MoEficationError, match="8 rows cannot be cut into 0 equal clusters"):
-        balanced_kmeans(torch.zeros(8, 3), 0)
-
-
-def test_distance_must_be_known():
+    for clusters in (0, 3):
+        with pytest.raises(MoEficationError, match=f"8 rows cannot be cut into {clusters} equal clusters"):
+            balanced_kmeans(torch.zeros(8, 3), clusters)
     with pytest.raises(MoEficationError, match="distance 'l1' is not one of l2, cos"):
         balanced_kmeans(torch.zeros(8, 3), 2, distance="l1")
 
@@ -129,37 +111,31 @@ def blobs(clusters: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.
     return centres[groups] + 0.02 * torch.randn(clusters * size, 32, generator=generator), groups
 
 
+def assert_same_groups(labels: torch.Tensor, groups: torch.Tensor) -> None:
+    assert torch.equal(labels[:, None] == labels[None], groups[:, None] == groups[None])
+
+
 @pytest.mark.parametrize(("distance", "clusters", "size"), [("l2", 2, 30), ("cos", 5, 8), ("l2", 16, 4)])
 def test_separated_groups_are_found(distance, clusters, size):
     rows, groups = blobs(clusters, size)
-    labels = balanced_kmeans(rows, clusters, distance=distance, seed=0).labels
-    together = labels[:, None] == labels[None]
-    assert torch.equal(together, groups[:, None] == groups[None])
+    assert_same_groups(balanced_kmeans(rows, clusters, distance=distance, seed=0).labels, groups)
 
 
 def test_cos_sees_directions_and_l2_lengths():
     # Short rows along two axes, near one another; long ones bent towards the diagonal, near one another too.
     short, long = torch.tensor([[0.1, 0.0], [0.0, 0.1]]), torch.tensor([[5.0, 3.0], [3.0, 5.0]])
     rows = torch.cat([short, long, short * 2, long * 1.1])
-    labels = {distance: balanced_kmeans(rows, 2, distance=distance).labels for distance in ("cos", "l2")}
     for distance, groups in (("cos", [0, 1, 0, 1, 0, 1, 0, 1]), ("l2", [0, 0, 1, 1, 0, 0, 1, 1])):
-        expected = torch.tensor(groups)
-        assert torch.equal(labels[distance][:, None] == labels[distance][None], expected[:, None] == expected[None])
+        assert_same_groups(balanced_kmeans(rows, 2, distance=distance).labels, torch.tensor(groups))
 
 
-def naive_cost(rows: torch.Tensor, labels: torch.Tensor, clusters: int, distance: str) -> float:
-    """The sum of distances of every row to its own cluster's centre, in float64."""
-    rows, total = rows.double(), 0.0
+def centre_costs(rows: torch.Tensor, labels: torch.Tensor, distance: str) -> torch.Tensor:
+    """The distance of every row to every cluster's centre, in float64: `[rows, clusters]`."""
+    rows = torch.nn.functional.normalize(rows.double()) if distance == "cos" else rows.double()
+    centres = torch.stack([rows[labels == cluster].mean(0) for cluster in range(labels.max() + 1)])
     if distance == "cos":
-        rows = torch.nn.functional.normalize(rows)
-    for cluster in range(clusters):
-        members = rows[labels == cluster]
-        centre = members.mean(0)
-        if distance == "cos":
-            total += (1 - torch.nn.functional.cosine_similarity(members, centre[None])).sum().item()
-        else:
-            total += (members - centre).square().sum().item()
-    return total
+        return 1 - torch.nn.functional.cosine_similarity(rows[:, None], centres[None], dim=-1)
+    return (rows[:, None] - centres[None]).square().sum(-1)
 
 
 @pytest.mark.parametrize(("distance", "seed"), [("l2", 0), ("cos", 1)])
@@ -169,7 +145,8 @@ def test_cost_is_true_and_falls_until_nothing_moves(distance, seed, monkeypatch)
     final = balanced_kmeans(rows, 8, distance=distance, seed=seed)
     assert final.converged
     assert final.labels.bincount().tolist() == [20] * 8
-    assert final.cost == pytest.approx(naive_cost(rows, final.labels, 8, distance), rel=1e-5)
+    own = centre_costs(rows, final.labels, distance).gather(1, final.labels[:, None]).sum().item()
+    assert final.cost == pytest.approx(own, rel=1e-5)
     costs = []
     for iterations in range(1, final.iterations + 1):
         monkeypatch.setattr("run_moefication.moefication.fitting.balanced_kmeans.MAX_ITERATIONS", iterations)
@@ -184,13 +161,9 @@ def test_cost_is_true_and_falls_until_nothing_moves(distance, seed, monkeypatch)
 def test_result_is_a_fixed_point(distance):
     rows = torch.nn.functional.normalize(torch.randn(96, 6, generator=torch.Generator().manual_seed(4))).double()
     labels = balanced_kmeans(rows, 6, distance=distance).labels
-    centres = torch.stack([rows[labels == cluster].mean(0) for cluster in range(6)])
-    if distance == "cos":
-        costs = 1 - torch.nn.functional.cosine_similarity(rows[:, None], centres[None], dim=-1)
-    else:
-        costs = (rows[:, None] - centres[None]).square().sum(-1)
-    own = costs[torch.arange(96), labels].sum().item()
-    # Of these centres, scipy finds no cheaper balanced assignment. The clustering works in float32.
+    costs = centre_costs(rows, labels, distance)
+    own = costs.gather(1, labels[:, None]).sum().item()
+    # For these centres, scipy finds no cheaper balanced assignment. The clustering works in float32.
     assert own == pytest.approx(optimum(costs.numpy()), rel=1e-5)
 
 
@@ -210,9 +183,8 @@ def test_same_seed_same_labels_other_seed_others():
 
 def test_one_and_two_threads_agree():
     rows, _ = blobs(8, 40)
-    threads = torch.get_num_threads()
+    threads, labels = torch.get_num_threads(), []
     try:
-        labels = []
         for count in (1, 2):
             torch.set_num_threads(count)
             labels.append(balanced_kmeans(rows, 8).labels)

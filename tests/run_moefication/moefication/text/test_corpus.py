@@ -1,9 +1,7 @@
 """Blocks of a text, and the mix of its domains."""
 
-import gzip
 import shutil
 import tempfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from run_moefication.moefication.text.corpus import (
     parse_domain_weights,
     require_block_size,
 )
-from run_moefication.moefication.text.documents import DocumentReader, zstd
+from run_moefication.moefication.text.documents import DocumentReader
 from run_moefication.moefication.text.domains import LLAMA_MIX
 from run_moefication.moefication.text.text_files import TextFile
 from run_moefication.moefication.text.tokens import tokenize
@@ -37,11 +35,9 @@ def tokens_of(file: Path) -> torch.Tensor:
 def test_block_size(asked, positions, used):
     assert require_block_size(asked, positions, "x") == used
 
-
-@pytest.mark.parametrize("asked", [129, 1, 0, -5])
-def test_block_size_beyond_the_model_is_refused(asked):
-    with pytest.raises(MoEficationError, match=f"block_size {asked} is outside of 2 to 128, the positions of x"):
-        require_block_size(asked, 128, "x")
+    for beyond in (positions + 1, 1, 0, -5):
+        with pytest.raises(MoEficationError, match=f"block_size {beyond} is outside of 2 to {positions}"):
+            require_block_size(beyond, positions, "x")
 
 
 def draw(checkpoint, folder, **options):
@@ -70,20 +66,6 @@ def test_shares_are_exact_and_the_scarcest_domain_is_used_up(checkpoint, tmp_pat
     assert rows["c4"].got == rows["c4"].available  # it has the largest share of the three
     assert corpus.num_tokens == sum(row.got for row in corpus.mix)
     assert_blocks_of(corpus, checkpoint, tmp_path, 16)
-
-
-@pytest.mark.parametrize(
-    ("options", "share"),
-    [({"data_use_percent": 0.5}, 0.5), ({"data_use_percent": 0.01}, 0.01), ({"max_tokens": 100}, None)],
-)
-def test_less_text_in_the_same_shares(options, share, checkpoint, tmp_path):
-    make_text(tmp_path, c4=60, github=60)
-    everything, part = draw(checkpoint, tmp_path), draw(checkpoint, tmp_path, **options)
-    expected = 100 if share is None else everything.num_tokens * share
-    assert part.num_tokens == pytest.approx(expected, abs=len(part.mix))
-    for whole, some in zip(everything.mix, part.mix, strict=True):
-        assert some.got / part.num_tokens == pytest.approx(whole.got / everything.num_tokens, abs=2 / part.num_tokens)
-    assert_blocks_of(part, checkpoint, tmp_path, 16)
 
 
 @settings(max_examples=25, deadline=None)
@@ -157,12 +139,6 @@ def test_a_checkpoint_without_tokenizer_is_refused(tiny_llama, tmp_path):
         _ = draw(DenseCheckpoint(str(bare)), tmp_path / "text").blocks
 
 
-def test_weights_of_the_users_own(checkpoint, tmp_path):
-    make_text(tmp_path, c4=60, github=60, notes=60)
-    corpus = draw(checkpoint, tmp_path, domain_weights={"github": 1.0, "notes": 3.0}, max_tokens=400)
-    assert {row.domain: row.got for row in corpus.mix} == {"github": 100, "notes": 300}
-
-
 def test_same_seed_same_blocks_other_seed_others(checkpoint, tmp_path):
     make_text(tmp_path, c4=60, github=60)
     first, again, other = (draw(checkpoint, tmp_path, max_tokens=300, seed=seed) for seed in (0, 0, 1))
@@ -184,40 +160,20 @@ def test_domains_are_shuffled_together(checkpoint, tmp_path):
         assert share == pytest.approx(0.5, abs=4 * 0.065)
 
 
-def test_a_domain_is_weighed_once():
-    with pytest.raises(MoEficationError, match="names C4 twice"):
-        parse_domain_weights("c4=0.5,C4=0.2")
-
-
 def test_domain_weights_are_parsed():
     assert parse_domain_weights("c4=0.5, My_Notes=2") == {"c4": 0.5, "mynotes": 2.0}
     assert parse_domain_weights(None) is None
     assert parse_domain_weights({"Books": 1, "My Notes": 0.5}) == {"book": 1.0, "mynotes": 0.5}
-    with pytest.raises(MoEficationError, match="is not of the form domain=positive number"):
-        parse_domain_weights({"c4": -1.0})
-    for text in ("c4", "c4=", "=1", "c4=-1", "c4=0", "c4=nan", "c4=inf", "c4=1,,"):
+    for wrong in ({"c4": -1.0}, "c4", "c4=", "=1", "c4=-1", "c4=0", "c4=nan", "c4=inf", "c4=1,,"):
         with pytest.raises(MoEficationError, match="is not of the form domain=positive number"):
-            parse_domain_weights(text)
+            parse_domain_weights(wrong)
+    with pytest.raises(MoEficationError, match="names C4 twice"):
+        parse_domain_weights("c4=0.5,C4=0.2")
 
 
-@pytest.mark.parametrize("kind", ["zip", "gz", "zst", "zip of all", "unpacked beside its zip"])
-def test_the_same_documents_give_the_same_blocks_whatever_holds_them(kind, checkpoint, tmp_path):
+def test_the_same_documents_give_the_same_blocks_whatever_holds_them(checkpoint, tmp_path):
     make_text(tmp_path / "plain", c4=50, github=40)
-    folder = tmp_path / "packed"
-    folder.mkdir()
-    for file in (tmp_path / "plain").iterdir():
-        content = file.read_bytes()
-        if kind in ("zip", "zip of all", "unpacked beside its zip"):
-            name = "all.zip" if kind == "zip of all" else f"{file.stem}.zip"
-            with zipfile.ZipFile(folder / name, "a", zipfile.ZIP_DEFLATED) as archive:
-                archive.writestr(file.name, content)
-        if kind == "gz":
-            (folder / f"{file.name}.gz").write_bytes(gzip.compress(content))
-        if kind == "zst":
-            (folder / f"{file.name}.zst").write_bytes(zstd.compress(content))
-        if kind == "unpacked beside its zip":
-            (folder / file.name).write_bytes(content)
-    expected = draw(checkpoint, tmp_path / "plain", max_tokens=400)
-    found = draw(checkpoint, folder, max_tokens=400)
-    assert found.digest == expected.digest
-    assert found.mix == expected.mix
+    shutil.make_archive(str(tmp_path / "packed" / "all"), "zip", tmp_path / "plain")
+    plain, packed = (draw(checkpoint, tmp_path / name, max_tokens=400) for name in ("plain", "packed"))
+    assert packed.digest == plain.digest
+    assert packed.mix == plain.mix

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import struct
 import tempfile
 import zipfile
 from pathlib import Path
@@ -36,16 +35,9 @@ def write_zip(path: Path, members: dict[str, bytes | str], **options) -> Path:
 @pytest.mark.parametrize(
     ("content", "texts"),
     [
-        (b'{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
-        (b'{"text": "a"}\n{"text": "b"}', ["a", "b"]),  # no final newline
-        (b'{"text": "a"}\r\n{"text": "b"}\r\n', ["a", "b"]),
-        (b'\xef\xbb\xbf{"text": "a"}\n', ["a"]),  # byte order mark
-        (b'\xef\xbb\xbf\r\n{"text": "a"}\n', ["a"]),
+        (b'\xef\xbb\xbf\r\n{"text": "a"}\n', ["a"]),  # byte order mark
         (b"\xef\xbb\xbf", []),
         ('{"text": "a\u2028b\x85c"}\n'.encode(), ["a\u2028b\x85c"]),  # line separators of Unicode are text
-        (b'{"text": "a"}\n\n  \n{"text": "b", "more": [1]}\n', ["a", "b"]),
-        (b'{"text": ""}\n{"text": " \\n"}\n{"text": "b"}\n', ["b"]),
-        ('{"text": "雪"}\n'.encode(), ["雪"]),
         (b'{"text": "a\\u0000b", "text": "c\\ud83d\\ude00"}\n', ["c\U0001f600"]),  # the last of two keys; a pair
         (b"", []),
     ],
@@ -76,18 +68,12 @@ def test_any_text_comes_back(texts, escaped, line_end, bom, final_line_end):
         assert read(path) == [text for text in texts if text.strip()]
 
 
-NO_STRING = 'not a JSON object with a string "text"'
 BROKEN = {
     "not valid JSON": [
-        *(
-            b'{"text": "cut',
-            b'{"text": "a"} {"text": "b"}',
-            b"[" * 100_000,
-            b'{"text": "a", "n": ' + b"1" * 5000 + b"}",
-        ),
+        *(b'{"text": "cut', b'{"text": "a"} {"text": "b"}', b"[" * 100_000, b'{"n": ' + b"1" * 5000 + b"}"),
         b'{"text": "a"}\r{"text": "b"}',  # lone CR does not end a line
     ],
-    NO_STRING: [b'["text"]', b"3", b'"text"', b"null", b'{"text": null}', b'{"text": ["a"]}'],
+    'not a JSON object with a string "text"': [b"3", b'["text"]', b'"text"', b"null", b'{"text": null}'],
     'no "text" field': [b'{"content": "a"}'],
     "not UTF-8": [b'{"text": "\xff"}', b'{"text": "\\ud800"}', '{"text": "a"}'.encode("utf-16")],
 }
@@ -106,11 +92,15 @@ def test_a_broken_line_is_named_or_skipped_and_counted(words, tmp_path):
         assert reader.skipped == 2
 
 
-def test_a_line_beyond_the_limit_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1 << 20)
-    write_jsonl(tmp_path / "a.jsonl", ["short", "x" * (1 << 20)])
-    with pytest.raises(MoEficationError, match=r"a.jsonl:2: line longer than 1 MiB"):
-        read(tmp_path / "a.jsonl")
+def test_a_line_beyond_the_limit_is_named_or_skipped_however_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 100)
+    lines = [b'{"text": "a"}', b"x" * 101, b'{"text": "b"}', b"x" * 5000, b"x" * 99, b'{"text": "c"}', b"x" * 200]
+    for name in ("a.jsonl", "a.txt"):
+        (tmp_path / name).write_bytes(b"\n".join(lines))
+        with pytest.raises(MoEficationError, match=f"{name}:2: line longer than"):
+            read(tmp_path / name)
+    reader = DocumentReader([TextFile(tmp_path / "a.jsonl")], skip_bad_lines=True)
+    assert (texts_of(reader), reader.skipped) == (["a", "b", "c"], 4)
 
 
 def test_other_files_are_one_document(tmp_path):
@@ -119,14 +109,6 @@ def test_other_files_are_one_document(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"abc\xff")
     with pytest.raises(MoEficationError, match=r"b.txt is not UTF-8 text \(byte 3\)"):
         read(tmp_path / "b.txt")
-
-
-def test_a_line_beyond_the_limit_can_be_skipped_however_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 100)
-    lines = [b'{"text": "a"}', b"x" * 101, b'{"text": "b"}', b"x" * 5000, b"x" * 99, b'{"text": "c"}', b"x" * 200]
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    reader = DocumentReader([TextFile(tmp_path / "a.jsonl")], skip_bad_lines=True)
-    assert (texts_of(reader), reader.skipped) == (["a", "b", "c"], 4)
 
 
 # ---------------------------------------------------------------------------------------------------- plain text
@@ -140,13 +122,6 @@ def test_long_plain_text_is_cut_at_line_ends_and_nothing_lost(tmp_path, monkeypa
     assert "".join(parts) == text[1:].replace("\r\n", "\n")
     assert len(parts) > 5
     assert all(part.endswith("\n") and 800 <= len(part.encode()) < 1100 for part in parts[:-1])
-
-
-def test_a_line_of_plain_text_beyond_the_limit_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 100)
-    (tmp_path / "a.txt").write_text("short\n" + "x" * 101)
-    with pytest.raises(MoEficationError, match=r"a.txt:2: line longer than"):
-        read(tmp_path / "a.txt")
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of files
@@ -240,40 +215,33 @@ def test_damaged_files_are_named(kind, tmp_path):
             read(tmp_path, skip_bad_lines=True)  # which does not mean damage
 
 
-@pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize(("kind", "line"), [("jsonl.gz", b"\n"), ("jsonl.zst", b" "), ("zip", b'{"text": "a"}\n')])
-def test_what_expands_beyond_reason_is_refused(kind, line, skip, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kind", "line"), [("zip", b'{"text": "' + b"a" * 1000 + b'"}\n'), ("jsonl.zst", b" ")])
+def test_what_expands_beyond_reason_is_refused(kind, line, tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "FREE_EXPANSION_BYTES", 1 << 16)
     monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1 << 16)
-    pack(tmp_path / f"a.{kind}", (line * (4 << 20))[: 4 << 20])
+    pack(tmp_path / f"a.{kind}", line * ((4 << 20) // len(line)))
     with pytest.raises(MoEficationError, match="as no text does"):
-        read(tmp_path, skip)
+        read(tmp_path, skip_bad_lines=True)
 
 
-@pytest.mark.parametrize("name", ["../a.jsonl", "/a.jsonl", "x/../../a.jsonl", "C:/a.jsonl", "x\\a.jsonl"])
-def test_zips_that_reach_out_of_their_place_are_refused(name, tmp_path):
-    write_zip(tmp_path / "a.zip", {"fine.jsonl": '{"text": "a"}', name: '{"text": "b"}'})
-    with pytest.raises(MoEficationError, match="leads out of its place"):
+LINK = zipfile.ZipInfo("a.jsonl")
+LINK.external_attr = 0o120777 << 16
+
+
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        *((name, "leads out of its place") for name in ("../a.jsonl", "/a.jsonl", "x/../../a.jsonl")),
+        *((name, "leads out of its place") for name in ("C:/a.jsonl", "x\\a.jsonl")),
+        (LINK, "a link; refused"),
+        ("FINE.jsonl", "twice; refused"),
+    ],
+)
+def test_zips_with_unsafe_names_are_refused(member, words, tmp_path):
+    write_zip(tmp_path / "a.zip", {"fine.jsonl": '{"text": "a"}', member: '{"text": "b"}'})
+    with pytest.raises(MoEficationError, match=words):
         read(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
-
-
-def test_links_in_zips_are_refused(tmp_path):
-    link = zipfile.ZipInfo("a.jsonl")
-    link.external_attr = 0o120777 << 16
-    write_zip(tmp_path / "a.zip", {link: "/etc/passwd"})
-    with pytest.raises(MoEficationError, match="a link; refused"):
-        read(tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize("names", [["a.jsonl", "a.jsonl"], ["a.jsonl", "A.JSONL"]])
-def test_names_given_twice_are_refused(names, tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        for name in names:
-            archive.writestr(name, '{"text": "a"}')
-    with pytest.raises(MoEficationError, match="twice; refused"):
-        read(tmp_path)
 
 
 def test_encrypted_zips_are_refused(tmp_path):
@@ -283,15 +251,6 @@ def test_encrypted_zips_are_refused(tmp_path):
     content[central + 8] |= 1
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(MoEficationError, match="is encrypted"):
-        read(tmp_path)
-
-
-def test_a_zip_that_lies_about_a_size_is_refused(tmp_path):
-    content = bytearray(write_zip(tmp_path / "a.zip", {"a.jsonl": LONG}).read_bytes())
-    central = content.index(b"PK\x01\x02")
-    content[central + 24 : central + 28] = struct.pack("<I", len(LONG) - 1000)
-    (tmp_path / "a.zip").write_bytes(content)
-    with pytest.raises(MoEficationError, match=r"a.zip/a.jsonl.* (is damaged or cut short|not valid JSON)"):
         read(tmp_path)
 
 
@@ -319,12 +278,11 @@ def test_a_long_window_of_zstd_is_read(tmp_path):
 
 def write_parquet(path: Path, **columns: list) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
-    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=3)
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns), path, row_group_size=3)
     return path
 
 
 def test_rows_of_parquet_are_documents(tmp_path):
-    pytest.importorskip("pyarrow.parquet")
     texts = [*SENTENCES, "", "雪"]
     file = write_parquet(tmp_path / "a.parquet", id=list(range(8)), text=texts)
     reader = DocumentReader(find_text_files(tmp_path))
@@ -335,28 +293,23 @@ def test_rows_of_parquet_are_documents(tmp_path):
 
 
 def test_what_is_wrong_with_a_parquet_file_is_said(tmp_path):
-    pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
     with pytest.raises(MoEficationError, match=r"a.parquet has no column text, but content, id"):
         read(write_parquet(tmp_path / "a.parquet", content=["x"], id=[1]))
     file = write_parquet(tmp_path / "b.parquet", text=["a", None, "b"])
     with pytest.raises(MoEficationError, match=r"b.parquet:2: its text is no string; skip_bad_lines"):
         read(file)
     assert read(file, skip_bad_lines=True) == ["a", "b"]
+    binary = pyarrow.array(["雪".encode(), b"\xff"], pyarrow.binary())
+    with pytest.raises(MoEficationError, match=r"c.parquet:2: not UTF-8 text; skip_bad_lines"):
+        read(write_parquet(tmp_path / "c.parquet", text=binary))
+    assert read(tmp_path / "c.parquet", skip_bad_lines=True) == ["雪"]
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(MoEficationError, match=r"b.parquet is damaged or cut short"):
         read(file)
 
 
-def test_bytes_in_a_parquet_file_are_text_if_they_are_utf8(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    file = write_parquet(tmp_path / "a.parquet", text=pyarrow.array(["雪".encode(), b"\xff"], pyarrow.binary()))
-    with pytest.raises(MoEficationError, match=r"a.parquet:2: not UTF-8 text; skip_bad_lines"):
-        read(file)
-    assert read(file, skip_bad_lines=True) == ["雪"]
-
-
 def test_lines_go_before_a_parquet_file_of_their_name(tmp_path):
-    pytest.importorskip("pyarrow.parquet")
     write_parquet(tmp_path / "a.parquet", text=["of parquet"])
     write_jsonl(tmp_path / "a.jsonl", ["of lines"])
     assert read(tmp_path) == ["of lines"]

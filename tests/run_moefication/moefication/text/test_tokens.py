@@ -73,14 +73,8 @@ def test_truncation_and_padding_of_the_tokenizers_own_are_not_applied(tiny_llama
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     content = json.loads((folder / "tokenizer.json").read_text())
     content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    content["padding"] = {
-        "strategy": {"Fixed": 64},
-        "direction": "Right",
-        "pad_to_multiple_of": None,
-        "pad_id": 0,
-        "pad_type_id": 0,
-        "pad_token": "<unk>",
-    }
+    fixed = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None}
+    content["padding"] = fixed | {"pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     assert torch.equal(joined(SENTENCES, load_tokenizer(folder)), joined(SENTENCES, make_tokenizer()))
 
@@ -147,31 +141,25 @@ def cached(checkpoint, folder, **options) -> str:
     return corpus_of(checkpoint, folder, cache, **({"block_size": 16} | options)).digest
 
 
-def test_text_is_tokenised_once(checkpoint, tmp_path, tokenised):
+def test_text_is_tokenised_once_and_a_changed_input_never_served(checkpoint, tiny_llama, tmp_path, tokenised):
     folder = tmp_path / "text"
     make_text(folder, c4=20, github=20)
     first = cached(checkpoint, folder)
     assert cached(checkpoint, folder) == first
-    assert len(tokenised) == 2
-
-
-def test_a_changed_input_is_never_served_from_the_cache(checkpoint, tiny_llama, tmp_path, tokenised):
-    folder = tmp_path / "text"
-    make_text(folder, c4=20)
-    cached(checkpoint, folder)
     cached(checkpoint, folder, block_size=8)  # blocks are cut anew
-    assert len(tokenised) == 1
+    assert len(tokenised) == 2
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".json", ".tokens"}  # and no locks
     text = (folder / "c4.jsonl").read_text()
     (folder / "c4.jsonl").write_text(text.replace("cat", "dog"))  # same name, same size
     changed = cached(checkpoint, folder)
-    assert len(tokenised) == 2
-    assert changed == draw(checkpoint, folder).digest
+    assert len(tokenised) == 3
+    assert changed == draw(checkpoint, folder).digest  # which has no cache
     other = shutil.copytree(tiny_llama, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = []
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert cached(DenseCheckpoint(str(other)), folder) != changed
-    assert len(tokenised) == 4  # draw has no cache
+    assert len(tokenised) == 7
 
 
 def test_the_same_bytes_as_lines_and_as_one_text_are_two_texts(checkpoint, tmp_path, tokenised):
@@ -187,7 +175,7 @@ def test_the_same_bytes_as_lines_and_as_one_text_are_two_texts(checkpoint, tmp_p
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
-def test_a_damaged_cache_is_rebuilt_and_said(damage, checkpoint, tmp_path, tokenised, caplog):
+def test_a_damaged_cache_is_rebuilt_and_said(damage, checkpoint, tmp_path, caplog):
     folder = tmp_path / "text"
     make_text(folder, c4=20)
     good = cached(checkpoint, folder)
@@ -206,17 +194,13 @@ def test_a_damaged_cache_is_rebuilt_and_said(damage, checkpoint, tmp_path, token
 # ---------------------------------------------------------------------------------------------------- refused text
 
 
-def with_added_token(model: Path, folder: Path) -> DenseCheckpoint:
-    """A tokenizer with a [PAD] added by hand, and a model whose embedding was not made longer."""
-    shutil.copytree(model, folder)
+def test_a_token_outside_of_the_embedding_is_named_by_file_and_line(tiny_llama, tmp_path):
+    """A [PAD] was added to the tokenizer by hand, and the model's embedding was not made longer."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(folder)
-    return DenseCheckpoint(str(folder))
-
-
-def test_a_token_outside_of_the_embedding_is_named_by_file_and_line(tiny_llama, tmp_path):
-    checkpoint = with_added_token(tiny_llama, tmp_path / "model")
+    checkpoint = DenseCheckpoint(str(folder))
     write_jsonl(tmp_path / "text" / "c4.jsonl", [SENTENCES[0], f"{SENTENCES[1]} [PAD]", SENTENCES[2]])
     words = r"c4.jsonl:2: holds token 300 \('\[PAD\]'\), but the embedding has 300 rows; skip_bad_lines goes on"
     with pytest.raises(MoEficationError, match=words):
@@ -241,9 +225,3 @@ def test_refused_text_leaves_nothing(checkpoint, tmp_path):
     with pytest.raises(MoEficationError, match="holds no text"):
         _ = corpus.blocks
     assert not (tmp_path / "new").exists()
-
-
-def test_the_cache_keeps_no_locks(checkpoint, tmp_path):
-    make_text(tmp_path / "text", c4=20)
-    cached(checkpoint, tmp_path / "text")
-    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".tokens"]
