@@ -21,7 +21,6 @@ shared_settings() {
     TEMPLATES="${TEMPLATES:-"layers.{}.mlp.gate_proj.weight"}"
     TRAIN_DATA_PATH="${TRAIN_DATA_PATH:-$HERE/../llama_data}"     # folder of jsonl files
     TRAIN_DATA_CACHE_PATH="${TRAIN_DATA_CACHE_PATH:-$HERE/../llama_data_cache}"
-    DOMAIN_WEIGHTS="${DOMAIN_WEIGHTS:-equal}"                     # or domain=weight,...; stage 2: LLaMA's own mix
     BLOCK_SIZE="${BLOCK_SIZE:-}"                                  # tokens; empty: 2048, or what the model takes
     SEED="${SEED:-0}"
 }

@@ -394,6 +394,7 @@ class Recipe:
             None: none are shared.
         gate_rank, rank_from: gates have this rank where a layer has `rank_from` experts or more; others have full rank.
         split_tokens, feature_tokens, calibration_tokens, distillation_tokens: how much text each stage reads.
+        domain_weights: the mix of domains that every stage reads; None for that of LLaMA's pretraining.
         is_calibrated: whether stage 5 belongs to it.
     """
 
@@ -416,6 +417,7 @@ class Recipe:
     feature_tokens: int = 65_536
     calibration_tokens: int = 131_072
     distillation_tokens: int = 131_072
+    domain_weights: str | None = EQUAL
 
     def at(self, active: float) -> "Recipe":
         """The same for another budget: this share of the experts runs per token, shared ones included."""
@@ -453,6 +455,7 @@ PLAIN = Recipe(
     routing="top_k",
     output_bias=False,
     is_calibrated=False,
+    domain_weights=None,
 )
 RECIPES = {recipe.name: recipe for recipe in (CALIBRATED, PLAIN)}
 
@@ -495,6 +498,7 @@ def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
     same = "cluster_on", "select_criterion", "gate_network", "routing"
     tokens = "split_tokens", "feature_tokens", "calibration_tokens", "distillation_tokens"
     settings |= {name.upper(): getattr(recipe, name) for name in (*same, *tokens)}
+    settings["DOMAIN_WEIGHTS"] = recipe.domain_weights or ""
     settings |= {name: given[name] for name in settings if name in given}
     # These two may be given as empty, which says none.
     settings["GATE_RANK"] = environment.get("GATE_RANK", recipe.rank(num_experts) or "")

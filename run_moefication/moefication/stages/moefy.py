@@ -9,7 +9,6 @@ from typing import Any
 
 from ...settings import (
     CALIBRATED,
-    EQUAL,
     TEMPLATES,
     CalibrateSettings,
     ConvertSettings,
@@ -150,17 +149,18 @@ def moefy(
     work = Path(f"{save_path}-work" if work_path is None else work_path)
     features_folder = work if features_path is None else Path(features_path)
 
-    def text(max_tokens: int, domain_weights: str | None) -> Corpus:
-        options = dict(max_tokens=max_tokens, domain_weights=domain_weights, block_size=block_size, seed=seed)
+    def text(max_tokens: int) -> Corpus:
+        mix = recipe.domain_weights
+        options = dict(max_tokens=max_tokens, domain_weights=mix, block_size=block_size, seed=seed)
         return read_text(dense, text_path, features_folder / "tokens", **options)
 
     if experts is None:
         counts = dict(num_experts=num_experts, num_shared_experts=shared)
         settings = SplitSettings(cluster_on=recipe.cluster_on, seed=seed, **counts)
         on_activations = recipe.cluster_on == "activations"
-        experts = split(dense, work, settings, text(recipe.split_tokens, EQUAL) if on_activations else None, **run)
+        experts = split(dense, work, settings, text(recipe.split_tokens) if on_activations else None, **run)
     settings = FeatureSettings(feature_format="inputs")
-    features = record_features(dense, text(recipe.feature_tokens, None), features_folder, settings, **run)
+    features = record_features(dense, text(recipe.feature_tokens), features_folder, settings, **run)
     settings = GateSettings(
         num_experts=num_experts,
         num_selects=num_selects,
@@ -177,4 +177,4 @@ def moefy(
     if not recipe.is_calibrated:
         return moe
     settings = CalibrateSettings(refit_gates=recipe.gate_network == "linear", output_bias=recipe.output_bias)
-    return calibrate(dense, moe, text(recipe.calibration_tokens, EQUAL), save_path, settings, **run)
+    return calibrate(dense, moe, text(recipe.calibration_tokens), save_path, settings, **run)
