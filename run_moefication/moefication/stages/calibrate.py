@@ -32,7 +32,7 @@ from ..text.batches import batches_of
 from ..text.corpus import Corpus, require_held_out_block
 from .calibrate_layer import LayerCalibration, is_fitted
 
-HELD_OUT = 6  # one block of this many is held out to choose strengths on
+HELD_OUT_EVERY_NTH_BLOCK = 6  # one block of this many is held out to choose strengths on
 FINAL_NORM = "norm.weight"
 # The final norm is fitted to and measured on an eighth of all tokens, within these bounds, half of them each. They come
 # from all blocks, for a few documents are too special.
@@ -79,7 +79,7 @@ def calibrate(
     if missing:
         checkpoint.check_finite()  # before anything is written
     streams = Streams(writer, (2, corpus.num_tokens, config.hidden_size))
-    batches = batches_of(corpus.blocks, settings.batch_size, -(-len(corpus.blocks) // HELD_OUT))
+    batches = batches_of(corpus.blocks, settings.batch_size, -(-len(corpus.blocks) // HELD_OUT_EVERY_NTH_BLOCK))
     layers = streams.layers_to_walk([i for i, file in enumerate(layer_files) if file in missing], len(layer_files))
     if layers and layers[0] == 0 and not streams.has(0):
         with streams.filling(0) as first:

@@ -23,7 +23,7 @@ from ..checkpoints.tokenizers import tokenizer_files
 from ..checkpoints.transformers_library import quiet_transformers
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
-from ..layers.straight_through import settle_thresholds, soft_blocks
+from ..layers.straight_through import recalibrate_thresholds, straight_through
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
 from ..text.corpus import Corpus, require_held_out_block
@@ -39,7 +39,7 @@ from .distill_trainer import (
     training_arguments,
 )
 
-HELD_OUT = 16  # one block in so many is not trained on; the loss before and after is measured there
+MEASURED_EVERY_NTH_BLOCK = 16  # one block in so many is not trained on; the loss before and after is measured there
 RESULT = "distillation"  # the last part holds config, code, card, and what the training gained
 
 
@@ -196,13 +196,13 @@ def _train(
     config, gates = model.config, [layer.mlp.gate for layer in model.model.layers]
     counts = experts_per_tok(config, lambda layer: gates[layer].threshold.item())
     shares = [count / config.num_experts for count in counts]
-    num_held_out = -(-len(corpus.blocks) // HELD_OUT)
+    num_held_out = -(-len(corpus.blocks) // MEASURED_EVERY_NTH_BLOCK)
     blocks, held_out = corpus.blocks[:-num_held_out], corpus.blocks[-num_held_out:]
     model.to(device)
     teacher = DenseTeacher(checkpoint, device)
     before = mean_kl(model, teacher, held_out, batch_size, device) if is_first else None
     last = last_whole_step(Path(arguments.output_dir))
-    with quiet_transformers(), soft_blocks(model, shares) as soft:
+    with quiet_transformers(), straight_through(model, shares) as soft:
         trainer = DistillationTrainer(model, soft, teacher, blocks, arguments)
         steps = trainer.train(resume_from_checkpoint=last and str(last)).global_step
     del trainer
@@ -213,7 +213,7 @@ def _train(
     _round(model, moe)
     model.eval()
     try:
-        active = settle_thresholds(model, blocks, shares, batch_size, device)
+        active = recalibrate_thresholds(model, blocks, shares, batch_size, device)
     except ValueError as error:
         raise diverged("a gate's scores are not finite, or all the same") from error
     metrics = {

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaModel
 
 from ...settings import TEMPLATES, FeatureSettings
-from ..artifacts.features import shard_file
+from ..artifacts.features import GATE_OUTPUTS, INPUTS, shard_file
 from ..checkpoints.dense import DTYPES, DenseCheckpoint
 from ..errors import MoEficationError, SettingError
 from ..names import features_folder
@@ -24,8 +24,6 @@ from ..storage.manifest import ArtifactSpec, environment
 from ..storage.tensors import tensor_sha256
 from ..text.batches import Batch, batches_of
 from ..text.corpus import Corpus
-
-INPUTS, GATE_OUTPUTS = "hidden_inputs", "hidden_gate_outputs"
 
 
 def extract_features(

@@ -81,7 +81,7 @@ def split_at_random(
     if missing:
         carried_over(checkpoint.path)
     for name in missing:
-        # Of its own for each weight, so that an interrupted run goes on with the same numbers.
+        # Each weight has a generator of its own, so that an interrupted run goes on with the same numbers.
         generator = torch.Generator().manual_seed(int(digest([settings.seed, name])[:8], 16))
         labels = torch.arange(num_experts).repeat_interleave(width // num_experts)
         write_labels(writer, name, labels[torch.randperm(width, generator=generator)])
