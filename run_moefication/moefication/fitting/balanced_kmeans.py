@@ -44,7 +44,7 @@ class Clustering:
 
 
 def balanced_kmeans(
-    rows: torch.Tensor, num_clusters: int, *, distance: str = "l2", seed: int = 0, device: str = "cpu"
+    rows: torch.Tensor, num_clusters: int, distance: str = "l2", seed: int = 0, device: str = "cpu"
 ) -> Clustering:
     """Cluster rows into equal parts, seeded by k-means++ (Arthur and Vassilvitskii, 2007).
 
