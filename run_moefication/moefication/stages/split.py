@@ -39,7 +39,7 @@ def split_by_weights(
     for name in progress(missing, "split", "layer"):
         weight = checkpoint.finite_tensor(name).to(device, torch.float32)
         rows = torch.nn.functional.normalize(weight)
-        clusters = balanced_kmeans(rows, settings.num_experts, settings.distance, settings.seed, device)
+        clusters = balanced_kmeans(rows, settings.num_experts, settings.distance, settings.seed)
         write_labels(writer, name, clusters.labels, clusters)
     writer.finish()
     return writer

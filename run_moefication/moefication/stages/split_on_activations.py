@@ -91,7 +91,7 @@ class NeuronStatistics:
         # The rows of the Cholesky factor have the Gram matrix of the rows of bits, which is all that k-means sees.
         rows = torch.linalg.cholesky(cosines).float()
         num_routed = num_experts - num_shared_experts
-        clusters = balanced_kmeans(rows, num_routed, settings.distance, settings.seed, str(rows.device))
+        clusters = balanced_kmeans(rows, num_routed, settings.distance, settings.seed)
         labels = torch.empty(len(self.importance), dtype=torch.long)
         labels[rest.cpu()] = clusters.labels
         labels[shared.cpu()] = torch.arange(num_routed, num_experts).repeat_interleave(width)
