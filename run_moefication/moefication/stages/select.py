@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from llama_moe.gates import GATE_CLASSES, Gate, LinearGate
+from llama_moe.gates import Gate
 
-from ...settings import GATE_NETWORKS, GateSettings, require_rank, require_selects
+from ...settings import GateSettings, require_rank, require_selects
 from ..artifacts.features import Features
+from ..artifacts.gates import new_gate
 from ..artifacts.split import Split
 from ..checkpoints.dense import TEMPLATES, DenseCheckpoint
 from ..errors import MoEficationError, SettingError
@@ -104,7 +105,8 @@ def train_gates(
     for layer in progress([layer for layer in layers if names[layer] in missing], "select", "layer"):
         inputs, scores = _layer_data(checkpoint, split, features, layer, settings, device)
         if settings.gate_fit == "ridge":
-            gate = ridge_gate(inputs.shape[1], routed)
+            of_ridge = {"rank": routed.gate_rank, "has_bias": True}
+            gate = new_gate("linear", inputs.shape[1], routed.num_experts, **of_ridge)
         else:
             rows = checkpoint.finite_tensor(settings.templates.format(layer)).to(device, torch.float32)
             gate = initial_gate(settings.gate_network, rows, split.routed_neurons(layer))
@@ -156,18 +158,6 @@ def _activations(
 # ---------------------------------------------------------------------------------------------------- one gate
 
 
-def ridge_gate(hidden_size: int, settings: GateSettings) -> LinearGate:
-    """A linear gate with a bias (and a rank, if asked), its values to be fitted."""
-    return LinearGate(
-        hidden_size, settings.num_experts, rank=settings.gate_rank, has_bias=True, **_all_run(settings.num_experts)
-    )
-
-
-def _all_run(num_experts: int) -> dict[str, Any]:
-    """The budget of a gate without one: conversion sets it. Threshold routing makes room for the score quantiles."""
-    return {"num_experts_per_tok": num_experts, "routing": "threshold"}
-
-
 def initial_gate(gate_network: str, rows: torch.Tensor, neurons: torch.Tensor) -> Gate:
     """A gate whose (first) layer is the mean normalised row of each expert; the second of an "mlp" is the identity.
 
@@ -177,7 +167,7 @@ def initial_gate(gate_network: str, rows: torch.Tensor, neurons: torch.Tensor) -
     """
     centres = F.normalize(rows)[neurons.to(rows.device)].mean(dim=1)  # [experts, hidden]
     num_experts, hidden_size = centres.shape
-    gate = GATE_CLASSES[GATE_NETWORKS[gate_network]](hidden_size, num_experts, **_all_run(num_experts))
+    gate = new_gate(gate_network, hidden_size, num_experts)
     first, *second = gate.parameters()
     with torch.no_grad():
         first.copy_(centres)
