@@ -65,6 +65,12 @@ class MoECheckpoint(StoredTensors):
         prefix = "" if self.model_class == "LlamaMoEModel" else "model."
         super().__init__(path, {n.removeprefix(prefix): info for n, info in read_headers(path).items()}, prefix)
 
+    def new_config(self, **changed: Any) -> LlamaMoEConfig:
+        """The config with other values for some of its fields."""
+        fields = self.config.to_dict() | changed
+        fields.pop("transformers_version", None)
+        return LlamaMoEConfig.from_dict(fields)
+
     def verify(self) -> None:
         """Raise MoEficationError if the checksum of a file of weights is not the manifest's."""
         for file in progress(sorted({info.file for info in self.tensors.values()}), "check", "file"):
@@ -79,10 +85,6 @@ class MoECheckpoint(StoredTensors):
     def experts_per_tok(self) -> list[float]:
         """Routed experts that run per token, by layer."""
         return experts_per_tok(self.config, lambda layer: self.tensor(f"layers.{layer}.mlp.gate.threshold").item())
-
-    def layer_tensors(self, layer: int) -> list[str]:
-        """Names of the tensors of one layer."""
-        return [name for name in self.tensors if name.startswith(f"layers.{layer}.")]
 
     def _open(self, file: str) -> Any:
         path = self.path / file

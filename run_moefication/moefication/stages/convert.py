@@ -41,8 +41,6 @@ def convert(
 
     Every neuron keeps its weights; it only moves to its expert's place. Memory: twice one shard of at most 2 GiB (or
     one tensor, where that is larger), whatever the model's size.
-
-    Returns: the folder's writer, finished.
     """
     split = Split(split_path, checkpoint, settings.templates, settings.num_experts)
     gates = TrainedGates(select_path, checkpoint, split)
@@ -67,7 +65,7 @@ def convert(
     if "config" in missing:
         # Last of all, so that nothing loads a folder whose weights are not complete.
         card = conversion_card(checkpoint.name, config, settings.convert_type, gates.artifact.manifest["metrics"])
-        writer.write_part("config", write_checkpoint_files(writer, checkpoint.path, shards, config, card, tokenizer))
+        write_checkpoint_files(writer, "config", checkpoint.path, shards, config, card, tokenizer)
     writer.finish()
     return writer
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
+from llama_moe import LlamaMoEForCausalLM
 
 from ...settings import DistillSettings
 from ..checkpoints.dense import DenseCheckpoint
@@ -57,8 +57,6 @@ def distill(
 
     Memory: both models whole, the MoE in float32 with its gradients and two moments of what is trained, and for each
     token of a batch the activations of all experts. Disk, until it is finished: the MoE in float32 with the moments.
-
-    Returns: the folder's writer, finished (in the first process); its metrics say what the training gained.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
     moe.verify()
@@ -93,11 +91,10 @@ def distill(
         for file in (file for file in shards if file in missing):
             values = {tensor.name: trained[tensor.name].cpu() for tensor in shards[file] if tensor.make is None}
             write_shard(writer, file, shards[file], values)
-        config = _new_config(moe, model)
+        budget = ("num_experts_per_tok", "layer_num_experts_per_tok")
+        config = moe.new_config(**{name: getattr(model.config, name) for name in budget})
         card = distillation_card(checkpoint.name, config, moe.model_class, settings.train, corpus.num_tokens, metrics)
-        source = moe.artifact.folder
-        files = write_checkpoint_files(writer, source, shards, config, card, tokenizer_files(source))
-        writer.write_part(RESULT, files, metrics)
+        write_checkpoint_files(writer, RESULT, moe.path, shards, config, card, tokenizer_files(moe.path), metrics)
         writer.finish()
     return writer
 
@@ -130,10 +127,10 @@ def _check(
 
 def _shards(moe: MoECheckpoint) -> dict[str, list[PlannedTensor]]:
     """The files of the new checkpoint and their tensors, each in the dtype it had; those of the MLPs are trained."""
-    makers = {name: None if ".mlp." in name else partial(moe.tensor, name) for name in moe.tensors}
-    plan = [
-        PlannedTensor(moe.stored_name(name), info.shape, info.dtype, makers[name]) for name, info in moe.tensors.items()
-    ]
+    plan = []
+    for name, info in moe.tensors.items():
+        make = None if ".mlp." in name else partial(moe.tensor, name)
+        plan.append(PlannedTensor(moe.stored_name(name), info.shape, info.dtype, make))
     return plan_shards(plan, MAX_SHARD_BYTES)
 
 
@@ -170,14 +167,6 @@ def _begin(writer: ArtifactWriter, is_first: bool) -> None:
         writer.begin()
     if in_group:
         torch.distributed.barrier()
-
-
-def _new_config(moe: MoECheckpoint, model: LlamaMoEForCausalLM) -> LlamaMoEConfig:
-    """The config of the distilled checkpoint: the old one, with the budget it was distilled for."""
-    budget = ("num_experts_per_tok", "layer_num_experts_per_tok")
-    fields = moe.config.to_dict() | {name: getattr(model.config, name) for name in budget}
-    fields.pop("transformers_version", None)
-    return LlamaMoEConfig.from_dict(fields)
 
 
 # ---------------------------------------------------------------------------------------------------- the training

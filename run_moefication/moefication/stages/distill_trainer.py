@@ -140,8 +140,8 @@ class DistillationTrainer(Trainer):
         blocks: list[torch.Tensor],
         arguments: TrainingArguments,
     ):
-        callbacks = [StepEnd(moe_blocks), SavedSteps()]
-        super().__init__(model=model, args=arguments, train_dataset=blocks, data_collator=collate, callbacks=callbacks)
+        steps = [Steps(moe_blocks)]
+        super().__init__(model=model, args=arguments, train_dataset=blocks, data_collator=collate, callbacks=steps)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
         self.model_accepts_loss_kwargs = False  # compute_loss gives each batch's mean, which the Trainer then averages
@@ -170,8 +170,8 @@ class DistillationTrainer(Trainer):
             raise MoEficationError(f"{folder} cannot be saved ({reason})") from error
 
 
-class StepEnd(TrainerCallback):
-    """Keeps thresholds on budget, and shows how far the training is."""
+class Steps(TrainerCallback):
+    """Keeps thresholds on budget, shows how far the training is, and marks a saved step as whole, once it is."""
 
     def __init__(self, moe_blocks: list[StraightThroughBlock]):
         self._moe_blocks = moe_blocks
@@ -186,12 +186,8 @@ class StepEnd(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._bar.close()
 
-
-class SavedSteps(TrainerCallback):
-    """Marks a saved step as whole, once it is, and only then removes those before it."""
-
     def on_save(self, args, state, control, **kwargs):
-        """The step is on the disk, as far as this process goes."""
+        """The step is on the disk, as far as this process goes. Those before it go once this one is whole."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # each process writes a file of its own
         if not state.is_world_process_zero:

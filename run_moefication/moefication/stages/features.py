@@ -46,8 +46,6 @@ def extract_features(
         settings: `templates` says which activations are stored: SiLU(gate_proj x) for gate_proj, SiLU(gate_proj x) *
             (up_proj x) for up_proj. The model runs in float32 on CPUs and in its own dtype elsewhere.
         rank, world_size: this process among those that share the work.
-
-    Returns: the folder's writer; it is finished once every process of the run has done its part.
     """
     if not 0 <= rank < world_size:
         raise MoEficationError(f"RANK {rank} is outside of WORLD_SIZE {world_size}")

@@ -73,8 +73,6 @@ def train_gates(
 
     Memory: the inputs of one layer in the dtype they are stored in (all tokens times hidden size), the scores
     (tokens times experts, float32) and one layer's weights.
-
-    Returns: the folder's writer; it is finished once every layer has its gate.
     """
     split = Split(split_path, checkpoint, settings.templates, settings.num_experts)
     require_selects(settings.num_selects, settings.num_experts, split.num_shared_experts)

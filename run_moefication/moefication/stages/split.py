@@ -27,8 +27,6 @@ def split_by_weights(
 
     Writes per template and layer an int64 tensor `[intermediate_size]`, the expert of each neuron, and records the
     assignment cost beside the lower bound that proves it. Holds one weight in float32 at a time.
-
-    Returns: the writer of the folder, finished.
     """
     options = settings.recorded()
     writer = split_writer(checkpoint, save_path, templates, options, device=device, overwrite=overwrite)
@@ -53,10 +51,7 @@ def split_at_random(
     *,
     overwrite: bool = False,
 ) -> ArtifactWriter:
-    """Deal the neurons of every layer out at random: the control that any clustering has to beat.
-
-    Returns: the writer of the folder, finished.
-    """
+    """Deal the neurons of every layer out at random: the control that any clustering has to beat."""
     num_experts, width = settings.num_experts, checkpoint.config.intermediate_size
     require_shared(settings.num_shared_experts, num_experts)
     options = settings.recorded()

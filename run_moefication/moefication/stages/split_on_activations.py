@@ -116,8 +116,6 @@ def split_by_activations(
     Args:
         text: a corpus, which the dense model reads layer by layer, or recorded features.
         template: gives the files their names; the activations are those that enter down_proj.
-
-    Returns: the writer of the folder, finished.
     """
     checkpoint.require_experts(settings.num_experts)
     require_template(template)
