@@ -40,6 +40,14 @@ def require_num_selects(num_selects: int, config: LlamaMoEConfig, least_routed: 
         raise SettingError(f"num_selects {num_selects} is outside of {least} to {most}, the model's experts")
 
 
+def set_num_selects(model: PreTrainedModel, num_selects: int, name: str | Path) -> None:
+    """Have a loaded model run so many experts per token, shared ones included; `name` is for the error."""
+    try:
+        model.set_num_experts_per_tok(num_selects - model.config.num_shared_experts)
+    except ValueError as error:  # its thresholds have no quantiles
+        raise SettingError(f"{name} cannot run num_selects {num_selects}: {error}") from error
+
+
 class MoECheckpoint(StoredTensors):
     """A finished LlamaMoE checkpoint, checked against the dense model it was made from.
 

@@ -18,7 +18,7 @@ from llama_moe import LlamaMoEForCausalLM
 from ...settings import DistillSettings
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.model_card import distillation_card
-from ..checkpoints.moe import MoECheckpoint, experts_per_tok, require_num_selects
+from ..checkpoints.moe import MoECheckpoint, experts_per_tok, require_num_selects, set_num_selects
 from ..checkpoints.tokenizers import tokenizer_files
 from ..checkpoints.transformers_library import quiet_transformers
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
@@ -136,15 +136,9 @@ def _shards(moe: MoECheckpoint) -> dict[str, list[PlannedTensor]]:
 
 def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
     """The model to train, in float32, on its budget."""
-    with quiet_transformers():
-        model = LlamaMoEForCausalLM.from_pretrained(moe.artifact.folder, dtype=torch.float32)
+    model = moe.load(torch.float32)
     if settings.num_selects is not None:
-        try:
-            model.set_num_experts_per_tok(settings.num_selects - moe.config.num_shared_experts)
-        except ValueError as error:  # its thresholds have no quantiles
-            raise SettingError(
-                f"{moe.artifact.folder} cannot run num_selects {settings.num_selects}: {error}"
-            ) from error
+        set_num_selects(model, settings.num_selects, moe.artifact.folder)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(TRAINED[settings.train](name))
     return model
