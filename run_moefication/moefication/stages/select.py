@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,30 +128,19 @@ def _layer_data(
         norms = OutputNorms(mlp.down, neurons)
         scores = torch.cat([norms(mlp.activations(chunk)) for chunk in inputs.split(TOKENS_PER_CHUNK)])
     else:
+        if features.has_gate_outputs:
+            chunks = (chunk for shard in features.gate_outputs(layer) for chunk in shard.split(TOKENS_PER_CHUNK))
+        else:
+            mlp = GatedMLP.of_dense(checkpoint, layer, device)
+            activations = mlp.gate_activations if settings.templates == TEMPLATES[0] else mlp.activations
+            chunks = (activations(chunk) for chunk in inputs.split(TOKENS_PER_CHUNK))
         scorer = ExpertScorer(neurons, settings.select_criterion)
-        chunks = _activations(checkpoint, features, layer, inputs, settings, device)
         scores = torch.cat([scorer(chunk.to(device)) for chunk in chunks])
     if not scores.sum(dtype=torch.float64).isfinite():
         raise MoEficationError(
             f"the features of layer {layer} in {features.artifact.folder} hold NaN or infinite values"
         )
     return inputs, scores
-
-
-def _activations(
-    checkpoint: DenseCheckpoint,
-    features: Features,
-    layer: int,
-    inputs: torch.Tensor,
-    settings: GateSettings,
-    device: str,
-) -> Iterator[torch.Tensor]:
-    """The activations of a layer's neurons in chunks of tokens: those that were stored, or recomputed."""
-    if features.has_gate_outputs:
-        return (chunk for shard in features.gate_outputs(layer) for chunk in shard.split(TOKENS_PER_CHUNK))
-    mlp = GatedMLP.of_dense(checkpoint, layer, device)
-    activations = mlp.gate_activations if settings.templates == TEMPLATES[0] else mlp.activations
-    return (activations(chunk) for chunk in inputs.split(TOKENS_PER_CHUNK))
 
 
 # ---------------------------------------------------------------------------------------------------- one gate
@@ -212,14 +202,13 @@ def _train(
     """Train, and go back to the best epoch. Returns which it was, and the losses of all."""
     valid_loss, best = _validate(gate, inputs[valid], scores[valid], settings)
     losses: dict[str, list[float]] = {"train": [], "valid": [valid_loss]}
-    best_epoch, best_state = 0, {name: tensor.clone() for name, tensor in gate.state_dict().items()}
+    best_epoch, best_state = 0, deepcopy(gate.state_dict())
     for epoch, train_loss in enumerate(_epochs(gate, inputs[train], scores[train], settings), start=1):
-        valid_loss, quality = _validate(gate, inputs[valid], scores[valid], settings)
+        valid_loss, recall = _validate(gate, inputs[valid], scores[valid], settings)
         losses["train"].append(train_loss)
         losses["valid"].append(valid_loss)
-        if quality["mass_recall"] > best["mass_recall"]:
-            best, best_epoch = quality, epoch
-            best_state = {name: tensor.clone() for name, tensor in gate.state_dict().items()}
+        if recall > best:
+            best, best_epoch, best_state = recall, epoch, deepcopy(gate.state_dict())
         elif epoch - best_epoch >= settings.patience:
             break
     gate.load_state_dict(best_state)
@@ -273,9 +262,8 @@ def _logits(gate: Gate, inputs: torch.Tensor) -> torch.Tensor:
     return torch.cat([gate.score(chunk.float()) for chunk in inputs.split(TOKENS_PER_CHUNK)])
 
 
-def _validate(
-    gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings
-) -> tuple[float, dict[str, float]]:
+def _validate(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> tuple[float, float]:
+    """Loss and mass recall."""
     logits = _logits(gate, inputs)
     quality = routing_quality(top_k_mask(logits, settings.num_selects), scores, settings.num_selects)
-    return _loss(logits, scores, settings).item(), quality
+    return _loss(logits, scores, settings).item(), quality["mass_recall"]
