@@ -94,7 +94,7 @@ def _cmoe_choice(together: torch.Tensor, num_shared: int, active: int) -> Choice
     gram.diagonal().add_(JITTER * gram.diagonal().mean())
     rows = torch.linalg.cholesky(gram).float()  # as far from one another as the neurons' columns of marks
     num_routed = CMOE_EXPERTS - num_shared
-    clusters = balanced_kmeans(rows, num_routed, device=str(rows.device))
+    clusters = balanced_kmeans(rows, num_routed)
     members = clusters.labels.argsort(stable=True).view(num_routed, width).to(rows.device)
     distances = (rows[members] - rows[members].mean(dim=1, keepdim=True)).square().sum(dim=2)  # [experts, width]
     experts, representatives = rest[members], rest[members.gather(1, distances.argmin(dim=1)[:, None])[:, 0]]

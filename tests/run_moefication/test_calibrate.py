@@ -121,7 +121,7 @@ def num_held_out(blocks: list[torch.Tensor]) -> int:
 def neurons_of(mlp, inputs: torch.Tensor) -> torch.Tensor:
     """Activations of all neurons `[tokens, I]`, routed experts' first."""
     gate_up = torch.einsum("eih,th->tei", mlp.experts.gate_up_proj, inputs)
-    if hasattr(mlp.experts, "gate_up_proj_bias"):
+    if mlp.experts.has_bias:
         gate_up = gate_up + mlp.experts.gate_up_proj_bias
     gate, up = gate_up.chunk(2, dim=-1)
     routed, shared = (F.silu(gate) * up).flatten(1), mlp.shared_experts

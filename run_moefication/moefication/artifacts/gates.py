@@ -1,17 +1,28 @@
-"""Reading what the select stage wrote."""
+"""The gates that the select stage makes, and reading what it wrote."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from llama_moe import LlamaMoEConfig
-from llama_moe.gates import make_gate
+from llama_moe.gates import GATE_CLASSES, Gate
 
 from ...settings import GATE_NETWORKS
 from ..checkpoints.dense import DenseCheckpoint
 from ..errors import MoEficationError, SettingError
 from ..storage.folder import open_finished
 from .split import Split
+
+
+def new_gate(gate_network: str, hidden_size: int, num_experts: int, **of_ridge: Any) -> Gate:
+    """A gate without values, and without a budget, which conversion sets. It has room for score quantiles.
+
+    Args:
+        gate_network: as `GateSettings` has it.
+        of_ridge: `rank` and `has_bias` of one that is fitted in closed form.
+    """
+    budget = {"num_experts_per_tok": num_experts, "routing": "threshold"}
+    return GATE_CLASSES[GATE_NETWORKS[gate_network]](hidden_size, num_experts, **budget, **of_ridge)
 
 
 class TrainedGates:
@@ -30,24 +41,12 @@ class TrainedGates:
         if self.artifact.manifest["inputs"].get("split_file_path") != split.artifact.digest:
             raise MoEficationError(f"{folder} holds gates of another split than {split.artifact.folder}")
         options = self.artifact.options
-        self.config_fields = {
-            "gate_network": GATE_NETWORKS[options["gate_network"]],
-            "gate_rank": options.get("gate_rank"),
-            "gate_bias": options.get("gate_fit") == "ridge",
-        }
+        network, rank, has_bias = options["gate_network"], options.get("gate_rank"), options.get("gate_fit") == "ridge"
+        self.config_fields = {"gate_network": GATE_NETWORKS[network], "gate_rank": rank, "gate_bias": has_bias}
         self._template = split.template
-        config = LlamaMoEConfig(
-            hidden_size=checkpoint.config.hidden_size,
-            num_attention_heads=checkpoint.config.num_attention_heads,  # or the default, which may not fit
-            intermediate_size=checkpoint.config.intermediate_size,
-            num_experts=split.num_routed_experts,
-            num_experts_per_tok=split.num_routed_experts,
-            num_shared_experts=split.num_shared_experts,
-            routing="threshold",
-            **self.config_fields,
-        )
+        of_ridge = {"rank": rank, "has_bias": True} if has_bias else {}
         with torch.device("meta"):
-            gate = make_gate(config)
+            gate = new_gate(network, checkpoint.config.hidden_size, split.num_routed_experts, **of_ridge)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in gate.state_dict().items()}
         for layer in range(checkpoint.config.num_hidden_layers):
             self.state(layer)  # small, and better refused before work than in its middle

@@ -1,14 +1,18 @@
 """Which expert each neuron belongs to: what the split stage writes, a file per layer, and reading it back."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...settings import TEMPLATES
 from ..checkpoints.dense import DenseCheckpoint
+from ..checkpoints.tokenizers import carried_over
 from ..errors import MoEficationError, SettingError
 from ..fitting.balanced_kmeans import Clustering
+from ..names import split_folder
 from ..storage.folder import ArtifactWriter, open_finished
+from ..storage.manifest import ArtifactSpec, environment
 
 
 def parse_templates(text: str) -> list[str]:
@@ -25,6 +29,35 @@ def require_template(name: str) -> None:
     """Refuse a template that is not one of the two whose rows are the neurons."""
     if name not in TEMPLATES:
         raise SettingError(f"templates {name!r} is not one of {', '.join(TEMPLATES)}")
+
+
+def split_writer(
+    checkpoint: DenseCheckpoint,
+    save_path: str | Path,
+    templates: list[str],
+    options: dict[str, Any],
+    *,
+    method: str = "Clustering",
+    inputs: dict[str, str] | None = None,
+    device: str = "cpu",
+    **how: bool,
+) -> ArtifactWriter:
+    """The writer of a split's folder, with a part for each template and layer.
+
+    Args:
+        options: the settings, as manifests record them; `inputs`: digests of the text they were used on.
+        how: `overwrite` and `exclusive`, as `ArtifactWriter` takes them.
+    """
+    num_experts = options["num_experts"]
+    checkpoint.require_experts(num_experts)
+    spec = ArtifactSpec(
+        "split", options | {"templates": templates}, checkpoint.source, environment(device), inputs or {}
+    )
+    names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
+    writer = ArtifactWriter(split_folder(save_path, checkpoint.name, num_experts, method), spec, names, **how)
+    if writer.missing():
+        carried_over(checkpoint.path)  # what the last stage needs is better refused in the first
+    return writer
 
 
 def write_labels(writer: ArtifactWriter, name: str, labels: torch.Tensor, clusters: Clustering | None = None) -> None:

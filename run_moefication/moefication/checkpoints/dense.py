@@ -182,16 +182,15 @@ class DenseCheckpoint(StoredTensors):
 
     def _settle_head(self) -> None:
         """If `tie_word_embeddings` and the tensors disagree, the tensors decide, as they do in transformers."""
-        if self.config.tie_word_embeddings and HEAD in self.tensors and not self._has_equal_ends():
+        if not (self.config.tie_word_embeddings and HEAD in self.tensors):
+            return
+        head, embedding = (self.tensor(name).to(self.dtype) for name in (HEAD, EMBEDDING))
+        if not torch.equal(head, embedding):
             self.config.tie_word_embeddings = False
             logger.warning(
                 "%s: its lm_head.weight is kept: it is not the embedding, though config.json has tie_word_embeddings",
                 self.path,
             )
-
-    def _has_equal_ends(self) -> bool:
-        """Whether head and embedding hold the same values in the dtype of the model."""
-        return torch.equal(self.tensor(HEAD).to(self.dtype), self.tensor(EMBEDDING).to(self.dtype))
 
     def _tell_unread(self, unused: list[str]) -> None:
         if unused:

@@ -40,6 +40,14 @@ def require_num_selects(num_selects: int, config: LlamaMoEConfig, least_routed: 
         raise SettingError(f"num_selects {num_selects} is outside of {least} to {most}, the model's experts")
 
 
+def set_num_selects(model: PreTrainedModel, num_selects: int, name: str | Path) -> None:
+    """Have a loaded model run so many experts per token, shared ones included; `name` is for the error."""
+    try:
+        model.set_num_experts_per_tok(num_selects - model.config.num_shared_experts)
+    except ValueError as error:  # its thresholds have no quantiles
+        raise SettingError(f"{name} cannot run num_selects {num_selects}: {error}") from error
+
+
 class MoECheckpoint(StoredTensors):
     """A finished LlamaMoE checkpoint, checked against the dense model it was made from.
 
@@ -65,6 +73,12 @@ class MoECheckpoint(StoredTensors):
         prefix = "" if self.model_class == "LlamaMoEModel" else "model."
         super().__init__(path, {n.removeprefix(prefix): info for n, info in read_headers(path).items()}, prefix)
 
+    def new_config(self, **changed: Any) -> LlamaMoEConfig:
+        """The config with other values for some of its fields."""
+        fields = self.config.to_dict() | changed
+        fields.pop("transformers_version", None)
+        return LlamaMoEConfig.from_dict(fields)
+
     def verify(self) -> None:
         """Raise MoEficationError if the checksum of a file of weights is not the manifest's."""
         for file in progress(sorted({info.file for info in self.tensors.values()}), "check", "file"):
@@ -79,10 +93,6 @@ class MoECheckpoint(StoredTensors):
     def experts_per_tok(self) -> list[float]:
         """Routed experts that run per token, by layer."""
         return experts_per_tok(self.config, lambda layer: self.tensor(f"layers.{layer}.mlp.gate.threshold").item())
-
-    def layer_tensors(self, layer: int) -> list[str]:
-        """Names of the tensors of one layer."""
-        return [name for name in self.tensors if name.startswith(f"layers.{layer}.")]
 
     def _open(self, file: str) -> Any:
         path = self.path / file

@@ -45,14 +45,9 @@ def quiet_transformers() -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its class where it says nothing."""
-    return _line(error, 0)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 def last_line(error: BaseException) -> str:
     """The last line, where the validators of configs put the reason."""
-    return _line(error, -1)
-
-
-def _line(error: BaseException, index: int) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[index].strip()
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

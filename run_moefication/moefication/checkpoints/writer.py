@@ -102,16 +102,16 @@ def write_shard(
 
 def write_checkpoint_files(
     writer: ArtifactWriter,
+    part: str,
     source: Path,
     shards: dict[str, list[PlannedTensor]],
     config: LlamaMoEConfig,
     card: str,
     tokenizer: dict[str, bytes],
-) -> dict[str, dict[str, Any]]:
-    """Write index, config, code, model card and the tokenizer's files, and copy licences and the like from `source`.
-
-    Returns: the files' manifest entries.
-    """
+    metrics: Any = None,
+) -> None:
+    """Write index, config, code, model card and the tokenizer's files, and copy licences and the like from `source`;
+    record them as the finished part of this name."""
     contents = {file: (resources.files(llama_moe) / file).read_bytes() for file in CODE_FILES}
     if len(shards) > 1:
         contents[WEIGHTS_INDEX] = (json.dumps(shard_index(shards), indent=2) + "\n").encode()
@@ -126,4 +126,4 @@ def write_checkpoint_files(
                 files[name] = writer.write(name, lambda file, o=original: shutil.copyfileobj(o, file))
     for name, content in contents.items():
         files[name] = writer.write(name, lambda file, c=content: file.write(c))
-    return files
+    writer.write_part(part, files, metrics)

@@ -43,9 +43,7 @@ class Clustering:
     converged: bool
 
 
-def balanced_kmeans(
-    rows: torch.Tensor, num_clusters: int, *, distance: str = "l2", seed: int = 0, device: str = "cpu"
-) -> Clustering:
+def balanced_kmeans(rows: torch.Tensor, num_clusters: int, distance: str = "l2", seed: int = 0) -> Clustering:
     """Cluster rows into equal parts, seeded by k-means++ (Arthur and Vassilvitskii, 2007).
 
     Args:
@@ -59,7 +57,7 @@ def balanced_kmeans(
         raise SettingError(f"distance {distance!r} is not one of {', '.join(DISTANCES)}")
     if num_clusters < 1 or len(rows) % num_clusters:
         raise MoEficationError(f"{len(rows)} rows cannot be cut into {num_clusters} equal clusters")
-    rows = rows.to(device, torch.float32)
+    rows = rows.float()
     if distance == "cos":
         rows = torch.nn.functional.normalize(rows)
     row_squares = rows.square().sum(1, dtype=torch.float64)
@@ -75,7 +73,7 @@ def balanced_kmeans(
         if labels is not None and np.array_equal(assignment.labels, labels):
             break
         labels = assignment.labels
-        centres = _means(rows, torch.from_numpy(labels).to(device), num_clusters)
+        centres = _means(rows, torch.from_numpy(labels).to(rows.device), num_clusters)
     return Clustering(
         labels=torch.from_numpy(labels),
         cost=assignment.cost,

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from ..progress import progress
-from .losses import TOKENS_PER_CHUNK, TeacherKL
+from .losses import TOKENS_OF_LOGITS, TeacherKL
 
 MAX_PASSES = 8  # over the tokens; more gain nothing on text that was not fitted to
 # Weight of the prior that keeps the norm near its original value, expressed in tokens: it equals the mean curvature of
@@ -39,7 +39,7 @@ class Divergence:
         For a token it is x^2 times the variance of the channel in the head's rows under the token's distribution.
         """
         total = torch.zeros_like(weight)
-        for normed in self._normed.split(TOKENS_PER_CHUNK):
+        for normed in self._normed.split(TOKENS_OF_LOGITS):
             states = normed * weight
             predicted = F.linear(states, self._head).softmax(-1)  # [T, V]
             variance = predicted @ self._head.square() - (predicted @ self._head).square()

@@ -6,7 +6,7 @@ Axes: T tokens, H hidden size, V vocabulary.
 import torch
 from torch.nn import functional as F
 
-TOKENS_PER_CHUNK = 512
+TOKENS_OF_LOGITS = 512
 
 
 @torch.no_grad()
@@ -16,7 +16,7 @@ def next_token_nll(states: torch.Tensor, tokens: torch.Tensor, head: torch.Tenso
     Args:
         states: `[T, H]`, what enters the head; tokens: int64 `[T]`; head: `[V, H]`.
     """
-    chunks = zip(states[:-1].split(TOKENS_PER_CHUNK), tokens[1:].split(TOKENS_PER_CHUNK), strict=True)
+    chunks = zip(states[:-1].split(TOKENS_OF_LOGITS), tokens[1:].split(TOKENS_OF_LOGITS), strict=True)
     return sum(
         F.cross_entropy(F.linear(before, head).float(), targets, reduction="sum").item() for before, targets in chunks
     )
@@ -28,7 +28,7 @@ class TeacherKL:
     With p the teacher's distribution and z = head x the student's logits, KL = sum p log p - sum p z + logsumexp(z),
     and sum p z = x (p head). So the teacher's logits are needed once, and H of their V numbers a token are kept.
 
-    Memory: beside the heads, a few times TOKENS_PER_CHUNK * V numbers.
+    Memory: beside the heads, a few times TOKENS_OF_LOGITS * V numbers.
     """
 
     @torch.no_grad()
@@ -39,7 +39,7 @@ class TeacherKL:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
         teacher_head, self._head = teacher_head.to(dtype), head.to(dtype)  # once, not in each chunk
         rows, negative_entropies = [], []
-        for chunk in states.split(TOKENS_PER_CHUNK):
+        for chunk in states.split(TOKENS_OF_LOGITS):
             log_p = _logits(chunk, teacher_head).log_softmax(-1)
             p = log_p.exp()
             rows.append(_mean_rows(p, self._head))
@@ -58,8 +58,8 @@ class _StudentKL(torch.autograd.Function):
     def forward(ctx, states, head, rows, negative_entropies):
         gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         kl = torch.empty_like(negative_entropies)
-        for start in range(0, len(states), TOKENS_PER_CHUNK):
-            chunk = slice(start, start + TOKENS_PER_CHUNK)
+        for start in range(0, len(states), TOKENS_OF_LOGITS):
+            chunk = slice(start, start + TOKENS_OF_LOGITS)
             logits = _logits(states[chunk], head)
             log_total = logits.logsumexp(1)
             kl[chunk] = negative_entropies[chunk] - (states[chunk] * rows[chunk]).sum(1) + log_total

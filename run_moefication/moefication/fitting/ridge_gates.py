@@ -7,7 +7,8 @@ from llama_moe.gates import LinearGate
 from ..layers.scores import TOKENS_PER_CHUNK
 from .ridge import NormalEquations, best_strength, low_rank_map, token_weights
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # ridge strengths, in units of the mean diagonal of the Gram matrix
+# Ridge strengths, in units of the mean diagonal of the Gram matrix.
+GATE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 class GateEquations:
@@ -37,7 +38,7 @@ class GateEquations:
         constant = torch.zeros_like(self._train.cross)
         constant[-1] = self._train.cross[-1] / self._train.gram[-1, -1]  # the weighted mean of each score
         unexplained = self._held_out.error(constant)
-        strength, error = best_strength(self._train, self._held_out, STRENGTHS, prior)
+        strength, error = best_strength(self._train, self._held_out, GATE_STRENGTHS, prior)
         if refines:
             self._train += self._held_out
         solution = self._train.solve(strength, prior)

@@ -2,7 +2,7 @@
 
 import torch
 
-# Of the activations a of an expert's neurons.
+# What is summed over the activations a of an expert's neurons.
 ACTIVATION_CRITERIA = {
     "plain": lambda activations: activations,  # |sum a|
     "positive": lambda activations: activations.clamp(min=0),  # sum max(a, 0)

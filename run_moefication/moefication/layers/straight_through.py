@@ -15,14 +15,15 @@ from llama_moe.moe_layers import MoEBlock
 
 from ..text.batches import batches_of
 from .decoder import PreMLP, embed
+from .scores import TOKENS_PER_CHUNK
 
 TEMPERATURE = 0.5  # of the sigmoid that stands in for the choice, in standard deviations of the layer's scores
-NUDGE = 0.3  # how far a threshold moves, each step, to where the step's text would have it
+THRESHOLD_STEP = 0.3  # how far a threshold moves, each step, to where the step's text would have it
 MOST_SCORES = 1 << 24  # of a layer, that its last threshold is set by: where the text has more, less text is read
 MOST_STREAM_BYTES = 1 << 30  # the same for the residual stream
 
 
-class SoftBlock(nn.Module):
+class StraightThroughBlock(nn.Module):
     """Computes what an `MoEBlock` computes, with that block's own parameters under the same names.
 
     The difference is the gradient: every expert is computed, and the hard choice among them passes it on as a sigmoid
@@ -109,12 +110,12 @@ def _threshold(scores: torch.Tensor, share: float) -> torch.Tensor:
 
 
 @contextmanager
-def soft_blocks(model: LlamaMoEForCausalLM, shares: list[float]) -> Iterator[list[SoftBlock]]:
-    """Within the context, a `SoftBlock` stands in for every MoE block of the model. No weight is copied, and their
-    names stay; `shares`: by layer, of the routed experts that run."""
+def straight_through(model: LlamaMoEForCausalLM, shares: list[float]) -> Iterator[list[StraightThroughBlock]]:
+    """Within the context, a `StraightThroughBlock` stands in for every MoE block of the model. No weight is copied, and
+    their names stay; `shares`: by layer, of the routed experts that run."""
     layers = model.model.layers
     originals = [layer.mlp for layer in layers]
-    blocks = [SoftBlock(block, share) for block, share in zip(originals, shares, strict=True)]
+    blocks = [StraightThroughBlock(block, share) for block, share in zip(originals, shares, strict=True)]
     try:
         for layer, block in zip(layers, blocks, strict=True):
             layer.mlp = block
@@ -125,7 +126,7 @@ def soft_blocks(model: LlamaMoEForCausalLM, shares: list[float]) -> Iterator[lis
 
 
 @torch.no_grad()
-def nudge_thresholds(blocks: list[SoftBlock]) -> None:
+def update_thresholds(blocks: list[StraightThroughBlock]) -> None:
     """After a step: move the thresholds towards those that the step's text, of all processes, calls for."""
     blocks = [block for block in blocks if block.gate.routing == "threshold"]
     if not blocks:
@@ -135,11 +136,11 @@ def nudge_thresholds(blocks: list[SoftBlock]) -> None:
         torch.distributed.all_reduce(wanted)
         wanted /= torch.distributed.get_world_size()
     for block, threshold in zip(blocks, wanted, strict=True):
-        block.gate.threshold.lerp_(threshold, NUDGE)
+        block.gate.threshold.lerp_(threshold, THRESHOLD_STEP)
 
 
 @torch.no_grad()
-def settle_thresholds(
+def recalibrate_thresholds(
     model: LlamaMoEForCausalLM, blocks: list[torch.Tensor], shares: list[float], batch_size: int, device: torch.device
 ) -> list[float]:
     """Set every layer's threshold and score quantiles by a text, on what the layers before it, already set, produce.
@@ -158,7 +159,7 @@ def settle_thresholds(
     stream = torch.empty(sum(map(len, blocks)), config.hidden_size)
     embed(stream, blocks, batches, model.get_input_embeddings().weight.cpu())
     active = []
-    with soft_blocks(model, shares) as soft:  # which compute all experts at once, faster than one by one
+    with straight_through(model, shares) as soft:  # which compute all experts at once, faster than one by one
         for layer, block, share in zip(model.model.layers, soft, shares, strict=True):
             half, gate = PreMLP(config, layer.state_dict().__getitem__, device), block.gate
             scores = []
@@ -170,7 +171,7 @@ def settle_thresholds(
             if gate.routing == "threshold":
                 gate.store_score_quantiles(scores)
                 gate.set_active_share(share)
-            ran = sum(int(gate.mask(chunk).sum()) for chunk in scores.split(4096))
+            ran = sum(int(gate.mask(chunk).sum()) for chunk in scores.split(TOKENS_PER_CHUNK))
             active.append(ran / scores.numel())
             for batch in batches:
                 attended = stream[batch.rows].to(device)

@@ -7,6 +7,7 @@ layers repair what earlier ones lost. The final norm comes last.
 
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from ..text.batches import batches_of
 from ..text.corpus import Corpus, require_held_out_block
 from .calibrate_layer import LayerCalibration, is_fitted
 
-HELD_OUT = 6  # one block of this many is held out to choose strengths on
+HELD_OUT_EVERY_NTH_BLOCK = 6  # one block of this many is held out to choose strengths on
 FINAL_NORM = "norm.weight"
 # The final norm is fitted to and measured on an eighth of all tokens, within these bounds, half of them each. They come
 # from all blocks, for a few documents are too special.
@@ -54,8 +55,6 @@ def calibrate(
     Memory: one layer of each model, five matrices of its neurons squared in float64, its activations on all tokens if
     they are at most MOST_KEPT_BYTES, and 5 bytes a token and expert. Disk, until the checkpoint is finished:
     16 * hidden_size bytes a token. Runs in float32 on every device.
-
-    Returns: the folder's writer, finished; its metrics say by layer, and for the final norm, what the fit gained.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
     moe.verify()
@@ -79,7 +78,7 @@ def calibrate(
     if missing:
         checkpoint.check_finite()  # before anything is written
     streams = Streams(writer, (2, corpus.num_tokens, config.hidden_size))
-    batches = batches_of(corpus.blocks, settings.batch_size, -(-len(corpus.blocks) // HELD_OUT))
+    batches = batches_of(corpus.blocks, settings.batch_size, -(-len(corpus.blocks) // HELD_OUT_EVERY_NTH_BLOCK))
     layers = streams.layers_to_walk([i for i, file in enumerate(layer_files) if file in missing], len(layer_files))
     if layers and layers[0] == 0 and not streams.has(0):
         with streams.filling(0) as first:
@@ -103,8 +102,7 @@ def calibrate(
     if "config" in missing:
         source, fits = moe.artifact.folder, (layer_metrics(writer), final_norm_metrics(writer))
         card = calibration_card(checkpoint.name, config, moe.model_class, corpus.num_tokens, *fits)
-        files = write_checkpoint_files(writer, source, shards, config, card, tokenizer_files(source))
-        writer.write_part("config", files)
+        write_checkpoint_files(writer, "config", source, shards, config, card, tokenizer_files(source))
     writer.finish()
     return writer
 
@@ -133,40 +131,35 @@ def _new_config(moe: MoECheckpoint, settings: CalibrateSettings) -> LlamaMoEConf
     # With a threshold, the shared experts may be all that run.
     some = config.routing == "top_k" or not config.num_shared_experts
     require_num_selects(num_selects, config, least_routed=int(some))
-    fields = config.to_dict() | {
-        "num_experts_per_tok": num_selects - config.num_shared_experts,
-        "layer_num_experts_per_tok": None,
-        "gate_bias": config.gate_bias or settings.refit_gates,
-        "output_bias": config.output_bias or (settings.output_bias and not config.mlp_bias),
-    }
-    fields.pop("transformers_version", None)
-    return LlamaMoEConfig.from_dict(fields)
+    return moe.new_config(
+        num_experts_per_tok=num_selects - config.num_shared_experts,
+        layer_num_experts_per_tok=None,
+        gate_bias=config.gate_bias or settings.refit_gates,
+        output_bias=config.output_bias or (settings.output_bias and not config.mlp_bias),
+    )
 
 
 def _plan(moe: MoECheckpoint, config: LlamaMoEConfig) -> dict[str, list[PlannedTensor]]:
-    """File name -> its tensors: a file for each layer, then one of what lies outside of them."""
+    """File name -> its tensors: a file for each layer, then one of what lies outside of them. Those that are fitted are
+    planned without a maker."""
+    num_layers = config.num_hidden_layers
     new = {"gate.bias": (config.num_experts,)} if config.gate_bias else {}
     new |= {"output_bias": (config.hidden_size,)} if config.output_bias else {}
+    infos = {name: (info.shape, info.dtype) for name, info in moe.tensors.items()}
     weight_dtype = moe.tensors["layers.0.mlp.experts.down_proj"].dtype
-    stored = {name: (info.shape, info.dtype) for name, info in moe.tensors.items()}
-    groups = []
-    for layer in range(config.num_hidden_layers):
-        mlp = f"layers.{layer}.mlp."
-        infos = {name: stored[name] for name in moe.layer_tensors(layer)}
-        infos |= {mlp + name: (shape, weight_dtype) for name, shape in new.items() if mlp + name not in infos}
-        groups.append([_planned(moe, name, *info, is_fitted(name.removeprefix(mlp))) for name, info in infos.items()])
-    refits_norm = moe.model_class == "LlamaMoEForCausalLM"
-    others = {name: info for name, info in stored.items() if not name.startswith("layers.")}
-    groups.append([_planned(moe, name, *info, refits_norm and name == FINAL_NORM) for name, info in others.items()])
+    for layer, (name, shape) in product(range(num_layers), new.items()):
+        infos.setdefault(f"layers.{layer}.mlp.{name}", (shape, weight_dtype))
+    groups: list[list[PlannedTensor]] = [[] for _ in range(num_layers + 1)]
+    for name, (shape, dtype) in infos.items():
+        if name == FINAL_NORM:
+            fitted = moe.model_class == "LlamaMoEForCausalLM"
+        else:
+            fitted = is_fitted(name.partition(".mlp.")[2])
+        make = None if fitted else partial(moe.tensor, name)
+        group = int(name.split(".")[1]) if name.startswith("layers.") else num_layers
+        groups[group].append(PlannedTensor(moe.stored_name(name), shape, dtype, make))
     names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
     return dict(zip(names, groups, strict=True))
-
-
-def _planned(
-    moe: MoECheckpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype, is_fitted: bool
-) -> PlannedTensor:
-    """A tensor of the new checkpoint: fitted, or the one that the checkpoint has."""
-    return PlannedTensor(moe.stored_name(name), shape, dtype, None if is_fitted else partial(moe.tensor, name))
 
 
 def _stored(moe: MoECheckpoint, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from ..layers.scores import TOKENS_PER_CHUNK, OutputNorms, token_stride
 from ..text.batches import Batch
 
 # Strengths of the pull to the original down_proj, in mean diagonals of the Gram matrix.
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+DOWN_STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # Activations of a layer on all tokens are kept in memory up to this size; else each pass computes them anew.
 MOST_KEPT_BYTES = 2 << 30
 
@@ -111,7 +111,7 @@ class LayerCalibration:
             target = (after[0, batch.rows] - after[1, batch.rows]).to(self._device)
             (held_out if batch.held_out else train).add(features, target, weights[batch.rows])
         before = held_out.error(prior)
-        strength, error = best_strength(train, held_out, STRENGTHS, prior)
+        strength, error = best_strength(train, held_out, DOWN_STRENGTHS, prior)
         train += held_out
         solution = self._as_stored(train.solve(strength, prior))
         self._mlp.down = solution[: len(self._mlp.down)]

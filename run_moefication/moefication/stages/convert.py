@@ -1,10 +1,13 @@
 """Stage 4: dense tensors, a split and gates become a LlamaMoE checkpoint, tensor by tensor."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import llama_moe
 from llama_moe import LlamaMoEConfig
 from llama_moe.gates import Gate
 
@@ -12,6 +15,7 @@ from ...settings import ConvertSettings, require_selects
 from ..artifacts.gates import TrainedGates
 from ..artifacts.split import Split
 from ..checkpoints.dense import DTYPES, DenseCheckpoint
+from ..checkpoints.headers import HEAD, HEADS
 from ..checkpoints.model_card import conversion_card
 from ..checkpoints.tokenizers import carried_over
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
@@ -21,6 +25,7 @@ from ..storage.folder import ArtifactWriter
 from ..storage.manifest import ArtifactSpec, environment
 
 GATE_BUFFERS = ("gate.threshold", "gate.score_quantiles")  # of threshold routing, in float32 whatever the weights are
+Maker = Callable[[], torch.Tensor]
 
 
 def convert(
@@ -36,8 +41,6 @@ def convert(
 
     Every neuron keeps its weights; it only moves to its expert's place. Memory: twice one shard of at most 2 GiB (or
     one tensor, where that is larger), whatever the model's size.
-
-    Returns: the folder's writer, finished.
     """
     split = Split(split_path, checkpoint, settings.templates, settings.num_experts)
     gates = TrainedGates(select_path, checkpoint, split)
@@ -62,7 +65,7 @@ def convert(
     if "config" in missing:
         # Last of all, so that nothing loads a folder whose weights are not complete.
         card = conversion_card(checkpoint.name, config, settings.convert_type, gates.artifact.manifest["metrics"])
-        writer.write_part("config", write_checkpoint_files(writer, checkpoint.path, shards, config, card, tokenizer))
+        write_checkpoint_files(writer, "config", checkpoint.path, shards, config, card, tokenizer)
     writer.finish()
     return writer
 
@@ -71,46 +74,36 @@ def convert(
 
 
 def _plan(
-    checkpoint: DenseCheckpoint,
-    split: Split,
-    gates: TrainedGates,
-    config: LlamaMoEConfig,
-    settings: ConvertSettings,
+    checkpoint: DenseCheckpoint, split: Split, gates: TrainedGates, config: LlamaMoEConfig, settings: ConvertSettings
 ) -> list[PlannedTensor]:
     """All tensors of the new checkpoint, in the order they are written."""
-    new_dtype = settings.dtype and DTYPES[settings.dtype]  # None keeps each tensor's own
-
-    def copied(name: str, new_name: str) -> PlannedTensor:
-        info = checkpoint.tensors[name]
-        return PlannedTensor(new_name, info.shape, new_dtype or info.dtype, lambda: checkpoint.finite_tensor(name))
-
-    prefix = "" if settings.convert_type == "LlamaMoEModel" else "model."
-    plan = [copied(name, prefix + name) for name in checkpoint.body_tensors() if ".mlp." not in name]
+    with torch.device("meta"):
+        model = getattr(llama_moe, settings.convert_type)(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop(HEAD, None)
+    copied = [name for name in checkpoint.body_tensors() if ".mlp." not in name]
+    makers: dict[str, Maker] = {name: partial(checkpoint.finite_tensor, name) for name in copied}
     for layer in range(config.num_hidden_layers):
-        mlp = f"{prefix}layers.{layer}.mlp."
-        for name, shape, make in [
-            *_expert_tensors(checkpoint, split, config, layer),
-            *_gate_tensors(gates, config, layer),
-        ]:
-            dtype = torch.float32 if name in GATE_BUFFERS else new_dtype or checkpoint.dtype
-            plan.append(PlannedTensor(mlp + name, shape, dtype, make))
-    if settings.convert_type == "LlamaMoEForCausalLM" and not config.tie_word_embeddings:
-        plan.append(copied("lm_head.weight", "lm_head.weight"))
-    if settings.convert_type == "LlamaMoEForSequenceClassification":
-        if "score.weight" in checkpoint.tensors:
-            plan.append(copied("score.weight", "score.weight"))
-        else:
-            # Zeros favour no label and need no seed; the first training step moves them.
-            shape = (config.num_labels, config.hidden_size)
-            plan.append(PlannedTensor("score.weight", shape, new_dtype or checkpoint.dtype, lambda: torch.zeros(shape)))
+        block = _expert_makers(checkpoint, split, config, layer) | _gate_makers(gates, config, layer)
+        makers |= {f"layers.{layer}.mlp.{name}": make for name, make in block.items()}
+    for name in shapes.keys() & set(HEADS):
+        # Zeros favour no label and need no seed; the first training step moves them.
+        is_new = name not in checkpoint.tensors
+        makers[name] = partial(torch.zeros, shapes[name]) if is_new else partial(checkpoint.finite_tensor, name)
+    prefix, plan = "" if settings.convert_type == "LlamaMoEModel" else "model.", []
+    for name, make in makers.items():
+        dtype = checkpoint.tensors[name].dtype if name in checkpoint.tensors else checkpoint.dtype
+        dtype = DTYPES[settings.dtype] if settings.dtype else dtype
+        new_name = name if name in HEADS else prefix + name
+        dtype = torch.float32 if name.endswith(GATE_BUFFERS) else dtype
+        plan.append(PlannedTensor(new_name, shapes[new_name], dtype, make))
     return plan
 
 
-def _expert_tensors(checkpoint: DenseCheckpoint, split: Split, config: LlamaMoEConfig, layer: int) -> list:
-    """Name in the MLP, shape and maker of one layer's experts: packed ones `gate_up_proj [E, 2W, H]` (gate rows first),
+def _expert_makers(checkpoint: DenseCheckpoint, split: Split, config: LlamaMoEConfig, layer: int) -> dict[str, Maker]:
+    """Makers of one layer's experts by name in the MLP: packed ones `gate_up_proj [E, 2W, H]` (gate rows first),
     `down_proj [E, H, W]`, and the shared ones as one MLP."""
-    num_experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
-    shared = config.num_shared_experts * width
 
     def source(projection: str) -> torch.Tensor:
         return checkpoint.finite_tensor(f"layers.{layer}.mlp.{projection}")
@@ -125,49 +118,30 @@ def _expert_tensors(checkpoint: DenseCheckpoint, split: Split, config: LlamaMoEC
     def shared_rows(projection: str) -> torch.Tensor:
         return source(projection)[split.shared_neurons(layer)]
 
-    tensors = [
-        ("experts.gate_up_proj", (num_experts, 2 * width, hidden), lambda: gate_up("weight")),
-        ("experts.down_proj", (num_experts, hidden, width), down),
-    ]
+    makers: dict[str, Maker] = {"experts.gate_up_proj": partial(gate_up, "weight"), "experts.down_proj": down}
     if config.mlp_bias:
-        tensors += [
-            ("experts.gate_up_proj_bias", (num_experts, 2 * width), lambda: gate_up("bias")),
-            ("output_bias", (hidden,), lambda: source("down_proj.bias")),
-        ]
-    if shared:
-        kinds = {"weight": (shared, hidden)} | ({"bias": (shared,)} if config.mlp_bias else {})
-        tensors += [
-            (f"shared_experts.{projection}.{kind}", shape, lambda name=f"{projection}.{kind}": shared_rows(name))
-            for projection in ("gate_proj", "up_proj")
-            for kind, shape in kinds.items()
-        ]
-        tensors.append(
-            (
-                "shared_experts.down_proj.weight",
-                (hidden, shared),
-                lambda: source("down_proj.weight")[:, split.shared_neurons(layer)],
-            )
-        )
-    return tensors
+        makers["experts.gate_up_proj_bias"] = partial(gate_up, "bias")
+        makers["output_bias"] = partial(source, "down_proj.bias")
+    if config.num_shared_experts:
+        kinds = ("weight", "bias") if config.mlp_bias else ("weight",)
+        names = [f"{projection}.{kind}" for projection in ("gate_proj", "up_proj") for kind in kinds]
+        makers |= {f"shared_experts.{name}": partial(shared_rows, name) for name in names}
+        makers["shared_experts.down_proj.weight"] = lambda: source("down_proj.weight")[:, split.shared_neurons(layer)]
+    return makers
 
 
-def _gate_tensors(gates: TrainedGates, config: LlamaMoEConfig, layer: int) -> list:
-    """Name in the MLP, shape and maker of one layer's gate, with the threshold of its budget if it routes by one."""
-
-    def threshold() -> torch.Tensor:
-        share = config.num_experts_per_tok / config.num_experts
-        try:
-            return torch.tensor([Gate.quantile_threshold(gates.state(layer)["score_quantiles"], share)])
-        except ValueError as error:
-            raise MoEficationError(f"{gates.artifact.folder}: layer {layer}: {error}") from error
-
-    makers = {name: lambda n=name: gates.state(layer)[n] for name in gates.shapes}
-    if config.routing == "threshold":
-        made = threshold()  # now, so that gates without one are refused before anything is written
-        makers["threshold"] = lambda: made
-    else:
-        makers = {name: make for name, make in makers.items() if f"gate.{name}" not in GATE_BUFFERS}
-    return [(f"gate.{name}", gates.shapes[name], make) for name, make in makers.items()]
+def _gate_makers(gates: TrainedGates, config: LlamaMoEConfig, layer: int) -> dict[str, Maker]:
+    """Makers of one layer's gate by name in the MLP, with the threshold of its budget if it routes by one."""
+    makers: dict[str, Maker] = {f"gate.{name}": lambda n=name: gates.state(layer)[n] for name in gates.shapes}
+    if config.routing != "threshold":
+        return {name: make for name, make in makers.items() if name not in GATE_BUFFERS}
+    share = config.num_experts_per_tok / config.num_experts
+    try:
+        # Now, so that gates without one are refused before anything is written.
+        threshold = torch.tensor([Gate.quantile_threshold(gates.state(layer)["score_quantiles"], share)])
+    except ValueError as error:
+        raise MoEficationError(f"{gates.artifact.folder}: layer {layer}: {error}") from error
+    return makers | {"gate.threshold": lambda: threshold}
 
 
 def _require_fit(checkpoint: DenseCheckpoint, name: str, dtype: str | None) -> None:

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
+from llama_moe import LlamaMoEForCausalLM
 
 from ...settings import DistillSettings
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.model_card import distillation_card
-from ..checkpoints.moe import MoECheckpoint, experts_per_tok, require_num_selects
+from ..checkpoints.moe import MoECheckpoint, experts_per_tok, require_num_selects, set_num_selects
 from ..checkpoints.tokenizers import tokenizer_files
 from ..checkpoints.transformers_library import quiet_transformers
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
-from ..layers.straight_through import settle_thresholds, soft_blocks
+from ..layers.straight_through import recalibrate_thresholds, straight_through
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
 from ..text.corpus import Corpus, require_held_out_block
@@ -39,7 +39,7 @@ from .distill_trainer import (
     training_arguments,
 )
 
-HELD_OUT = 16  # one block in so many is not trained on; the loss before and after is measured there
+MEASURED_EVERY_NTH_BLOCK = 16  # one block in so many is not trained on; the loss before and after is measured there
 RESULT = "distillation"  # the last part holds config, code, card, and what the training gained
 
 
@@ -57,8 +57,6 @@ def distill(
 
     Memory: both models whole, the MoE in float32 with its gradients and two moments of what is trained, and for each
     token of a batch the activations of all experts. Disk, until it is finished: the MoE in float32 with the moments.
-
-    Returns: the folder's writer, finished (in the first process); its metrics say what the training gained.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
     moe.verify()
@@ -93,11 +91,10 @@ def distill(
         for file in (file for file in shards if file in missing):
             values = {tensor.name: trained[tensor.name].cpu() for tensor in shards[file] if tensor.make is None}
             write_shard(writer, file, shards[file], values)
-        config = _new_config(moe, model)
+        budget = ("num_experts_per_tok", "layer_num_experts_per_tok")
+        config = moe.new_config(**{name: getattr(model.config, name) for name in budget})
         card = distillation_card(checkpoint.name, config, moe.model_class, settings.train, corpus.num_tokens, metrics)
-        source = moe.artifact.folder
-        files = write_checkpoint_files(writer, source, shards, config, card, tokenizer_files(source))
-        writer.write_part(RESULT, files, metrics)
+        write_checkpoint_files(writer, RESULT, moe.path, shards, config, card, tokenizer_files(moe.path), metrics)
         writer.finish()
     return writer
 
@@ -130,24 +127,18 @@ def _check(
 
 def _shards(moe: MoECheckpoint) -> dict[str, list[PlannedTensor]]:
     """The files of the new checkpoint and their tensors, each in the dtype it had; those of the MLPs are trained."""
-    makers = {name: None if ".mlp." in name else partial(moe.tensor, name) for name in moe.tensors}
-    plan = [
-        PlannedTensor(moe.stored_name(name), info.shape, info.dtype, makers[name]) for name, info in moe.tensors.items()
-    ]
+    plan = []
+    for name, info in moe.tensors.items():
+        make = None if ".mlp." in name else partial(moe.tensor, name)
+        plan.append(PlannedTensor(moe.stored_name(name), info.shape, info.dtype, make))
     return plan_shards(plan, MAX_SHARD_BYTES)
 
 
 def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
     """The model to train, in float32, on its budget."""
-    with quiet_transformers():
-        model = LlamaMoEForCausalLM.from_pretrained(moe.artifact.folder, dtype=torch.float32)
+    model = moe.load(torch.float32)
     if settings.num_selects is not None:
-        try:
-            model.set_num_experts_per_tok(settings.num_selects - moe.config.num_shared_experts)
-        except ValueError as error:  # its thresholds have no quantiles
-            raise SettingError(
-                f"{moe.artifact.folder} cannot run num_selects {settings.num_selects}: {error}"
-            ) from error
+        set_num_selects(model, settings.num_selects, moe.artifact.folder)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(TRAINED[settings.train](name))
     return model
@@ -172,14 +163,6 @@ def _begin(writer: ArtifactWriter, is_first: bool) -> None:
         torch.distributed.barrier()
 
 
-def _new_config(moe: MoECheckpoint, model: LlamaMoEForCausalLM) -> LlamaMoEConfig:
-    """The config of the distilled checkpoint: the old one, with the budget it was distilled for."""
-    budget = ("num_experts_per_tok", "layer_num_experts_per_tok")
-    fields = moe.config.to_dict() | {name: getattr(model.config, name) for name in budget}
-    fields.pop("transformers_version", None)
-    return LlamaMoEConfig.from_dict(fields)
-
-
 # ---------------------------------------------------------------------------------------------------- the training
 
 
@@ -196,13 +179,13 @@ def _train(
     config, gates = model.config, [layer.mlp.gate for layer in model.model.layers]
     counts = experts_per_tok(config, lambda layer: gates[layer].threshold.item())
     shares = [count / config.num_experts for count in counts]
-    num_held_out = -(-len(corpus.blocks) // HELD_OUT)
+    num_held_out = -(-len(corpus.blocks) // MEASURED_EVERY_NTH_BLOCK)
     blocks, held_out = corpus.blocks[:-num_held_out], corpus.blocks[-num_held_out:]
     model.to(device)
     teacher = DenseTeacher(checkpoint, device)
     before = mean_kl(model, teacher, held_out, batch_size, device) if is_first else None
     last = last_whole_step(Path(arguments.output_dir))
-    with quiet_transformers(), soft_blocks(model, shares) as soft:
+    with quiet_transformers(), straight_through(model, shares) as soft:
         trainer = DistillationTrainer(model, soft, teacher, blocks, arguments)
         steps = trainer.train(resume_from_checkpoint=last and str(last)).global_step
     del trainer
@@ -213,7 +196,7 @@ def _train(
     _round(model, moe)
     model.eval()
     try:
-        active = settle_thresholds(model, blocks, shares, batch_size, device)
+        active = recalibrate_thresholds(model, blocks, shares, batch_size, device)
     except ValueError as error:
         raise diverged("a gate's scores are not finite, or all the same") from error
     metrics = {

@@ -19,7 +19,7 @@ from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.transformers_library import first_line
 from ..errors import MoEficationError, SettingError
 from ..fitting.losses import TeacherKL
-from ..layers.straight_through import SoftBlock, nudge_thresholds
+from ..layers.straight_through import StraightThroughBlock, update_thresholds
 from ..progress import progress
 from ..storage.files import sync, write_json
 from ..storage.manifest import read_json
@@ -135,22 +135,22 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: LlamaMoEForCausalLM,
-        soft_blocks: list[SoftBlock],
+        moe_blocks: list[StraightThroughBlock],
         teacher: DenseTeacher,
         blocks: list[torch.Tensor],
         arguments: TrainingArguments,
     ):
-        callbacks = [StepEnd(soft_blocks), SavedSteps()]
-        super().__init__(model=model, args=arguments, train_dataset=blocks, data_collator=collate, callbacks=callbacks)
+        steps = [Steps(moe_blocks)]
+        super().__init__(model=model, args=arguments, train_dataset=blocks, data_collator=collate, callbacks=steps)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
         self.model_accepts_loss_kwargs = False  # compute_loss gives each batch's mean, which the Trainer then averages
-        self._soft_blocks, self._teacher = soft_blocks, teacher
+        self._moe_blocks, self._teacher = moe_blocks, teacher
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """KL(dense || MoE), on average over the batch's tokens."""
         tokens, kept = inputs["input_ids"], inputs["kept"]
-        for block in self._soft_blocks:
+        for block in self._moe_blocks:
             block.kept = kept
         # Calling the wrapped model (DDP, autocast) makes logits too; here, of the last token only.
         outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
@@ -170,28 +170,24 @@ class DistillationTrainer(Trainer):
             raise MoEficationError(f"{folder} cannot be saved ({reason})") from error
 
 
-class StepEnd(TrainerCallback):
-    """Keeps thresholds on budget, and shows how far the training is."""
+class Steps(TrainerCallback):
+    """Keeps thresholds on budget, shows how far the training is, and marks a saved step as whole, once it is."""
 
-    def __init__(self, soft_blocks: list[SoftBlock]):
-        self._soft_blocks = soft_blocks
+    def __init__(self, moe_blocks: list[StraightThroughBlock]):
+        self._moe_blocks = moe_blocks
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._bar = progress(range(state.global_step, state.max_steps), "distill", "step")
 
     def on_step_end(self, args, state, control, **kwargs):
-        nudge_thresholds(self._soft_blocks)
+        update_thresholds(self._moe_blocks)
         self._bar.update()
 
     def on_train_end(self, args, state, control, **kwargs):
         self._bar.close()
 
-
-class SavedSteps(TrainerCallback):
-    """Marks a saved step as whole, once it is, and only then removes those before it."""
-
     def on_save(self, args, state, control, **kwargs):
-        """The step is on the disk, as far as this process goes."""
+        """The step is on the disk, as far as this process goes. Those before it go once this one is whole."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # each process writes a file of its own
         if not state.is_world_process_zero:

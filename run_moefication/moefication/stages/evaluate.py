@@ -20,7 +20,7 @@ from ...settings import EvaluateSettings
 from ..checkpoints.dense import DTYPES, DenseCheckpoint, resolve_model_path
 from ..checkpoints.dense_config import is_convertible, read_dense_config
 from ..checkpoints.headers import ADAPTER, MERGE_ADAPTER
-from ..checkpoints.moe import experts_per_tok, require_num_selects
+from ..checkpoints.moe import experts_per_tok, require_num_selects, set_num_selects
 from ..checkpoints.tokenizers import load_tokenizer
 from ..checkpoints.transformers_library import CONFIG_ERRORS, first_line, last_line, plain_config, quiet_transformers
 from ..errors import MoEficationError, SettingError
@@ -193,7 +193,10 @@ def evaluate_model(
     num_experts = None
     if model.config.model_type == "llama_moe":
         num_experts = model.config.num_experts + model.config.num_shared_experts
-        budget = _own_budget(model) if budget is None else _with_budget(model, name, budget)
+        if budget is None:
+            budget = _own_budget(model)
+        else:
+            set_num_selects(model, budget, name)
     # All blocks of a batch have one length: padding would count as tokens that were routed.
     equal = (torch.stack(list(group)) for _, group in groupby(blocks, len))
     batches = [batch for stacked in equal for batch in stacked.split(batch_size)]
@@ -217,15 +220,6 @@ def _own_budget(model: PreTrainedModel) -> int:
     """Experts per token that a MoE model runs as it is, shared ones included."""
     counts = experts_per_tok(model.config, lambda layer: model.model.layers[layer].mlp.gate.threshold.item())
     return model.config.num_selects if any(counts) else model.config.num_shared_experts
-
-
-def _with_budget(model: PreTrainedModel, name: str, budget: int) -> int:
-    """Set a MoE model to this many experts per token, shared ones included."""
-    try:
-        model.set_num_experts_per_tok(budget - model.config.num_shared_experts)
-    except ValueError as error:  # its thresholds have no quantiles
-        raise SettingError(f"{name} cannot run num_selects {budget}: {error}") from error
-    return budget
 
 
 def _losses(model: PreTrainedModel, tokens: torch.Tensor) -> list[float]:

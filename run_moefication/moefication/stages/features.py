@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaModel
 
 from ...settings import TEMPLATES, FeatureSettings
-from ..artifacts.features import shard_file
+from ..artifacts.features import GATE_OUTPUTS, INPUTS, shard_file
 from ..checkpoints.dense import DTYPES, DenseCheckpoint
 from ..errors import MoEficationError, SettingError
 from ..names import features_folder
@@ -24,8 +24,6 @@ from ..storage.manifest import ArtifactSpec, environment
 from ..storage.tensors import tensor_sha256
 from ..text.batches import Batch, batches_of
 from ..text.corpus import Corpus
-
-INPUTS, GATE_OUTPUTS = "hidden_inputs", "hidden_gate_outputs"
 
 
 def extract_features(
@@ -48,8 +46,6 @@ def extract_features(
         settings: `templates` says which activations are stored: SiLU(gate_proj x) for gate_proj, SiLU(gate_proj x) *
             (up_proj x) for up_proj. The model runs in float32 on CPUs and in its own dtype elsewhere.
         rank, world_size: this process among those that share the work.
-
-    Returns: the folder's writer; it is finished once every process of the run has done its part.
     """
     if not 0 <= rank < world_size:
         raise MoEficationError(f"RANK {rank} is outside of WORLD_SIZE {world_size}")

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from llama_moe.gates import GATE_CLASSES, Gate, LinearGate
+from llama_moe.gates import Gate
 
-from ...settings import GATE_NETWORKS, GateSettings, require_rank, require_selects
+from ...settings import GateSettings, require_rank, require_selects
 from ..artifacts.features import Features
+from ..artifacts.gates import new_gate
 from ..artifacts.split import Split
 from ..checkpoints.dense import TEMPLATES, DenseCheckpoint
 from ..errors import MoEficationError, SettingError
@@ -72,8 +74,6 @@ def train_gates(
 
     Memory: the inputs of one layer in the dtype they are stored in (all tokens times hidden size), the scores
     (tokens times experts, float32) and one layer's weights.
-
-    Returns: the folder's writer; it is finished once every layer has its gate.
     """
     split = Split(split_path, checkpoint, settings.templates, settings.num_experts)
     require_selects(settings.num_selects, settings.num_experts, split.num_shared_experts)
@@ -104,7 +104,8 @@ def train_gates(
     for layer in progress([layer for layer in layers if names[layer] in missing], "select", "layer"):
         inputs, scores = _layer_data(checkpoint, split, features, layer, settings, device)
         if settings.gate_fit == "ridge":
-            gate = ridge_gate(inputs.shape[1], routed)
+            of_ridge = {"rank": routed.gate_rank, "has_bias": True}
+            gate = new_gate("linear", inputs.shape[1], routed.num_experts, **of_ridge)
         else:
             rows = checkpoint.finite_tensor(settings.templates.format(layer)).to(device, torch.float32)
             gate = initial_gate(settings.gate_network, rows, split.routed_neurons(layer))
@@ -127,8 +128,13 @@ def _layer_data(
         norms = OutputNorms(mlp.down, neurons)
         scores = torch.cat([norms(mlp.activations(chunk)) for chunk in inputs.split(TOKENS_PER_CHUNK)])
     else:
+        if features.has_gate_outputs:
+            chunks = (chunk for shard in features.gate_outputs(layer) for chunk in shard.split(TOKENS_PER_CHUNK))
+        else:
+            mlp = GatedMLP.of_dense(checkpoint, layer, device)
+            activations = mlp.gate_activations if settings.templates == TEMPLATES[0] else mlp.activations
+            chunks = (activations(chunk) for chunk in inputs.split(TOKENS_PER_CHUNK))
         scorer = ExpertScorer(neurons, settings.select_criterion)
-        chunks = _activations(checkpoint, features, layer, inputs, settings, device)
         scores = torch.cat([scorer(chunk.to(device)) for chunk in chunks])
     if not scores.sum(dtype=torch.float64).isfinite():
         raise MoEficationError(
@@ -137,35 +143,7 @@ def _layer_data(
     return inputs, scores
 
 
-def _activations(
-    checkpoint: DenseCheckpoint,
-    features: Features,
-    layer: int,
-    inputs: torch.Tensor,
-    settings: GateSettings,
-    device: str,
-) -> Iterator[torch.Tensor]:
-    """The activations of a layer's neurons in chunks of tokens: those that were stored, or recomputed."""
-    if features.has_gate_outputs:
-        return (chunk for shard in features.gate_outputs(layer) for chunk in shard.split(TOKENS_PER_CHUNK))
-    mlp = GatedMLP.of_dense(checkpoint, layer, device)
-    activations = mlp.gate_activations if settings.templates == TEMPLATES[0] else mlp.activations
-    return (activations(chunk) for chunk in inputs.split(TOKENS_PER_CHUNK))
-
-
 # ---------------------------------------------------------------------------------------------------- one gate
-
-
-def ridge_gate(hidden_size: int, settings: GateSettings) -> LinearGate:
-    """A linear gate with a bias (and a rank, if asked), its values to be fitted."""
-    return LinearGate(
-        hidden_size, settings.num_experts, rank=settings.gate_rank, has_bias=True, **_all_run(settings.num_experts)
-    )
-
-
-def _all_run(num_experts: int) -> dict[str, Any]:
-    """The budget of a gate without one: conversion sets it. Threshold routing makes room for the score quantiles."""
-    return {"num_experts_per_tok": num_experts, "routing": "threshold"}
 
 
 def initial_gate(gate_network: str, rows: torch.Tensor, neurons: torch.Tensor) -> Gate:
@@ -177,7 +155,7 @@ def initial_gate(gate_network: str, rows: torch.Tensor, neurons: torch.Tensor) -
     """
     centres = F.normalize(rows)[neurons.to(rows.device)].mean(dim=1)  # [experts, hidden]
     num_experts, hidden_size = centres.shape
-    gate = GATE_CLASSES[GATE_NETWORKS[gate_network]](hidden_size, num_experts, **_all_run(num_experts))
+    gate = new_gate(gate_network, hidden_size, num_experts)
     first, *second = gate.parameters()
     with torch.no_grad():
         first.copy_(centres)
@@ -224,14 +202,13 @@ def _train(
     """Train, and go back to the best epoch. Returns which it was, and the losses of all."""
     valid_loss, best = _validate(gate, inputs[valid], scores[valid], settings)
     losses: dict[str, list[float]] = {"train": [], "valid": [valid_loss]}
-    best_epoch, best_state = 0, {name: tensor.clone() for name, tensor in gate.state_dict().items()}
+    best_epoch, best_state = 0, deepcopy(gate.state_dict())
     for epoch, train_loss in enumerate(_epochs(gate, inputs[train], scores[train], settings), start=1):
-        valid_loss, quality = _validate(gate, inputs[valid], scores[valid], settings)
+        valid_loss, recall = _validate(gate, inputs[valid], scores[valid], settings)
         losses["train"].append(train_loss)
         losses["valid"].append(valid_loss)
-        if quality["mass_recall"] > best["mass_recall"]:
-            best, best_epoch = quality, epoch
-            best_state = {name: tensor.clone() for name, tensor in gate.state_dict().items()}
+        if recall > best:
+            best, best_epoch, best_state = recall, epoch, deepcopy(gate.state_dict())
         elif epoch - best_epoch >= settings.patience:
             break
     gate.load_state_dict(best_state)
@@ -285,9 +262,8 @@ def _logits(gate: Gate, inputs: torch.Tensor) -> torch.Tensor:
     return torch.cat([gate.score(chunk.float()) for chunk in inputs.split(TOKENS_PER_CHUNK)])
 
 
-def _validate(
-    gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings
-) -> tuple[float, dict[str, float]]:
+def _validate(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> tuple[float, float]:
+    """Loss and mass recall."""
     logits = _logits(gate, inputs)
     quality = routing_quality(top_k_mask(logits, settings.num_selects), scores, settings.num_selects)
-    return _loss(logits, scores, settings).item(), quality
+    return _loss(logits, scores, settings).item(), quality["mass_recall"]

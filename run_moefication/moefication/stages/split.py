@@ -1,21 +1,17 @@
 """Stage 1: which expert each neuron of each MLP belongs to."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from ...settings import RandomSplitSettings, SplitSettings, require_shared
-from ..artifacts.split import write_labels
+from ..artifacts.split import split_writer, write_labels
 from ..checkpoints.dense import DenseCheckpoint
-from ..checkpoints.tokenizers import carried_over
 from ..errors import MoEficationError
 from ..fitting.balanced_kmeans import balanced_kmeans
-from ..names import split_folder
 from ..progress import progress
 from ..storage.files import digest
 from ..storage.folder import ArtifactWriter
-from ..storage.manifest import ArtifactSpec, environment
 
 
 def split_by_weights(
@@ -31,26 +27,17 @@ def split_by_weights(
 
     Writes per template and layer an int64 tensor `[intermediate_size]`, the expert of each neuron, and records the
     assignment cost beside the lower bound that proves it. Holds one weight in float32 at a time.
-
-    Returns: the writer of the folder, finished.
     """
-    num_experts = settings.num_experts
-    checkpoint.require_experts(num_experts)
-    options = settings.recorded() | {"templates": templates}
-    spec = ArtifactSpec("split", options, checkpoint.source, environment(device))
-    names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
-    folder = split_folder(save_path, checkpoint.name, num_experts)
-    writer = ArtifactWriter(folder, spec, names, overwrite=overwrite)
+    options = settings.recorded()
+    writer = split_writer(checkpoint, save_path, templates, options, device=device, overwrite=overwrite)
     missing = writer.missing()
-    if missing:
-        carried_over(checkpoint.path)  # what the last stage needs is better refused in the first
     for name in progress(missing, "check", "weight"):
         if not checkpoint.finite_tensor(name).any():
             raise MoEficationError(f"{checkpoint.path}: {name} is all zeros, there is nothing to cluster")
     for name in progress(missing, "split", "layer"):
         weight = checkpoint.finite_tensor(name).to(device, torch.float32)
         rows = torch.nn.functional.normalize(weight)
-        clusters = balanced_kmeans(rows, num_experts, distance=settings.distance, seed=settings.seed, device=device)
+        clusters = balanced_kmeans(rows, settings.num_experts, settings.distance, settings.seed)
         write_labels(writer, name, clusters.labels, clusters)
     writer.finish()
     return writer
@@ -64,24 +51,13 @@ def split_at_random(
     *,
     overwrite: bool = False,
 ) -> ArtifactWriter:
-    """Deal the neurons of every layer out at random: the control that any clustering has to beat.
-
-    Returns: the writer of the folder, finished.
-    """
-    num_experts = settings.num_experts
-    checkpoint.require_experts(num_experts)
+    """Deal the neurons of every layer out at random: the control that any clustering has to beat."""
+    num_experts, width = settings.num_experts, checkpoint.config.intermediate_size
     require_shared(settings.num_shared_experts, num_experts)
-    options = asdict(settings) | {"templates": templates}
-    spec = ArtifactSpec("split", options, checkpoint.source, environment("cpu"))
-    names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
-    folder = split_folder(save_path, checkpoint.name, num_experts, "Random")
-    writer = ArtifactWriter(folder, spec, names, overwrite=overwrite)
-    width = checkpoint.config.intermediate_size
-    missing = writer.missing()
-    if missing:
-        carried_over(checkpoint.path)
-    for name in missing:
-        # Of its own for each weight, so that an interrupted run goes on with the same numbers.
+    options = settings.recorded()
+    writer = split_writer(checkpoint, save_path, templates, options, method="Random", overwrite=overwrite)
+    for name in writer.missing():
+        # Each weight has a generator of its own, so that an interrupted run goes on with the same numbers.
         generator = torch.Generator().manual_seed(int(digest([settings.seed, name])[:8], 16))
         labels = torch.arange(num_experts).repeat_interleave(width // num_experts)
         write_labels(writer, name, labels[torch.randperm(width, generator=generator)])

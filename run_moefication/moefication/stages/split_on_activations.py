@@ -17,10 +17,9 @@ from torch.nn import functional as F
 
 from ...settings import SplitSettings
 from ..artifacts.features import Features
-from ..artifacts.split import require_template, write_labels
+from ..artifacts.split import require_template, split_writer, write_labels
 from ..artifacts.streams import Streams
 from ..checkpoints.dense import DenseCheckpoint
-from ..checkpoints.tokenizers import carried_over
 from ..fitting.balanced_kmeans import Clustering, balanced_kmeans
 from ..fitting.ridge import NormalEquations, gram, low_rank_map, token_weights
 from ..layers.decoder import PreMLP, embed
@@ -29,7 +28,6 @@ from ..layers.scores import TOKENS_PER_CHUNK, token_stride
 from ..names import split_folder
 from ..progress import progress
 from ..storage.folder import ArtifactWriter, require_place
-from ..storage.manifest import ArtifactSpec, environment
 from ..text.batches import Batch, batches_of
 from ..text.corpus import Corpus
 
@@ -92,8 +90,8 @@ class NeuronStatistics:
         cosines.diagonal().add_(JITTER)
         # The rows of the Cholesky factor have the Gram matrix of the rows of bits, which is all that k-means sees.
         rows = torch.linalg.cholesky(cosines).float()
-        num_routed, common = num_experts - num_shared_experts, dict(distance=settings.distance, seed=settings.seed)
-        clusters = balanced_kmeans(rows, num_routed, device=str(rows.device), **common)
+        num_routed = num_experts - num_shared_experts
+        clusters = balanced_kmeans(rows, num_routed, settings.distance, settings.seed)
         labels = torch.empty(len(self.importance), dtype=torch.long)
         labels[rest.cpu()] = clusters.labels
         labels[shared.cpu()] = torch.arange(num_routed, num_experts).repeat_interleave(width)
@@ -118,34 +116,22 @@ def split_by_activations(
     Args:
         text: a corpus, which the dense model reads layer by layer, or recorded features.
         template: gives the files their names; the activations are those that enter down_proj.
-
-    Returns: the writer of the folder, finished.
     """
     checkpoint.require_experts(settings.num_experts)
     require_template(template)
-    folder = split_folder(save_path, checkpoint.name, settings.num_experts)
-    require_place(folder, "split")
-    options = {
-        "cluster_on": "activations",
-        "templates": [template],
-        "num_experts": settings.num_experts,
-        "num_shared_experts": settings.num_shared_experts,
-        "keep_fraction": settings.keep_fraction,
-        "distance": settings.distance,
-        "seed": settings.seed,
-    }
+    require_place(split_folder(save_path, checkpoint.name, settings.num_experts), "split")
+    options = settings.recorded()
     if isinstance(text, Corpus):
-        options |= {"batch_size": settings.batch_size} | text.options
+        options |= text.options
         inputs = {"train_data_path": text.digest}
     else:
+        del options["batch_size"]
         inputs = {"hidden_features_path": text.artifact.digest}
-    spec = ArtifactSpec("split", options, checkpoint.source, environment(device), inputs)
-    names = [template.format(layer) for layer in range(checkpoint.config.num_hidden_layers)]
-    writer = ArtifactWriter(folder, spec, names, overwrite=overwrite, exclusive=True)
-    missing = writer.missing()
+    how = dict(device=device, overwrite=overwrite, exclusive=True)
+    writer = split_writer(checkpoint, save_path, [template], options, inputs=inputs, **how)
+    names, missing = writer.parts, writer.missing()
     layers = [layer for layer, name in enumerate(names) if name in missing]
     if layers:
-        carried_over(checkpoint.path)  # what the last stage needs is better refused in the first
         checkpoint.check_finite()  # before anything is written
     if isinstance(text, Features):
         for layer in progress(layers, "split", "layer"):

@@ -52,7 +52,7 @@ class DocumentReader:
     """
 
     def __init__(self, files: list[TextFile], skip_bad_lines: bool | None = None):
-        self._files, self._skip_bad_lines = files, skip_bad_lines
+        self.files, self._skip_bad_lines = files, skip_bad_lines
         self.skipped = self._done = 0
         self._position: Callable[[], int] = int
         self._sizes = [_size(file) for file in files]
@@ -63,7 +63,7 @@ class DocumentReader:
         return self._done + self._position()
 
     def __iter__(self) -> Iterator[Document]:
-        for file, size in zip(self._files, self._sizes, strict=True):
+        for file, size in zip(self.files, self._sizes, strict=True):
             try:
                 if file.is_parquet:
                     yield from self._documents(file, self._rows(file), _text_of_value)

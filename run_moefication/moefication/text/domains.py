@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import MoEficationError, SettingError
-from .text_files import HELD_OUT, TextFile, find_text_files
+from .text_files import HELD_OUT_FOLDER, TextFile, find_text_files
 from .unread import unread_data
 
 logger = logging.getLogger(__name__)
@@ -115,9 +115,9 @@ def _words(name: str) -> str:
 
 
 def _domain_folders(path: Path, aliases: Mapping[str, str]) -> Iterator[tuple[Path, list[str]]]:
-    """The folders that are read below `path`: those named after a domain, and all below them but for `HELD_OUT`; each
-    with the name that counts."""
-    tops = sorted(folder for folder in path.iterdir() if folder.is_dir() and folder.name != HELD_OUT)
+    """The folders that are read below `path`: those named after a domain, and all below them but for held-out ones;
+    each with the name that counts."""
+    tops = sorted(folder for folder in path.iterdir() if folder.is_dir() and folder.name != HELD_OUT_FOLDER)
     # Some stores spread their files over folders by the start of their checksum: 3f, c4, c5.
     of_checksums = {folder for folder in tops if re.fullmatch(r"[0-9a-f]{2}", folder.name)}
     seen = set()  # links may lead in circles
@@ -125,7 +125,7 @@ def _domain_folders(path: Path, aliases: Mapping[str, str]) -> Iterator[tuple[Pa
         if len(domains_in(top.name, aliases)) != 1 or (top in of_checksums and len(of_checksums) > 2):
             continue
         for place, folders, _ in os.walk(top, followlinks=True, onerror=_raise):
-            folders[:] = sorted(name for name in folders if name != HELD_OUT and not name.startswith("."))
+            folders[:] = sorted(name for name in folders if name != HELD_OUT_FOLDER and not name.startswith("."))
             if (real := os.path.realpath(place)) in seen:
                 folders.clear()
                 continue

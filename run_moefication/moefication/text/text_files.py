@@ -13,7 +13,7 @@ LINES = (".jsonl", ".json", ".ndjson", ".jsonlines")  # C4 calls such files .jso
 TEXT = ".txt"
 METADATA = ("manifest.json", "redpajama.json", "dataset_info.json", "dataset_infos.json")
 PARQUET = ".parquet"
-HELD_OUT = "heldout"  # a folder whose text is never for training
+HELD_OUT_FOLDER = "heldout"  # a folder whose text is never for training
 COMPRESSED = (".gz", ".gzip", ".zst", ".zstd")
 # What to do about data that is not read -> the ends of its names.
 UNREAD = {
@@ -131,7 +131,7 @@ def zip_members(path: Path) -> list[TextFile]:
             raise MoEficationError(f"{path} holds {name!r} twice; refused")
         seen.add(name.casefold())
     texts = [TextFile(path, info.filename) for info in members]
-    texts = [file for file in texts if file.is_text and HELD_OUT not in PurePosixPath(file.member).parts]
+    texts = [file for file in texts if file.is_text and HELD_OUT_FOLDER not in PurePosixPath(file.member).parts]
     if not texts:
         raise MoEficationError(f"{path} holds no .jsonl or .txt file")
     return texts

@@ -5,7 +5,9 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -103,31 +105,25 @@ def token_stream(
     Without a cache they go to a temporary file, which lives as long as they are used. Processes that need the same
     text make it one after the other, so that all but the first find it there.
     """
-
+    reader = DocumentReader(files, skip_bad_lines)
+    write = partial(_write_tokens, checkpoint, domain, reader)
     if cache_path is None:
         file = tempfile.TemporaryFile()  # noqa: SIM115 (the mapping keeps it)
-        skipped = _write_tokens(checkpoint, domain, files, file, skip_bad_lines)
+        write(file)
         file.flush()
-        return TokenStream(_mapped(file), skipped)
+        return TokenStream(_mapped(file), reader.skipped)
     cached = Path(cache_path) / f"{domain}-{_cache_key(checkpoint, files, skip_bad_lines)[:32]}.tokens"
     with locked(FileLock(cached.with_suffix(".lock"))):
         stream = _read_cache(cached)
         if stream is None:
-            skipped = 0
-
-            def write(file) -> None:
-                nonlocal skipped
-                skipped = _write_tokens(checkpoint, domain, files, file, skip_bad_lines)
-
             entry = write_atomically(cached, write)
-            write_json(cached.with_suffix(".json"), entry | {"skipped_lines": skipped})
-            stream = TokenStream(_mapped(cached), skipped)
+            write_json(cached.with_suffix(".json"), entry | {"skipped_lines": reader.skipped})
+            stream = TokenStream(_mapped(cached), reader.skipped)
     return stream
 
 
-def _write_tokens(checkpoint: DenseCheckpoint, domain: str, files: list[TextFile], file, skip_bad_lines: bool) -> int:
-    """Write the raw tokens of all documents; returns the number of lines skipped."""
-    reader = DocumentReader(files, skip_bad_lines)
+def _write_tokens(checkpoint: DenseCheckpoint, domain: str, reader: DocumentReader, file: BinaryIO) -> None:
+    """Write the raw tokens of all documents."""
     tokenizer, vocab_size = load_tokenizer(checkpoint.path), checkpoint.config.vocab_size
     pieces = tokenize(reader, tokenizer, vocab_size, reader.bad)
     count = 0
@@ -138,8 +134,7 @@ def _write_tokens(checkpoint: DenseCheckpoint, domain: str, files: list[TextFile
             bar.update((reader.position >> 20) - bar.n)
     if not count:
         skipped = f" but for {reader.skipped:,} lines that were skipped" if reader.skipped else ""
-        raise MoEficationError(f"{files[0]} holds no text{skipped}")
-    return reader.skipped
+        raise MoEficationError(f"{reader.files[0]} holds no text{skipped}")
 
 
 # ---------------------------------------------------------------------------------------------------- the cache

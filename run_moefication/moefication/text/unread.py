@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .text_files import HELD_OUT, ZIP_DAMAGE, TextFile, cure_of_unread
+from .text_files import HELD_OUT_FOLDER, ZIP_DAMAGE, TextFile, cure_of_unread
 
 SHOWN_NAMES = 3
 MOST_LOOKED_AT = 10_000  # files of an unread folder, to tell whether it holds text
@@ -23,7 +23,7 @@ def unread_data(path: Path, read_below: list[Path]) -> str:
         for name, cure in _unread_files(folder):
             names.setdefault(cure, []).append(str((folder / name).relative_to(path)))
     for folder in sorted(set(filter(Path.is_dir, path.iterdir())) - set(read_below)):
-        if folder.name != HELD_OUT and not folder.name.startswith(".") and _holds_text(folder):
+        if folder.name != HELD_OUT_FOLDER and not folder.name.startswith(".") and _holds_text(folder):
             names.setdefault("name it after a domain to have it read", []).append(f"{folder.name}/")
     return "; ".join(f"{some(files)} ({cure})" for cure, files in names.items())
 

@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 from torch.nn import functional as F
 
 from run_moefication.moefication.fitting.final_norm import Divergence, fit_final_norm
-from run_moefication.moefication.fitting.losses import TOKENS_PER_CHUNK
+from run_moefication.moefication.fitting.losses import TOKENS_OF_LOGITS
 
 HIDDEN, WORDS = 12, 40
 
@@ -27,7 +27,7 @@ def straight(head: torch.Tensor, dense: torch.Tensor, normed: torch.Tensor, weig
     return (expected * (expected / found).log()).sum(-1).mean()
 
 
-@pytest.mark.parametrize("tokens", [1, 7, TOKENS_PER_CHUNK + 3])
+@pytest.mark.parametrize("tokens", [1, 7, TOKENS_OF_LOGITS + 3])
 def test_divergence_and_gradient_are_autograds(tokens):
     head, dense, normed, weight = (tensor.double() for tensor in problem(tokens, 0.7))
     weights = [weight.clone().requires_grad_() for _ in range(2)]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from run_moefication.moefication.fitting.losses import TOKENS_PER_CHUNK, TeacherKL, next_token_nll
+from run_moefication.moefication.fitting.losses import TOKENS_OF_LOGITS, TeacherKL, next_token_nll
 
-TOKENS, VOCABULARY = 2 * TOKENS_PER_CHUNK + 44, 50
+TOKENS, VOCABULARY = 2 * TOKENS_OF_LOGITS + 44, 50
 
 
 def test_the_nll_is_the_cross_entropy_of_the_next_tokens():

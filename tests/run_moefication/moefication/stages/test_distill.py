@@ -23,8 +23,13 @@ from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
 from run_moefication import llama_distill
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import SettingError
-from run_moefication.moefication.layers import straight_through as soft_routing
-from run_moefication.moefication.layers.straight_through import NUDGE, TEMPERATURE, settle_thresholds, soft_blocks
+from run_moefication.moefication.layers.straight_through import (
+    TEMPERATURE,
+    THRESHOLD_STEP,
+    recalibrate_thresholds,
+    straight_through,
+    update_thresholds,
+)
 from run_moefication.moefication.stages.distill import distill
 from run_moefication.settings import DistillSettings
 
@@ -138,7 +143,7 @@ def test_training_computes_what_the_model_computes(kind):
         expected = model(tokens).logits
     assert all(0.1 < share < 0.9 for share in shares_on(model, list(tokens)))  # the choice matters
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
-    with soft_blocks(model, [0.5] * 3):
+    with straight_through(model, [0.5] * 3):
         model.train()
         assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
         logits = model(tokens).logits
@@ -157,7 +162,7 @@ def test_gates_hear_of_every_expert(kind):
     model = random_moe(**KINDS[kind])
     block, hidden = model.model.layers[1].mlp, TINY["hidden_size"]
     x, direction = torch.randn(1, 9, hidden), torch.randn(hidden)
-    with soft_blocks(model, [0.5] * 3) as soft:
+    with straight_through(model, [0.5] * 3) as soft:
         soft[1].train()
         (soft[1](x) @ direction).sum().backward()
     experts, gate = block.experts, block.gate
@@ -185,7 +190,7 @@ def test_padding_counts_neither_for_thresholds_nor_for_gradients():
     results = []
     for tokens, kept in [(cut, None), (whole, torch.arange(30)[None] < 11)]:
         model = random_moe(**KINDS["threshold"])
-        with soft_blocks(model, [0.3] * 3) as soft:
+        with straight_through(model, [0.3] * 3) as soft:
             for block in soft:
                 block.kept = kept
             model.train()
@@ -201,23 +206,25 @@ def test_thresholds_follow_the_text_of_each_step():
     model, batches = random_moe(**KINDS["threshold"]), some_tokens(2, 2, 40)
     gate = model.model.layers[0].mlp.gate
     before, seen = gate.threshold.item(), []
-    with soft_blocks(model, [0.25] * 3) as soft:
+    with straight_through(model, [0.25] * 3) as soft:
         hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda _, x: seen.append(gate.score(x[0])))
         model.train()
         for batch in batches:  # two batches a step, as with gradient accumulation
             model(batch)
         hook.remove()
-        soft_routing.nudge_thresholds(soft)
+        update_thresholds(soft)
     wanted = torch.stack([scores.flatten().quantile(0.75) for scores in seen]).mean().item()
     assert abs(wanted - before) > 0.05  # the budget was another one
-    assert gate.threshold.item() == pytest.approx(before + NUDGE * (wanted - before), abs=0.01 * abs(wanted - before))
+    assert gate.threshold.item() == pytest.approx(
+        before + THRESHOLD_STEP * (wanted - before), abs=0.01 * abs(wanted - before)
+    )
 
 
 def test_the_text_of_a_step_knows_the_bounds_of_a_token():
     share = 0.4
     model = random_moe(**KINDS["threshold"] | {"min_experts_per_tok": 1, "max_experts_per_tok": 3})
     gate, seen = model.model.layers[0].mlp.gate, []
-    with soft_blocks(model, [share] * 3) as soft:
+    with straight_through(model, [share] * 3) as soft:
         hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda _, x: seen.append(gate.score(x[0])))
         model.train()
         model(some_tokens(4, 200))
@@ -232,17 +239,17 @@ def test_the_text_of_a_step_knows_the_bounds_of_a_token():
 def test_settled_thresholds_meet_the_budget_in_the_whole_model(share, bounds):
     model = random_moe(**KINDS["threshold"] | bounds)
     blocks = [*some_tokens(30, 32).int(), some_tokens(7).int()]
-    active = settle_thresholds(model, blocks, [share] * 3, 4, torch.device("cpu"))
+    active = recalibrate_thresholds(model, blocks, [share] * 3, 4, torch.device("cpu"))
     assert shares_on(model, blocks) == pytest.approx(active, abs=1e-3)
     assert active == pytest.approx([share] * 3, rel=0.01)
 
 
 def test_a_text_too_large_to_hold_is_read_in_part(monkeypatch):
     model, blocks = random_moe(**KINDS["threshold"]), list(some_tokens(8, 32).int())
-    settle_thresholds(model, blocks[:3], [0.4] * 3, 4, torch.device("cpu"))
+    recalibrate_thresholds(model, blocks[:3], [0.4] * 3, 4, torch.device("cpu"))
     expected = [layer.mlp.gate.threshold.item() for layer in model.model.layers]
-    monkeypatch.setattr(soft_routing, "MOST_SCORES", 6 * (3 * 32 + 31))
-    settle_thresholds(model, blocks, [0.4] * 3, 4, torch.device("cpu"))
+    monkeypatch.setattr("run_moefication.moefication.layers.straight_through.MOST_SCORES", 6 * (3 * 32 + 31))
+    recalibrate_thresholds(model, blocks, [0.4] * 3, 4, torch.device("cpu"))
     assert [layer.mlp.gate.threshold.item() for layer in model.model.layers] == expected
 
 
