@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, as_bin, change_weights, make_llama
+from conftest import TINY, change_weights, make_llama
 from pipeline import GATE, Pipeline, contents, load, logits, some_tokens
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, LlamaForSequenceClassification, LlamaModel
@@ -35,12 +35,6 @@ def test_values_beyond_the_new_dtype_are_refused_before_anything_is_written(text
     pipeline.convert_options = ["--dtype", "bfloat16"]
     assert pipeline.convert() == 0
     assert {tensor.dtype for tensor in load_file(pipeline.moe / "model.safetensors").values()} == {torch.bfloat16}
-
-
-def test_weights_in_other_files_give_the_same_checkpoint(plain_run, tmp_path):
-    folder = as_bin(plain_run.model, tmp_path / "tiny-llama", shards=3)
-    pipeline = Pipeline(folder, plain_run.text, tmp_path / "out").run()
-    assert contents(pipeline.moe) == contents(plain_run.moe)
 
 
 def test_names_are_those_of_the_description(plain_run):

@@ -1,7 +1,6 @@
 """Recall means what it says, and training improves it without ever looking at the held-out tokens."""
 
 import dataclasses
-import logging
 
 import pytest
 import torch
@@ -202,12 +201,6 @@ def test_another_seed_gives_another_gate():
 def test_layers(texts, layers, caplog):
     assert parse_layers(texts, 32) == layers
     assert not caplog.text
-
-
-def test_an_end_equal_to_the_layer_count_is_clipped_with_a_warning(caplog):
-    with caplog.at_level(logging.WARNING):
-        assert parse_layers(["24-32"], 32) == list(range(24, 32))
-    assert "the last of 32 layers is 31" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["32", "0-33", "32-32", "7-0", "a", "-1", "1-", "1.5", "0--3"])
