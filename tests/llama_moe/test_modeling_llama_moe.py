@@ -328,12 +328,14 @@ def test_by_default_any_width_runs(num_experts, dtype, calls, tmp_path):
         torch.testing.assert_close(model(some_tokens()).logits, logits, **tolerance)
 
 
+# The compiler itself needs a C++ compiler; the other stops at its graph.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("config", [*ROUTINGS, {"num_experts": 64}])
-def test_compiled_forward_is_one_graph(config):
+def test_compiled_forward_is_one_graph(config, backend):
     model = with_thresholds(make_moe(**config, num_hidden_layers=1))
     with torch.no_grad():
         expected = model(some_tokens()).logits
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
         torch.testing.assert_close(compiled(some_tokens()).logits, expected, **TOLERANCE)
 
 
@@ -346,16 +348,6 @@ def test_compiled_training_gives_the_same_gradients(config):
     model(some_tokens(), labels=some_tokens()).loss.backward()
     for parameter, compiled in zip(model.parameters(), compiled_gradients, strict=True):
         torch.testing.assert_close(compiled, parameter.grad, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ROUTINGS)
-def test_inductor_gives_the_same_logits(config):
-    """The compiler itself, where the other tests of compilation stop at its graph; it needs a C++ compiler."""
-    model = with_thresholds(make_moe(**config, num_hidden_layers=1))
-    with torch.no_grad():
-        expected = model(some_tokens()).logits
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(some_tokens()).logits, expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("config", [ROUTINGS[0], ROUTINGS[-1]])
