@@ -121,9 +121,9 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
-def change_config(folder: Path, **changes) -> None:
-    """Set fields of a checkpoint's config.json."""
-    path = folder / "config.json"
+def change_config(folder: Path, file: str = "config.json", /, **changes) -> None:
+    """Set fields of a checkpoint's config.json, or of another such file."""
+    path = folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import TINY, VOCABULARY
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llama_moe import record_routing
+from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, record_routing
 from run_moefication import (
     llama_calibrate,
     llama_convert,
@@ -84,43 +85,34 @@ class Pipeline:
         shards = [torch.load(self.features_folder / name, weights_only=True)[layer] for name in names]
         return torch.cat(shards).float()
 
-    def split_arguments(self) -> list[Any]:
-        paths = ["--model_path", self.model, "--save_path", self.save]
-        return [*paths, "--num_experts", self.num_experts, *self.split_options]
-
-    def feature_arguments(self) -> list[Any]:
+    def feature_arguments(self) -> list[str]:
         paths = ["--model_path", self.model, "--train_data_path", self.text, "--save_path", self.save]
-        return [*paths, "--train_data_cache_path", self.save / "cache", *self.feature_options]
-
-    def select_arguments(self) -> list[Any]:
-        paths = ["--split_file_path", self.split_folder, "--hidden_features_path", self.features_folder]
-        counts = ["--num_experts", self.num_experts, "--num_selects", self.num_selects]
-        return ["--model_path", self.model, *paths, "--save_path", self.save, *counts, *self.select_options]
-
-    def convert_arguments(self) -> list[Any]:
-        paths = ["--split_file_path", self.split_folder, "--select_file_path", self.select_folder]
-        counts = ["--num_experts", self.num_experts, "--num_selects", self.num_selects]
-        return ["--model_path", self.model, *paths, "--save_path", self.moe, *counts, *self.convert_options]
-
-    def calibrate_arguments(self) -> list[Any]:
-        paths = ["--model_path", self.model, "--moe_path", self.moe, "--save_path", self.calibrated]
-        return [*paths, "--train_data_path", self.text, *self.calibrate_options]
+        return [*map(str, [*paths, "--train_data_cache_path", self.save / "cache", *self.feature_options])]
 
     def split(self) -> int:
         script = {"Clustering": llama_split_clustering, "Random": llama_split_random}[self.split_method]
-        return script.main([*map(str, self.split_arguments())])
+        return self._main(script, save_path=self.save, num_experts=self.num_experts, rest=self.split_options)
 
     def features(self) -> int:
-        return llama_get_hidden_features.main([*map(str, self.feature_arguments())])
+        return llama_get_hidden_features.main(self.feature_arguments())
 
     def select(self) -> int:
-        return llama_select_mlp.main([*map(str, self.select_arguments())])
+        paths = {"split_file_path": self.split_folder, "hidden_features_path": self.features_folder}
+        counts = {"num_experts": self.num_experts, "num_selects": self.num_selects}
+        return self._main(llama_select_mlp, **paths, save_path=self.save, **counts, rest=self.select_options)
 
     def convert(self) -> int:
-        return llama_convert.main([*map(str, self.convert_arguments())])
+        paths = {"split_file_path": self.split_folder, "select_file_path": self.select_folder}
+        counts = {"num_experts": self.num_experts, "num_selects": self.num_selects}
+        return self._main(llama_convert, **paths, save_path=self.moe, **counts, rest=self.convert_options)
 
     def calibrate(self) -> int:
-        return llama_calibrate.main([*map(str, self.calibrate_arguments())])
+        paths = {"moe_path": self.moe, "save_path": self.calibrated, "train_data_path": self.text}
+        return self._main(llama_calibrate, **paths, rest=self.calibrate_options)
+
+    def _main(self, script: ModuleType, rest: list[Any], **options: Any) -> int:
+        pairs = [part for name, value in options.items() for part in (f"--{name}", value)]
+        return script.main([str(part) for part in ("--model_path", self.model, *pairs, *rest)])
 
     def converted(self, folder: Path, *options: Any, num_selects: int = 4) -> Path:
         """Another conversion from the same split and gates."""
@@ -157,15 +149,34 @@ def load(folder: Path, num_selects: int | None = None, auto_class: type = AutoMo
     return model
 
 
-def tokens(batch: int = 2, length: int = 24) -> torch.Tensor:
+def make_moe(model_class: type[PreTrainedModel] = LlamaMoEForCausalLM, **config) -> PreTrainedModel:
+    """A random tiny MoE model: 2 of 4 experts, unless told otherwise."""
+    torch.manual_seed(0)
+    fields = {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
+    return model_class(LlamaMoEConfig(**(TINY | fields | config))).eval()
+
+
+@torch.no_grad()
+def with_thresholds(model: PreTrainedModel, fraction: float = 0.5) -> PreTrainedModel:
+    """A model with the quantiles of its scores on some text stored, and the active fraction set by them, if it has
+    threshold routing."""
+    if model.config.routing == "threshold":
+        scores = model(some_tokens(4, 20), output_router_logits=True).router_logits
+        for layer, layer_scores in zip(model.model.layers, scores, strict=True):
+            layer.mlp.gate.store_score_quantiles(layer_scores)
+        model.set_active_fraction(fraction)
+    return model
+
+
+def some_tokens(batch: int = 2, length: int = 10) -> torch.Tensor:
     """Token ids without the special ones."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    """What a model says of `tokens()`."""
-    return model(tokens()).logits
+    """What a model says of some tokens."""
+    return model(some_tokens(2, 24)).logits
 
 
 @torch.no_grad()
@@ -177,6 +188,18 @@ def inputs_to(module: nn.Module, model: PreTrainedModel, blocks: list[torch.Tens
         model(block[None].long())
     hook.remove()
     return torch.cat(seen)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, blocks: list[torch.Tensor]) -> torch.Tensor:
+    """What a model says of blocks, one at a time: `[tokens, V]`."""
+    return torch.cat([model(block[None].long()).logits[0] for block in blocks])
+
+
+def divergence(model: PreTrainedModel, dense: PreTrainedModel, blocks: list[torch.Tensor]) -> float:
+    """KL of the model's next-token distributions from the dense model's, mean over tokens."""
+    expected, found = (logits_of(each, blocks).double().log_softmax(-1) for each in (dense, model))
+    return nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean").item()
 
 
 def mlp_inputs(model: PreTrainedModel, layer: int, blocks: list[torch.Tensor]) -> torch.Tensor:

@@ -24,7 +24,7 @@ from pipeline import (
     mlp_inputs,
     renames,
     shared_pipeline,
-    tokens,
+    some_tokens,
 )
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -178,12 +178,12 @@ def test_4_gates_see_what_the_mlp_sees(plain_run, shared_run):
 def test_4_gates_score_in_the_model_as_they_were_fitted(kind, rank, run_of):
     """Where no expert has changed the input, in the first layer, x is the dense model's."""
     run = run_of(kind)
-    x, model = mlp_inputs(load(run.model), 0, [tokens()[0]]), load(run.moe)
+    x, model = mlp_inputs(load(run.model), 0, [some_tokens()[0]]), load(run.moe)
     assert (model.config.gate_network, model.config.gate_rank, model.config.gate_bias) == ("linear", rank, True)
     state = torch.load(run.select_folder / GATE.format(0), weights_only=True)
     weight = state["weight"] if rank is None else state["output_weight"] @ state["input_weight"]
     with torch.no_grad():
-        scores = model(tokens()[:1], output_router_logits=True).router_logits[0]
+        scores = model(some_tokens()[:1], output_router_logits=True).router_logits[0]
     torch.testing.assert_close(scores, x @ weight.T + state["bias"], rtol=1e-4, atol=1e-4)
 
 

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from run_moefication.moefication.stages.evaluate import evaluate
 
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time, there was a small"]
-LAYERS = 30
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,18 +62,9 @@ def test_all_experts_have_the_dense_perplexity_to_four_digits(pipeline, smollm2,
 
 def test_gates_beat_the_best_constant_choice(pipeline):
     metrics = json.loads((pipeline.select_folder / "manifest.json").read_text())["metrics"]
-    assert len(metrics) == LAYERS
+    assert len(metrics) == 30
     better = [layer for layer in metrics.values() if layer["mass_recall"] > layer["constant_mass_recall"]]
     assert len(better) >= 28
-
-
-def test_split_is_balanced_and_proved_optimal(pipeline):
-    metrics = json.loads((pipeline.split_folder / "manifest.json").read_text())["metrics"]
-    for name, layer in metrics.items():
-        labels = torch.load(pipeline.split_folder / name, weights_only=True)
-        assert labels.bincount().tolist() == [192] * 8
-        assert layer["converged"]
-        assert layer["cost"] == pytest.approx(layer["lower_bound_of_last_assignment"], rel=1e-9)
 
 
 def test_usage_example(pipeline):

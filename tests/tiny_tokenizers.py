@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from conftest import make_tokenizer
+from conftest import change_config, make_tokenizer
 
 from llama_download.tokenizer_conversion import LLAMA3_PATTERN, convert_tokenizer
 
@@ -63,28 +63,23 @@ def write_tekken(path: Path) -> Path:
 def save_byte_level(folder: Path, **config: Any) -> None:
     """As of DeepSeek-LLM or SmolLM2."""
     make_tokenizer().save_pretrained(folder)
-    _change_config(folder, config)
+    change_config(folder, "tokenizer_config.json", **config)
 
 
 def save_sentencepiece(folder: Path, **config: Any) -> None:
     """As of LLaMA 1, Llama 2 and Mistral: `tokenizer.model`, and a tokenizer.json that puts a space before the text."""
     path = write_sentencepiece(folder / "tokenizer.model")
     convert_tokenizer(path, "Llama 2", 4096).save_pretrained(folder)
-    _change_config(folder, config)
+    change_config(folder, "tokenizer_config.json", **config)
 
 
 def save_tiktoken(folder: Path, **config: Any) -> None:
     """As of Llama 3."""
     convert_tokenizer(write_tiktoken(folder / "ranks"), "Llama 3.1", 131072).save_pretrained(folder)
     (folder / "ranks").unlink()
-    _change_config(folder, config)
+    change_config(folder, "tokenizer_config.json", **config)
 
 
 def save_tekken(folder: Path) -> None:
     """As of Devstral: tekken.json alone."""
     write_tekken(folder / "tekken.json")
-
-
-def _change_config(folder: Path, changes: dict[str, Any]) -> None:
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

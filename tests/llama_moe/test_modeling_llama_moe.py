@@ -9,8 +9,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, VARIANTS
+from conftest import TINY
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from pipeline import load, make_moe, some_tokens, with_thresholds
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
@@ -20,8 +21,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    LlamaModel,
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -40,11 +39,6 @@ CLASSES = {
     LlamaMoEForCausalLM: AutoModelForCausalLM,
     LlamaMoEForSequenceClassification: AutoModelForSequenceClassification,
 }
-DENSE = {
-    LlamaMoEModel: LlamaModel,
-    LlamaMoEForCausalLM: LlamaForCausalLM,
-    LlamaMoEForSequenceClassification: LlamaForSequenceClassification,
-}
 # One of each kind of routing that a model can have.
 ROUTINGS = [
     {},
@@ -55,26 +49,6 @@ ROUTINGS = [
 ]
 # float32 sums of the same terms in another order or batch shape.
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
-
-
-def make(model_class=LlamaMoEForCausalLM, **config):
-    torch.manual_seed(0)
-    return model_class(LlamaMoEConfig(**(MOE | config))).eval()
-
-
-def calibrated(model, fraction=0.5):
-    """With threshold routing: quantiles of the scores on some text stored, and the active fraction set by them."""
-    if model.config.routing == "threshold":
-        with torch.no_grad():
-            scores = model(some_tokens(4, 20), output_router_logits=True).router_logits
-        for layer, layer_scores in zip(base_of(model).layers, scores, strict=True):
-            layer.mlp.gate.store_score_quantiles(layer_scores)
-        model.set_active_fraction(fraction)
-    return model
-
-
-def some_tokens(batch=2, length=10):
-    return torch.randint(3, TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 def first(output):
@@ -102,8 +76,6 @@ def base_of(model):
         ({"num_experts": 0}, "num_experts is 0"),
         ({"intermediate_size": 0}, "moe_intermediate_size is 0"),
         ({"num_experts": 5}, "num_experts (5) times moe_intermediate_size (12) must give intermediate_size (64)"),
-        ({"moe_intermediate_size": 8}, "moe_intermediate_size (8)"),
-        ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5; it must be 1 to num_experts (4)"),
         ({"num_experts_per_tok": -1, "routing": "threshold"}, "num_experts_per_tok is -1; it must be 0 to 4"),
         ({"num_shared_experts": -1}, "num_shared_experts is -1"),
@@ -115,17 +87,12 @@ def base_of(model):
         ({"gate_network": "conv"}, "gate_network is 'conv'; it must be one of mlp, linear"),
         ({"gate_rank": 2}, 'gate_rank is 2; it must be None unless gate_network is "linear"'),
         ({"gate_rank": 5, "gate_network": "linear"}, "gate_rank is 5; it must be 1 to 4"),
-        ({"gate_rank": 0, "gate_network": "linear"}, "gate_rank is 0"),
         ({"gate_bias": True}, 'gate_bias is True; it must be False unless gate_network is "linear"'),
         ({"gate_noise": -0.5}, "gate_noise is -0.5"),
         ({"routing": "best"}, "routing is 'best'; it must be one of top_k, threshold"),
         ({"routing": "threshold", "max_experts_per_tok": 5}, "max_experts_per_tok is 5"),
-        ({"routing": "threshold", "max_experts_per_tok": 0}, "max_experts_per_tok is 0"),
         ({"routing": "threshold", "max_experts_per_tok": 2, "min_experts_per_tok": 3}, "min_experts_per_tok is 3"),
-        ({"routing": "threshold", "min_experts_per_tok": -1}, "min_experts_per_tok is -1"),
         ({"min_experts_per_tok": 1}, 'are for routing "threshold"'),
-        ({"max_experts_per_tok": 2}, 'are for routing "threshold"'),
-        ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef is -0.1"),
         ({"router_aux_loss_coef": float("nan")}, "router_aux_loss_coef is nan"),
         ({"score_scale_factor": float("inf")}, "score_scale_factor is inf; it must be a finite number"),
         ({"size_experts": [16] * 4}, "LLaMA-MoE v1"),
@@ -145,12 +112,12 @@ def test_values_of_the_wrong_type_are_refused_by_name(field, value):
         LlamaMoEConfig(**(MOE | {field: value}))
 
 
-@pytest.mark.parametrize("model_class", CLASSES)
-def test_bad_values_given_while_loading_are_refused_by_name(model_class, tmp_path):
-    make(model_class).save_pretrained(tmp_path)
+def test_fields_can_be_given_while_loading(tmp_path):
+    make_moe().save_pretrained(tmp_path)
+    assert LlamaMoEForCausalLM.from_pretrained(tmp_path, num_selects=3).config.num_experts_per_tok == 3
     for field, value in {"num_experts_per_tok": 5, "num_experts": 8, "gate_network": "conv"}.items():
         with pytest.raises(ValueError, match=field):
-            model_class.from_pretrained(tmp_path, **{field: value})
+            LlamaMoEForCausalLM.from_pretrained(tmp_path, **{field: value})
 
 
 def test_config_round_trip(tmp_path):
@@ -173,9 +140,9 @@ def test_config_round_trip(tmp_path):
     + [(LlamaMoEModel, {}), (LlamaMoEForSequenceClassification, {"num_shared_experts": 4})],
 )
 def test_save_and_load_through_auto_classes(model_class, config, tmp_path):
-    model = make(model_class, **config)
+    model = make_moe(model_class, **config)
     if model_class is LlamaMoEForCausalLM:
-        calibrated(model)
+        with_thresholds(model)
     model.save_pretrained(tmp_path)
     loaded, report = CLASSES[model_class].from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is model_class
@@ -186,77 +153,22 @@ def test_save_and_load_through_auto_classes(model_class, config, tmp_path):
         assert torch.equal(first(model(some_tokens())), first(realigned(loaded)(some_tokens())))
 
 
-def append(state, name, tensor, dim):
-    """Neurons of a dense MLP, collected from its parts."""
-    state[name] = torch.cat([state[name], tensor], dim=dim) if name in state else tensor
-
-
-def dense_twin(model):
-    """The dense LLaMA with the same neurons."""
-    fields = model.config.to_dict()
-    for name in ("model_type", "architectures", "auto_map"):
-        fields.pop(name, None)
-    dense = DENSE[type(model)](LlamaConfig(**fields)).eval()
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
-    for name, tensor in model.state_dict().items():
-        layer, _, rest = name.partition("mlp.")
-        if rest.startswith("experts.gate_up_proj"):  # [E, 2W, H], or [E, 2W] for the biases
-            kind = "bias" if rest.endswith("bias") else "weight"
-            for part, values in zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True):
-                append(state, f"{layer}mlp.{part}.{kind}", values.flatten(0, 1), dim=0)
-        elif rest == "experts.down_proj":  # [E, H, W]
-            append(state, f"{layer}mlp.down_proj.weight", torch.cat(list(tensor), dim=1), dim=1)
-        elif rest.startswith("shared_experts."):
-            part = rest.removeprefix("shared_experts.")
-            append(state, f"{layer}mlp.{part}", tensor, dim=1 if part == "down_proj.weight" else 0)
-        elif rest == "output_bias":
-            state[f"{layer}mlp.down_proj.bias"] = tensor
-    dense.load_state_dict(state)
-    return dense
-
-
-@pytest.mark.parametrize(
-    ("model_class", "config"),
-    [(LlamaMoEForCausalLM, config) for config in VARIANTS.values()]
-    + [
-        (LlamaMoEModel, {}),
-        (LlamaMoEForSequenceClassification, {"num_labels": 3}),
-        (LlamaMoEForCausalLM, {"routing": "threshold"}),  # the design's invariant 7: a threshold that all scores reach
-        (LlamaMoEForCausalLM, {"num_shared_experts": 4, "mlp_bias": True}),
-    ],
-)
-def test_all_experts_are_the_dense_llama(model_class, config):
-    model = make(model_class, num_experts_per_tok=4, **config)
-    if "routing" in config:
-        for layer in model.model.layers:
-            layer.mlp.gate.threshold.fill_(-torch.inf)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        output, expected = first(model(some_tokens())), first(dense_twin(model)(some_tokens()))
-    assert expected.std() > 0.1
-    assert (output - expected).abs().max() < 1e-4  # the design's invariant 1
-
-
 @pytest.mark.parametrize(
     "mode", [{"num_beams": 4, "do_sample": True}, {"repetition_penalty": 1.3}, {"prompt_lookup_num_tokens": 2}]
 )
-def test_every_way_to_generate_gives_what_the_dense_llama_gives(mode):
-    model = make(num_experts_per_tok=4)
-    results = []
-    for each in (model, dense_twin(model)):
+def test_every_way_to_generate_gives_what_the_dense_llama_gives(mode, plain_run):
+    results, tokens = [], some_tokens(1)
+    for model in (load(plain_run.moe, 4), load(plain_run.model)):
         torch.manual_seed(0)
-        tokens = some_tokens(1)
         options = {"do_sample": False} | mode
-        results.append(each.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, **options))
+        results.append(model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, **options))
     assert results[0].shape[1] > 14
     assert torch.equal(*results)
 
 
 def test_gates_missing_from_a_checkpoint_are_initialised(tmp_path):
     """Models are built on the meta device while loading: what the file lacks holds no numbers until initialised."""
-    model = make(initializer_range=0.3)
+    model = make_moe(initializer_range=0.3)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if ".gate." not in name}
@@ -266,13 +178,12 @@ def test_gates_missing_from_a_checkpoint_are_initialised(tmp_path):
     state = loaded.state_dict()
     assert all(torch.equal(state[name], kept[name]) for name in kept)
     draws = torch.cat([state[name].flatten() for name in report["missing_keys"]])
-    # As above: the standard deviation of n normal draws is off by about 1 / sqrt(2 n).
     assert draws.std().item() == pytest.approx(0.3, rel=4 / (2 * draws.numel()) ** 0.5)
 
 
 @pytest.mark.parametrize("config", [{"mlp_bias": True}, {"output_bias": True, "num_shared_experts": 2}])
 def test_every_parameter_is_initialised(config):
-    model = make(initializer_range=0.3, num_experts=2, **config)
+    model = make_moe(initializer_range=0.3, num_experts=2, **config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert not parameter.any(), name
@@ -284,12 +195,12 @@ def test_every_parameter_is_initialised(config):
 
 @pytest.mark.parametrize("config", ROUTINGS)
 def test_generation_is_the_same_with_and_without_cache(config):
-    model = calibrated(make(**config, eos_token_id=None))
+    model = with_thresholds(make_moe(**config, eos_token_id=None))
     mask = torch.ones_like(some_tokens())
     options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False)
     with_cache, without = (model.generate(some_tokens(), **options, use_cache=use) for use in (True, False))
     static = model.generate(some_tokens(), **options, cache_implementation="static")
-    assisted = model.generate(some_tokens(1), max_new_tokens=8, do_sample=False, assistant_model=make())
+    assisted = model.generate(some_tokens(1), max_new_tokens=8, do_sample=False, assistant_model=make_moe())
     assert torch.equal(static, with_cache)
     assert torch.equal(assisted, with_cache[:1])
     tokens = some_tokens()
@@ -301,111 +212,43 @@ def test_generation_is_the_same_with_and_without_cache(config):
 
 
 @pytest.mark.parametrize("config", ROUTINGS)
-def test_left_padding_changes_nothing(config):
-    model, tokens = calibrated(make(**config)), some_tokens(1)
-    padded = F.pad(tokens, (4, 0), value=0)
-    mask = (torch.arange(14) >= 4)[None].long()
-    with torch.no_grad():
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        output = model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:]
-        torch.testing.assert_close(output, model(tokens).logits, **TOLERANCE)
-
-
-def test_left_padded_prompts_are_continued_as_if_alone():
-    model, (long, short) = make(), some_tokens(2)
+def test_left_padded_prompts_are_continued_as_if_alone(config):
+    model, (long, short) = with_thresholds(make_moe(**config, eos_token_id=None)), some_tokens(2)
     short = short[:6]
     batch = torch.stack([long, F.pad(short, (4, 0), value=0)])
-    together = model.generate(batch, attention_mask=(batch != 0).long(), max_new_tokens=6, do_sample=False)
-    for prompt, answer in ((long, together[0]), (short, together[1])):
-        alone = model.generate(prompt[None], max_new_tokens=6, do_sample=False)[0]
-        assert answer[10:].tolist() == alone[len(prompt) :].tolist()
+    options = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    together = torch.stack(model.generate(batch, attention_mask=(batch != 0).long(), **options).logits, dim=1)
+    for prompt, logits in ((long, together[0]), (short, together[1])):
+        alone = torch.cat(model.generate(prompt[None], **options).logits)
+        torch.testing.assert_close(logits, alone, **TOLERANCE)
 
 
-def test_loss_is_the_cross_entropy_of_the_next_token():
-    model, tokens = make(), some_tokens()
+def test_forward_understands_what_llamas_does():
+    model, tokens = make_moe(), some_tokens()
+    model.set_attn_implementation("eager")
     labels = tokens.clone()
     labels[0, :4] = -100
     with torch.no_grad():
-        output = model(tokens, labels=labels)
+        output = model(tokens, labels=labels, output_hidden_states=True, output_attentions=True)
         log_probabilities = output.logits.log_softmax(-1)
-    losses = -log_probabilities[:, :-1].gather(2, labels[:, 1:, None].clamp(min=0))[..., 0]
-    torch.testing.assert_close(output.loss, losses[labels[:, 1:] != -100].mean())
-
-
-def test_embeddings_in_and_tuples_out():
-    model, tokens = make(), some_tokens()
-    with torch.no_grad():
-        expected = model(tokens, labels=tokens)
-        loss, logits, *_ = model(inputs_embeds=model.get_input_embeddings()(tokens), labels=tokens, return_dict=False)
-    assert torch.equal(loss, expected.loss)
-    assert torch.equal(logits, expected.logits)
-
-
-@pytest.mark.parametrize("logits_to_keep", [1, 3, torch.tensor([0, 5])])
-def test_logits_to_keep(logits_to_keep):
-    model, tokens = make(), some_tokens()
-    with torch.no_grad():
-        all_logits, some = model(tokens).logits, model(tokens, logits_to_keep=logits_to_keep).logits
-    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    torch.testing.assert_close(some, all_logits[:, kept], **TOLERANCE)
-
-
-@pytest.mark.parametrize("model_class", [LlamaMoEModel, LlamaMoEForCausalLM])
-@pytest.mark.parametrize("by_config", [False, True])
-def test_router_logits_are_the_gates_scores(model_class, by_config):
-    model = make(model_class, output_router_logits=by_config)
-    base = base_of(model)
-    seen = []
-    hooks = [layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in base.layers]
-    with torch.no_grad():
-        output = model(some_tokens(), **({} if by_config else {"output_router_logits": True}))
-        assert len(output.router_logits) == len(hooks) == 3
-        for scores, layer, hidden in zip(output.router_logits, base.layers, seen, strict=True):
-            assert scores.shape == (20, 4)
-            torch.testing.assert_close(scores, layer.mlp.gate.score(hidden.reshape(20, -1)), **TOLERANCE)
-        assert ("router_logits" in model(some_tokens())) == by_config
-
-
-def test_hidden_states_and_attentions():
-    model = make()
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        output = model(some_tokens(), output_hidden_states=True, output_attentions=True)
+        losses = -log_probabilities[:, :-1].gather(2, labels[:, 1:, None].clamp(min=0))[..., 0]
+        torch.testing.assert_close(output.loss, losses[labels[:, 1:] != -100].mean())
         assert [state.shape for state in output.hidden_states] == [(2, 10, 32)] * 4
         assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
-    assert [attention.shape for attention in output.attentions] == [(2, 4, 10, 10)] * 3
-
-
-def test_num_selects_names_the_budget_when_loading(tmp_path):
-    make().save_pretrained(tmp_path)
-    assert LlamaMoEForCausalLM.from_pretrained(tmp_path, num_selects=3).config.num_experts_per_tok == 3
-    with pytest.raises(ValueError, match="num_experts_per_tok is 5"):
-        LlamaMoEForCausalLM.from_pretrained(tmp_path, num_selects=5)
-
-
-def test_budget_can_be_changed_in_place(tmp_path):
-    model = make()
-    model.save_pretrained(tmp_path)
-    outputs = []
-    with torch.no_grad():
-        for k in (1, 3, 4):
-            model.set_num_experts_per_tok(k)
-            loaded = realigned(LlamaMoEForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=k))
-            assert model.config.num_selects == k
-            outputs.append(model(some_tokens()).logits)
-            assert torch.equal(outputs[-1], loaded(some_tokens()).logits)
-            assert not any(torch.allclose(outputs[-1], other) for other in outputs[:-1])
-        for k in (0, 5):
-            with pytest.raises(ValueError, match=f"num_experts_per_tok is {k}; it must be 1 to num_experts"):
-                model.set_num_experts_per_tok(k)
-        assert torch.equal(model(some_tokens()).logits, outputs[-1])
+        assert [attention.shape for attention in output.attentions] == [(2, 4, 10, 10)] * 3
+        embedded = model.get_input_embeddings()(tokens)
+        loss, logits, *_ = model(inputs_embeds=embedded, labels=labels, return_dict=False)
+        assert torch.equal(loss, output.loss)
+        assert torch.equal(logits, output.logits)
+        for keep, kept in ((1, [9]), (3, [7, 8, 9]), (torch.tensor([0, 5]), [0, 5])):
+            torch.testing.assert_close(model(tokens, logits_to_keep=keep).logits, logits[:, kept], **TOLERANCE)
 
 
 @pytest.mark.parametrize("routing", [{}, {"routing": "threshold"}, {"multiply_gate_scores": True}])
 def test_gates_are_trained_where_there_is_a_choice(routing):
     """Selected experts weigh 1, which alone would leave gates without gradient; with all experts on nothing is chosen
     and the gradients of the rest are the dense model's."""
-    model = calibrated(make(**routing))
+    model = with_thresholds(make_moe(**routing))
     model(some_tokens(), labels=some_tokens()).loss.backward()
     gates = [layer.mlp.gate for layer in model.model.layers]
     assert all(parameter.grad.any() for gate in gates for parameter in gate.parameters())
@@ -420,7 +263,7 @@ def test_gates_are_trained_where_there_is_a_choice(routing):
 def test_gradient_checkpointing_gives_the_same_gradients(config):
     gradients = []
     for checkpointing in (False, True):
-        model = calibrated(make(**config)).train()
+        model = with_thresholds(make_moe(**config)).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         model(some_tokens(), labels=some_tokens()).loss.backward()
@@ -430,7 +273,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(config):
 
 
 def test_tied_embeddings_stay_one_tensor_on_disk_and_in_memory(tmp_path):
-    make(tie_word_embeddings=True).save_pretrained(tmp_path)
+    make_moe(tie_word_embeddings=True).save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     loaded = LlamaMoEForCausalLM.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -458,55 +301,47 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
-@pytest.mark.parametrize("mlp_bias", [False, True])
-def test_implementations_agree_and_really_run(model_class, mlp_bias, calls, tmp_path):
-    make(model_class, mlp_bias=mlp_bias).save_pretrained(tmp_path)
-    outputs = {}
-    for name in ("eager", "grouped_mm", "batched_mm"):
-        model = CLASSES[model_class].from_pretrained(tmp_path, experts_implementation=name).eval()
-        calls.clear()
-        with torch.no_grad():
-            outputs[name] = first(model(some_tokens()))
-        assert dict(calls) == ({} if name == "eager" else {name: 3})
-    for name in ("grouped_mm", "batched_mm"):
-        torch.testing.assert_close(outputs[name], outputs["eager"], **TOLERANCE)
-
-
-def test_a_dense_llama_built_before_changes_nothing(calls, tmp_path):
+def test_the_implementation_asked_for_runs(model_class, calls, tmp_path):
     LlamaForCausalLM(LlamaConfig(**TINY))  # transformers caches its answer on this class, which ours inherit from
-    make().save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="grouped_mm")
+    make_moe(model_class).save_pretrained(tmp_path)
+    for name in ("eager", "grouped_mm", "batched_mm"):
+        model = CLASSES[model_class].from_pretrained(tmp_path, experts_implementation=name)
+        calls.clear()
+        model(some_tokens())
+        assert dict(calls) == ({} if name == "eager" else {name: 3})
+    model.set_experts_implementation("grouped_mm")
     model(some_tokens())
-    assert dict(calls) == {"grouped_mm": 3}
-    model.set_experts_implementation("batched_mm")
-    model(some_tokens())
-    assert dict(calls) == {"grouped_mm": 3, "batched_mm": 3}
+    assert dict(calls) == {"batched_mm": 3, "grouped_mm": 3}
 
 
-@pytest.mark.parametrize("num_experts", [4, 64])  # widths 16 and 1: grouped_mm takes the first only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# Widths 16 and 1: grouped_mm takes the first only.
+@pytest.mark.parametrize(("num_experts", "dtype"), [(4, torch.bfloat16), (64, torch.float32)])
 def test_by_default_any_width_runs(num_experts, dtype, calls, tmp_path):
-    make(num_experts=num_experts, dtype=dtype).save_pretrained(tmp_path)
+    make_moe(num_experts=num_experts, dtype=dtype, num_hidden_layers=1).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.config._experts_implementation == "llama_moe"
     with torch.no_grad():
         logits = model(some_tokens()).logits
         assert not calls
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(some_tokens()).logits
         model.set_experts_implementation("eager")
         tolerance = TOLERANCE if dtype == torch.float32 else dict(rtol=0.1, atol=0.1)
-        for other in (compiled, model(some_tokens()).logits):
-            torch.testing.assert_close(other, logits, **tolerance)
+        torch.testing.assert_close(model(some_tokens()).logits, logits, **tolerance)
 
 
-@pytest.mark.parametrize("config", ROUTINGS)
-def test_compiled_forward_is_one_graph(config):
-    model = calibrated(make(**config))
+# The compiler itself needs a C++ compiler; the other stops at its graph.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("config", [*ROUTINGS, {"num_experts": 64}])
+def test_compiled_forward_is_one_graph(config, backend):
+    model = with_thresholds(make_moe(**config, num_hidden_layers=1))
     with torch.no_grad():
         expected = model(some_tokens()).logits
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
         torch.testing.assert_close(compiled(some_tokens()).logits, expected, **TOLERANCE)
-    model.train()
+
+
+@pytest.mark.parametrize("config", [ROUTINGS[1], ROUTINGS[-1]])
+def test_compiled_training_gives_the_same_gradients(config):
+    model = with_thresholds(make_moe(**config, num_hidden_layers=1)).train()
     torch.compile(model, backend="aot_eager")(some_tokens(), labels=some_tokens()).loss.backward()
     compiled_gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -515,19 +350,9 @@ def test_compiled_forward_is_one_graph(config):
         torch.testing.assert_close(compiled, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ROUTINGS)
-def test_inductor_gives_the_same_logits(config):
-    """The compiler itself, where the other tests of compilation stop at its graph; it needs a C++ compiler."""
-    model = calibrated(make(**config))
-    with torch.no_grad():
-        expected = model(some_tokens()).logits
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(some_tokens()).logits, expected, **TOLERANCE)
-
-
-@pytest.mark.parametrize("config", ROUTINGS)
+@pytest.mark.parametrize("config", [ROUTINGS[0], ROUTINGS[-1]])
 def test_compiled_decoding_with_a_static_cache_gives_the_same_text(config):
-    model, tokens = calibrated(make(**config, eos_token_id=None)), some_tokens()
+    model, tokens = with_thresholds(make_moe(**config, num_hidden_layers=1, eos_token_id=None)), some_tokens()
     options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False)
     expected = model.generate(tokens, **options)
     model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
@@ -543,30 +368,30 @@ def routing_of(model, tokens):
     return statistics
 
 
-def test_layers_can_have_budgets_of_their_own(tmp_path):
-    model, tokens = make(), some_tokens()
-    model.set_num_experts_per_tok([1, 4, 3])
-    assert model.config.num_experts_per_tok == 4
-    assert [layer.experts_per_tok for layer in routing_of(model, tokens)] == [1, 4, 3]
-    model.save_pretrained(tmp_path)
-    loaded = realigned(LlamaMoEForCausalLM.from_pretrained(tmp_path))
-    with torch.no_grad():
-        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+def test_the_budget_can_be_changed_in_place_and_by_layer(tmp_path):
+    model, tokens = make_moe(), some_tokens()
+    for budget in (1, np.int64(3), [1, 4, 3]):
+        model.set_num_experts_per_tok(budget)
+        by_layer = budget if isinstance(budget, list) else [budget] * 3
+        assert [layer.experts_per_tok for layer in routing_of(model, tokens)] == by_layer
+        assert model.config.num_selects == max(by_layer)
+        model.save_pretrained(tmp_path)
+        loaded = realigned(LlamaMoEForCausalLM.from_pretrained(tmp_path))
+        with torch.no_grad():
+            assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     with pytest.raises(ValueError, match="layer_num_experts_per_tok"):  # which of the two is meant?
         LlamaMoEForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=2)
-    model.set_num_experts_per_tok(2)
-    assert model.config.layer_num_experts_per_tok is None
-    for wrong in ([1, 2], [1, 2, 5], [0, 1, 1], [1.0, 2, 2], [True, 1, 1], 2.0, True, "2", None, torch.tensor(2)):
+    for wrong in ([1, 2], [1, 2, 5], [0, 1, 1], [1.0, 2, 2], [True, 1, 1], 0, 5, 2.0, True, "2", None, torch.tensor(2)):
         with pytest.raises(ValueError, match=r"2 budgets given for 3 layers|num_experts_per_tok is"):
             model.set_num_experts_per_tok(wrong)
-    model.set_num_experts_per_tok(np.int64(2))
-    assert json.loads(model.config.to_json_string())["num_experts_per_tok"] == 2
-    assert [layer.experts_per_tok for layer in routing_of(model, tokens)] == [2, 2, 2]
+    assert [layer.experts_per_tok for layer in routing_of(model, tokens)] == [1, 4, 3]
+    model.set_num_experts_per_tok(2)
+    assert model.config.layer_num_experts_per_tok is None
 
 
 @pytest.mark.parametrize("shared", [0, 4])
 def test_active_fraction_of_a_top_k_model_is_a_whole_number_of_experts(shared):
-    model = make(num_shared_experts=shared)
+    model = make_moe(num_shared_experts=shared)
     model.set_active_fraction(0.75)
     assert model.config.num_selects == 0.75 * (4 + shared)
     for wrong in (0.8, 0, -1, 1.25, shared / 8):
@@ -575,35 +400,12 @@ def test_active_fraction_of_a_top_k_model_is_a_whole_number_of_experts(shared):
     assert model.config.num_selects == 0.75 * (4 + shared)
 
 
-@pytest.mark.parametrize(("shared", "fraction"), [(0, 0.55), (0, 1.0), (8, 0.7)])
-def test_threshold_routing_meets_its_budget_on_the_text_of_its_quantiles(shared, fraction, tmp_path):
-    """The design's invariant 7: each layer on what it sees, so quantiles are taken layer after layer."""
-    model, tokens = make(routing="threshold", num_experts=8, num_shared_experts=shared), some_tokens(8, 40)
-    with pytest.raises(ValueError, match="no score quantiles are stored"):
-        model.set_active_fraction(0.95)
-    model.set_active_fraction(1.0)  # all experts need none
-    for layer in model.model.layers:
-        with torch.no_grad():
-            scores = model(tokens, output_router_logits=True).router_logits[layer.self_attn.layer_idx]
-        layer.mlp.gate.store_score_quantiles(scores)
-        layer.mlp.gate.set_active_share((fraction * (8 + shared) - shared) / 8)
-    expected = routing_of(model, tokens)
-    for layer in expected:
-        # Quantiles are kept at 1025 levels, and 8 x 40 x 8 scores have a spacing of their own.
-        assert (layer.experts_per_tok + shared) / (8 + shared) == pytest.approx(fraction, abs=1 / 1024 + 1 / 2560)
-    model.set_active_fraction(fraction)
-    model.save_pretrained(tmp_path)
-    loaded = LlamaMoEForCausalLM.from_pretrained(tmp_path)
-    for here, there in zip(expected, routing_of(loaded, tokens), strict=True):
-        assert torch.equal(here.runs, there.runs)
-    for wrong in (0, -0.1, 1.1, *([0.3] if shared else [])):
-        with pytest.raises(ValueError, match="active fraction"):
-            loaded.set_active_fraction(wrong)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_budget(dtype, tmp_path):
-    model, tokens = calibrated(make(routing="threshold", num_experts=8, gate_network="linear")), some_tokens(8, 40)
+    model, tokens = (
+        with_thresholds(make_moe(routing="threshold", num_experts=8, gate_network="linear")),
+        some_tokens(8, 40),
+    )
     model.save_pretrained(tmp_path)
     loaded = LlamaMoEForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     loaded.set_active_fraction(0.5)
@@ -616,17 +418,18 @@ def test_half_precision_keeps_the_budget(dtype, tmp_path):
 
 
 def test_a_refused_fraction_changes_no_layer():
-    model = make(routing="threshold")
+    model = make_moe(routing="threshold")
+    model.set_active_fraction(1.0)  # needs no quantiles
     model.model.layers[0].mlp.gate.store_score_quantiles(torch.randn(20, 4))
     before = [layer.mlp.gate.threshold.clone() for layer in model.model.layers]
-    for wrong in (0.5, "0.5", None):
-        with pytest.raises(ValueError, match=r"no score quantiles|is not a number"):
+    for wrong in (0.5, 0, 1.1, "0.5", None):
+        with pytest.raises(ValueError, match=r"no score quantiles|is outside of|is not a number"):
             model.set_active_fraction(wrong)
     assert all(torch.equal(layer.mlp.gate.threshold, b) for layer, b in zip(model.model.layers, before, strict=True))
 
 
 def test_bounds_of_a_token_are_bounds_of_the_average():
-    model = calibrated(make(routing="threshold", num_experts=8, min_experts_per_tok=1, max_experts_per_tok=5))
+    model = with_thresholds(make_moe(routing="threshold", num_experts=8, min_experts_per_tok=1, max_experts_per_tok=5))
     for wrong in (0.1, 0.7, 1.0):
         with pytest.raises(ValueError, match=r"outside of 0.125 to 0.625"):
             model.set_active_fraction(wrong)
@@ -638,7 +441,7 @@ def test_bounds_of_a_token_are_bounds_of_the_average():
 
 @pytest.mark.parametrize("tokens", [3, 200])
 def test_without_any_expert_the_gradients_are_zero_not_missing(tokens):
-    model = calibrated(make(routing="threshold", num_experts=8))
+    model = with_thresholds(make_moe(routing="threshold", num_experts=8))
     for layer in model.model.layers:
         layer.mlp.gate.set_active_share(0.0)
     text = some_tokens(1, tokens).clamp(max=299) if tokens < 128 else some_tokens(2, 100)
@@ -655,7 +458,7 @@ def test_shapes_can_be_had_without_numbers(config):
 
 
 def test_no_routed_expert_is_a_budget_under_a_threshold(tmp_path):
-    model = make(routing="threshold", num_shared_experts=4)
+    model = make_moe(routing="threshold", num_shared_experts=4)
     model.set_num_experts_per_tok(0)
     model.save_pretrained(tmp_path)
     loaded = LlamaMoEForCausalLM.from_pretrained(tmp_path)
@@ -672,7 +475,7 @@ def test_layers_averages_count_while_their_mean_is_the_budget():
     assert [config.experts_per_tok_of(layer) for layer in range(3)] == [1.5, 3.5, 1.0]
     rebudgeted = LlamaMoEConfig(**fields | {"num_experts_per_tok": 3})
     assert [rebudgeted.experts_per_tok_of(layer) for layer in range(3)] == [3, 3, 3]
-    model = calibrated(make(**fields), fraction=0.75)
+    model = with_thresholds(make_moe(**fields), fraction=0.75)
     assert (model.config.num_experts_per_tok, model.config.layer_num_experts_per_tok) == (3, None)
 
 
@@ -680,15 +483,19 @@ def test_layers_averages_count_while_their_mean_is_the_budget():
 
 
 def test_aux_loss_is_mixtrals_and_off_by_default():
-    model, tokens = make(), some_tokens()
+    model, tokens = make_moe(), some_tokens()
     mask = torch.ones_like(tokens)
     mask[0, :4] = 0
     with torch.no_grad():
         plain = model(tokens, attention_mask=mask, labels=tokens)
         assert plain.aux_loss is None
-        asked = model(tokens, attention_mask=mask, labels=tokens, output_router_logits=True)
-        expected = load_balancing_loss_func(asked.router_logits, 4, 2, mask)
-        torch.testing.assert_close(asked.aux_loss, expected)
+    asked = model(tokens, attention_mask=mask, labels=tokens, output_router_logits=True)
+    expected = load_balancing_loss_func(asked.router_logits, 4, 2, mask)
+    gates = [layer.mlp.gate.output_weight for layer in model.model.layers]
+    gradients = [torch.autograd.grad(loss, gates, retain_graph=True) for loss in (asked.aux_loss, expected)]
+    torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(asked.aux_loss, expected)
+    with torch.no_grad():
         assert torch.equal(asked.loss, plain.loss)
         model.config.router_aux_loss_coef = 0.5
         assert torch.equal(model(tokens, attention_mask=mask, labels=tokens).loss, plain.loss)
@@ -701,7 +508,7 @@ def test_aux_loss_is_mixtrals_and_off_by_default():
 
 
 def test_batches_of_an_accumulated_step_share_the_aux_loss():
-    model, tokens = make(router_aux_loss_coef=1.0).train(), some_tokens(1).repeat(4, 1)  # equal rows, equal loads
+    model, tokens = make_moe(router_aux_loss_coef=1.0).train(), some_tokens(1).repeat(4, 1)  # equal rows, equal loads
     with torch.no_grad():
         whole = model(tokens, labels=tokens, num_items_in_batch=4 * 9).loss
         parts = sum(model(row[None], labels=row[None], num_items_in_batch=4 * 9).loss for row in tokens)
@@ -709,27 +516,12 @@ def test_batches_of_an_accumulated_step_share_the_aux_loss():
 
 
 def test_router_logits_can_stay_on_while_generating():
-    model, tokens = make(), some_tokens()
+    model, tokens = make_moe(), some_tokens()
     options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False)
     expected = model.generate(tokens, **options)
     model.config.output_router_logits = True
     assert torch.equal(model.generate(tokens, **options), expected)
-
-
-def test_training_on_the_aux_loss_evens_out_the_load():
-    """SGD on the balancing loss alone, from gates that all prefer expert 0."""
-    model, tokens = make(gate_network="linear", output_router_logits=True).train(), some_tokens(8, 20)
-    gates = [layer.mlp.gate for layer in model.model.layers]
-    optimizer = torch.optim.Adam([gate.weight for gate in gates], lr=0.02)
-    losses = []
-    for _ in range(40):
-        loss = model(tokens).aux_loss
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert losses[-1] < losses[0]
-    assert losses[-1] == pytest.approx(2, rel=0.1)  # experts per token: perfectly even
+    assert len(model(tokens).router_logits) == len(model.model(tokens).router_logits) == 3
 
 
 # ---------------------------------------------------------------------------------------------------- carried code
@@ -772,7 +564,7 @@ def test_checkpoints_load_and_save_without_the_package(tmp_path, monkeypatch):
     """Whichever class saved the folder, every Auto class finds its code there, and none of it is this process's."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    models = {auto.__name__: make(model_class) for model_class, auto in CLASSES.items()}
+    models = {auto.__name__: make_moe(model_class) for model_class, auto in CLASSES.items()}
     arguments = []
     for auto, model in models.items():
         model.save_pretrained(tmp_path / auto)

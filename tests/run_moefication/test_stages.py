@@ -1,19 +1,22 @@
 """The four stages together: what they write, kinds of checkpoints, killed and shared runs."""
 
+import hashlib
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
-from conftest import TINY, as_bin, change_weights, make_llama
-from pipeline import Pipeline, contents, load, logits, tokens
+from conftest import TINY, change_weights, make_llama
+from pipeline import GATE, Pipeline, contents, load, logits, some_tokens
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, LlamaForSequenceClassification, LlamaModel
 
+import llama_moe
 from run_moefication import llama_convert
 from run_moefication.moefication.stages import convert as conversion
 
@@ -34,37 +37,27 @@ def test_values_beyond_the_new_dtype_are_refused_before_anything_is_written(text
     assert {tensor.dtype for tensor in load_file(pipeline.moe / "model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_weights_in_other_files_give_the_same_checkpoint(plain_run, tmp_path):
-    folder = as_bin(plain_run.model, tmp_path / "tiny-llama", shards=3)
-    pipeline = Pipeline(folder, plain_run.text, tmp_path / "out").run()
-    assert contents(pipeline.moe) == contents(plain_run.moe)
-
-
 def test_names_are_those_of_the_description(plain_run):
     layers = {f"layers.{i}.mlp.gate_proj.weight" for i in range(3)}
-    assert {path.name for path in plain_run.split_folder.iterdir()} == layers | {"manifest.json"}
-    assert {path.name for path in plain_run.select_folder.iterdir()} == layers | {"manifest.json"}
-    assert {path.name for path in plain_run.features_folder.iterdir()} == {
-        "hidden_inputs",
-        "hidden_gate_outputs",
-        "manifest.json",
-    }
     # 512 tokens, 394 of c4 and 118 of github by LLaMA's mix: 13 + 4 blocks of 32, 4 a batch, 1 batch a file.
-    shards = {f"0_{i}.pth" for i in range(5)}
-    assert {path.name for path in (plain_run.features_folder / "hidden_inputs").iterdir()} == shards
-
-
-def test_converted_folder_holds_config_code_tokenizer_and_card(plain_run):
+    shards = {f"{kind}/0_{i}.pth" for kind in ("hidden_inputs", "hidden_gate_outputs") for i in range(5)}
+    copied = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    code = {path.name for path in Path(llama_moe.__file__).parent.glob("*.py")} - {"__init__.py"}
+    converted = copied | code | {"config.json", "model.safetensors", "README.md"}
+    for folder, files in [
+        (plain_run.split_folder, layers),
+        (plain_run.select_folder, layers),
+        (plain_run.features_folder, shards),
+        (plain_run.moe, converted),
+    ]:
+        assert contents(folder).keys() == files | {"manifest.json"}
+        assert set(json.loads((folder / "manifest.json").read_text())["files"]) == files
     config = json.loads((plain_run.moe / "config.json").read_text())
-    assert config["architectures"] == ["LlamaMoEForCausalLM"]
-    assert config["model_type"] == "llama_moe"
+    assert (config["architectures"], config["model_type"]) == (["LlamaMoEForCausalLM"], "llama_moe")
     assert (config["num_experts"], config["num_experts_per_tok"], config["moe_intermediate_size"]) == (4, 2, 16)
     assert len(config["auto_map"]) == 4
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        assert (plain_run.moe / name).read_bytes() == (plain_run.model / name).read_bytes()
+    assert all((plain_run.moe / name).read_bytes() == (plain_run.model / name).read_bytes() for name in copied)
     assert "from_pretrained" in (plain_run.moe / "README.md").read_text()
-    manifest = json.loads((plain_run.moe / "manifest.json").read_text())
-    assert set(manifest["files"]) == {path.name for path in plain_run.moe.iterdir()} - {"manifest.json"}
 
 
 # ---------------------------------------------------------------------------------------------------- result classes
@@ -81,8 +74,8 @@ def test_base_model_converts_without_head(text_folder, tmp_path, capfd):
     assert pipeline.convert() == 0
     assert not any(name.startswith("model.") for name in load_file(pipeline.moe / "model.safetensors"))
     with torch.no_grad():
-        dense = LlamaModel.from_pretrained(model).eval()(tokens()).last_hidden_state
-        converted = load(pipeline.moe, 4, AutoModel)(tokens()).last_hidden_state
+        dense = LlamaModel.from_pretrained(model).eval()(some_tokens()).last_hidden_state
+        converted = load(pipeline.moe, 4, AutoModel)(some_tokens()).last_hidden_state
     assert (dense - converted).abs().max() < DENSE_TOLERANCE
 
 
@@ -140,24 +133,6 @@ def test_the_same_bytes_again_and_overwrite_spares_foreign_files(plain_run, tmp_
     assert contents(tmp_path) == before
 
 
-def test_killed_extraction_resumes_to_the_same_bytes(plain_run, tmp_path):
-    """A real SIGKILL, as soon as the first shard is there."""
-    # A shard a block, so that the kill hits midway; one thread in all runs, for sums in float32 depend on threads.
-    options = ["--block_size", 32, "--max_tokens", 2048, "--batch_size", 1, "--feature_format", "inputs"]
-    killed, undisturbed = (
-        Pipeline(plain_run.model, plain_run.text, tmp_path / name, feature_options=options) for name in ("a", "b")
-    )
-    command = [sys.executable, SCRIPTS / "llama_get_hidden_features.py", *map(str, killed.feature_arguments())]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not list(killed.save.rglob("*.pth")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed.features_folder / "manifest.json").exists()
-    assert (killed.features(), undisturbed.features()) == (0, 0)
-    assert contents(killed.features_folder) == contents(undisturbed.features_folder)
-
-
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
@@ -212,3 +187,56 @@ def test_runs_over_different_layers_fill_one_folder(plain_run, tmp_path, capfd, 
     assert pipeline.select() == 0
     assert "the last of 3 layers is 2" in caplog.text
     assert contents(pipeline.select_folder) == contents(plain_run.select_folder)
+
+
+# ---------------------------------------------------------------------------------------------------- splits and gates
+
+
+def test_random_splits_differ_by_seed_and_layer(shared_run, tmp_path):
+    splits = []
+    for seed in (0, 1):
+        pipeline = Pipeline(shared_run.model, shared_run.text, tmp_path / str(seed), split_method="Random")
+        pipeline.split_options = ["--seed", seed, "--num_shared_experts", 1]
+        assert pipeline.split() == 0
+        splits += [pipeline.labels(layer) for layer in range(3)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(splits) for b in splits[:i])
+    # No run of neurons stays together, as it would in a deal by place.
+    assert all((labels[1:] == labels[:-1]).float().mean() < 0.5 for labels in splits)
+
+
+def test_select_and_convert_want_a_routed_expert_beside_the_shared_ones(shared_run, tmp_path, capfd):
+    pipeline = replace(shared_run, num_selects=2, moe=tmp_path / "moe")
+    before = contents(shared_run.save)
+    for stage in (pipeline.select, pipeline.convert):
+        assert stage() == 2
+        message = capfd.readouterr().err
+        assert "--num_selects 2 is outside of 3 to --num_experts 8 (2 are shared)" in message
+        assert len(message.splitlines()) == 1
+    assert contents(shared_run.save) == before
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda name, tensor: {} if "quantiles" in name else {name: tensor}, "is of an older version; run it again"),
+        (lambda name, tensor: {name: 0 * tensor}, "layer 1: no score quantiles are stored, or all are equal"),
+    ],
+)
+def test_gates_without_quantiles_are_refused(change, words, shared_run, tmp_path, capfd, monkeypatch):
+    """Of an older version, or that score everything alike, as their manifest says too."""
+    monkeypatch.setattr(conversion, "MAX_SHARD_BYTES", 20_000)  # layer 0 is in a shard before that of layer 1
+    pipeline = replace(shared_run, save=tmp_path, moe=tmp_path / "moe")
+    (tmp_path / shared_run.split_folder.name).symlink_to(shared_run.split_folder)
+    shutil.copytree(shared_run.select_folder, pipeline.select_folder)
+    manifest_path, file = pipeline.select_folder / "manifest.json", pipeline.select_folder / GATE.format(1)
+    state = torch.load(file, weights_only=True)
+    torch.save({n: t for name, tensor in state.items() for n, t in change(name, tensor).items()}, file)
+    manifest, data = json.loads(manifest_path.read_text()), file.read_bytes()
+    manifest["files"][file.name] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest_path.write_text(json.dumps(manifest))
+    assert pipeline.convert() == 2
+    message = capfd.readouterr().err
+    assert words in message
+    assert len(message.splitlines()) == 1
+    assert not pipeline.moe.exists()

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import kmeans_plusplus
 
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.fitting.balanced_kmeans import balanced_assignment, balanced_kmeans
+from run_moefication.moefication.fitting.balanced_kmeans import balanced_assignment, balanced_kmeans, seed_rows
 
 RELATIVE = 1e-11  # costs are sums of some thousand float64 numbers
 
@@ -119,6 +120,15 @@ def assert_same_groups(labels: torch.Tensor, groups: torch.Tensor) -> None:
 def test_separated_groups_are_found(distance, clusters, size):
     rows, groups = blobs(clusters, size)
     assert_same_groups(balanced_kmeans(rows, clusters, distance=distance, seed=0).labels, groups)
+
+
+@pytest.mark.parametrize(("clusters", "size", "seed"), [(2, 30, 0), (16, 4, 1), (40, 3, 2)])
+def test_first_centres_are_scikit_learns(clusters, size, seed):
+    rows, groups = blobs(clusters, size, seed)
+    _, expected = kmeans_plusplus(rows.numpy(), clusters, random_state=seed)
+    chosen = seed_rows(rows, rows.square().sum(1, dtype=torch.float64), clusters, seed)
+    assert chosen == expected.tolist()
+    assert len(groups[chosen].unique()) == clusters
 
 
 def test_cos_sees_directions_and_l2_lengths():

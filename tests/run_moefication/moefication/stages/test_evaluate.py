@@ -2,13 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCES, TINY, make_tokenizer, write_jsonl
-from pipeline import load
+from conftest import SENTENCES, make_tokenizer, write_jsonl
+from pipeline import load, make_moe, with_thresholds
 
-from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
+from llama_moe import LlamaMoEForCausalLM
 from run_moefication import llama_evaluate
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.stages.evaluate import evaluate
@@ -18,7 +19,7 @@ RELATIVE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def moe(plain_run):
+def moe(plain_run) -> Path:
     return plain_run.moe
 
 
@@ -65,60 +66,42 @@ def test_budgets_of_one_checkpoint(tiny_llama, moe, text):
     assert budgets[1].perplexity != pytest.approx(dense.perplexity, rel=0.01)
 
 
-def test_expert_load_counts_the_gates_choices(moe, text):
-    ids = make_tokenizer()(text.read_text())["input_ids"][:64]
-    (row,) = evaluate([str(moe)], text, num_selects=[2], block_size=32, max_tokens=64)
-    model = load(moe, 2)
-    with torch.no_grad():
-        logits = model(torch.tensor(ids).view(2, 32), output_router_logits=True).router_logits
-    for counts, scores in zip(row.expert_load, logits, strict=True):
-        assert counts == pytest.approx((scores.topk(2).indices.flatten().bincount(minlength=4) / 64).tolist())
+def saved(model: LlamaMoEForCausalLM, folder: Path) -> str:
+    """A model with a tokenizer, in a folder."""
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.mark.parametrize("routing", ["top_k", "threshold"])
 def test_shared_experts_and_thresholds(routing, text, tmp_path):
-    torch.manual_seed(0)
-    model = LlamaMoEForCausalLM(
-        LlamaMoEConfig(
-            **TINY, num_experts=6, num_shared_experts=2, num_experts_per_tok=2, routing=routing, gate_network="linear"
-        )
-    ).eval()
+    fields = dict(num_experts=6, num_shared_experts=2, routing=routing, gate_network="linear")
+    model = with_thresholds(make_moe(**fields))
+    path = saved(model, tmp_path / "moe")
     ids = make_tokenizer()(text.read_text())["input_ids"]
-    if routing == "threshold":
-        with torch.no_grad():
-            scores = model(torch.tensor([ids[:128]]), output_router_logits=True).router_logits
-        for layer, layer_scores in zip(model.model.layers, scores, strict=True):
-            layer.mlp.gate.store_score_quantiles(layer_scores)
-        model.set_active_fraction(0.5)
-    model.save_pretrained(tmp_path / "moe")
-    make_tokenizer().save_pretrained(tmp_path / "moe")
-    own, more = evaluate([str(tmp_path / "moe")], text, num_selects=[4, 7], block_size=32)
+    own, more = evaluate([path], text, num_selects=[4, 7], block_size=32)
     assert (own.num_experts, own.num_selects, own.label) == (8, 4, "moe, 4 of 8")
     assert own.perplexity == pytest.approx(naive_perplexity(model, ids, 32), rel=RELATIVE)
     model.set_num_experts_per_tok(5)
     assert more.perplexity == pytest.approx(naive_perplexity(model, ids, 32), rel=RELATIVE)
     for wrong in (2, 9):
         with pytest.raises(MoEficationError, match=f"num_selects {wrong} is outside of 3 to 8"):
-            evaluate([str(tmp_path / "moe")], text, num_selects=[wrong])
+            evaluate([path], text, num_selects=[wrong])
 
 
 def test_a_budget_asked_for_replaces_those_of_single_layers(text, tmp_path):
-    torch.manual_seed(0)
-    model = LlamaMoEForCausalLM(LlamaMoEConfig(**TINY, num_experts=4)).eval()
+    model = make_moe()
     model.set_num_experts_per_tok([1, 4, 3])
-    model.save_pretrained(tmp_path / "moe")
-    make_tokenizer().save_pretrained(tmp_path / "moe")
-    (own,) = evaluate([str(tmp_path / "moe")], text, block_size=32)
-    (asked,) = evaluate([str(tmp_path / "moe")], text, num_selects=[4], block_size=32)
-    assert [sum(load) for load in own.expert_load] == pytest.approx([1, 4, 3])
-    assert [sum(load) for load in asked.expert_load] == pytest.approx([4, 4, 4])
+    path = saved(model, tmp_path / "moe")
+    for num_selects, by_layer in ((None, [1, 4, 3]), ([4], [4, 4, 4])):
+        (row,) = evaluate([path], text, num_selects=num_selects, block_size=32)
+        assert [sum(load) for load in row.expert_load] == pytest.approx(by_layer)
 
 
 def test_thresholds_without_quantiles_have_no_other_budget(text, tmp_path):
-    LlamaMoEForCausalLM(LlamaMoEConfig(**TINY, routing="threshold")).save_pretrained(tmp_path / "moe")
-    make_tokenizer().save_pretrained(tmp_path / "moe")
+    path = saved(make_moe(routing="threshold"), tmp_path / "moe")
     with pytest.raises(MoEficationError, match="cannot run num_selects 3: no score quantiles are stored"):
-        evaluate([str(tmp_path / "moe")], text, num_selects=[3], block_size=32)
+        evaluate([path], text, num_selects=[3], block_size=32)
 
 
 def test_documents_of_a_jsonl_are_joined_with_eos(tiny_llama, tmp_path):

@@ -1,8 +1,6 @@
 """Recall means what it says, and training improves it without ever looking at the held-out tokens."""
 
 import dataclasses
-import io
-import logging
 
 import pytest
 import torch
@@ -76,7 +74,7 @@ def problem(tokens: int = 1500, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("network", ["mlp", "linear", "similarity"])
 def test_initial_gate_is_the_mean_normalised_row(network):
-    rows, neurons, inputs, _ = problem()
+    rows, neurons, inputs, scores = problem()
     gate = initial_gate(network, rows, neurons)
     first, *second = gate.parameters()
     for expert in range(EXPERTS):
@@ -85,25 +83,11 @@ def test_initial_gate_is_the_mean_normalised_row(network):
     assert [torch.equal(weight, torch.eye(EXPERTS)) for weight in second] == [True] * (network == "mlp")
     hidden = inputs @ first.T
     torch.testing.assert_close(gate.score(inputs), hidden.tanh() if network == "mlp" else hidden)
-
-
-@pytest.mark.parametrize(("network", "use_softmax"), [("mlp", True), ("linear", False)])
-def test_training_beats_the_start_and_the_constant_choice(network, use_softmax):
-    rows, neurons, inputs, scores = problem()
-    settings_ = dataclasses.replace(SETTINGS, gate_network=network, use_softmax=use_softmax)
-    untrained = dataclasses.replace(settings_, epochs=0)
-    start = fit_gate(initial_gate(network, rows, neurons), inputs, scores, untrained)
-    metrics = fit_gate(gate := initial_gate(network, rows, neurons), inputs, scores, settings_)
-    assert metrics["mass_recall"] >= start["mass_recall"]
-    assert metrics["mass_recall"] > metrics["constant_mass_recall"] + 0.1
-    assert metrics["recall"] > metrics["constant_recall"] + 0.1
-    assert metrics["loss"]["valid"][metrics["best_epoch"]] < metrics["loss"]["valid"][0]
-    # What is reported is what the gate that was left behind does on the last tenth of the tokens.
-    valid = slice(-150, None)
-    quality = routing_quality(top_k_mask(gate.score(inputs[valid]).detach(), K), scores[valid], K)
-    assert quality == {name: metrics[name] for name in quality}
-    assert metrics["train_tokens"] == 1350
-    assert sum(metrics["expert_load"]) == pytest.approx(K)
+    if network == "similarity":  # is not trained
+        similarity = GateSettings(num_experts=EXPERTS, num_selects=K, gate_network=network)
+        metrics = fit_gate(gate, inputs, scores, similarity)
+        assert torch.equal(gate.weight, initial_gate(network, rows, neurons).weight)
+        assert (metrics["loss"]["train"], metrics["best_epoch"]) == ([], 0)
 
 
 def straight_loss(logits: torch.Tensor, scores: torch.Tensor, use_softmax: bool) -> float:
@@ -142,8 +126,9 @@ def test_a_gate_never_ends_below_its_start(seed, lr, use_softmax, network):
     end = fit_gate(gate := initial_gate(network, rows, neurons), inputs, scores, options)
     assert end["mass_recall"] >= start["mass_recall"]
     left = routing_quality(top_k_mask(gate.score(inputs[-12:]).detach(), K), scores[-12:], K)
-    assert left["mass_recall"] == end["mass_recall"]  # the gate left behind is the one reported
+    assert left == {name: end[name] for name in left}  # the gate left behind is the one reported
     assert (end["mass_recall"] > start["mass_recall"]) == (end["best_epoch"] > 0)
+    assert sum(end["expert_load"]) == pytest.approx(K)
 
 
 def test_a_loss_that_is_not_finite_is_refused():
@@ -178,10 +163,8 @@ def test_held_out_tokens_do_not_train():
     rows, neurons, inputs, scores = problem()
     changed = scores.clone()
     changed[-150:] = changed[-150:].flip(-1)
-    losses = [
-        fit_gate(initial_gate("mlp", rows, neurons), inputs, s, dataclasses.replace(SETTINGS, patience=100))["loss"]
-        for s in (scores, changed)
-    ]
+    options = dataclasses.replace(SETTINGS, patience=100)
+    losses = [fit_gate(initial_gate("mlp", rows, neurons), inputs, s, options)["loss"] for s in (scores, changed)]
     assert losses[0]["train"] == losses[1]["train"]
     assert losses[0]["valid"] != losses[1]["valid"]
 
@@ -194,52 +177,15 @@ def test_training_stops_early_and_keeps_the_best():
     assert len(metrics["loss"]["train"]) == metrics["best_epoch"] + 3 < 200
 
 
-def test_same_seed_same_gate():
+def test_another_seed_gives_another_gate():
     rows, neurons, inputs, scores = problem()
-    results = []
-    for seed in (0, 0, 1):
-        metrics = fit_gate(
-            gate := initial_gate("mlp", rows, neurons), inputs, scores, dataclasses.replace(SETTINGS, seed=seed)
-        )
-        torch.save(gate.state_dict(), file := io.BytesIO())
-        results.append((file.getvalue(), metrics))
-    assert results[0] == results[1]
-    assert results[0][0] != results[2][0]
-
-
-def test_similarity_gate_is_not_trained():
-    rows, neurons, inputs, scores = problem()
-    gate = initial_gate("similarity", rows, neurons)
-    before = gate.weight.clone()
-    similarity = GateSettings(num_experts=EXPERTS, num_selects=K, gate_network="similarity")
-    metrics = fit_gate(gate, inputs, scores, similarity)
-    assert torch.equal(gate.weight, before)
-    assert metrics["loss"]["train"] == []
-    assert metrics["best_epoch"] == 0
+    first, other = (initial_gate("mlp", rows, neurons) for _ in range(2))
+    for seed, gate in enumerate((first, other)):
+        fit_gate(gate, inputs, scores, dataclasses.replace(SETTINGS, seed=seed))
+    assert not torch.equal(first.input_weight, other.input_weight)
 
 
 # ---------------------------------------------------------------------------------------------------- options
-
-
-NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("field", "values", "words"),
-    [
-        ("num_selects", [0, 9], "is outside of 1 to num_experts 8"),
-        ("select_criterion", ["l3"], "is not one of plain, positive, l2_norm"),
-        ("gate_network", ["deep"], "is not one of mlp, linear, similarity"),
-        ("epochs", [-1], "must be at least 0"),
-        ("batch_size", [0], "must be at least 1"),
-        ("lr", [0.0, -1.0, NAN, float("inf")], "must be a positive number"),
-        ("valid_percent", [0.0, 1.0, -0.5, NAN], "is not a fraction"),
-    ],
-)
-def test_wrong_settings_are_refused(field, values, words):
-    for value in values:
-        with pytest.raises(MoEficationError, match=f"{field} {value!r} {words}"):
-            dataclasses.replace(SETTINGS, **{field: value})
 
 
 @pytest.mark.parametrize(
@@ -250,18 +196,11 @@ def test_wrong_settings_are_refused(field, values, words):
         (["0", "1", "2"], [0, 1, 2]),
         (["8-9", "3", "30-31"], [3, 8, 9, 30, 31]),
         (["5,4", "4-5"], [4, 5]),
-        (["31"], [31]),
     ],
 )
 def test_layers(texts, layers, caplog):
     assert parse_layers(texts, 32) == layers
     assert not caplog.text
-
-
-def test_an_end_equal_to_the_layer_count_is_clipped_with_a_warning(caplog):
-    with caplog.at_level(logging.WARNING):
-        assert parse_layers(["24-32"], 32) == list(range(24, 32))
-    assert "the last of 32 layers is 31" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["32", "0-33", "32-32", "7-0", "a", "-1", "1-", "1.5", "0--3"])
