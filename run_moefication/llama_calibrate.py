@@ -1,5 +1,5 @@
-r"""Stage 5, calibrate: refit gates, thresholds and down_proj of a converted model, layer by layer in closed form, and
-the final norm.
+r"""Stage 5, calibrate: refine gates, set thresholds and refit down_proj of a converted model, layer by layer in closed
+form, and the final norm.
 
   python llama_calibrate.py --model_path MODEL --moe_path NAME-MoE --save_path NAME-MoE-Calibrated \
     --train_data_path ../llama_data --max_tokens 131072 --refit_gates

@@ -21,8 +21,7 @@ esac
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 STAGES="$REPOSITORY/run_moefication"
 GIVEN_PYTHON="${PYTHON:-}" # to make the environment with
-# Less text than the stages read by themselves. Stage 5 fits the gates anew (unless REFIT_GATES is empty), so the
-# calibrated model does not depend on the features.
+# Less text than the stages read by themselves.
 SPLIT_TOKENS="${SPLIT_TOKENS:-16384}"
 FEATURE_TOKENS="${FEATURE_TOKENS:-$([ "${RECIPE:-calibrated}" = calibrated ] && echo 8192 || echo 16384)}"
 CALIBRATION_TOKENS="${CALIBRATION_TOKENS:-32768}"
