@@ -1,0 +1,43 @@
+"""The rules of the house: which part may import which."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLKIT = "run_moefication.moefication"
+WINGS = ("storage", "checkpoints", "text", "layers", "fitting", "artifacts", "stages")  # from the ground up
+# A stage's own second module.
+PAIRS = {("calibrate", "calibrate_layer"), ("distill", "distill_trainer")}
+
+
+def imports(folder: str) -> Iterator[tuple[Path, str]]:
+    """Each module below a folder, and the full name of each module that it imports."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        package = path.relative_to(ROOT).parent.parts
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from ((path, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                start = package[: len(package) - node.level + 1] if node.level else ()
+                yield path, ".".join((*start, *(node.module or "").split(".")))
+
+
+def test_a_wing_uses_only_those_below_it():
+    used = set()
+    for path, name in imports("run_moefication/moefication"):
+        wing, target = path.parent.name, name.removeprefix(f"{TOOLKIT}.").split(".")[0]
+        if name.startswith(TOOLKIT) and wing in WINGS and target in WINGS:
+            used.add((wing, target))
+            assert WINGS.index(target) <= WINGS.index(wing), f"{path} imports {name}"
+    assert ("stages", "storage") in used  # imports are found
+
+
+def test_stages_know_one_another_only_by_their_artifacts():
+    for path, name in imports("run_moefication/moefication/stages"):
+        if name.startswith(f"{TOOLKIT}.stages.") and path.stem != "moefy":
+            assert (path.stem, name.split(".")[-1]) in PAIRS, f"{path} imports {name}"
+
+
+def test_the_package_stands_alone():
+    assert all(not name.startswith(("run_moefication", "scripts")) for _, name in imports("llama_moe"))
