@@ -220,7 +220,7 @@ def make_model(bench: Bench, recipe: Recipe, experts: Split | None = None) -> rm
         seed=bench.arguments.seed,
         experts=experts,
         work_path=folder,
-        features_path=bench.work,
+        features_path=bench.work / f"text-{recipe.domain_weights or 'as-pretraining'}",  # shared by all budgets
         **bench.run,
     )
 
