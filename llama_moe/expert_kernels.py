@@ -69,7 +69,8 @@ def run_experts(
 
 # An interface of our own: another copy of this code, which some checkpoint carries, registers its own "llama_moe".
 EXPERTS_FUNCTIONS = ExpertsInterface()
-EXPERTS_FUNCTIONS["llama_moe"] = run_experts
+IMPLEMENTATION = "llama_moe"
+EXPERTS_FUNCTIONS[IMPLEMENTATION] = run_experts
 
 
 def choose_kernel(

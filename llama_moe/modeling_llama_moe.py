@@ -25,6 +25,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_llama_moe import LlamaMoEConfig
+from .expert_kernels import IMPLEMENTATION  # imported here: transformers 5.4 finds no files beyond this one's imports
 from .gates import Gate, load_balancing_loss
 from .moe_layers import Experts, MoEBlock
 
@@ -75,8 +76,8 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Unless asked otherwise, "llama_moe": the fast kernels of `expert_kernels`."""
-        if requested_experts in (None, "llama_moe"):
-            return "llama_moe"
+        if requested_experts in (None, IMPLEMENTATION):
+            return IMPLEMENTATION
         return super().get_correct_experts_implementation(requested_experts)
 
     def set_num_experts_per_tok(self, num_experts_per_tok: int | Sequence[int]) -> None:
