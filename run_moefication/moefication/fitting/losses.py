@@ -56,6 +56,8 @@ class _StudentKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, head, rows, negative_entropies):
+        """States `[T, H]`, head `[V, H]`, the teacher's mean of the head's rows `[T, H]` and its sum p log p `[T]` ->
+        KL `[T]` in nats."""
         gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         kl = torch.empty_like(negative_entropies)
         for start in range(0, len(states), TOKENS_OF_LOGITS):
