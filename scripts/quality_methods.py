@@ -64,8 +64,9 @@ class Bench:
         return {"device": self.device}
 
     def text(self, tokens: int) -> Corpus:
-        """So many tokens of the training text, every domain alike, as the recipe calibrates on them."""
-        options = dict(block_size=self.arguments.block_size, domain_weights="equal", seed=self.arguments.seed)
+        """So many tokens of the training text, in the mix that the default recipe calibrates on."""
+        mix = CALIBRATED.domain_weights
+        options = dict(block_size=self.arguments.block_size, domain_weights=mix, seed=self.arguments.seed)
         cache = self.work / "tokens"
         return rm.read_text(self.dense, self.arguments.train_data_path, cache, max_tokens=tokens, **options)
 
