@@ -93,7 +93,9 @@ def test_hard_texts(pair):
 
 
 def test_real_documents(pair, sample_data):
-    for path in (sample_data / "heldout").glob("*.jsonl"):
+    files = [*(sample_data / "heldout").glob("*.jsonl")]
+    assert len(files) == 7
+    for path in files:
         for line in path.read_bytes().splitlines()[:8]:
             check(pair, json.loads(line)["text"])
 
