@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 from tiny_tokenizers import write_sentencepiece, write_tiktoken
@@ -84,6 +84,8 @@ def check(pair, text: str) -> None:
 @settings(deadline=None, max_examples=200)
 @given(text=TEXT | LIKELY)
 def test_ids_are_kept(pair, text):
+    """But for texts that spell a special token: transformers reads the token, the original libraries its characters."""
+    assume(not any(token.content in text for token in pair[1].added_tokens_decoder.values()))
     check(pair, text)
 
 
