@@ -55,8 +55,8 @@ class OutputNorms:
 
     def __call__(self, activations: torch.Tensor) -> torch.Tensor:
         """Float32 `[tokens, I]` -> float32 `[tokens, experts]`."""
-        parts = activations.T[self._neurons].transpose(1, 2)  # [experts, tokens, width]
-        return ((parts @ self._grams) * parts).sum(-1).clamp(min=0).sqrt().T
+        parts = activations.T[self._neurons]  # [experts, width, tokens]
+        return (self._grams @ parts).mul_(parts).sum(1).clamp(min=0).sqrt().T
 
 
 def top_k_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
