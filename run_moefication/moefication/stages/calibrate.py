@@ -26,6 +26,7 @@ from ..checkpoints.writer import PlannedTensor, write_checkpoint_files, write_sh
 from ..errors import MoEficationError, SettingError
 from ..fitting.final_norm import Divergence, fit_final_norm
 from ..layers.decoder import embed
+from ..precision import bfloat16_products
 from ..progress import progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
@@ -40,6 +41,7 @@ FINAL_NORM = "norm.weight"
 LEAST_FINAL_TOKENS, MOST_FINAL_TOKENS = 8192, 16384
 
 
+@bfloat16_products()
 def calibrate(
     checkpoint: DenseCheckpoint,
     moe_path: str | Path,
@@ -54,7 +56,7 @@ def calibrate(
 
     Memory: one layer of each model, five matrices of its neurons squared in float64, its activations on all tokens if
     they are at most MOST_KEPT_BYTES, and 5 bytes a token and expert. Disk, until the checkpoint is finished:
-    16 * hidden_size bytes a token. Runs in float32 on every device.
+    16 * hidden_size bytes a token. Runs in float32, with `bfloat16_products`.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
     moe.verify()

@@ -25,6 +25,7 @@ from ..checkpoints.tokenizers import load_tokenizer
 from ..checkpoints.transformers_library import CONFIG_ERRORS, first_line, last_line, plain_config, quiet_transformers
 from ..errors import MoEficationError, SettingError
 from ..fitting.losses import next_token_nll
+from ..precision import bfloat16_products
 from ..progress import progress
 from ..storage.files import read_json_object
 from ..text.corpus import pack, require_block_size
@@ -177,6 +178,7 @@ def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) 
     return model.to(device).eval()
 
 
+@bfloat16_products()
 @torch.inference_mode()
 def evaluate_model(
     model: PreTrainedModel,

@@ -26,6 +26,7 @@ from ..layers.decoder import PreMLP, embed
 from ..layers.mlp import GatedMLP
 from ..layers.scores import TOKENS_PER_CHUNK, token_stride
 from ..names import split_folder
+from ..precision import bfloat16_products
 from ..progress import progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..text.batches import Batch, batches_of
@@ -57,10 +58,11 @@ class NeuronStatistics:
     def add(self, inputs: torch.Tensor, activations: torch.Tensor, weights: torch.Tensor) -> None:
         """Add tokens: the MLP's inputs `[T, H]`, what enters down_proj, float32 `[T, I]`, and their weights `[T]`."""
         added = activations.abs() * self._column_norms
-        self.importance += (added.square() * weights[:, None]).sum(dim=0, dtype=torch.float64)
+        self.importance += weights @ added.square()
         self._equations.add(F.pad(inputs.float(), (0, 1), value=1.0), added, weights)
         self._inputs.append(inputs)
 
+    @bfloat16_products()
     def together(self, keep_fraction: float) -> torch.Tensor:
         """Tokens that need both neurons, float32 `[I, I]` (exact up to 2^24)."""
         solution = self._equations.solve(RIDGE_STRENGTH)
@@ -75,7 +77,7 @@ class NeuronStatistics:
         for part in self._inputs:
             added = _predicted(part, *factors)
             needed = ((added >= least) & (added > 0)).float()
-            together += gram(needed, needed)
+            together += gram(needed)
         return together
 
     def split(self, settings: SplitSettings) -> tuple[torch.Tensor, Clustering]:
@@ -153,6 +155,7 @@ def split_by_activations(
     return writer
 
 
+@bfloat16_products()
 def _of_features(checkpoint: DenseCheckpoint, features: Features, layer: int, device: str) -> NeuronStatistics:
     """The statistics of one layer, from the recorded inputs of its MLP.
 
@@ -167,6 +170,7 @@ def _of_features(checkpoint: DenseCheckpoint, features: Features, layer: int, de
     return statistics
 
 
+@bfloat16_products()
 @torch.inference_mode()
 def _of_text(
     checkpoint: DenseCheckpoint,
