@@ -73,16 +73,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def bench(arguments: argparse.Namespace) -> None:
     """Measure all that was asked for and is not in the file of rows with the same settings, printing as it goes."""
-    import torch
-
-    check(arguments)
-    from quality_methods import prepare, rows
-
-    setup = prepare(arguments)
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    for budget in arguments.budgets:
+        if not 0.05 <= budget < 1:
+            raise MoEficationError(f"--budgets {budget:g}: shares from 0.05 to below 1 are measured")
     path = arguments.json or arguments.work / "rows.jsonl"
+    if arguments.json and not path.absolute().parent.is_dir():
+        raise MoEficationError(f"--json {path}: there is no folder {path.parent}")
+    import torch
+    from quality_methods import Bench, rows
+
+    setup = Bench(arguments)
     kept = read_rows(path) if path.exists() else {}
-    where = machine(torch.device(setup.device))
+    where = machine(torch.device(setup.run["device"]))
     print(f"{setup.dense.name}; {where}; {arguments.calibration_tokens:,} calibration tokens, seed {arguments.seed}")
     common = {
         "model": setup.dense.fingerprint,
@@ -91,7 +93,7 @@ def bench(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
         "texts": {name: sha256(torch.cat(blocks).numpy()).hexdigest() for name, blocks in setup.texts.items()},
     }
-    has_head = False
+    head = 0  # lines of it that have been printed
     for row in rows(setup):
         key, settings = row_key(row.method, row.budget), common | row.settings
         if kept.get(key, {}).get("settings") != settings:
@@ -103,18 +105,8 @@ def bench(arguments: argparse.Namespace) -> None:
             write_rows(path, kept)
         if key != DENSE:
             own = compared({"": {DENSE: kept[DENSE], key: kept[key]}})
-            lines = table([own[key]], arguments.seed).splitlines()
-            print(*(lines[2:] if has_head else lines), sep="\n", flush=True)
-            has_head = True
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Refuse what no row could be measured with, before any work."""
-    for budget in arguments.budgets:
-        if not 0.05 <= budget < 1:
-            raise MoEficationError(f"--budgets {budget:g}: shares from 0.05 to below 1 are measured")
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        raise MoEficationError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+            print(*table([own[key]], arguments.seed).splitlines()[head:], sep="\n", flush=True)
+            head = 2
 
 
 if __name__ == "__main__":
