@@ -8,7 +8,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +51,11 @@ def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) 
     return torch.device(pick_device(arguments.device))
 
 
-def fill(module: Any, dtype: Any, device: Any, generator: Any) -> None:
-    """Random numbers of a trained layer's size for every parameter still on the meta device; zeros for buffers."""
-    import torch
-
-    for child in module.modules():
-        for name, parameter in list(child.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                values = torch.empty(parameter.shape).normal_(std=0.02, generator=generator).to(device, dtype)
-                setattr(child, name, torch.nn.Parameter(values, requires_grad=False))
-        for name, buffer in list(child.named_buffers(recurse=False)):
-            child.register_buffer(name, torch.zeros(buffer.shape, device=device))
+def table_line(columns: Sequence[str], row: Mapping[str, Any] | None = None) -> str:
+    """A row of a table, in which numbers have three decimals and what is not there is a dash; or else its head."""
+    values = columns if row is None else [row.get(column) for column in columns]
+    cells = ["-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value) for value in values]
+    return " ".join(f"{cell:>{max(len(column), 9)}}" for column, cell in zip(columns, cells, strict=True))
 
 
 def write_json(path: Path | None, device: Any, rows: list[dict[str, Any]]) -> None:
