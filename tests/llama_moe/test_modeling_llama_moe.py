@@ -382,7 +382,7 @@ def test_the_budget_can_be_changed_in_place_and_by_layer(tmp_path):
     with pytest.raises(ValueError, match="layer_num_experts_per_tok"):  # which of the two is meant?
         LlamaMoEForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=2)
     for wrong in ([1, 2], [1, 2, 5], [0, 1, 1], [1.0, 2, 2], [True, 1, 1], 0, 5, 2.0, True, "2", None, torch.tensor(2)):
-        with pytest.raises(ValueError, match=r"2 budgets given for 3 layers|num_experts_per_tok is"):
+        with pytest.raises(ValueError, match=r"\d budgets given for 3 layers|num_experts_per_tok is"):
             model.set_num_experts_per_tok(wrong)
     assert [layer.experts_per_tok for layer in routing_of(model, tokens)] == [1, 4, 3]
     model.set_num_experts_per_tok(2)
