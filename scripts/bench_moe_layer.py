@@ -31,9 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7B", "SmolLM2"], help="layers to measure")
     parser.add_argument("--dtypes", nargs="+", choices=timing.DTYPES, default=["fp32", "bf16"], help="of weights")
-    parser.add_argument(
-        "--tokens", nargs="+", type=timing.positive, default=[1, 8, 64, 512], help="tokens per forward pass"
-    )
+    parser.add_argument("--tokens", nargs="+", type=timing.positive, default=[1, 8, 64, 512], help="per forward pass")
     timing.add_options(parser)
     return parser
 

@@ -36,29 +36,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
     command_line.add_model_path(parser)
     parser.add_argument("--train_data_path", type=command_line.path, required=True, help="calibration text, a folder")
-    parser.add_argument(
-        "--heldout_path", type=command_line.path, required=True, help="folder of .jsonl files never calibrated on"
-    )
+    parser.add_argument("--heldout_path", type=command_line.path, required=True, help="folder of .jsonl, to measure on")
     parser.add_argument("--wikitext_path", type=command_line.path, help="WikiText-2 test, raw; never calibrated on")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and results")
-    tokens, distillation_tokens = CALIBRATED.calibration_tokens, CALIBRATED.distillation_tokens
+    tokens, experts = CALIBRATED.calibration_tokens, [CALIBRATED.num_experts]
     parser.add_argument("--calibration_tokens", type=positive, default=tokens, help="the same for every method")
     parser.add_argument("--heldout_tokens", type=positive, default=4096, help="of each held-out file")
     parser.add_argument("--wikitext_tokens", type=positive, default=16384, help="of --wikitext_path")
     parser.add_argument("--block_size", type=positive, default=512, help="tokens per block, of all texts")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="shares of the experts")
-    parser.add_argument(
-        "--experts",
-        type=positive,
-        nargs="+",
-        default=[CALIBRATED.num_experts],
-        help="of our models; static, steps, dialled and --distill take the first",
-    )
+    help_of_experts = "of our models; static, steps, dialled and --distill take the first"
+    parser.add_argument("--experts", type=positive, nargs="+", default=experts, help=help_of_experts)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help=METHODS_HELP)
     parser.add_argument("--distill", action="store_true", help="distil the calibrated model, and the static mask alike")
-    parser.add_argument(
-        "--distillation_tokens", type=positive, default=distillation_tokens, help="one pass over so many"
-    )
+    tokens = CALIBRATED.distillation_tokens
+    parser.add_argument("--distillation_tokens", type=positive, default=tokens, help="one pass over so many")
     parser.add_argument("--bf16", action="store_true", help="distil in bfloat16")
     command_line.add_device(parser)
     parser.add_argument("--json", type=Path, help="JSON lines, one row each (default: rows.jsonl in --work)")

@@ -26,15 +26,9 @@ DENSE = "dense at 1"
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = command_line.new_parser(__doc__)
-    parser.add_argument(
-        "rows", type=Path, nargs="+", help="files of bench_quality.py --json; the first one's rows count"
-    )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        metavar="METHOD[=NAME]",
-        help="rows to show, in this order, and what to call them (default: all)",
-    )
+    parser.add_argument("rows", type=Path, nargs="+", help="of bench_quality.py --json; the first file's rows count")
+    names = "rows to show, in this order, and what to call them (default: all)"
+    parser.add_argument("--methods", nargs="+", metavar="METHOD[=NAME]", help=names)
     parser.add_argument("--budgets", type=float, nargs="+", help="budgets to show (default: all)")
     parser.add_argument("--short", action="store_true", help="no intervals, shares of neurons and minutes in the table")
     parser.add_argument("--plot", type=Path, help="draw perplexity against active fraction into this file")
