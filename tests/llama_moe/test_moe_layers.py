@@ -269,10 +269,9 @@ def test_bf16_weights_are_a_float32_softmax_rounded_once(gate_class):
     scores, weights, index = gate(torch.randn(50, 16, generator=torch.Generator().manual_seed(4)).bfloat16())
     exponentials = scores.gather(1, index).double().exp()
     assert weights.dtype == torch.bfloat16
+    expected = exponentials / exponentials.sum(dim=-1, keepdim=True)
     # Rounding to bf16's 8 bits moves a number by at most 2**-8 of its size; the float32 softmax is far closer.
-    torch.testing.assert_close(
-        weights.double(), exponentials / exponentials.sum(dim=-1, keepdim=True), rtol=1.01 * 2**-8, atol=0
-    )
+    torch.testing.assert_close(weights.double(), expected, rtol=1.01 * 2**-8, atol=0)
 
 
 def test_noise_is_added_while_training_only():

@@ -100,9 +100,8 @@ def test_times_are_medians_of_all_alternatives():
         calls[name] += 1
         torch.randn(size, size) @ torch.randn(size, size)
 
-    seconds = median_seconds(
-        {"slow": lambda: work("slow", 600), "fast": lambda: work("fast", 20)}, rounds=3, device=CPU, at_least=0.005
-    )
+    alternatives = {"slow": lambda: work("slow", 600), "fast": lambda: work("fast", 20)}
+    seconds = median_seconds(alternatives, rounds=3, device=CPU, at_least=0.005)
     assert seconds["slow"] > seconds["fast"] > 0
     assert calls["fast"] > calls["slow"] >= 5
 
