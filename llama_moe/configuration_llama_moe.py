@@ -146,36 +146,35 @@ class LlamaMoEConfig(LlamaConfig):
         if self.gate_rank is not None:
             limit = min(self.hidden_size, self.num_experts)
             self._require("gate_rank", 1 <= self.gate_rank <= limit, f"1 to {limit}, the smaller side of the gate")
-            self._require("gate_rank", self.gate_network == "linear", 'None unless gate_network is "linear"')
-        self._require(
-            "gate_bias", not self.gate_bias or self.gate_network == "linear", 'False unless gate_network is "linear"'
-        )
+        for field, none in (("gate_rank", None), ("gate_bias", False)):
+            is_fine = self.gate_network == "linear" or getattr(self, field) == none
+            self._require(field, is_fine, f'{none} unless gate_network is "linear"')
         self._check_budgets()
 
     def _check_budgets(self) -> None:
-        is_threshold = self.routing == "threshold"
-        whole = f"1 to num_experts ({self.num_experts})"
         min_experts, max_experts = self.min_experts_per_tok, self.max_routed_experts
+        whole = f"1 to num_experts ({self.num_experts})"
         self._require("max_experts_per_tok", 1 <= max_experts <= self.num_experts, whole)
         self._require("min_experts_per_tok", 0 <= min_experts <= max_experts, f"0 to {max_experts}")
-        if is_threshold:
+        if self.routing == "threshold":
             bounds = f"{min_experts} to {max_experts}, the bounds of each token"
             self._require("num_experts_per_tok", min_experts <= self.num_experts_per_tok <= max_experts, bounds)
         else:
             self._require("num_experts_per_tok", 1 <= self.num_experts_per_tok <= self.num_experts, whole)
             if min_experts > 0 or self.max_experts_per_tok is not None:
                 raise ValueError('min_experts_per_tok and max_experts_per_tok are for routing "threshold"')
-        budgets = self.layer_num_experts_per_tok
-        if budgets is not None:
-            fits = len(budgets) == self.num_hidden_layers
-            if is_threshold:
-                counts = f"{self.num_hidden_layers} numbers of 0 to num_experts ({self.num_experts})"
-                fits = fits and all(0 <= k <= self.num_experts for k in budgets)
-            else:
-                counts = f"{self.num_hidden_layers} numbers of {whole}, the largest num_experts_per_tok"
-                fits = fits and all(isinstance(k, int) and 1 <= k <= self.num_experts for k in budgets)
-                fits = fits and max(budgets) == self.num_experts_per_tok
-            self._require("layer_num_experts_per_tok", fits, counts)
+        budgets, layers = self.layer_num_experts_per_tok, self.num_hidden_layers
+        if budgets is None:
+            return
+        fits = len(budgets) == layers
+        if self.routing == "threshold":
+            wanted = f"{layers} numbers of 0 to num_experts ({self.num_experts})"
+            fits = fits and all(0 <= k <= self.num_experts for k in budgets)
+        else:
+            wanted = f"{layers} numbers of {whole}, the largest num_experts_per_tok"
+            fits = fits and all(isinstance(k, int) and k >= 1 for k in budgets)
+            fits = fits and max(budgets) == self.num_experts_per_tok
+        self._require("layer_num_experts_per_tok", fits, wanted)
 
     def _require(self, field: str, holds: bool, wanted: str) -> None:
         if not holds:

@@ -10,20 +10,15 @@ from torch.nn import functional as F
 
 
 class Gate(nn.Module):
-    """Scores every expert for every token and selects those that run. Subclasses give `score`.
+    """Scores every expert for every token and selects those that run. Subclasses give `score`; the arguments are as in
+    `LlamaMoEConfig`.
 
     Gates hold raw parameters, not `nn.Linear`: tools that quantise or adapt "all linear layers" must leave the
     routing alone.
-
-    Args:
-        num_experts_per_tok, routing, min_experts_per_tok, max_experts_per_tok, multiply_gate_scores,
-            score_scale_factor, noise: as in `LlamaMoEConfig`.
     """
 
-    # Score quantiles kept for `set_active_share`, at levels 0, 1/1024, ..., 1.
-    NUM_QUANTILES = 1025
-    # Every score reaches it, so all experts run. It stands for minus infinity, which float16 makes of it, but tools can
-    # subtract it.
+    NUM_QUANTILES = 1025  # score quantiles kept for `set_active_share`, at levels 0, 1/1024, ..., 1
+    # All experts run. Stands for minus infinity, which float16 makes of it, but tools can subtract it.
     LOWEST_THRESHOLD = -1e30
 
     def __init__(
@@ -81,11 +76,8 @@ class Gate(nn.Module):
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         """Which experts run, bool `[T, E]`."""
-        if self._is_unbounded:
-            return scores >= self.threshold
         index, used = self.route(scores)
-        used = torch.ones_like(index, dtype=torch.bool) if used is None else used
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, used)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, True if used is None else used)
 
     def _weights(self, scores: torch.Tensor, index: torch.Tensor, used: torch.Tensor | None) -> torch.Tensor:
         if self.multiply_gate_scores:
@@ -120,11 +112,8 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def store_score_quantiles(self, scores: torch.Tensor) -> None:
-        """Keep the quantiles of all scores `[T, E]` of a text: what `set_active_share` sets thresholds by.
-
-        Raises:
-            ValueError: the gate routes by top-k, there is no score, or one is not finite.
-        """
+        """Keep the quantiles of all scores `[T, E]` of a text: what `set_active_share` sets thresholds by. They must be
+        finite (else `ValueError`, as if the gate routes by top-k)."""
         self._require_threshold_routing()
         if not scores.numel() or not scores.isfinite().all():
             raise ValueError("quantiles need scores, all of them finite")
@@ -136,11 +125,8 @@ class Gate(nn.Module):
     @classmethod
     @torch.no_grad()
     def quantile_threshold(cls, score_quantiles: torch.Tensor, share: float) -> float:
-        """The threshold at which this share of all token-expert pairs runs on the text of the quantiles.
-
-        Raises:
-            ValueError: the quantiles are all equal, as where none were stored.
-        """
+        """The threshold at which this share of all token-expert pairs runs on the text of the quantiles; `ValueError`
+        if these are all equal, as where none were stored."""
         if not 0 < share < 1:
             return cls.LOWEST_THRESHOLD if share >= 1 else -cls.LOWEST_THRESHOLD
         if score_quantiles[0] == score_quantiles[-1]:
@@ -150,11 +136,7 @@ class Gate(nn.Module):
         return torch.lerp(low, high, part).item()
 
     def set_active_share(self, share: float) -> None:
-        """Set the threshold to the `quantile_threshold` of the stored quantiles.
-
-        Raises:
-            ValueError: the gate routes by top-k, or no quantiles are stored.
-        """
+        """Set the threshold to the `quantile_threshold` of the stored quantiles; `ValueError` where there are none."""
         self._require_threshold_routing()
         self.threshold.fill_(self.quantile_threshold(self.score_quantiles, share))
 
@@ -195,24 +177,16 @@ class MLPGate(Gate):
 
 
 GATE_CLASSES = {"mlp": MLPGate, "linear": LinearGate}
+ROUTING_FIELDS = ("routing", "min_experts_per_tok", "max_experts_per_tok", "multiply_gate_scores", "score_scale_factor")
 
 
 def make_gate(config, layer_idx: int = 0) -> Gate:
     """The gate that a `LlamaMoEConfig` describes, its parameters not yet filled."""
-    is_linear = config.gate_network == "linear"
-    of_linear = {"rank": config.gate_rank, "has_bias": config.gate_bias} if is_linear else {}
-    return GATE_CLASSES[config.gate_network](
-        config.hidden_size,
-        config.num_experts,
-        **of_linear,
-        num_experts_per_tok=config.experts_per_tok_of(layer_idx),
-        routing=config.routing,
-        min_experts_per_tok=config.min_experts_per_tok,
-        max_experts_per_tok=config.max_experts_per_tok,
-        multiply_gate_scores=config.multiply_gate_scores,
-        score_scale_factor=config.score_scale_factor,
-        noise=config.gate_noise,
-    )
+    fields = {name: getattr(config, name) for name in ROUTING_FIELDS}
+    fields |= {"num_experts_per_tok": config.experts_per_tok_of(layer_idx), "noise": config.gate_noise}
+    if config.gate_network == "linear":
+        fields |= {"rank": config.gate_rank, "has_bias": config.gate_bias}
+    return GATE_CLASSES[config.gate_network](config.hidden_size, config.num_experts, **fields)
 
 
 def load_balancing_loss(

@@ -81,35 +81,27 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         return super().get_correct_experts_implementation(requested_experts)
 
     def set_num_experts_per_tok(self, num_experts_per_tok: int | Sequence[int]) -> None:
-        """Change how many routed experts run per token, in place; with threshold routing, on average.
-
-        Args:
-            num_experts_per_tok: one number for every layer, or one per layer.
+        """Change how many routed experts run per token, in place: one number for every layer, or one per layer. With
+        threshold routing these are averages.
 
         Raises:
-            ValueError: more than there are, less than 1 (with threshold routing: less than 0), or not one per layer; or
-                threshold routing has no score quantiles to go by.
+            ValueError: a number that no layer can run, or not one per layer; or a threshold has no score quantiles.
         """
-        config = self.config
-        budgets = num_experts_per_tok
-        if isinstance(budgets, str) or not isinstance(budgets, Sequence):
-            budgets = [budgets] * config.num_hidden_layers
-        if len(budgets) != config.num_hidden_layers:
-            raise ValueError(f"{len(budgets)} budgets given for {config.num_hidden_layers} layers")
+        budgets, num_layers = num_experts_per_tok, self.config.num_hidden_layers
+        if not isinstance(budgets, Sequence):
+            budgets = [budgets] * num_layers
+        if len(budgets) != num_layers:
+            raise ValueError(f"{len(budgets)} budgets given for {num_layers} layers")
         lowest, highest = self._routed_bounds()
-        limits = f"{lowest} to {f'num_experts ({highest})' if highest == config.num_experts else highest}"
         for budget in budgets:
-            whole = isinstance(budget, Integral) and not isinstance(budget, bool)
-            if not (whole and lowest <= budget <= highest):
-                raise ValueError(f"num_experts_per_tok is {budget!r}; it must be {limits}")
+            is_whole = isinstance(budget, Integral) and not isinstance(budget, bool)
+            if not (is_whole and lowest <= budget <= highest):
+                raise ValueError(f"num_experts_per_tok is {budget!r}; it must be {lowest} to {highest}")
         self._set_routed_budgets([int(budget) for budget in budgets])
 
     def set_active_fraction(self, fraction: float) -> None:
-        """Change the share of all experts, shared ones included, that runs per token, in every layer.
-
-        Raises:
-            ValueError: outside of what the model can do. Top-k routing takes whole numbers of experts only.
-        """
+        """Change the share of all experts, shared ones included, that runs per token, in every layer. `ValueError` for
+        one that the model cannot run: top-k routing takes whole numbers of experts."""
         if not isinstance(fraction, Real):
             raise ValueError(f"active fraction {fraction!r} is not a number")
         config = self.config
@@ -118,10 +110,8 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         tolerance = 1e-6 * total
         bounds = self._routed_bounds()
         if not (fraction > 0 and bounds[0] - tolerance <= routed <= bounds[1] + tolerance):
-            lowest, highest = ((config.num_shared_experts + count) / total for count in bounds)
-            raise ValueError(
-                f"active fraction {fraction} is outside of {lowest:.4g} to {highest:.4g}, what this model can run"
-            )
+            limits = " to ".join(f"{(config.num_shared_experts + count) / total:.4g}" for count in bounds)
+            raise ValueError(f"active fraction {fraction} is outside of {limits}, what this model can run")
         if config.routing == "top_k":
             if abs(routed - round(routed)) > tolerance:
                 raise ValueError(f"active fraction {fraction} is not a whole number of {total} experts")

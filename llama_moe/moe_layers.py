@@ -5,7 +5,7 @@ expert). A slot of weight 0 is unused: its expert need not run, but an implement
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -156,12 +156,7 @@ def record_routing(model: nn.Module) -> Iterator[list[RoutingStatistics]]:
     """
     gates = [module for module in model.modules() if isinstance(module, Gate)]
     statistics = [RoutingStatistics(gate.num_experts) for gate in gates]
-    hooks = [
-        gate.register_forward_hook(lambda _, __, output, layer=layer: layer.add(*output))
-        for gate, layer in zip(gates, statistics, strict=True)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for gate, layer in zip(gates, statistics, strict=True):
+            hooks.enter_context(gate.register_forward_hook(lambda _, __, output, layer=layer: layer.add(*output)))
         yield statistics
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -11,6 +11,7 @@ Threshold routing: with linear gates, and thresholds that give the active fracti
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -44,20 +45,22 @@ def bench(arguments: argparse.Namespace) -> None:
     device = timing.check_options(arguments, [INTERMEDIATE_SIZE])
     dtype = getattr(torch, timing.DTYPES[arguments.dtype])
     print(f"{timing.machine(device)}; {arguments.dtype}, {arguments.layers} layers")
-    prompt = random_prompt(arguments.prompt_tokens, device)
+    torch.manual_seed(0)
+    prompt = torch.randint(3, 32000, (1, arguments.prompt_tokens), device=device)
     dense, *moes = make_models(arguments, prompt, dtype)
-    columns = "".join(f"{name:>14}" for name in ("dense tokens/s", "MoE tokens/s", "time ratio", "possible"))
-    print(f"{'':8}{'routing':>10}{'active':>8}{columns}")
     rows = []
     with torch.inference_mode():
         for phase, moe, active in product(("prefill", "decode"), moes, arguments.active):
             moe.set_active_fraction(active)
-            models = {"dense": dense, "moe": moe}
-            alternatives = {name: runs(phase, model, prompt, arguments.new_tokens) for name, model in models.items()}
-            passes = (len(prompt[0]), 1) if phase == "prefill" else (1, arguments.new_tokens)
-            alternatives["mlps"] = mlps(dense, *passes)
+            length, passes = (arguments.prompt_tokens, 1) if phase == "prefill" else (1, arguments.new_tokens)
+            x = torch.randn(1, length, dense.config.hidden_size, device=device, dtype=dtype)
+            alternatives = {
+                "dense": runs(phase, dense, prompt, arguments.new_tokens),
+                "moe": runs(phase, moe, prompt, arguments.new_tokens),
+                "mlps": partial(run_mlps, dense, x, passes),
+            }
             seconds = timing.median_seconds(alternatives, rounds=arguments.rounds, device=device)
-            tokens = passes[0] * passes[1]
+            tokens = length * passes
             mlp_share = seconds["mlps"] / seconds["dense"]
             row = {
                 "phase": phase,
@@ -69,26 +72,20 @@ def bench(arguments: argparse.Namespace) -> None:
                 "time_ratio": seconds["moe"] / seconds["dense"],
                 "possible": 1 - mlp_share * (1 - active),
             }
+            if not rows:
+                print(timing.table_line([*row]))
+            print(timing.table_line([*row], row), flush=True)
             rows.append(row)
-            cells = "".join(f"{number:14.3f}" for number in list(row.values())[4:])
-            print(f"{phase:8}{row['routing']:>10}{active:8.2f}{cells}", flush=True)
     timing.write_json(arguments.json, device, rows)
-
-
-def random_prompt(tokens: int, device: Any) -> Any:
-    """Token ids `[1, tokens]`."""
-    import torch
-
-    return torch.randint(3, 32000, (1, tokens), generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def make_models(arguments: argparse.Namespace, prompt: Any, dtype: Any) -> list[Any]:
     """A random LLaMA of LLaMA-3.2-1B's shape, and a LlamaMoE for either kind of routing, which share all its tensors
     but the MLPs', and one another's experts. The thresholds can be set to any active fraction over the prompt."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
+    from llama_moe import LlamaMoEConfig
 
     fields = dict(
         hidden_size=2048,
@@ -102,20 +99,17 @@ def make_models(arguments: argparse.Namespace, prompt: Any, dtype: Any) -> list[
     )
     counts = dict(num_experts=arguments.num_experts, num_experts_per_tok=1)
     threshold = dict(gate_network="linear", routing="threshold")
-    generator = torch.Generator().manual_seed(0)
     models = []
-    for model_class, config in (
-        (LlamaForCausalLM, LlamaConfig(**fields)),
-        (LlamaMoEForCausalLM, LlamaMoEConfig(**fields, **counts)),
-        (LlamaMoEForCausalLM, LlamaMoEConfig(**fields, **counts, **threshold)),
+    for config in (
+        LlamaConfig(**fields),
+        LlamaMoEConfig(**fields, **counts),
+        LlamaMoEConfig(**fields, **counts, **threshold),
     ):
-        with torch.device("meta"):
-            model = model_class(config)
-        model.model.rotary_emb = type(model.model.rotary_emb)(config).to(prompt.device)
+        with prompt.device:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if models:
             shared = {name: tensor for name, tensor in models[-1].state_dict().items() if ".mlp.gate." not in name}
             model.load_state_dict(shared, strict=False, assign=True)
-        timing.fill(model, dtype, prompt.device, generator)
         models.append(model.eval())
     with torch.inference_mode():
         scores = models[2](prompt, output_router_logits=True).router_logits
@@ -149,19 +143,11 @@ def runs(phase: str, model: Any, prompt: Any, new_tokens: int) -> Callable[[], A
     return decode
 
 
-def mlps(dense: Any, tokens: int, passes: int) -> Callable[[], None]:
-    """All MLPs of the dense model, so many times over so many tokens."""
-    import torch
-
-    weight = dense.model.layers[0].mlp.gate_proj.weight
-    x = torch.randn(1, tokens, weight.shape[1], device=weight.device).to(weight.dtype)
-
-    def run() -> None:
-        for _ in range(passes):
-            for layer in dense.model.layers:
-                layer.mlp(x)
-
-    return run
+def run_mlps(dense: Any, x: Any, passes: int) -> None:
+    """All MLPs of the dense model, so many times over the tokens `x`."""
+    for _ in range(passes):
+        for layer in dense.model.layers:
+            layer.mlp(x)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import timing
 from run_moefication import command_line
 
 SHAPES = {"7B": (4096, 11008), "SmolLM2": (576, 1536), "1B": (2048, 8192)}  # hidden and intermediate size
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # transformers' own
+COLUMNS = ("routing", "tokens", "active", "dense_ms", "bound", "ours", *IMPLEMENTATIONS, "ours_over_best")
 # batched_mm copies the weights of every slot: cases beyond this many bytes are left out.
 MOST_COPIED_BYTES = 4 * 2**30
 
@@ -29,9 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7B", "SmolLM2"], help="layers to measure")
     parser.add_argument("--dtypes", nargs="+", choices=timing.DTYPES, default=["fp32", "bf16"], help="of weights")
-    parser.add_argument(
-        "--tokens", nargs="+", type=timing.positive, default=[1, 8, 64, 512], help="tokens per forward pass"
-    )
+    parser.add_argument("--tokens", nargs="+", type=timing.positive, default=[1, 8, 64, 512], help="per forward pass")
     timing.add_options(parser)
     return parser
 
@@ -54,19 +54,14 @@ def bench(arguments: argparse.Namespace) -> None:
         print(f"{dtype_name}: a large product reaches {rates[0] / 1e9:,.0f} GFLOP/s, reading {rates[1] / 1e9:.1f} GB/s")
         for shape in arguments.shapes:
             print(f"\n{shape} layer, {arguments.num_experts} experts, {dtype_name}: time over dense")
-            print(f"{'routing':10}{'tokens':>7}{'active':>8}{'dense ms':>10}{'bound':>8}{'ours':>8}", end="")
-            print("".join(f"{name:>12}" for name in IMPLEMENTATIONS), "   ours/best")
+            print(timing.table_line(COLUMNS))
             for case in cases(arguments, shape, dtype, device):
-                row = {"shape": shape, "dtype": dtype_name} | measure(case, arguments.rounds, rates)
-                rows.append(row)
-                print(_line(row), flush=True)
+                rows.append({"shape": shape, "dtype": dtype_name} | measure(*case, arguments.rounds, rates))
+                print(timing.table_line(COLUMNS, rows[-1]), flush=True)
     timing.write_json(arguments.json, device, rows)
 
 
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # transformers' own
-
-
-def cases(arguments: argparse.Namespace, shape: str, dtype: Any, device: Any) -> Iterator[dict[str, Any]]:
+def cases(arguments: argparse.Namespace, shape: str, dtype: Any, device: Any) -> Iterator[tuple[Any, Any, Any]]:
     """The dense MLP, our block, and inputs, for every number of tokens and budget; threshold routing at the first."""
     import torch
     from transformers import LlamaConfig
@@ -75,25 +70,28 @@ def cases(arguments: argparse.Namespace, shape: str, dtype: Any, device: Any) ->
     from llama_moe import LlamaMoEConfig
     from llama_moe.moe_layers import MoEBlock
 
-    hidden_size, intermediate_size = SHAPES[shape]
-    fields = dict(hidden_size=hidden_size, intermediate_size=intermediate_size)
-    generator = torch.Generator().manual_seed(0)
-    with torch.device("meta"):
-        dense = LlamaMLP(LlamaConfig(**fields))
-    timing.fill(dense, dtype, device, generator)
-    fields |= dict(num_experts=arguments.num_experts, num_experts_per_tok=1, gate_network="linear")
-    budgets = [round(active * arguments.num_experts) for active in arguments.active]
-    spread = [budget for budget in budgets if cost_bounds(arguments.num_experts)[0] < budget < arguments.num_experts]
+    def filled(module: torch.nn.Module) -> torch.nn.Module:
+        for parameter in module.requires_grad_(False).parameters():
+            parameter.normal_(std=0.02)  # a trained layer's size
+        return module.to(dtype)
+
+    torch.manual_seed(0)
+    fields = dict(zip(("hidden_size", "intermediate_size"), SHAPES[shape], strict=True))
+    with device:
+        dense = filled(LlamaMLP(LlamaConfig(**fields)))
+    num_experts = arguments.num_experts
+    fields |= dict(num_experts=num_experts, num_experts_per_tok=1, gate_network="linear")
+    budgets = [round(active * num_experts) for active in arguments.active]
+    spread = [budget for budget in budgets if cost_bounds(num_experts)[0] < budget < num_experts]
     for routing, budgets_of_routing in (("top_k", budgets), ("threshold", spread[:1])):
-        with torch.device("meta"):
-            block = MoEBlock(LlamaMoEConfig(**fields, routing=routing))
-        timing.fill(block, dtype, device, generator)
+        with device:
+            block = filled(MoEBlock(LlamaMoEConfig(**fields, routing=routing)))
         for tokens, budget in product(arguments.tokens, budgets_of_routing):
             block.gate.num_experts_per_tok = budget
-            x = torch.randn(1, tokens, hidden_size, generator=generator).to(device, dtype)
+            x = torch.randn(1, tokens, fields["hidden_size"], device=device, dtype=dtype)
             if routing == "threshold":
                 spread_costs(block.gate, x[0], budget)
-            yield {"dense": dense, "block": block, "x": x, "routing": routing, "budget": budget}
+            yield dense, block, x
 
 
 def cost_bounds(num_experts: int) -> tuple[int, int]:
@@ -102,8 +100,8 @@ def cost_bounds(num_experts: int) -> tuple[int, int]:
 
 
 def spread_costs(gate: Any, x: Any, budget: int) -> None:
-    """Move the tokens `x [T, H]`, in place, so that they run from 5 to 95 % of the experts with the budget as average
-    (one token: just it).
+    """Set the threshold to 0, and move the tokens `x [T, H]` so that they run from 5 to 95 % of the experts with the
+    budget as average (one token: just it).
 
     Adding a multiple of d, where the gate's weight times d is all ones, to a token shifts all its scores alike.
     """
@@ -121,6 +119,7 @@ def spread_costs(gate: Any, x: Any, budget: int) -> None:
     counts = counts.to(x.device)[:, None]  # [T, 1]
     middles = (scores.gather(1, counts - 1) + scores.gather(1, counts)) / 2
     x.sub_((middles * direction).to(x.dtype))
+    gate.threshold.zero_()
 
 
 def run(block: Any, x: Any, implementation: str) -> Any:
@@ -129,32 +128,31 @@ def run(block: Any, x: Any, implementation: str) -> Any:
     return block(x)
 
 
-def measure(case: dict[str, Any], rounds: int, rates: tuple[float, float]) -> dict[str, Any]:
+def measure(dense: Any, block: Any, x: Any, rounds: int, rates: tuple[float, float]) -> dict[str, Any]:
     """Times of one case, as ratios to the dense MLP's."""
     import torch
 
-    dense, block, x = case["dense"], case["block"], case["x"]
-    num_tokens, num_experts = x.shape[1], block.gate.num_experts
+    gate, num_tokens = block.gate, x.shape[1]
+    expert_bytes = sum(parameter[0].nbytes for parameter in block.experts.parameters())
+    alternatives = {"dense": partial(dense, x), "ours": partial(run, block, x, "llama_moe")}
+    if gate.routing == "top_k":
+        alternatives |= {name: partial(run, block, x, name) for name in IMPLEMENTATIONS}
+        if num_tokens * gate.num_experts_per_tok * expert_bytes > MOST_COPIED_BYTES:
+            del alternatives["batched_mm"]
+        if block.experts.down_proj[0, 0].nbytes % 16:  # it wants rows of whole 16 bytes
+            del alternatives["grouped_mm"]
     with torch.inference_mode():
-        selected = block.gate.mask(block.gate.score(x[0]))
-        alternatives = {"dense": partial(dense, x), "ours": partial(run, block, x, "llama_moe")}
-        expert_bytes = sum(parameter[0].nbytes for parameter in block.experts.parameters())
-        if case["routing"] == "top_k":
-            alternatives["eager"] = partial(run, block, x, "eager")
-            if num_tokens * case["budget"] * expert_bytes <= MOST_COPIED_BYTES:
-                alternatives["batched_mm"] = partial(run, block, x, "batched_mm")
-            if block.experts.down_proj[0, 0].nbytes % 16 == 0:  # it wants rows of whole 16 bytes
-                alternatives["grouped_mm"] = partial(run, block, x, "grouped_mm")
+        selected = gate.mask(gate.score(x[0]))
         seconds = timing.median_seconds(alternatives, rounds=rounds, device=x.device)
 
     active = selected.float().mean().item()
     touched = selected.any(dim=0).float().mean().item()
-    weights = num_experts * expert_bytes
+    weights = gate.num_experts * expert_bytes
     flops, transfer = 2 * num_tokens * weights / x.element_size() / rates[0], weights / rates[1]
     ratios = {name: value / seconds["dense"] for name, value in seconds.items() if name != "dense"}
     best = min((ratios[name] for name in IMPLEMENTATIONS if name in ratios), default=None)
     return {
-        "routing": case["routing"],
+        "routing": gate.routing,
         "tokens": num_tokens,
         "active": active,
         "experts_per_token": [selected.sum(-1).min().item(), selected.sum(-1).max().item()],
@@ -164,15 +162,6 @@ def measure(case: dict[str, Any], rounds: int, rates: tuple[float, float]) -> di
         **ratios,
         "ours_over_best": ratios["ours"] / best if best else None,
     }
-
-
-def _line(row: dict[str, Any]) -> str:
-    peers = "".join(f"{row[name]:12.3f}" if name in row else f"{'-':>12}" for name in IMPLEMENTATIONS)
-    best = f"{row['ours_over_best']:12.3f}" if row["ours_over_best"] else ""
-    return (
-        f"{row['routing']:10}{row['tokens']:7}{row['active']:8.3f}{row['dense_ms']:10.3f}{row['bound']:8.3f}"
-        f"{row['ours']:8.3f}{peers}{best}"
-    )
 
 
 if __name__ == "__main__":

@@ -36,29 +36,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.new_parser(__doc__)
     command_line.add_model_path(parser)
     parser.add_argument("--train_data_path", type=command_line.path, required=True, help="calibration text, a folder")
-    parser.add_argument(
-        "--heldout_path", type=command_line.path, required=True, help="folder of .jsonl files never calibrated on"
-    )
+    parser.add_argument("--heldout_path", type=command_line.path, required=True, help="folder of .jsonl, to measure on")
     parser.add_argument("--wikitext_path", type=command_line.path, help="WikiText-2 test, raw; never calibrated on")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and results")
-    tokens, distillation_tokens = CALIBRATED.calibration_tokens, CALIBRATED.distillation_tokens
+    tokens, experts = CALIBRATED.calibration_tokens, [CALIBRATED.num_experts]
     parser.add_argument("--calibration_tokens", type=positive, default=tokens, help="the same for every method")
     parser.add_argument("--heldout_tokens", type=positive, default=4096, help="of each held-out file")
     parser.add_argument("--wikitext_tokens", type=positive, default=16384, help="of --wikitext_path")
     parser.add_argument("--block_size", type=positive, default=512, help="tokens per block, of all texts")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="shares of the experts")
-    parser.add_argument(
-        "--experts",
-        type=positive,
-        nargs="+",
-        default=[CALIBRATED.num_experts],
-        help="of our models; static, steps, dialled and --distill take the first",
-    )
+    help_of_experts = "of our models; static, steps, dialled and --distill take the first"
+    parser.add_argument("--experts", type=positive, nargs="+", default=experts, help=help_of_experts)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help=METHODS_HELP)
     parser.add_argument("--distill", action="store_true", help="distil the calibrated model, and the static mask alike")
-    parser.add_argument(
-        "--distillation_tokens", type=positive, default=distillation_tokens, help="one pass over so many"
-    )
+    tokens = CALIBRATED.distillation_tokens
+    parser.add_argument("--distillation_tokens", type=positive, default=tokens, help="one pass over so many")
     parser.add_argument("--bf16", action="store_true", help="distil in bfloat16")
     command_line.add_device(parser)
     parser.add_argument("--json", type=Path, help="JSON lines, one row each (default: rows.jsonl in --work)")
@@ -73,16 +65,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def bench(arguments: argparse.Namespace) -> None:
     """Measure all that was asked for and is not in the file of rows with the same settings, printing as it goes."""
-    import torch
-
-    check(arguments)
-    from quality_methods import prepare, rows
-
-    setup = prepare(arguments)
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    for budget in arguments.budgets:
+        if not 0.05 <= budget < 1:
+            raise MoEficationError(f"--budgets {budget:g}: shares from 0.05 to below 1 are measured")
     path = arguments.json or arguments.work / "rows.jsonl"
+    if arguments.json and not path.absolute().parent.is_dir():
+        raise MoEficationError(f"--json {path}: there is no folder {path.parent}")
+    import torch
+    from quality_methods import Bench, rows
+
+    setup = Bench(arguments)
     kept = read_rows(path) if path.exists() else {}
-    where = machine(torch.device(setup.device))
+    where = machine(torch.device(setup.run["device"]))
     print(f"{setup.dense.name}; {where}; {arguments.calibration_tokens:,} calibration tokens, seed {arguments.seed}")
     common = {
         "model": setup.dense.fingerprint,
@@ -91,7 +85,7 @@ def bench(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
         "texts": {name: sha256(torch.cat(blocks).numpy()).hexdigest() for name, blocks in setup.texts.items()},
     }
-    has_head = False
+    head = 0  # lines of it that have been printed
     for row in rows(setup):
         key, settings = row_key(row.method, row.budget), common | row.settings
         if kept.get(key, {}).get("settings") != settings:
@@ -103,18 +97,8 @@ def bench(arguments: argparse.Namespace) -> None:
             write_rows(path, kept)
         if key != DENSE:
             own = compared({"": {DENSE: kept[DENSE], key: kept[key]}})
-            lines = table([own[key]], arguments.seed).splitlines()
-            print(*(lines[2:] if has_head else lines), sep="\n", flush=True)
-            has_head = True
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Refuse what no row could be measured with, before any work."""
-    for budget in arguments.budgets:
-        if not 0.05 <= budget < 1:
-            raise MoEficationError(f"--budgets {budget:g}: shares from 0.05 to below 1 are measured")
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        raise MoEficationError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+            print(*table([own[key]], arguments.seed).splitlines()[head:], sep="\n", flush=True)
+            head = 2
 
 
 if __name__ == "__main__":

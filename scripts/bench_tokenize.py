@@ -82,27 +82,23 @@ def memory(checkpoint: Any, texts: list[str], gigabytes: float) -> dict[str, Any
     from run_moefication.moefication.text.corpus import training_corpus
     from run_moefication.settings import CorpusSettings
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as executor:
         path = Path(folder, "text.jsonl")
         lines = [json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in texts]
         with path.open("wb") as file:
-            while file.tell() < gigabytes * 1e9:
+            while (size := file.tell()) < gigabytes * 1e9:
                 file.writelines(lines)
-        size = path.stat().st_size
         corpus = training_corpus(checkpoint, path, folder, CorpusSettings(max_tokens=100_000))
-        before = anonymous_bytes()
-        with ThreadPoolExecutor(1) as executor:
-            work = executor.submit(lambda: corpus.mix)
-            peak = before
-            while not work.done():
-                peak = max(peak, anonymous_bytes())
-                time.sleep(0.02)
-    tokens = work.result()[0].available
+        before = peak = anonymous_bytes()
+        work = executor.submit(lambda: corpus.mix[0].available)
+        while not work.done():
+            peak = max(peak, anonymous_bytes())
+            time.sleep(0.02)
     print(
-        f"{size / 1e9:.1f} GB of jsonl, {tokens:,} tokens: anonymous memory {before / 1e6:,.0f} MB before, "
+        f"{size / 1e9:.1f} GB of jsonl, {work.result():,} tokens: anonymous memory {before / 1e6:,.0f} MB before, "
         f"{peak / 1e6:,.0f} MB at most"
     )
-    return {"way": "memory", "bytes": size, "tokens": tokens, "before": before, "peak": peak}
+    return {"way": "memory", "bytes": size, "tokens": work.result(), "before": before, "peak": peak}
 
 
 def anonymous_bytes() -> int:

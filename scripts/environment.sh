@@ -26,12 +26,9 @@ _state() (
 # Makes the environment, or mends one whose making was cut short.
 _make_venv() {
     local python="${PYTHON:-python3}"
-    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-        echo "error: Python >= 3.11 is needed, '$python' is not: set PYTHON=/path/to/python3.11 (or newer)" >&2
-        return 2
-    fi
-    if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
-        echo "error: '$python' cannot make a virtual environment: install its venv package (Debian: apt install python3-venv)" >&2
+    if ! "$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        echo "error: '$python' is no Python >= 3.11 that can make a virtual environment: set PYTHON=/path/to/python3.11" \
+            "(or newer), or install its venv package (Debian: apt install python3-venv)" >&2
         return 2
     fi
     if ! "$python" -m venv "$VENV" || ! _state >/dev/null; then
@@ -40,20 +37,11 @@ _make_venv() {
     fi
 }
 
-# _install EXTRA PIP_OPTION...: torch on its own first, where a local build for this machine goes before the one of the
-# registry; the rest then finds it there.
-_install() (
-    local extra="$1"
-    shift
-    cd "$REPOSITORY" || return
-    "$VENV_PYTHON" -m pip install --disable-pip-version-check "$@" "$(grep '^torch==' constraints.txt)" &&
-        "$VENV_PYTHON" -m pip install --disable-pip-version-check "$@" -e ".[$extra]" -c constraints.txt
-)
-
 # ensure_environment EXTRA: the environment holds this project, editable, with that extra of pyproject.toml and the
 # versions of constraints.txt. Does nothing when that is so already; finishes an install that was cut short.
 ensure_environment() {
-    local extra="$1" stamp="$VENV/.installed-$1" unfinished="$VENV/.unfinished" options=()
+    local extra="$1" stamp="$VENV/.installed-$1" unfinished="$VENV/.unfinished"
+    local install=("$VENV_PYTHON" -m pip install --disable-pip-version-check)
     if [ ! -e "$unfinished" ] && [ -e "$stamp" ] && _state | cmp -s - "$stamp"; then
         return 0
     fi
@@ -61,11 +49,13 @@ ensure_environment() {
         _make_venv || return
     fi
     echo "Installing into $VENV (extra: $extra); the first time takes some minutes" >&2
-    [ -t 2 ] || options+=(--quiet)
+    [ -t 2 ] || install+=(--quiet)
     # pip takes a package whose installation was killed half-way for installed: then all are installed anew.
-    [ ! -e "$unfinished" ] || options+=(--ignore-installed)
+    [ ! -e "$unfinished" ] || install+=(--ignore-installed)
     touch "$unfinished"
-    if ! _install "$extra" ${options[@]+"${options[@]}"}; then
+    # torch on its own first, where a local build for this machine goes before the one of the registry.
+    if ! (cd "$REPOSITORY" && "${install[@]}" "$(grep '^torch==' constraints.txt)" &&
+        "${install[@]}" -e ".[$extra]" -c constraints.txt); then
         echo "error: pip could not install the project (see above): check the network, then run this again" >&2
         return 2
     fi

@@ -8,7 +8,6 @@ hundred lines of made-up text. Prints one line for each file: sha256 and path. M
 timings, model cards and code are left out. Hashes depend on the machine and on versions, so none are kept in git.
 """
 
-import argparse
 import os
 import random
 import subprocess
@@ -16,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from run_moefication.command_line import new_parser
 from run_moefication.moefication.storage.files import file_sha256
 
 STAGES = Path(__file__).resolve().parents[1] / "run_moefication"
@@ -44,16 +44,12 @@ def make_model(folder: Path) -> None:
     sizes = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
     config = LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=128, initializer_range=0.2)
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
-    )
-    tokenizer.train_from_iterator([WORDS], trainer)
-    names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = byte_level
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    symbols = dict(special_tokens=[*special.values()], initial_alphabet=sorted(byte_level.alphabet()))
+    tokenizer.train_from_iterator([WORDS], trainers.BpeTrainer(vocab_size=300, show_progress=False, **symbols))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def make_text(folder: Path) -> None:
@@ -68,8 +64,8 @@ def make_text(folder: Path) -> None:
 
 def run(recipe: str, work: Path, dense: Path, text: Path) -> None:
     """All stages of a recipe; their messages go to stderr."""
-    places = {"MODEL_PATH": str(dense), "TRAIN_DATA_PATH": str(text), "TRAIN_DATA_CACHE_PATH": str(work / "cache")}
-    places |= {"SAVE_PATH": str(work / "artifacts"), "MOE_PATH": str(work / "moe")}
+    places = {"MODEL_PATH": dense, "TRAIN_DATA_PATH": text, "TRAIN_DATA_CACHE_PATH": work / "cache"}
+    places |= {"SAVE_PATH": work / "artifacts", "MOE_PATH": work / "moe"}
     environment = os.environ | SETTINGS | places | {"RECIPE": recipe, "PYTHON": sys.executable}
     for script in SCRIPTS:
         print(f"== {recipe}: {script}.sh", file=sys.stderr)
@@ -78,9 +74,7 @@ def run(recipe: str, work: Path, dense: Path, text: Path) -> None:
 
 def main() -> None:
     """Make both runs and print the hashes."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    ).parse_args()
+    new_parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         dense, text = Path(folder, "dense"), Path(folder, "text")
         make_model(dense)

@@ -4,9 +4,11 @@ Axes: T tokens, I neurons.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.fitting.balanced_kmeans import balanced_kmeans
@@ -26,20 +28,15 @@ def masked(model: LlamaForCausalLM, choices: list[Choice]) -> Iterator[list[torc
     """
     shares: list[torch.Tensor] = []
 
-    def mask(choice: Choice, hidden: torch.Tensor) -> tuple[torch.Tensor]:
-        chosen = choice(hidden.flatten(0, 1))
+    def mask(choice: Choice, _: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        chosen = choice(inputs[0].flatten(0, 1))
         shares.append(chosen.float().mean(dim=1))
-        return (hidden * chosen.view_as(hidden),)
+        return (inputs[0] * chosen.view_as(inputs[0]),)
 
-    hooks = [
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, choice=choice: mask(choice, args[0]))
-        for layer, choice in zip(model.model.layers, choices, strict=True)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer, choice in zip(model.model.layers, choices, strict=True):
+            hooks.enter_context(layer.mlp.down_proj.register_forward_pre_hook(partial(mask, choice)))
         yield shares
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def all_neurons(model: LlamaForCausalLM) -> list[Choice]:
@@ -50,10 +47,10 @@ def all_neurons(model: LlamaForCausalLM) -> list[Choice]:
 def oracle(budget: float, model: LlamaForCausalLM) -> list[Choice]:
     """The neurons that add most to each token's output, known by running them all: no router can do better."""
 
-    def choice(norms: torch.Tensor) -> Choice:
-        return lambda hidden: _largest(hidden.abs() * norms, round(budget * len(norms)))
+    def choose(norms: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return _largest(hidden.abs() * norms, round(budget * len(norms)))
 
-    return [choice(layer.mlp.down_proj.weight.norm(dim=0)) for layer in model.model.layers]
+    return [partial(choose, layer.mlp.down_proj.weight.norm(dim=0)) for layer in model.model.layers]
 
 
 def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
@@ -70,15 +67,12 @@ def cmoe(blocks: list[torch.Tensor], budget: float, model: LlamaForCausalLM) -> 
     widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
     counts = [torch.zeros(width, width, device=model.device) for width in widths]  # tokens that mark both neurons
 
-    def counting(together: torch.Tensor) -> Choice:
-        def choose(hidden: torch.Tensor) -> torch.Tensor:
-            marks = _largest(hidden.abs(), CMOE_MARKS).float()
-            together.add_(marks.T @ marks)
-            return torch.ones_like(hidden, dtype=torch.bool)
+    def count(together: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        marks = _largest(hidden.abs(), CMOE_MARKS).float()
+        together.add_(marks.T @ marks)
+        return torch.ones_like(hidden, dtype=torch.bool)
 
-        return choose
-
-    with masked(model, [counting(together) for together in counts]):
+    with masked(model, [partial(count, together) for together in counts]):
         for block in blocks:
             model.model(block[None].long().to(model.device), use_cache=False)
     active = round(budget * CMOE_EXPERTS)

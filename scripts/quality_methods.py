@@ -7,11 +7,11 @@ out. What is made stays in the bench's work folder and is not made again.
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from quality_baselines import Choice, all_neurons, cmoe, masked, oracle
@@ -21,113 +21,93 @@ import run_moefication as rm
 from run_moefication.moefication.artifacts.split import Split
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.processes import pick_device
-from run_moefication.moefication.stages.evaluate import evaluate_model, first_tokens
+from run_moefication.moefication.stages.evaluate import Evaluation, evaluate_model, first_tokens
 from run_moefication.moefication.stages.split import split_at_random
-from run_moefication.moefication.text.corpus import Corpus, pack
+from run_moefication.moefication.text.corpus import Corpus
 from run_moefication.settings import CALIBRATED, PLAIN, TEMPLATES, RandomSplitSettings, Recipe
 
 # What each part of the recipe adds: changes that leave out the parts after it. The recipe itself adds a last one, the
 # fit of the final norm.
-RANDOM_EXPERTS, KEPT_GATES = "random experts, top_k", "and down_proj refitted"
+RANDOM_EXPERTS, THRESHOLD, KEPT_GATES = "random experts, top_k", "and a threshold", "and down_proj refitted"
 STEPS: dict[str, dict[str, Any]] = {
     RANDOM_EXPERTS: dict(cluster_on="random", shared=None, routing="top_k", is_calibrated=False),
     "split on weights": dict(cluster_on="weights", shared=None, routing="top_k", is_calibrated=False),
     "split on activations": dict(shared=None, routing="top_k", is_calibrated=False),
     "and shared experts": dict(routing="top_k", is_calibrated=False),
-    "and a threshold": dict(is_calibrated=False),
-    KEPT_GATES: dict(is_calibrated=False),  # stage 5 follows, but keeps the gates of stage 3
+    THRESHOLD: dict(is_calibrated=False),
+    KEPT_GATES: {},  # of the model above
     "and gates refitted": {},
 }
 
 
-@dataclass
 class Bench:
     """The dense model, the texts to measure on, and the options.
 
     Attributes:
+        run: how stages run.
+        work: the folder of what is made with these tokens and this seed.
         texts: blocks of tokens of each held-out file, and of "WikiText-2".
     """
 
-    dense: rm.DenseCheckpoint
-    texts: dict[str, list[torch.Tensor]]
-    arguments: argparse.Namespace
-    device: str
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.dense = rm.DenseCheckpoint(arguments.model_path)
+        self.run = {"device": pick_device(arguments.device)}
+        self.work = arguments.work / f"{arguments.calibration_tokens}-tokens-seed-{arguments.seed}"
+        files = sorted(Path(arguments.heldout_path).glob("*.jsonl"))
+        if not files:
+            raise MoEficationError(f"--heldout_path {arguments.heldout_path} holds no .jsonl file")
+        self.texts = {path.stem: self._blocks(path, arguments.heldout_tokens) for path in files}
+        if arguments.wikitext_path:
+            self.texts["WikiText-2"] = self._blocks(Path(arguments.wikitext_path), arguments.wikitext_tokens)
 
-    @property
-    def work(self) -> Path:
-        """The folder of what is made with these tokens and this seed."""
-        return self.arguments.work / f"{self.arguments.calibration_tokens}-tokens-seed-{self.arguments.seed}"
-
-    @property
-    def run(self) -> dict[str, Any]:
-        """How stages run."""
-        return {"device": self.device}
+    def _blocks(self, path: Path, count: int) -> list[torch.Tensor]:
+        """The first so many tokens of a text, in whole blocks."""
+        size = self.arguments.block_size
+        tokens = first_tokens(path, self.dense.path, count, self.dense.config.vocab_size)
+        if len(tokens) < size:
+            raise MoEficationError(f"{path}: less than a block of {size} tokens to measure on")
+        return list(tokens[: len(tokens) // size * size].split(size))
 
     def text(self, tokens: int) -> Corpus:
         """So many tokens of the training text, in the mix that the default recipe calibrates on."""
-        mix = CALIBRATED.domain_weights
-        options = dict(block_size=self.arguments.block_size, domain_weights=mix, seed=self.arguments.seed)
-        cache = self.work / "tokens"
-        return rm.read_text(self.dense, self.arguments.train_data_path, cache, max_tokens=tokens, **options)
+        how = dict(block_size=self.arguments.block_size, seed=self.arguments.seed)
+        how |= dict(max_tokens=tokens, domain_weights=CALIBRATED.domain_weights)
+        return rm.read_text(self.dense, self.arguments.train_data_path, self.work / "tokens", **how)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of the table: its name, its budget, how to measure it, and the settings that its numbers depend on beside
-    those of all rows."""
+class Row(NamedTuple):
+    """One row of the table. `settings` are those that its numbers depend on beside the settings of all rows."""
 
     method: str
     budget: float
     measure: Callable[[], dict[str, Any]]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-def prepare(arguments: argparse.Namespace) -> Bench:
-    """Open the dense model, and cut the texts into blocks."""
-    dense = rm.DenseCheckpoint(arguments.model_path)
-    files = {
-        path.stem: (path, arguments.heldout_tokens) for path in sorted(Path(arguments.heldout_path).glob("*.jsonl"))
-    }
-    if not files:
-        raise MoEficationError(f"--heldout_path {arguments.heldout_path} holds no .jsonl file")
-    if arguments.wikitext_path:
-        files["WikiText-2"] = (Path(arguments.wikitext_path), arguments.wikitext_tokens)
-    texts = {}
-    for name, (path, count) in files.items():
-        blocks = pack(first_tokens(path, dense.path, count, dense.config.vocab_size), arguments.block_size)
-        texts[name] = [block for block in blocks if len(block) == arguments.block_size]
-        if not texts[name]:
-            raise MoEficationError(f"{path}: less than a block of {arguments.block_size} tokens to measure on")
-    return Bench(dense, texts, arguments, pick_device(arguments.device))
+    settings: dict[str, Any]
 
 
 def rows(bench: Bench) -> Iterator[Row]:
     """All rows that were asked for, the dense model first."""
     arguments = bench.arguments
     methods, experts, tokens = arguments.methods, arguments.experts, arguments.calibration_tokens
+    distillation = {"distillation_tokens": arguments.distillation_tokens, "bf16": arguments.bf16}
 
     def recipe_at(budget: float, num_experts: int = experts[0], **changes: Any) -> Recipe:
         return replace(CALIBRATED.at(budget), num_experts=num_experts, calibration_tokens=tokens, **changes)
 
-    def masked_row(method: str, make: Callable[[PreTrainedModel], list[Choice]]) -> Row:
-        return Row(method, budget, partial(measure_masked, bench, make))
+    def masked_row(method: str, budget: float, make: Callable[[PreTrainedModel], list[Choice]]) -> Row:
+        return Row(method, budget, partial(measure_masked, bench, make), {})
 
     def row(method: str, recipe: Recipe, make: Callable[..., rm.MoECheckpoint], *inputs: Any, **how: Any) -> Row:
-        measure = partial(measure_moe, bench, partial(make, bench, recipe, *inputs), **how)
-        return Row(method, budget, measure, {"recipe": as_data(recipe)})
+        settings = {"recipe": as_data(recipe)} | (distillation if make is make_distilled else {})
+        return Row(method, budget, partial(measure_moe, bench, partial(make, bench, recipe, *inputs), **how), settings)
 
-    def distilled_row(method: str, *model: Any, **how: Any) -> Row:
-        plain = row(method, chosen, make_distilled, *model, **how)
-        settings = {"distillation_tokens": arguments.distillation_tokens, "bf16": arguments.bf16}
-        return replace(plain, settings=plain.settings | settings)
-
-    yield Row("dense", 1.0, partial(measure_masked, bench, all_neurons))
+    yield masked_row("dense", 1.0, all_neurons)
     for budget in arguments.budgets:
         chosen, name = recipe_at(budget), f"calibrated, {experts[0]} experts"
         if "plain" in methods:
             yield row("plain recipe", PLAIN.at(budget), make_model)
         if "cmoe" in methods:
-            yield masked_row("CMoE's recipe", partial(cmoe, bench.text(tokens).blocks, budget))
+            yield masked_row("CMoE's recipe", budget, partial(cmoe, bench.text(tokens).blocks, budget))
         if "static" in methods:
             yield row("static mask", chosen, make_static, is_static=True)
             yield row("static mask, refitted", chosen, make_refitted_static, is_static=True)
@@ -138,15 +118,17 @@ def rows(bench: Bench) -> Iterator[Row]:
             yield row(f"calibrated, {number} experts, top_k", recipe, make_model)
         for number in experts if "calibrated" in methods else ():
             yield row(f"calibrated, {number} experts", recipe_at(budget, number), make_model)
-        for other in (other for other in arguments.budgets if other != budget and "dialled" in methods):
-            num_selects = chosen.num_selects(chosen.num_experts)
-            yield row(f"{name}, made for {other:.0%}", recipe_at(other), make_model, num_selects=num_selects)
+        for other in arguments.budgets if "dialled" in methods else ():
+            if other != budget:
+                num_selects = chosen.num_selects(chosen.num_experts)
+                yield row(f"{name}, made for {other:.0%}", recipe_at(other), make_model, num_selects=num_selects)
         if arguments.distill and "static" in methods:
-            yield distilled_row("static mask, refitted and distilled", make_refitted_static, is_static=True)
+            method = "static mask, refitted and distilled"
+            yield row(method, chosen, make_distilled, make_refitted_static, is_static=True)
         if arguments.distill and "calibrated" in methods:
-            yield distilled_row(f"{name}, distilled", make_model)
+            yield row(f"{name}, distilled", chosen, make_distilled, make_model)
         if "oracle" in methods:
-            yield masked_row("neuron oracle", partial(oracle, budget))
+            yield masked_row("neuron oracle", budget, partial(oracle, budget))
 
 
 def as_data(recipe: Recipe) -> dict[str, Any]:
@@ -159,13 +141,13 @@ def as_data(recipe: Recipe) -> dict[str, Any]:
 
 def measure_masked(bench: Bench, make: Callable[[PreTrainedModel], list[Choice]]) -> dict[str, Any]:
     """The dense model with masks on its MLPs; what the choice itself costs is not counted."""
-    model = bench.dense.load_causal_lm(bench.device, torch.float32)
+    model = bench.dense.load_causal_lm(bench.run["device"], torch.float32)
     choices, numbers = make(model), {}
     for name, blocks in bench.texts.items():
         with masked(model, choices) as shares:
             row = evaluate_model(model, name, blocks)
         active = torch.cat(shares).mean().item()
-        numbers[name] = {"losses": _kept(row.block_losses), "active": active, "neurons": active}
+        numbers[name] = numbers_of(row, active, active)
     return numbers
 
 
@@ -184,7 +166,7 @@ def measure_moe(
         is_static: its shared experts run alone, for which no gate is needed.
         has_dense_norm: it gets the dense model's final norm.
     """
-    model = make().load(torch.float32).to(bench.device)
+    model = make().load(torch.float32).to(bench.run["device"])
     config, gate = model.config, 0.0
     if has_dense_norm:
         model.model.norm.weight.data.copy_(bench.dense.tensor("norm.weight"))
@@ -197,13 +179,13 @@ def measure_moe(
     for name, blocks in bench.texts.items():
         row = evaluate_model(model, name, blocks, num_selects)
         routed = sum(map(sum, row.expert_load)) / len(row.expert_load)
-        neurons = (routed + config.num_shared_experts) / row.num_experts
-        numbers[name] = {"losses": _kept(row.block_losses), "active": row.active - gate, "neurons": neurons}
+        numbers[name] = numbers_of(row, row.active - gate, (routed + config.num_shared_experts) / row.num_experts)
     return numbers
 
 
-def _kept(losses: list[float]) -> list[float]:
-    return [round(loss, 5) for loss in losses]
+def numbers_of(row: Evaluation, active: float, neurons: float) -> dict[str, Any]:
+    """What the file of rows says of one text."""
+    return {"losses": [round(loss, 5) for loss in row.block_losses], "active": active, "neurons": neurons}
 
 
 # ---------------------------------------------------------------------------------------------------- models
@@ -228,16 +210,16 @@ def make_model(bench: Bench, recipe: Recipe, experts: Split | None = None) -> rm
 
 def make_step(bench: Bench, recipe: Recipe, step: str) -> rm.MoECheckpoint:
     """The recipe's model up to a step of `STEPS`."""
+    if step == KEPT_GATES:
+        return refit(bench, make_step(bench, recipe, THRESHOLD), recipe)
     if STEPS[step]:
-        name = next(name for name, changes in STEPS.items() if changes == STEPS[step])
-        recipe = replace(recipe, name=name, **STEPS[step])
+        recipe = replace(recipe, name=step, **STEPS[step])
     experts = None
     if step == RANDOM_EXPERTS:
         settings = RandomSplitSettings(num_experts=recipe.num_experts, seed=bench.arguments.seed)
         folder = split_at_random(bench.dense, bench.work, [TEMPLATES[0]], settings).folder
         experts = Split(folder, bench.dense, TEMPLATES[0], recipe.num_experts)
-    moe = make_model(bench, recipe, experts)
-    return refit(bench, moe, recipe, None) if step == KEPT_GATES else moe
+    return make_model(bench, recipe, experts)
 
 
 def make_static(bench: Bench, recipe: Recipe) -> rm.MoECheckpoint:
@@ -254,8 +236,8 @@ def make_refitted_static(bench: Bench, recipe: Recipe) -> rm.MoECheckpoint:
     return refit(bench, make_static(bench, recipe), recipe, recipe.num_selects(recipe.num_experts))
 
 
-def refit(bench: Bench, moe: rm.MoECheckpoint, recipe: Recipe, num_selects: int | None) -> rm.MoECheckpoint:
-    """A model calibrated with the gates that it has."""
+def refit(bench: Bench, moe: rm.MoECheckpoint, recipe: Recipe, num_selects: int | None = None) -> rm.MoECheckpoint:
+    """A model calibrated with the gates that it has, at this budget or its own."""
     settings = rm.CalibrateSettings(num_selects=num_selects, output_bias=recipe.output_bias)
     text = bench.text(recipe.calibration_tokens)
     return rm.calibrate(bench.dense, moe, text, moe.path.with_name("Refitted"), settings, **bench.run)

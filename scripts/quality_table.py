@@ -26,15 +26,9 @@ DENSE = "dense at 1"
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = command_line.new_parser(__doc__)
-    parser.add_argument(
-        "rows", type=Path, nargs="+", help="files of bench_quality.py --json; the first one's rows count"
-    )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        metavar="METHOD[=NAME]",
-        help="rows to show, in this order, and what to call them (default: all)",
-    )
+    parser.add_argument("rows", type=Path, nargs="+", help="of bench_quality.py --json; the first file's rows count")
+    names = "rows to show, in this order, and what to call them (default: all)"
+    parser.add_argument("--methods", nargs="+", metavar="METHOD[=NAME]", help=names)
     parser.add_argument("--budgets", type=float, nargs="+", help="budgets to show (default: all)")
     parser.add_argument("--short", action="store_true", help="no intervals, shares of neurons and minutes in the table")
     parser.add_argument("--plot", type=Path, help="draw perplexity against active fraction into this file")
@@ -56,15 +50,16 @@ def show(arguments: argparse.Namespace) -> None:
     methods = list(dict.fromkeys(row["method"] for row in rows.values()))
     budgets = sorted({row["budget"] for row in rows.values()}, reverse=True)
     names = dict(option.partition("=")[::2] for option in arguments.methods or methods)
-    for method in (method for method in names if method not in methods):
-        raise MoEficationError(f"--methods {method!r}: there are {', '.join(methods)}")
-    for budget in (budget for budget in arguments.budgets or [] if budget not in budgets):
-        raise MoEficationError(f"--budgets {budget:g}: there are {', '.join(f'{budget:g}' for budget in budgets)}")
+    wanted = arguments.budgets or budgets
+    for option, values, known in (("methods", names, methods), ("budgets", wanted, budgets)):
+        for value in values:
+            if value not in known:
+                raise MoEficationError(f"--{option} {value!r}: there are {', '.join(map(str, known))}")
     chosen = [
         rows[row_key(method, budget)] | {"method": name or method}
-        for budget in (budget for budget in budgets if budget in (arguments.budgets or budgets))
+        for budget in budgets
         for method, name in names.items()
-        if row_key(method, budget) in rows
+        if budget in wanted and row_key(method, budget) in rows
     ]
     print(table(chosen, arguments.seed, short=arguments.short))
     if arguments.plot:
@@ -137,13 +132,13 @@ def ratios(row: Row, names: list[str], seed: int) -> tuple[float, float, float]:
     return tuple(float(np.exp(value)) for value in (np.mean(means), low, high))
 
 
-def groups(rows: list[Row]) -> dict[str, list[str]]:
+def groups(row: Row) -> dict[str, list[str]]:
     """The texts of each column: held-out text, and WikiText-2 where it was measured."""
-    heldout = [name for name in text_names(rows[0]) if name != "WikiText-2"]
-    return {"held-out": heldout} | ({"WikiText-2": ["WikiText-2"]} if "WikiText-2" in rows[0] else {})
+    heldout = [name for name in text_names(row) if name != "WikiText-2"]
+    return {"held-out": heldout} | ({"WikiText-2": ["WikiText-2"]} if "WikiText-2" in row else {})
 
 
-def mean_share(row: Row, names: list[str], share: str = "active") -> float:
+def mean_share(row: Row, names: list[str], share: str) -> float:
     """A row's share of `active` parameters, or of `neurons`, over some texts."""
     return sum(row[name][share] for name in names) / len(names)
 
@@ -151,54 +146,43 @@ def mean_share(row: Row, names: list[str], share: str = "active") -> float:
 def table(rows: list[Row], seed: int, *, short: bool = False) -> str:
     """Rows of `compared` in markdown; `short`: active shares and ratios alone."""
     has_files = len({row["file"] for row in rows}) > 1
-    columns = ["budget", "method"]
-    for group in groups(rows):
-        columns += ["active", group] if short else ["active", "neurons", group]
-    columns += ([] if short else ["minutes"]) + (["file"] if has_files else [])
-    lines = [_cells(columns), "|" + "---|" * len(columns)]
+    lines = []
     for row in rows:
-        cells = [f"{100 * row['budget']:.0f} %", row["method"]]
-        for names in groups(rows).values():
-            active = mean_share(row, names)
-            cells.append(_percent(active) + ("*" if active > row["budget"] + 1e-9 else ""))
+        cells = [("budget", f"{100 * row['budget']:.0f} %"), ("method", row["method"])]
+        for group, names in groups(rows[0]).items():
+            active, neurons = mean_share(row, names, "active"), mean_share(row, names, "neurons")
             ratio, low, high = map(_ratio, ratios(row, names, seed))
-            cells += [ratio] if short else [_percent(mean_share(row, names, "neurons")), f"{ratio} ({low} to {high})"]
-        cells += ([] if short else [f"{row['minutes']:.0f}"]) + ([row["file"]] if has_files else [])
-        lines.append(_cells(cells))
-    return "\n".join(lines)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+            cells.append(("active", f"{100 * active:.1f} %" + "*" * (active > row["budget"] + 1e-9)))
+            if short:
+                cells.append((group, ratio))
+            else:
+                cells += [("neurons", f"{100 * neurons:.1f} %"), (group, f"{ratio} ({low} to {high})")]
+        cells += [] if short else [("minutes", f"{row['minutes']:.0f}")]
+        cells += [("file", row["file"])] if has_files else []
+        columns, texts = zip(*cells, strict=True)
+        lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *lines])
 
 
 def _ratio(ratio: float) -> str:
     return f"{ratio:#.4g}" if ratio < 1000 else f"{ratio:,.0f}"
 
 
-def _cells(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def plot(rows: list[Row], seed: int, path: Path) -> None:
     """Perplexity over dense against active fraction, a line per method, held-out text and WikiText-2 side by side."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = groups(rows)
-    figure, axes = pyplot.subplots(1, len(columns), figsize=(6 * len(columns), 5), squeeze=False)
-    for axis, (group, names) in zip(axes[0], columns.items(), strict=True):
+    columns = groups(rows[0])
+    figure = Figure(figsize=(6 * len(columns), 5), layout="tight")
+    axes = figure.subplots(1, len(columns), squeeze=False)[0]
+    for axis, (group, names) in zip(axes, columns.items(), strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
             mine = [row for row in rows if row["method"] == method]
-            points = sorted((mean_share(row, names), ratios(row, names, seed)[0]) for row in mine)
+            points = sorted((mean_share(row, names, "active"), ratios(row, names, seed)[0]) for row in mine)
             axis.plot(*zip(*points, strict=True), marker="o", label=method)
-        axis.set(xlabel="active parameters of the MLPs", ylabel="perplexity over dense", title=group)
-        axis.set_yscale("log")
+        axis.set(xlabel="active parameters of the MLPs", ylabel="perplexity over dense", title=group, yscale="log")
         axis.grid(True, which="both", alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 

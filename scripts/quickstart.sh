@@ -62,22 +62,17 @@ export MOE_PATH="${MOE_PATH:-$WORK/$NAME-${NUM_EXPERTS}Expert-MoE}"
 export CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}" DISTILLED_PATH="${DISTILLED_PATH:-$MOE_PATH-Distilled}"
 BEST="$MOE_PATH"
 
-say "1. Split the neurons into $NUM_EXPERTS experts a layer"
-bash "$STAGES/1_split.sh"
-say "2. Record what the MLPs see"
-SAVE_INTERVAL=4 bash "$STAGES/2_get_hidden_features.sh"
-say "3. Fit the gates"
-bash "$STAGES/3_select.sh"
-say "4. Convert"
-bash "$STAGES/4_convert.sh"
+stage() { say "$1" && bash "$STAGES/$2.sh"; }
+stage "1. Split the neurons into $NUM_EXPERTS experts a layer" 1_split
+SAVE_INTERVAL=4 stage "2. Record what the MLPs see" 2_get_hidden_features
+stage "3. Fit the gates" 3_select
+stage "4. Convert" 4_convert
 if [ "$RECIPE" = calibrated ]; then
-    say "5. Calibrate"
     BEST="$CALIBRATED_PATH"
-    bash "$STAGES/5_calibrate.sh"
+    stage "5. Calibrate" 5_calibrate
 fi
 if [ -n "${DISTILL:-}" ]; then
-    say "6. Distil"
-    CALIBRATED_PATH="$BEST" bash "$STAGES/6_distill.sh"
+    CALIBRATED_PATH="$BEST" stage "6. Distil" 6_distill
     BEST="$DISTILLED_PATH"
 fi
 

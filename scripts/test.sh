@@ -17,11 +17,9 @@ cd "$REPOSITORY"
 fetch() {
     local status=0
     "$VENV_PYTHON" "$@" || status=$?
-    case "$status" in
-        0) return 0 ;;
-        3) echo "Going on without it: the tests that need it are skipped" && return 1 ;;
-        *) exit "$status" ;;
-    esac
+    [ "$status" -eq 0 ] || [ "$status" -eq 3 ] || exit "$status"
+    [ "$status" -eq 0 ] || echo "Going on without it: the tests that need it are skipped"
+    return "$status"
 }
 
 # compat PYTEST_ARGUMENT...: the same tests with each of two releases of transformers, in environments of their own.

@@ -32,39 +32,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(arguments: argparse.Namespace) -> None:
     """Load the model, and let it write with each number of experts."""
-    check(arguments)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    import llama_moe
-    from run_moefication.moefication.checkpoints.moe import require_num_selects
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model_path, trust_remote_code=False)
-    # A program that does not import llama_moe says True instead: the checkpoint carries its code.
-    model = AutoModelForCausalLM.from_pretrained(arguments.model_path, trust_remote_code=False).eval()
-    if not isinstance(model, llama_moe.LlamaMoEForCausalLM):
-        raise MoEficationError(
-            f"--model_path {arguments.model_path} is a {type(model).__name__}, not a LlamaMoEForCausalLM"
-        )
-    if arguments.dense_path:
-        print("dense:")
-        dense = AutoModelForCausalLM.from_pretrained(arguments.dense_path, trust_remote_code=False).eval()
-        complete(dense, tokenizer, arguments)
-    for num_selects in arguments.num_selects or [None]:
-        if num_selects is not None:
-            try:
-                require_num_selects(num_selects, model.config)
-                model.set_num_experts_per_tok(num_selects - model.config.num_shared_experts)
-            except ValueError as error:  # thresholds without quantiles
-                raise MoEficationError(f"--num_selects {num_selects}: {error}") from error
-        speak(model, tokenizer, arguments)
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot be loaded or continued."""
     for name in ("model_path", "dense_path"):
         path = getattr(arguments, name)
         if path and not Path(path, "config.json").is_file():
@@ -73,31 +40,46 @@ def check(arguments: argparse.Namespace) -> None:
         raise MoEficationError(f"--max_new_tokens {arguments.max_new_tokens} must be at least 1")
     if not all(arguments.prompt):
         raise MoEficationError("--prompt: there is nothing to continue in an empty text")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
-
-def speak(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
-    """Continue the prompts; then say how much of the MLPs ran."""
-    from llama_moe import record_routing
+    import llama_moe
+    from run_moefication.moefication.checkpoints.moe import require_num_selects
     from run_moefication.moefication.stages.evaluate import active_share
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_path, trust_remote_code=False)
+    # A program that does not import llama_moe says True instead: the checkpoint carries its code.
+    model = AutoModelForCausalLM.from_pretrained(arguments.model_path, trust_remote_code=False).eval()
+    if not isinstance(model, llama_moe.LlamaMoEForCausalLM):
+        kind = type(model).__name__
+        raise MoEficationError(f"--model_path {arguments.model_path} is a {kind}, not a LlamaMoEForCausalLM")
+    if arguments.dense_path:
+        print("dense:")
+        dense = AutoModelForCausalLM.from_pretrained(arguments.dense_path, trust_remote_code=False).eval()
+        complete(dense, tokenizer, arguments)
     config = model.config
-    total = config.num_experts + config.num_shared_experts
-    print(f"{config.num_selects} of {total} experts:")
-    with record_routing(model) as routing:
-        complete(model, tokenizer, arguments)
-    ran = config.num_shared_experts + sum(layer.experts_per_tok for layer in routing) / len(routing)
-    share = active_share(model, routing)
-    print(f"{ran:.4g} of {total} experts: {share:.1%} of the MLP parameters ran per token, gate included")
+    shared, total = config.num_shared_experts, config.num_experts + config.num_shared_experts
+    for num_selects in arguments.num_selects or [config.num_selects]:
+        if arguments.num_selects:
+            try:
+                require_num_selects(num_selects, config)
+                model.set_num_experts_per_tok(num_selects - shared)
+            except ValueError as error:  # thresholds without quantiles
+                raise MoEficationError(f"--num_selects {num_selects}: {error}") from error
+        print(f"{num_selects} of {total} experts:")
+        with llama_moe.record_routing(model) as routing:
+            complete(model, tokenizer, arguments)
+        ran, share = sum(layer.experts_per_tok for layer in routing) / len(routing), active_share(model, routing)
+        print(f"{shared + ran:.4g} of {total} experts: {share:.1%} of the MLP parameters ran per token, gate included")
 
 
 def complete(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
     """Continue the prompts greedily."""
-    import torch
-
     for prompt in arguments.prompt:
         inputs = tokenizer(prompt, return_tensors="pt")
-        with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
         print(f"> {tokenizer.decode(output[0], skip_special_tokens=True)!r}")
 
 

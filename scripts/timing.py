@@ -5,10 +5,9 @@ torch is imported by the functions that need it, so that `--help` answers at onc
 
 import argparse
 import json
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +44,15 @@ def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) 
     for active in arguments.active:
         experts = active * arguments.num_experts
         if not 0 < active <= 1 or abs(experts - round(experts)) > 1e-6:
-            raise MoEficationError(
-                f"--active {active} of {arguments.num_experts} experts is not a whole number of them above 0"
-            )
+            raise MoEficationError(f"--active {active} of {arguments.num_experts} experts is not a whole number from 1")
     return torch.device(pick_device(arguments.device))
 
 
-def fill(module: Any, dtype: Any, device: Any, generator: Any) -> None:
-    """Random numbers of a trained layer's size for every parameter still on the meta device; zeros for buffers."""
-    import torch
-
-    for child in module.modules():
-        for name, parameter in list(child.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                values = torch.empty(parameter.shape).normal_(std=0.02, generator=generator).to(device, dtype)
-                setattr(child, name, torch.nn.Parameter(values, requires_grad=False))
-        for name, buffer in list(child.named_buffers(recurse=False)):
-            child.register_buffer(name, torch.zeros(buffer.shape, device=device))
+def table_line(columns: Sequence[str], row: Mapping[str, Any] | None = None) -> str:
+    """A row of a table, in which numbers have three decimals and what is not there is a dash; or else its head."""
+    values = columns if row is None else [row.get(column) for column in columns]
+    cells = ["-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value) for value in values]
+    return " ".join(f"{cell:>{max(len(column), 9)}}" for column, cell in zip(columns, cells, strict=True))
 
 
 def write_json(path: Path | None, device: Any, rows: list[dict[str, Any]]) -> None:
@@ -76,27 +67,24 @@ def median_seconds(
     """Median time of one call of each alternative. Each is called once to warm up; then, in every round, all are
     measured one after another, each over as many calls as take `at_least` seconds: a slow moment of a shared machine
     meets all alike."""
-    calls = {}
-    for name, function in alternatives.items():
-        function()
-        calls[name] = max(1, round(at_least / _seconds(function, 1, device)))
-    times: dict[str, list[float]] = {name: [] for name in alternatives}
-    for _ in range(rounds):
-        for name, function in alternatives.items():
-            times[name].append(_seconds(function, calls[name], device))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _seconds(function: Callable[[], object], calls: int, device: Any) -> float:
     import torch
 
     wait = torch.get_device_module(device).synchronize  # does nothing for CPUs
-    wait(device)
-    start = time.perf_counter()
-    for _ in range(calls):
+
+    def seconds(function: Callable[[], object], calls: int) -> float:
+        wait(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        wait(device)
+        return (time.perf_counter() - start) / calls
+
+    calls = {}
+    for name, function in alternatives.items():
         function()
-    wait(device)
-    return (time.perf_counter() - start) / calls
+        calls[name] = max(1, round(at_least / seconds(function, 1)))
+    times = [{name: seconds(alternatives[name], calls[name]) for name in alternatives} for _ in range(rounds)]
+    return {name: statistics.median(one[name] for one in times) for name in alternatives}
 
 
 def machine(device: Any) -> str:
@@ -106,10 +94,10 @@ def machine(device: Any) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    name = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "")
+    name = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "CPU")
     has_bf16 = "with" if "avx512_bf16" in cpuinfo or "amx_bf16" in cpuinfo else "without"
     threads = torch.get_num_threads()
-    return f"{name or platform.processor()}, {threads} threads, {has_bf16} bf16 instructions, torch {torch.__version__}"
+    return f"{name}, {threads} threads, {has_bf16} bf16 instructions, torch {torch.__version__}"
 
 
 def peak_rates(dtype: Any, device: Any) -> tuple[float, float]:
@@ -119,7 +107,6 @@ def peak_rates(dtype: Any, device: Any) -> tuple[float, float]:
     size = 8192 if device.type == "cuda" else 2048
     square = torch.randn(size, size, device=device).to(dtype)
     stream = torch.ones(2**28, device=device, dtype=torch.float32)  # 1 GiB
-    seconds = median_seconds(
-        {"product": lambda: square @ square, "read": lambda: stream.sum()}, rounds=5, device=device, at_least=0.1
-    )
+    alternatives = {"product": lambda: square @ square, "read": lambda: stream.sum()}
+    seconds = median_seconds(alternatives, rounds=5, device=device, at_least=0.1)
     return 2 * size**3 / seconds["product"], stream.nbytes / seconds["read"]

@@ -58,10 +58,8 @@ def test_peft_adapts_the_experts(implementation, checkpointing, tmp_path):
     model.set_experts_implementation(implementation)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    config = LoraConfig(
-        r=2, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], task_type="CAUSAL_LM"
-    )
-    adapted = get_peft_model(model, config)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_parameters=names, task_type="CAUSAL_LM"))
     losses = train_a_little(adapted)
     assert losses[-1] < losses[0]
     assert all(p.grad.any() for name, p in adapted.named_parameters() if "lora_B" in name and p.requires_grad)
@@ -131,9 +129,8 @@ def test_weights_can_be_left_on_disk(tmp_path):
         expected = model(some_tokens()).logits
         device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
         device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
-        offloaded = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
-        )
+        options = {"device_map": device_map, "offload_folder": tmp_path / "offload"}
+        offloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
         assert offloaded.model.layers[2].mlp.experts.gate_up_proj.is_meta
         torch.testing.assert_close(offloaded(some_tokens()).logits, expected, **TOLERANCE)
         automatic = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="auto")

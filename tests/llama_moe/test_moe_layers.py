@@ -1,7 +1,5 @@
 """Gates, experts and the block against straight-line computations."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,21 +40,25 @@ SIZES = {
 }
 
 
-def random_experts(num_experts, width, hidden, *, biased=False, implementation="eager", dtype=torch.float32):
-    """An experts module alone, with the few config fields it reads, and random parameters."""
-    config = SimpleNamespace(
-        num_experts=num_experts,
-        moe_intermediate_size=width,
-        hidden_size=hidden,
-        hidden_act="silu",
-        routing="top_k",
-        _experts_implementation=implementation,
-    )
-    experts = (BiasedExperts if biased else Experts)(config)
+def fill(module, std):
     generator = torch.Generator().manual_seed(0)
-    for parameter in experts.parameters():
-        nn.init.normal_(parameter, std=0.5, generator=generator)
-    return experts.to(dtype)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std, generator=generator)
+    return module
+
+
+def config_of(num_experts, width, hidden=16, implementation="eager", **fields):
+    fields = {"num_experts": num_experts, "num_experts_per_tok": 1, "num_attention_heads": 1} | fields
+    size = (num_experts + fields.get("num_shared_experts", 0)) * width
+    config = LlamaMoEConfig(hidden_size=hidden, intermediate_size=size, **fields)
+    config._experts_implementation = implementation
+    return config
+
+
+def random_experts(num_experts, width, hidden, *, biased=False, implementation="eager", dtype=torch.float32):
+    """An experts module alone, with random parameters."""
+    experts = (BiasedExperts if biased else Experts)(config_of(num_experts, width, hidden, implementation))
+    return fill(experts, 0.5).to(dtype)
 
 
 def random_routing(tokens, num_experts, k, dtype=torch.float32):
@@ -234,11 +236,8 @@ def test_no_tokens_give_no_rows(implementation):
 # ---------------------------------------------------------------------------------------------------- gates
 
 
-def random_gate(gate_class, **routing):
-    gate = gate_class(16, 6, **routing)
-    for parameter in gate.parameters():
-        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
-    return gate
+def random_gate(gate_class=LinearGate, num_experts_per_tok=1, **routing):
+    return fill(gate_class(16, 6, num_experts_per_tok=num_experts_per_tok, **routing), 1)
 
 
 @pytest.mark.parametrize("gate_class", [MLPGate, LinearGate])
@@ -270,14 +269,13 @@ def test_bf16_weights_are_a_float32_softmax_rounded_once(gate_class):
     scores, weights, index = gate(torch.randn(50, 16, generator=torch.Generator().manual_seed(4)).bfloat16())
     exponentials = scores.gather(1, index).double().exp()
     assert weights.dtype == torch.bfloat16
+    expected = exponentials / exponentials.sum(dim=-1, keepdim=True)
     # Rounding to bf16's 8 bits moves a number by at most 2**-8 of its size; the float32 softmax is far closer.
-    torch.testing.assert_close(
-        weights.double(), exponentials / exponentials.sum(dim=-1, keepdim=True), rtol=1.01 * 2**-8, atol=0
-    )
+    torch.testing.assert_close(weights.double(), expected, rtol=1.01 * 2**-8, atol=0)
 
 
 def test_noise_is_added_while_training_only():
-    gate = random_gate(LinearGate, num_experts_per_tok=3, noise=0.5)
+    gate = random_gate(num_experts_per_tok=3, noise=0.5)
     x = torch.zeros(4000, 16)  # scores without noise are 0
     assert not gate.eval()(x)[0].any()
     noise = gate.train()(x)[0]
@@ -290,27 +288,17 @@ def test_noise_is_added_while_training_only():
 @pytest.mark.parametrize("routing", [{}, {"routing": "threshold"}])
 def test_score_scale_factor_multiplies_the_weights(multiply, routing):
     x = torch.randn(7, 16)
-    plain, scaled = (
-        random_gate(
-            LinearGate, num_experts_per_tok=3, multiply_gate_scores=multiply, score_scale_factor=factor, **routing
-        )
-        for factor in (1.0, 2.5)
-    )
-    torch.testing.assert_close(scaled(x)[1], 2.5 * plain(x)[1])
+    options = {"num_experts_per_tok": 3, "multiply_gate_scores": multiply} | routing
+    plain, scaled = (random_gate(**options, score_scale_factor=factor)(x)[1] for factor in (1.0, 2.5))
+    torch.testing.assert_close(scaled, 2.5 * plain)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(-3, 3), st.integers(0, 6), st.integers(1, 6), st.booleans(), st.integers(0, 100))
 def test_threshold_routing_runs_what_reaches_it_within_the_bounds(threshold, least, most, multiply, seed):
     least = min(least, most)
-    gate = random_gate(
-        LinearGate,
-        num_experts_per_tok=1,
-        routing="threshold",
-        min_experts_per_tok=least,
-        max_experts_per_tok=most,
-        multiply_gate_scores=multiply,
-    )
+    bounds = dict(min_experts_per_tok=least, max_experts_per_tok=most)
+    gate = random_gate(routing="threshold", multiply_gate_scores=multiply, **bounds)
     gate.threshold.fill_(threshold)
     x = torch.randn(12, 16, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -334,7 +322,7 @@ def test_threshold_routing_runs_what_reaches_it_within_the_bounds(threshold, lea
 def test_quantiles_know_the_bounds_of_a_token(one, other, share, seed):
     least, most = min(one, other), max(one, other, 1)
     bounds = dict(min_experts_per_tok=least, max_experts_per_tok=most)
-    gate = random_gate(LinearGate, num_experts_per_tok=1, routing="threshold", **bounds)
+    gate = random_gate(routing="threshold", **bounds)
     scores = torch.randn(2000, 6, generator=torch.Generator().manual_seed(seed)) ** 3
     gate.store_score_quantiles(scores)
     gate.set_active_share(share)
@@ -343,17 +331,17 @@ def test_quantiles_know_the_bounds_of_a_token(one, other, share, seed):
 
 
 def test_quantiles_are_of_finite_scores_and_for_thresholds():
-    gate = random_gate(LinearGate, num_experts_per_tok=1, routing="threshold")
+    gate = random_gate(routing="threshold")
     for wrong in (torch.empty(0, 6), torch.tensor([[1.0, float("nan")]])):
         with pytest.raises(ValueError, match="all of them finite"):
             gate.store_score_quantiles(wrong)
     for act in (lambda g: g.store_score_quantiles(torch.randn(5, 6)), lambda g: g.set_active_share(0.5)):
         with pytest.raises(ValueError, match="only threshold routing has score quantiles"):
-            act(random_gate(LinearGate, num_experts_per_tok=1))
+            act(random_gate())
 
 
 def test_the_ends_of_the_shares_are_all_and_none():
-    gate = random_gate(LinearGate, num_experts_per_tok=1, routing="threshold")
+    gate = random_gate(routing="threshold")
     gate.store_score_quantiles(torch.randn(50, 6))
     for share, every in ((1.0, True), (0.0, False)):
         gate.set_active_share(share)
@@ -363,7 +351,7 @@ def test_the_ends_of_the_shares_are_all_and_none():
 
 @pytest.mark.parametrize("routing", [{}, {"routing": "threshold"}])
 def test_weights_of_one_carry_the_gradient_of_a_sigmoid_around_the_boundary(routing):
-    gate = random_gate(LinearGate, num_experts_per_tok=2, **routing)
+    gate = random_gate(num_experts_per_tok=2, **routing)
     if routing:
         gate.threshold.fill_(0.2)
     x = torch.randn(9, 16)
@@ -382,7 +370,7 @@ def test_weights_of_one_carry_the_gradient_of_a_sigmoid_around_the_boundary(rout
 
 
 def test_statistics_count_what_ran():
-    block = block_of(False, 1, num_experts=8, routing="threshold", gate_network="linear")
+    block = fill(MoEBlock(config_of(8, 4, routing="threshold", gate_network="linear")), 0.5)
     block.gate.threshold.fill_(0.5)
     batches = [torch.randn(2, 5, 16), torch.randn(1, 7, 16)]
     block(batches[0])
@@ -404,25 +392,11 @@ def test_statistics_count_what_ran():
 # ---------------------------------------------------------------------------------------------------- the block
 
 
-def block_of(mlp_bias, num_selects, **fields):
-    config = LlamaMoEConfig(
-        hidden_size=16,
-        num_attention_heads=2,
-        num_experts_per_tok=num_selects,
-        mlp_bias=mlp_bias,
-        **({"num_experts": 4, "intermediate_size": 32} | fields),
-    )
-    config._experts_implementation = "eager"
-    block = MoEBlock(config)
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(5))
-    return block
-
-
 @pytest.mark.parametrize("mlp_bias", [False, True])
 def test_block_is_gate_then_experts_and_shared_ones_and_bias(mlp_bias):
-    fields = {"num_shared_experts": 1, "output_bias": True, "multiply_gate_scores": mlp_bias}
-    block = block_of(mlp_bias, 2, num_experts=3, **fields)
+    fields = {"num_experts_per_tok": 2, "num_shared_experts": 1, "output_bias": True}
+    config = config_of(3, 8, mlp_bias=mlp_bias, multiply_gate_scores=mlp_bias, **fields)
+    block = fill(MoEBlock(config), 0.5)
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(6))
     _, weights, index = block.gate(x.reshape(10, 16))
     routed = naive_experts(block.experts, x.reshape(10, 16), index, weights).reshape(2, 5, 16)

@@ -157,10 +157,8 @@ def test_budgets_count_experts_and_active_shares_gates_and_biases_too(bench):
     assert shares == [1 / 2, *[pytest.approx(1 / 2 + 1 / (3 * 128))] * 2]
     ours = bench.rows["calibrated, 16 experts, top_k at 0.5"]["c4"]
     assert ours["neurons"] == 0.5 < ours["active"]
-    made_for_more, wide = (
-        bench.rows[f"calibrated, 16 experts{row}"]["c4"] for row in (", made for 75% at 0.5", " at 0.75")
-    )
-    assert made_for_more["neurons"] < wide["neurons"]
+    dialled, own = (bench.rows[f"calibrated, 16 experts{row}"]["c4"] for row in (", made for 75% at 0.5", " at 0.75"))
+    assert dialled["neurons"] < own["neurons"]
 
 
 def test_every_step_is_another_model(bench):
@@ -213,16 +211,15 @@ def test_rows_lie_one_a_line_and_none_is_measured_twice(bench, run_script):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("option", "value", "words"),
     [
-        ({"--budgets": "nan"}, "--budgets nan: shares from 0.05 to below 1 are measured"),
-        ({"--json": "nowhere/rows.jsonl"}, "--json nowhere/rows.jsonl: there is no folder nowhere"),
+        ("--budgets", "nan", "--budgets nan: shares from 0.05 to below 1 are measured"),
+        ("--json", "nowhere/rows.jsonl", "--json nowhere/rows.jsonl: there is no folder nowhere"),
     ],
 )
-def test_wrong_input_is_refused_before_any_work(changes, words, tmp_path, run_script):
-    paths = ("--model_path", "--train_data_path", "--heldout_path", "--work")
-    options = dict.fromkeys(paths, tmp_path / "none") | changes
-    status, _, err = run_script(bench_quality.main, *(item for pair in options.items() for item in pair))
-    assert status == 2
+def test_wrong_input_is_refused_before_any_work(option, value, words, bench, run_script):
+    """Before the folder of --work, which is a new one here, is made."""
+    new = bench.folder / "new"
+    status, _, err = run_script(bench_quality.main, *bench.arguments, "--work", new, option, value)
+    assert (status, new.exists()) == (2, False)
     assert words in err
-    assert list(tmp_path.iterdir()) == []
