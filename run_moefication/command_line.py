@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin
 
 from .settings import TEMPLATES, CorpusSettings
@@ -24,12 +24,36 @@ if TYPE_CHECKING:
     from .moefication.text.corpus import Corpus
 
 TRACEBACK = "MOEFICATION_TRACEBACK"  # if it is set in the environment, the traceback stands before the line of an error
-# Help of paths that several scripts take.
-MODEL = "folder of the dense LLaMA checkpoint in transformers format, or a hub id"
-SPLIT = "folder that llama_split_clustering.py wrote"
-NEW_CHECKPOINT = "folder of the new checkpoint itself, absent or empty"
 # What helps when memory runs out, by the option that it needs.
 CURES = {"batch_size": "a smaller --batch_size", "device": "another --device", "max_tokens": "fewer --max_tokens"}
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+def path(text: str) -> str:
+    """The type of options that name a file or folder: an empty one (a shell variable not set) is refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def path_option(help: str, **more: Any) -> dict[str, Any]:
+    """An option that names a file or folder, and must be given if `more` does not say otherwise."""
+    return {"type": path, "required": True, "help": help} | more
+
+
+# Options that several scripts have, as argparse takes them.
+MODEL = path_option("folder of the dense LLaMA checkpoint in transformers format, or a hub id")
+SPLIT = path_option("folder that llama_split_clustering.py wrote")
+MOE = path_option("LlamaMoE checkpoint that llama_convert.py, llama_calibrate.py or llama_distill.py wrote")
+NEW_CHECKPOINT = path_option("folder of the new checkpoint itself, absent or empty")
+OVERWRITE = {"action": "store_true", "help": "redo a finished stage, or one made with other options"}
+DEVICE = {"help": "cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)"}
+SEVERAL_TEMPLATES = {
+    "default": TEMPLATES[0],
+    "help": "weights whose rows are the neurons, comma-separated, {} standing for the layer (gate_proj or up_proj)",
+}
 
 
 # ---------------------------------------------------------------------------------------------------- a stage's script
@@ -42,14 +66,16 @@ class StageScript:
         doc: the script's docstring.
         settings: the stage's settings, which become options.
         work: calls the stage and prints a summary.
-        more: functions that add options which are neither settings nor required paths.
-        paths: the help of the options, beside `--model_path`, that name a file or folder.
+        more: functions that add further options.
+        options: by name, as argparse takes them. `--model_path` is there without being named, and `--overwrite` beside
+            `--save_path`.
     """
 
     def __init__(
-        self, doc: str, settings: type, work: Callable[["Run"], None], more: Sequence[Callable] = (), **paths: str
+        self, doc: str, settings: type, work: Callable[["Run"], None], *more: Callable, **options: dict[str, Any]
     ):
-        self._doc, self._settings, self._work, self._more, self._paths = doc, settings, work, more, paths
+        self._doc, self._settings, self._work, self._more = doc, settings, work, more
+        self._options = {"model_path": MODEL, **options} | ({"overwrite": OVERWRITE} if "save_path" in options else {})
 
     def __call__(self, argv: list[str] | None = None) -> int:
         """Work as these options say, or those of `sys.argv`; returns the exit status."""
@@ -58,13 +84,9 @@ class StageScript:
     def build_parser(self) -> "Parser":
         """The options of the script."""
         parser = new_parser(self._doc)
-        add_model_path(parser)
-        for name, help in self._paths.items():
-            parser.add_argument(f"--{name}", type=path, required=True, help=help)
-        add_settings(parser, self._settings)
-        redo = "redo a finished stage, or one made with other options"
-        parser.add_argument("--overwrite", action="store_true", help=redo)
-        for add in self._more:
+        for name, option in self._options.items():
+            parser.add_argument(f"--{name}", **option)
+        for add in (partial(add_settings, settings=self._settings), *self._more):
             add(parser)
         return parser
 
@@ -76,7 +98,7 @@ class Run:
         arguments: the options.
         process: this process; one of several only where the script has the option of `add_local_rank`.
         settings: those of the stage.
-        options: what every stage's function takes: `device`, where it is an option, and `overwrite`.
+        options: `device` and `overwrite`, for the stage's function, where they are options.
     """
 
     def __init__(self, arguments: argparse.Namespace, settings: type):
@@ -84,7 +106,7 @@ class Run:
 
         self.arguments = arguments
         self.process = this_process(arguments.local_rank) if "local_rank" in arguments else Process()
-        self.options = {"overwrite": arguments.overwrite}
+        self.options = {"overwrite": arguments.overwrite} if "overwrite" in arguments else {}
         if "device" in arguments:
             self.options["device"] = pick_device(arguments.device, self.process.local_rank)
         self.settings = settings_of(arguments, settings)
@@ -167,13 +189,6 @@ def new_parser(doc: str) -> Parser:
     return Parser(description=doc.strip(), formatter_class=HelpFormatter, allow_abbrev=False)
 
 
-def path(text: str) -> str:
-    """The type of options that name a file or folder: an empty one (a shell variable not set) is refused."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the path is empty")
-    return text
-
-
 def seed_number(text: str) -> int:
     """The type of `--seed`: what every generator used here takes."""
     if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
@@ -206,41 +221,17 @@ def settings_of(arguments: argparse.Namespace, settings: type) -> Any:
     return settings(**{one.name: given[one.name] for one in fields(settings) if one.name in given})
 
 
-def add_model_path(parser: argparse.ArgumentParser) -> None:
-    """`--model_path`."""
-    parser.add_argument("--model_path", type=path, required=True, help=MODEL)
-
-
-def add_templates(parser: argparse.ArgumentParser) -> None:
-    """`--templates` of a split, which can be made on several."""
-    parser.add_argument(
-        "--templates",
-        default=TEMPLATES[0],
-        help="weights whose rows are the neurons, comma-separated, {} standing for the layer (gate_proj or up_proj)",
-    )
-
-
 def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options that choose text and cut it into blocks: `Run.corpus`."""
     group = parser.add_argument_group("text")
-    group.add_argument(
-        "--train_data_path",
-        type=path,
-        required=required,
-        help="folder of .jsonl, .txt or .parquet files, or .gz, .zst or .zip of the first two, named after their "
-        "domains or in folders that are (other folders below it are not read); or one such file",
+    text = (
+        "folder of .jsonl, .txt or .parquet files, or .gz, .zst or .zip of the first two, named after their domains or "
+        "in folders that are (other folders below it are not read); or one such file"
     )
-    group.add_argument(
-        "--train_data_cache_path",
-        type=path,
-        help="folder that keeps tokenised text, so that it is tokenised once; without it nothing is kept",
-    )
+    cache = "folder that keeps tokenised text for other runs (default: it is not kept)"
+    group.add_argument("--train_data_path", **path_option(text, required=required))
+    group.add_argument("--train_data_cache_path", **path_option(cache, required=False))
     add_settings(group, CorpusSettings)
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """`--device`, for `processes.pick_device`."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
 
 
 def add_local_rank(parser: argparse.ArgumentParser) -> None:

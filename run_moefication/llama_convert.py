@@ -9,7 +9,7 @@ No weight changes; neurons move to their experts. Memory: twice one shard of at 
 
 import sys
 
-from run_moefication.command_line import NEW_CHECKPOINT, SPLIT, Run, StageScript
+from run_moefication.command_line import NEW_CHECKPOINT, SPLIT, Run, StageScript, path_option
 from run_moefication.settings import ConvertSettings
 
 
@@ -36,7 +36,7 @@ main = StageScript(
     ConvertSettings,
     convert,
     split_file_path=SPLIT,
-    select_file_path="folder that llama_select_mlp.py wrote",
+    select_file_path=path_option("folder that llama_select_mlp.py wrote"),
     save_path=NEW_CHECKPOINT,
 )
 

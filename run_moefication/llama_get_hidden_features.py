@@ -9,7 +9,7 @@ Writes SAVE_PATH/NAME-Hidden-Features. Disk, LLaMA-7B in 2-byte dtypes: 0.97 MB 
 
 import sys
 
-from run_moefication.command_line import Run, StageScript, add_corpus, add_device, add_local_rank
+from run_moefication.command_line import DEVICE, Run, StageScript, add_corpus, add_local_rank, path_option
 from run_moefication.settings import FeatureSettings
 
 
@@ -32,8 +32,10 @@ main = StageScript(
     __doc__,
     FeatureSettings,
     get_hidden_features,
-    [add_device, add_corpus, add_local_rank],
-    save_path="folder in which NAME-Hidden-Features is made",
+    add_corpus,
+    add_local_rank,
+    save_path=path_option("folder in which NAME-Hidden-Features is made"),
+    device=DEVICE,
 )
 
 if __name__ == "__main__":

@@ -10,19 +10,12 @@ SAVE_PATH/NAME-8Expert-Split-Clustering, one file per layer with the expert of e
 
 import argparse
 import sys
+from functools import partial
 
-from run_moefication.command_line import Run, StageScript, add_corpus, add_device, add_templates, path
+from run_moefication.command_line import DEVICE, SEVERAL_TEMPLATES, Run, StageScript, add_corpus, path_option
 from run_moefication.settings import CorpusSettings, SplitSettings
 
-
-def add_text(parser: argparse.ArgumentParser) -> None:
-    """The options of a split on activations, which come from a text or from recorded features."""
-    parser.add_argument(
-        "--hidden_features_path",
-        type=path,
-        help="activations from what llama_get_hidden_features.py recorded, instead of --train_data_path",
-    )
-    add_corpus(parser, required=False)
+RECORDED = "activations that llama_get_hidden_features.py recorded, instead of --train_data_path"
 
 
 def split(run: Run) -> None:
@@ -75,8 +68,11 @@ main = StageScript(
     __doc__,
     SplitSettings,
     split,
-    [add_device, add_templates, add_text],
-    save_path="folder in which NAME-nExpert-Split-Clustering is made",
+    partial(add_corpus, required=False),
+    save_path=path_option("folder in which NAME-nExpert-Split-Clustering is made"),
+    device=DEVICE,
+    templates=SEVERAL_TEMPLATES,
+    hidden_features_path=path_option(RECORDED, required=False),
 )
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Writes SAVE_PATH/NAME-8Expert-Split-Random, which the later stages take as they 
 
 import sys
 
-from run_moefication.command_line import Run, StageScript, add_templates
+from run_moefication.command_line import SEVERAL_TEMPLATES, Run, StageScript, path_option
 from run_moefication.settings import RandomSplitSettings
 
 
@@ -25,7 +25,11 @@ def split(run: Run) -> None:
 
 
 main = StageScript(
-    __doc__, RandomSplitSettings, split, [add_templates], save_path="folder in which NAME-nExpert-Split-Random is made"
+    __doc__,
+    RandomSplitSettings,
+    split,
+    save_path=path_option("folder in which NAME-nExpert-Split-Random is made"),
+    templates=SEVERAL_TEMPLATES,
 )
 
 if __name__ == "__main__":

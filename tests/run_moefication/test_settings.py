@@ -14,6 +14,7 @@ from run_moefication import (
     llama_calibrate,
     llama_convert,
     llama_distill,
+    llama_evaluate,
     llama_get_hidden_features,
     llama_select_mlp,
     llama_split_clustering,
@@ -37,6 +38,7 @@ STAGES = {
     llama_convert: settings.ConvertSettings,
     llama_calibrate: settings.CalibrateSettings,
     llama_distill: settings.DistillSettings,
+    llama_evaluate: settings.EvaluateSettings,
 }
 
 

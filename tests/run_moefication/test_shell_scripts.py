@@ -91,8 +91,7 @@ def options(typed) -> Callable[..., tuple[argparse.Namespace, Any]]:
         module, kind = SCRIPTS[script]
         path, *words = typed(script, **environment)
         assert Path(path).samefile(module.__file__)
-        build_parser = module.build_parser if module is llama_evaluate else module.main.build_parser
-        arguments = build_parser().parse_args(words)
+        arguments = module.main.build_parser().parse_args(words)
         return arguments, settings_of(arguments, kind)
 
     return options
