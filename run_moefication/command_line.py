@@ -11,11 +11,12 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin
 
+from .moefication.errors import MoEficationError, SettingError
 from .settings import TEMPLATES, CorpusSettings
 
 if TYPE_CHECKING:
@@ -59,36 +60,45 @@ SEVERAL_TEMPLATES = {
 # ---------------------------------------------------------------------------------------------------- a stage's script
 
 
+@dataclass
 class StageScript:
-    """The script of a stage: its options, and the work that they are for. To call it is the script's `main`.
+    """The `main` of a stage's script, as `stage_script` makes it: `work` calls the stage and prints a summary."""
+
+    doc: str
+    settings: type
+    more: Sequence[Callable]
+    options: Mapping[str, dict[str, Any]]
+    work: Callable[["Run"], None]
+
+    def __call__(self, argv: list[str] | None = None) -> int:
+        """Work as these options say, or those of `sys.argv`; returns the exit status."""
+        return run(self.build_parser(), lambda arguments: self.work(Run(arguments, self.settings)), argv)
+
+    def build_parser(self) -> "Parser":
+        """The options of the script."""
+        parser = new_parser(self.doc)
+        overwrite = {"overwrite": OVERWRITE} if "save_path" in self.options else {}
+        for name, option in ({"model_path": MODEL} | self.options | overwrite).items():
+            parser.add_argument(f"--{name}", **option)
+        add_settings(parser, self.settings)
+        for add in self.more:
+            add(parser)
+        return parser
+
+
+def stage_script(
+    doc: str, settings: type, *more: Callable, **options: dict[str, Any]
+) -> Callable[[Callable[["Run"], None]], StageScript]:
+    """Turns a function of a `Run` into the `main` of a script.
 
     Args:
         doc: the script's docstring.
         settings: the stage's settings, which become options.
-        work: calls the stage and prints a summary.
         more: functions that add further options.
         options: by name, as argparse takes them. `--model_path` is there without being named, and `--overwrite` beside
             `--save_path`.
     """
-
-    def __init__(
-        self, doc: str, settings: type, work: Callable[["Run"], None], *more: Callable, **options: dict[str, Any]
-    ):
-        self._doc, self._settings, self._work, self._more = doc, settings, work, more
-        self._options = {"model_path": MODEL, **options} | ({"overwrite": OVERWRITE} if "save_path" in options else {})
-
-    def __call__(self, argv: list[str] | None = None) -> int:
-        """Work as these options say, or those of `sys.argv`; returns the exit status."""
-        return run(self.build_parser(), lambda arguments: self._work(Run(arguments, self._settings)), argv)
-
-    def build_parser(self) -> "Parser":
-        """The options of the script."""
-        parser = new_parser(self._doc)
-        for name, option in self._options.items():
-            parser.add_argument(f"--{name}", **option)
-        for add in (partial(add_settings, settings=self._settings), *self._more):
-            add(parser)
-        return parser
+    return partial(StageScript, doc, settings, more, options)
 
 
 class Run:
@@ -131,11 +141,9 @@ class Run:
         """Tell what this process does if RANK and WORLD_SIZE say that it is one of several, but torchrun did not set
         them: they may be left over from another run."""
         if self.process.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-            print(
-                f"the environment says RANK {self.process.rank} of WORLD_SIZE {self.process.world_size}: {what_alone}; "
-                f"`unset RANK WORLD_SIZE` if this process is to do all",
-                file=sys.stderr,
-            )
+            said = f"the environment says RANK {self.process.rank} of WORLD_SIZE {self.process.world_size}"
+            cure = "`unset RANK WORLD_SIZE` if this process is to do all"
+            print(f"{said}: {what_alone}; {cure}", file=sys.stderr)
 
     def print_mix(self) -> None:
         """The domains of the corpus: their shares, the tokens there, asked for and got, and the files counted."""
@@ -251,8 +259,6 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         parser.print_help()  # before any other option is looked at: the shell scripts pass some that may be empty
         return 0
     arguments = parser.parse_args(argv, argparse.Namespace(start_time=time.perf_counter()))
-    from .moefication.errors import MoEficationError, SettingError
-
     try:
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning)  # libraries announce their own plans with these

@@ -11,11 +11,12 @@ hidden_size (LLaMA-7B: 66 kB a token).
 
 import sys
 
-from run_moefication.command_line import DEVICE, MOE, NEW_CHECKPOINT, Run, StageScript, add_corpus
+from run_moefication.command_line import DEVICE, MOE, NEW_CHECKPOINT, Run, add_corpus, stage_script
 from run_moefication.settings import CalibrateSettings
 
 
-def calibrate(run: Run) -> None:
+@stage_script(__doc__, CalibrateSettings, add_corpus, moe_path=MOE, save_path=NEW_CHECKPOINT, device=DEVICE)
+def main(run: Run) -> None:
     """Run the stage and print what each layer's fit gained."""
     from run_moefication.moefication.stages import calibrate as stage
 
@@ -31,10 +32,6 @@ def calibrate(run: Run) -> None:
         print(f"divergence from the dense model: {before:.4f} nats a token, {after:.4f} with the final norm fitted")
     run.report(writer, "llama_distill.py (6_distill.sh), or llama_evaluate.py (evaluate.sh)")
 
-
-main = StageScript(
-    __doc__, CalibrateSettings, calibrate, add_corpus, moe_path=MOE, save_path=NEW_CHECKPOINT, device=DEVICE
-)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,11 +11,14 @@ each parameter that is trained; disk, until it is done: 12, and twice that while
 import os
 import sys
 
-from run_moefication.command_line import DEVICE, MOE, NEW_CHECKPOINT, Run, StageScript, add_corpus, add_local_rank
+from run_moefication.command_line import DEVICE, MOE, NEW_CHECKPOINT, Run, add_corpus, add_local_rank, stage_script
 from run_moefication.settings import DistillSettings
 
 
-def distill(run: Run) -> None:
+@stage_script(
+    __doc__, DistillSettings, add_corpus, add_local_rank, moe_path=MOE, save_path=NEW_CHECKPOINT, device=DEVICE
+)
+def main(run: Run) -> None:
     """Run the stage in this process of one or several, and print what the training gained."""
     place = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
     run.warn_if_not_started_together(f"it trains with the others, and waits for them at {place}")
@@ -33,10 +36,6 @@ def distill(run: Run) -> None:
     print(f"routed experts that run: {sum(shares) / len(shares):.1%} ({limits})")
     run.report(writer, "llama_evaluate.py (evaluate.sh)")
 
-
-main = StageScript(
-    __doc__, DistillSettings, distill, add_corpus, add_local_rank, moe_path=MOE, save_path=NEW_CHECKPOINT, device=DEVICE
-)
 
 if __name__ == "__main__":
     sys.exit(main())

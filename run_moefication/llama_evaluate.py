@@ -14,13 +14,21 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
-from run_moefication.command_line import DEVICE, Run, StageScript, path_option
+from run_moefication.command_line import DEVICE, Run, path_option, stage_script
+from run_moefication.moefication.errors import SettingError
 from run_moefication.settings import EvaluateSettings
 
 
-def evaluate(run: Run) -> None:
+@stage_script(
+    __doc__,
+    EvaluateSettings,
+    model_path=path_option("checkpoint folders or hub ids, dense or MoE", nargs="+"),
+    text_path=path_option('text file, or .jsonl with a "text" a line'),
+    device=DEVICE,
+    json={"nargs": "?", "const": "-", "metavar": "FILE", "help": "write results as JSON to a file, or to stdout"},
+)
+def main(run: Run) -> None:
     """Evaluate, and print the tables or the JSON."""
-    from run_moefication.moefication.errors import SettingError
     from run_moefication.moefication.stages import evaluate as stage
 
     given = run.arguments
@@ -51,16 +59,6 @@ def print_load(name: str, rows: list) -> None:
         cells = (f"{min(load):.3f} {max(load):.3f} ({load.count(0)})" for load in loads)
         print(f"{layer:>5}" + "".join(f"{cell:>20}" for cell in cells))
 
-
-main = StageScript(
-    __doc__,
-    EvaluateSettings,
-    evaluate,
-    model_path=path_option("checkpoint folders or hub ids, dense or MoE", nargs="+"),
-    text_path=path_option('text file, or .jsonl with a "text" a line'),
-    device=DEVICE,
-    json={"nargs": "?", "const": "-", "metavar": "FILE", "help": "write results as JSON to a file, or to stdout"},
-)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,11 +10,20 @@ Writes SAVE_PATH/NAME-8Expert-Select-MLP, a gate per layer. Memory: one layer's 
 
 import sys
 
-from run_moefication.command_line import DEVICE, SPLIT, Run, StageScript, path_option
+from run_moefication.command_line import DEVICE, SPLIT, Run, path_option, stage_script
 from run_moefication.settings import GateSettings
 
 
-def select(run: Run) -> None:
+@stage_script(
+    __doc__,
+    GateSettings,
+    split_file_path=SPLIT,
+    hidden_features_path=path_option("folder that llama_get_hidden_features.py wrote"),
+    save_path=path_option("folder in which NAME-nExpert-Select-MLP is made"),
+    device=DEVICE,
+    specify_layer={"nargs": "*", "help": "layers to train: 0-7 (ends included), 0 1 2, or both (default: all)"},
+)
+def main(run: Run) -> None:
     """Run the stage and print how good the gates are."""
     from run_moefication.moefication.stages.select import parse_layers, train_gates
 
@@ -34,17 +43,6 @@ def select(run: Run) -> None:
         print(f"{better} of {len(metrics)} gates beat {choice} by mass recall")
     run.report(writer, "llama_convert.py (4_convert.sh)")
 
-
-main = StageScript(
-    __doc__,
-    GateSettings,
-    select,
-    split_file_path=SPLIT,
-    hidden_features_path=path_option("folder that llama_get_hidden_features.py wrote"),
-    save_path=path_option("folder in which NAME-nExpert-Select-MLP is made"),
-    device=DEVICE,
-    specify_layer={"nargs": "*", "help": "layers to train: 0-7 (ends included), 0 1 2, or both (default: all)"},
-)
 
 if __name__ == "__main__":
     sys.exit(main())
