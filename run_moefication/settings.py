@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any, NamedTuple
 
 from .moefication.errors import SettingError
@@ -27,13 +28,15 @@ CRITERIA = ("plain", "positive", "l2_norm", "output_norm")
 # What a gate computes, and which class of `llama_moe.gates` that is.
 GATE_NETWORKS = {"mlp": "mlp", "linear": "linear", "similarity": "linear"}
 ROUTINGS = ("top_k", "threshold")
+CLUSTERED_ON = ("weights", "activations")
+FORMATS = ("full", "inputs")
 CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
 TRAINED = ("gates", "experts", "all")
 EQUAL = "equal"
 
 
 class Check(NamedTuple):
-    """Which values are right, and what to say of one that is not: the rest of a sentence."""
+    """Which values are right, and the rest of the sentence about one that is not."""
 
     is_right: Callable[[Any], bool]
     otherwise: str
@@ -149,6 +152,8 @@ def require_rank(rank: int | None, hidden_size: int, num_routed_experts: int) ->
 
 EXPERTS_HELP = "experts per layer; must divide the MLP's width"
 SPLIT_EXPERTS_HELP = "experts per layer, those of the split"
+for_activations = partial(setting, only="cluster_on activations")
+for_adam = partial(setting, only="gate_fit adam")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +162,7 @@ class CorpusSettings(Settings):
 
     block_size: int | None = setting(None, "tokens per block (default: 2048, or what the model takes)")
     domain_weights: Mapping[str, float] | str | None = setting(
-        None,
-        "domain=weight,..., by words in the names of files or folders; or equal (default: LLaMA's pretraining mix)",
+        None, "domain=weight,..., by words in the names of files or folders; or equal (default: LLaMA's training mix)"
     )
     data_use_percent: float = setting(
         1.0, "fraction, in (0, 1], of the tokens that the domain mix allows; 0.01 is one percent", check=FRACTION_OR_ALL
@@ -174,22 +178,16 @@ class SplitSettings(Settings):
 
     num_experts: int = setting(help=EXPERTS_HELP)
     cluster_on: str = setting(
-        "weights",
-        "cluster neurons by their weight rows, or by the tokens of a text that need them",
-        choices=("weights", "activations"),
+        "weights", "what neurons are clustered by: weight rows, or the tokens that need them", choices=CLUSTERED_ON
     )
     num_shared_experts: int = setting(
         0, "those of --num_experts that always run: the neurons that add most (with --cluster_on activations)"
     )
-    keep_fraction: float | None = setting(
-        0.3, "share of the neurons a token is said to need, on average", check=FRACTION, only="cluster_on activations"
-    )
+    keep_fraction: float | None = for_activations(0.3, "share of neurons a token needs, on average", check=FRACTION)
     distance: str = setting(
         "l2", "of a normalised row to a centre: l2, squared Euclidean; cos, one minus the cosine", choices=DISTANCES
     )
-    batch_size: int | None = setting(
-        4, "blocks of --train_data_path at a time", check=COUNT, only="cluster_on activations"
-    )
+    batch_size: int | None = for_activations(4, "blocks of --train_data_path at a time", check=COUNT)
     seed: int = seed("k-means++, and the choice of blocks")
 
     def check(self) -> None:
@@ -214,9 +212,7 @@ class FeatureSettings(Settings):
     """Stage 2: what is recorded while the dense model reads text."""
 
     feature_format: str = setting(
-        "full",
-        "full: MLP inputs and activations; inputs: those alone, the rest is recomputed",
-        choices=("full", "inputs"),
+        "full", "full: MLP inputs and activations; inputs: those alone, the rest is recomputed", choices=FORMATS
     )
     templates: str | None = template(only="feature_format full")
     batch_size: int = setting(4, "blocks per forward pass; limits device memory", check=COUNT)
@@ -230,9 +226,7 @@ class GateSettings(Settings):
 
     templates: str = template()
     num_experts: int = setting(help=SPLIT_EXPERTS_HELP)
-    num_selects: int = setting(
-        help="experts per token that gates are trained for; conversion may choose another number"
-    )
+    num_selects: int = setting(help="experts per token that gates are trained for; conversion may choose otherwise")
     select_criterion: str = setting(
         "l2_norm",
         "score of an expert, whose neurons have activations a: plain, |sum a|; positive, sum max(a, 0); l2_norm, sum "
@@ -241,7 +235,7 @@ class GateSettings(Settings):
     )
     gate_network: str = setting(
         "mlp",
-        "mlp: Linear-Tanh-Linear; linear: one Linear; similarity: expert centres, not trained",
+        "mlp: Linear-Tanh-Linear; linear: one Linear; similarity: untrained expert centres",
         choices=GATE_NETWORKS,
     )
     gate_fit: str | None = setting(
@@ -253,16 +247,12 @@ class GateSettings(Settings):
     gate_rank: int | None = setting(
         None, "rank of a gate of two factors, cheaper with many experts (default: full)", only="gate_fit ridge"
     )
-    use_softmax: bool | None = setting(
-        False, "learn scores (KL divergence), not the top-k set (cross-entropy); recommended", only="gate_fit adam"
-    )
-    epochs: int | None = setting(30, "passes over the tokens, at most", check=at_least(0), only="gate_fit adam")
-    batch_size: int | None = setting(1024, "tokens per step", check=COUNT, only="gate_fit adam")
-    lr: float | None = setting(0.01, "peak of the one-cycle learning rate", check=POSITIVE, only="gate_fit adam")
+    use_softmax: bool | None = for_adam(False, "learn scores (KL divergence) instead of the top-k set; recommended")
+    epochs: int | None = for_adam(30, "passes over the tokens, at most", check=at_least(0))
+    batch_size: int | None = for_adam(1024, "tokens per step", check=COUNT)
+    lr: float | None = for_adam(0.01, "peak of the one-cycle learning rate", check=POSITIVE)
     valid_percent: float = setting(0.1, "fraction of the tokens held out to measure on", check=FRACTION)
-    patience: int | None = setting(
-        10, "epochs without a gain after which training ends", check=COUNT, only="gate_fit adam", is_option=False
-    )
+    patience: int | None = for_adam(10, "epochs without a gain that end the training", check=COUNT, is_option=False)
     seed: int | None = seed("the order of tokens in training", only="gate_fit adam")
 
     def __post_init__(self) -> None:
@@ -306,13 +296,9 @@ class ConvertSettings(Settings):
 class CalibrateSettings(Settings):
     """Stage 5: what is refitted, and for which budget."""
 
-    num_selects: int | None = setting(
-        None, "experts per token, shared ones included, from now on (default: as converted)"
-    )
+    num_selects: int | None = setting(None, "experts per token, shared ones included, from now on (default: as given)")
     refit_gates: bool = setting(False, "refine linear gates on what the calibrated layers before them produce")
-    output_bias: bool = setting(
-        False, "fit a bias on each MLP's output, too; engines for other MoEs have no place for it"
-    )
+    output_bias: bool = setting(False, "fit a bias on each MLP's output, too, which engines for other MoEs cannot have")
     batch_size: int = setting(4, "blocks at a time", check=COUNT)
 
 
