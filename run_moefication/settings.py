@@ -235,7 +235,7 @@ class GateSettings(Settings):
     )
     gate_network: str = setting(
         "mlp",
-        "mlp: Linear-Tanh-Linear; linear: one Linear; similarity: untrained expert centres",
+        "mlp: Linear-Tanh-Linear; linear: one Linear; similarity: fixed expert centres",
         choices=GATE_NETWORKS,
     )
     gate_fit: str | None = setting(
