@@ -1,13 +1,11 @@
 #!/usr/bin/env bash
-# Stage 1, split: cut the neurons of every MLP into experts. Works from any directory; each setting can be given in the
-# environment instead:  MODEL_PATH=/models/llama_7B NUM_EXPERTS=128 bash 1_split.sh
+# Stage 1, split: cut the neurons of every MLP into experts.
+#     MODEL_PATH=/models/llama_7B NUM_EXPERTS=128 bash 1_split.sh
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 stage_settings # MODEL_PATH, SAVE_PATH, TEMPLATES, SEED, CLUSTER_ON, NUM_EXPERTS, NUM_SHARED_EXPERTS; what text is read
 
-MAX_TOKENS="$SPLIT_TOKENS"
-
 options TEMPLATES NUM_EXPERTS CLUSTER_ON SEED
-[ "$CLUSTER_ON" != activations ] ||
+[ "$CLUSTER_ON" != activations ] || MAX_TOKENS="$SPLIT_TOKENS" \
     options NUM_SHARED_EXPERTS TRAIN_DATA_PATH TRAIN_DATA_CACHE_PATH DOMAIN_WEIGHTS BLOCK_SIZE MAX_TOKENS
 "$PYTHON" "$HERE/llama_split_clustering.py" --model_path "$MODEL_PATH" --save_path "$SAVE_PATH" "${OPTIONS[@]}" "$@"

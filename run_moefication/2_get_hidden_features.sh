@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Stage 2, get_hidden_features: record what the MLPs see on pretraining-like text, one process per GPU. Works from any
-# directory; each setting can be given in the environment instead:  MODEL_PATH=/models/llama_7B NUM_GPUS=4 bash ...
+# Stage 2, get_hidden_features: record what the MLPs see on pretraining-like text, one process per GPU.
+#     MODEL_PATH=/models/llama_7B NUM_GPUS=4 bash 2_get_hidden_features.sh
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 stage_settings # MODEL_PATH, SAVE_PATH, TEMPLATES, SEED, NUM_GPUS; what text is read

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Stage 3, select: train the gates that choose experts. Works from any directory; each setting can be given in the
-# environment instead. Several GPUs:  SPECIFY_LAYER=0-15 bash 3_select.sh --device cuda:0 & SPECIFY_LAYER=16-31 ...
+# Stage 3, select: train the gates that choose experts.
+#     SPECIFY_LAYER=0-15 bash 3_select.sh --device cuda:0 & SPECIFY_LAYER=16-31 bash 3_select.sh --device cuda:1
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # MODEL_PATH, SAVE_PATH, TEMPLATES, SEED, NUM_EXPERTS, NUM_SELECTS, SELECT_CRITERION, GATE_NETWORK, GATE_RANK

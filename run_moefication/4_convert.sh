@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Stage 4, convert: write the LlamaMoE checkpoint. Works from any directory; each setting can be given in the
-# environment instead:  MODEL_PATH=/models/llama_7B MOE_PATH=/models/llama_7B-MoE bash 4_convert.sh
+# Stage 4, convert: write the LlamaMoE checkpoint.
+#     MODEL_PATH=/models/llama_7B MOE_PATH=/models/llama_7B-MoE bash 4_convert.sh
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # MODEL_PATH, MOE_PATH (the new one), TEMPLATES, ROUTING, NUM_EXPERTS, NUM_SELECTS (need not be that of 3_select.sh)

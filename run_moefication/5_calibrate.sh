@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Stage 5, calibrate: refine gates, set thresholds and refit down_proj of the converted checkpoint, in closed form.
-# Works from any directory; each setting can be given in the environment instead:
 #     MODEL_PATH=/models/llama_7B MAX_TOKENS=262144 bash 5_calibrate.sh
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"

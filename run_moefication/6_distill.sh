@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Stage 6, distill (optional): train the calibrated checkpoint to predict as the dense model does, one process per GPU.
-# Works from any directory; each setting can be given in the environment instead:
 #     MODEL_PATH=/models/llama_7B MAX_TOKENS=262144 NUM_GPUS=4 bash 6_distill.sh --bf16
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"

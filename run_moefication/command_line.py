@@ -11,11 +11,12 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import MISSING, fields
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin
 
+from .moefication.errors import MoEficationError, SettingError
 from .settings import TEMPLATES, CorpusSettings
 
 if TYPE_CHECKING:
@@ -24,49 +25,80 @@ if TYPE_CHECKING:
     from .moefication.text.corpus import Corpus
 
 TRACEBACK = "MOEFICATION_TRACEBACK"  # if it is set in the environment, the traceback stands before the line of an error
-# Help of paths that several scripts take.
-MODEL = "folder of the dense LLaMA checkpoint in transformers format, or a hub id"
-SPLIT = "folder that llama_split_clustering.py wrote"
-NEW_CHECKPOINT = "folder of the new checkpoint itself, absent or empty"
 # What helps when memory runs out, by the option that it needs.
 CURES = {"batch_size": "a smaller --batch_size", "device": "another --device", "max_tokens": "fewer --max_tokens"}
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+def path(text: str) -> str:
+    """The type of options that name a file or folder: an empty one (a shell variable not set) is refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def path_option(help: str, **more: Any) -> dict[str, Any]:
+    """An option that names a file or folder, and must be given if `more` does not say otherwise."""
+    return {"type": path, "required": True, "help": help} | more
+
+
+# Options that several scripts have, as argparse takes them.
+MODEL = path_option("folder of the dense LLaMA checkpoint in transformers format, or a hub id")
+SPLIT = path_option("folder that llama_split_clustering.py wrote")
+MOE = path_option("LlamaMoE checkpoint that llama_convert.py, llama_calibrate.py or llama_distill.py wrote")
+NEW_CHECKPOINT = path_option("folder of the new checkpoint itself, absent or empty")
+OVERWRITE = {"action": "store_true", "help": "redo a finished stage, or one made with other options"}
+DEVICE = {"help": "cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)"}
+SEVERAL_TEMPLATES = {
+    "default": TEMPLATES[0],
+    "help": "weights whose rows are the neurons, comma-separated, {} standing for the layer (gate_proj or up_proj)",
+}
 
 
 # ---------------------------------------------------------------------------------------------------- a stage's script
 
 
+@dataclass
 class StageScript:
-    """The script of a stage: its options, and the work that they are for. To call it is the script's `main`.
+    """The `main` of a stage's script, as `stage_script` makes it: `work` calls the stage and prints a summary."""
+
+    doc: str
+    settings: type
+    more: Sequence[Callable]
+    options: Mapping[str, dict[str, Any]]
+    work: Callable[["Run"], None]
+
+    def __call__(self, argv: list[str] | None = None) -> int:
+        """Work as these options say, or those of `sys.argv`; returns the exit status."""
+        return run(self.build_parser(), lambda arguments: self.work(Run(arguments, self.settings)), argv)
+
+    def build_parser(self) -> "Parser":
+        """The options of the script."""
+        parser = new_parser(self.doc)
+        overwrite = {"overwrite": OVERWRITE} if "save_path" in self.options else {}
+        for name, option in ({"model_path": MODEL} | self.options | overwrite).items():
+            parser.add_argument(f"--{name}", **option)
+        add_settings(parser, self.settings)
+        for add in self.more:
+            add(parser)
+        return parser
+
+
+def stage_script(
+    doc: str, settings: type, *more: Callable, **options: dict[str, Any]
+) -> Callable[[Callable[["Run"], None]], StageScript]:
+    """Turns a function of a `Run` into the `main` of a script.
 
     Args:
         doc: the script's docstring.
         settings: the stage's settings, which become options.
-        work: calls the stage and prints a summary.
-        more: functions that add options which are neither settings nor required paths.
-        paths: the help of the options, beside `--model_path`, that name a file or folder.
+        more: functions that add further options.
+        options: by name, as argparse takes them. `--model_path` is there without being named, and `--overwrite` beside
+            `--save_path`.
     """
-
-    def __init__(
-        self, doc: str, settings: type, work: Callable[["Run"], None], more: Sequence[Callable] = (), **paths: str
-    ):
-        self._doc, self._settings, self._work, self._more, self._paths = doc, settings, work, more, paths
-
-    def __call__(self, argv: list[str] | None = None) -> int:
-        """Work as these options say, or those of `sys.argv`; returns the exit status."""
-        return run(self.build_parser(), lambda arguments: self._work(Run(arguments, self._settings)), argv)
-
-    def build_parser(self) -> "Parser":
-        """The options of the script."""
-        parser = new_parser(self._doc)
-        add_model_path(parser)
-        for name, help in self._paths.items():
-            parser.add_argument(f"--{name}", type=path, required=True, help=help)
-        add_settings(parser, self._settings)
-        redo = "redo a finished stage, or one made with other options"
-        parser.add_argument("--overwrite", action="store_true", help=redo)
-        for add in self._more:
-            add(parser)
-        return parser
+    return partial(StageScript, doc, settings, more, options)
 
 
 class Run:
@@ -76,7 +108,7 @@ class Run:
         arguments: the options.
         process: this process; one of several only where the script has the option of `add_local_rank`.
         settings: those of the stage.
-        options: what every stage's function takes: `device`, where it is an option, and `overwrite`.
+        options: `device` and `overwrite`, for the stage's function, where they are options.
     """
 
     def __init__(self, arguments: argparse.Namespace, settings: type):
@@ -84,7 +116,7 @@ class Run:
 
         self.arguments = arguments
         self.process = this_process(arguments.local_rank) if "local_rank" in arguments else Process()
-        self.options = {"overwrite": arguments.overwrite}
+        self.options = {"overwrite": arguments.overwrite} if "overwrite" in arguments else {}
         if "device" in arguments:
             self.options["device"] = pick_device(arguments.device, self.process.local_rank)
         self.settings = settings_of(arguments, settings)
@@ -109,11 +141,9 @@ class Run:
         """Tell what this process does if RANK and WORLD_SIZE say that it is one of several, but torchrun did not set
         them: they may be left over from another run."""
         if self.process.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-            print(
-                f"the environment says RANK {self.process.rank} of WORLD_SIZE {self.process.world_size}: {what_alone}; "
-                f"`unset RANK WORLD_SIZE` if this process is to do all",
-                file=sys.stderr,
-            )
+            said = f"the environment says RANK {self.process.rank} of WORLD_SIZE {self.process.world_size}"
+            cure = "`unset RANK WORLD_SIZE` if this process is to do all"
+            print(f"{said}: {what_alone}; {cure}", file=sys.stderr)
 
     def print_mix(self) -> None:
         """The domains of the corpus: their shares, the tokens there, asked for and got, and the files counted."""
@@ -167,13 +197,6 @@ def new_parser(doc: str) -> Parser:
     return Parser(description=doc.strip(), formatter_class=HelpFormatter, allow_abbrev=False)
 
 
-def path(text: str) -> str:
-    """The type of options that name a file or folder: an empty one (a shell variable not set) is refused."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the path is empty")
-    return text
-
-
 def seed_number(text: str) -> int:
     """The type of `--seed`: what every generator used here takes."""
     if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
@@ -206,41 +229,17 @@ def settings_of(arguments: argparse.Namespace, settings: type) -> Any:
     return settings(**{one.name: given[one.name] for one in fields(settings) if one.name in given})
 
 
-def add_model_path(parser: argparse.ArgumentParser) -> None:
-    """`--model_path`."""
-    parser.add_argument("--model_path", type=path, required=True, help=MODEL)
-
-
-def add_templates(parser: argparse.ArgumentParser) -> None:
-    """`--templates` of a split, which can be made on several."""
-    parser.add_argument(
-        "--templates",
-        default=TEMPLATES[0],
-        help="weights whose rows are the neurons, comma-separated, {} standing for the layer (gate_proj or up_proj)",
-    )
-
-
 def add_corpus(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options that choose text and cut it into blocks: `Run.corpus`."""
     group = parser.add_argument_group("text")
-    group.add_argument(
-        "--train_data_path",
-        type=path,
-        required=required,
-        help="folder of .jsonl, .txt or .parquet files, or .gz, .zst or .zip of the first two, named after their "
-        "domains or in folders that are (other folders below it are not read); or one such file",
+    text = (
+        "folder of .jsonl, .txt or .parquet files, or .gz, .zst or .zip of the first two, named after their domains or "
+        "in folders that are (other folders below it are not read); or one such file"
     )
-    group.add_argument(
-        "--train_data_cache_path",
-        type=path,
-        help="folder that keeps tokenised text, so that it is tokenised once; without it nothing is kept",
-    )
+    cache = "folder that keeps tokenised text for other runs (default: it is not kept)"
+    group.add_argument("--train_data_path", **path_option(text, required=required))
+    group.add_argument("--train_data_cache_path", **path_option(cache, required=False))
     add_settings(group, CorpusSettings)
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """`--device`, for `processes.pick_device`."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
 
 
 def add_local_rank(parser: argparse.ArgumentParser) -> None:
@@ -260,8 +259,6 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         parser.print_help()  # before any other option is looked at: the shell scripts pass some that may be empty
         return 0
     arguments = parser.parse_args(argv, argparse.Namespace(start_time=time.perf_counter()))
-    from .moefication.errors import MoEficationError, SettingError
-
     try:
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning)  # libraries announce their own plans with these

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the other shell scripts: which Python runs the stages, the settings that several stages share, how settings
-# become options, and how a stage starts on several GPUs.
+# Sourced by the other shell scripts, which work from any directory: which Python runs the stages, the settings that
+# several stages share, how settings become options, and how a stage starts on several GPUs. Each setting of a script
+# can be given in the environment instead.
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 PYTHON_OF_VENV="$HERE/../.venv/bin/python"
@@ -11,7 +12,7 @@ in_full() {
     [ -d "$1" ] && (CDPATH='' cd -- "$1" && pwd) || echo "${1%/}"
 }
 
-# The settings that several stages share; each can be given in the environment.
+# The settings that several stages share.
 shared_settings() {
     export MODEL_PATH="${MODEL_PATH:-}"                           # dense LLaMA in transformers format, or a hub id
     export SAVE_PATH="${SAVE_PATH:-$HERE/../llama_moe_temp_files}" # where stages 1 to 3 keep their files

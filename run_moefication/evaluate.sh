@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Perplexity of the dense model and of the MoEs made of it, at several budgets. Works from any directory; each setting
-# can be given in the environment instead:
+# Perplexity of the dense model and of the MoEs made of it, at several budgets.
 #     MODEL_PATH=/models/llama_7B TEXT_PATH=wiki.test.raw NUM_SELECTS="8 6 4 2" bash evaluate.sh
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"

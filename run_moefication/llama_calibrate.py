@@ -11,37 +11,27 @@ hidden_size (LLaMA-7B: 66 kB a token).
 
 import sys
 
-from run_moefication.command_line import NEW_CHECKPOINT, Run, StageScript, add_corpus, add_device
+from run_moefication.command_line import DEVICE, MOE, NEW_CHECKPOINT, Run, add_corpus, stage_script
 from run_moefication.settings import CalibrateSettings
 
 
-def calibrate(run: Run) -> None:
+@stage_script(__doc__, CalibrateSettings, add_corpus, moe_path=MOE, save_path=NEW_CHECKPOINT, device=DEVICE)
+def main(run: Run) -> None:
     """Run the stage and print what each layer's fit gained."""
     from run_moefication.moefication.stages import calibrate as stage
 
-    paths = run.arguments
-    writer = stage.calibrate(run.checkpoint, paths.moe_path, run.corpus, paths.save_path, run.settings, **run.options)
+    given = run.arguments
+    writer = stage.calibrate(run.checkpoint, given.moe_path, run.corpus, given.save_path, run.settings, **run.options)
     run.print_mix()
     print(f"{'layer':>5} {'routed that run':>17} {'error before':>13} {'after':>8} {'strength':>9}")
     for layer, m in enumerate(stage.layer_metrics(writer)):
-        print(
-            f"{layer:>5} {m['active_share']:>17.1%} {m['error_before']:>13.4f} {m['error_after']:>8.4f} "
-            f"{m['strength']:>9g}"
-        )
+        errors = f"{m['error_before']:>13.4f} {m['error_after']:>8.4f}"
+        print(f"{layer:>5} {m['active_share']:>17.1%} {errors} {m['strength']:>9g}")
     if final := stage.final_norm_metrics(writer):
         before, after = final["divergence_before"], final["divergence_after"]
         print(f"divergence from the dense model: {before:.4f} nats a token, {after:.4f} with the final norm fitted")
     run.report(writer, "llama_distill.py (6_distill.sh), or llama_evaluate.py (evaluate.sh)")
 
-
-main = StageScript(
-    __doc__,
-    CalibrateSettings,
-    calibrate,
-    [add_device, add_corpus],
-    moe_path="the converted checkpoint, as llama_convert.py (or this script, or llama_distill.py) wrote it",
-    save_path=NEW_CHECKPOINT,
-)
 
 if __name__ == "__main__":
     sys.exit(main())

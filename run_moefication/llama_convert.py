@@ -9,11 +9,18 @@ No weight changes; neurons move to their experts. Memory: twice one shard of at 
 
 import sys
 
-from run_moefication.command_line import NEW_CHECKPOINT, SPLIT, Run, StageScript
+from run_moefication.command_line import NEW_CHECKPOINT, SPLIT, Run, path_option, stage_script
 from run_moefication.settings import ConvertSettings
 
 
-def convert(run: Run) -> None:
+@stage_script(
+    __doc__,
+    ConvertSettings,
+    split_file_path=SPLIT,
+    select_file_path=path_option("folder that llama_select_mlp.py wrote"),
+    save_path=NEW_CHECKPOINT,
+)
+def main(run: Run) -> None:
     """Run the stage and print what kind of checkpoint came out."""
     from run_moefication.moefication.stages import convert as stage
 
@@ -30,15 +37,6 @@ def convert(run: Run) -> None:
         print(f"{checkpoint.path} has no tokenizer files: none were copied")
     run.report(writer, "llama_calibrate.py (5_calibrate.sh), or llama_evaluate.py (evaluate.sh)")
 
-
-main = StageScript(
-    __doc__,
-    ConvertSettings,
-    convert,
-    split_file_path=SPLIT,
-    select_file_path="folder that llama_select_mlp.py wrote",
-    save_path=NEW_CHECKPOINT,
-)
 
 if __name__ == "__main__":
     sys.exit(main())

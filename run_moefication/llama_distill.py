@@ -11,39 +11,31 @@ each parameter that is trained; disk, until it is done: 12, and twice that while
 import os
 import sys
 
-from run_moefication.command_line import NEW_CHECKPOINT, Run, StageScript, add_corpus, add_device, add_local_rank
+from run_moefication.command_line import DEVICE, MOE, NEW_CHECKPOINT, Run, add_corpus, add_local_rank, stage_script
 from run_moefication.settings import DistillSettings
 
 
-def distill(run: Run) -> None:
+@stage_script(
+    __doc__, DistillSettings, add_corpus, add_local_rank, moe_path=MOE, save_path=NEW_CHECKPOINT, device=DEVICE
+)
+def main(run: Run) -> None:
     """Run the stage in this process of one or several, and print what the training gained."""
     place = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
     run.warn_if_not_started_together(f"it trains with the others, and waits for them at {place}")
     from run_moefication.moefication.stages import distill as stage
 
-    paths = run.arguments
-    writer = stage.distill(run.checkpoint, paths.moe_path, run.corpus, paths.save_path, run.settings, **run.options)
+    given = run.arguments
+    writer = stage.distill(run.checkpoint, given.moe_path, run.corpus, given.save_path, run.settings, **run.options)
     if run.process.rank != 0:
         return
     run.print_mix()
     metrics = writer.metrics()[stage.RESULT]
     shares = metrics["active_share"]
     print(f"KL to the dense model, held out: {metrics['loss_before']:.4f} before, {metrics['loss_after']:.4f} after")
-    print(
-        f"routed experts that run: {sum(shares) / len(shares):.1%} "
-        f"({min(shares):.1%} to {max(shares):.1%} in {len(shares)} layers)"
-    )
+    limits = f"{min(shares):.1%} to {max(shares):.1%} in {len(shares)} layers"
+    print(f"routed experts that run: {sum(shares) / len(shares):.1%} ({limits})")
     run.report(writer, "llama_evaluate.py (evaluate.sh)")
 
-
-main = StageScript(
-    __doc__,
-    DistillSettings,
-    distill,
-    [add_device, add_corpus, add_local_rank],
-    moe_path="the checkpoint to train, as llama_convert.py or llama_calibrate.py (or this script) wrote it",
-    save_path=NEW_CHECKPOINT,
-)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,11 +9,19 @@ Writes SAVE_PATH/NAME-Hidden-Features. Disk, LLaMA-7B in 2-byte dtypes: 0.97 MB 
 
 import sys
 
-from run_moefication.command_line import Run, StageScript, add_corpus, add_device, add_local_rank
+from run_moefication.command_line import DEVICE, Run, add_corpus, add_local_rank, path_option, stage_script
 from run_moefication.settings import FeatureSettings
 
 
-def get_hidden_features(run: Run) -> None:
+@stage_script(
+    __doc__,
+    FeatureSettings,
+    add_corpus,
+    add_local_rank,
+    save_path=path_option("folder in which NAME-Hidden-Features is made"),
+    device=DEVICE,
+)
+def main(run: Run) -> None:
     """Run the stage in this process of one or several, and print the mix of domains."""
     run.warn_if_not_started_together("it records its share, and the others must be started, too")
     from run_moefication.moefication.stages.features import extract_features
@@ -27,14 +35,6 @@ def get_hidden_features(run: Run) -> None:
         others = f"still missing, which the other processes of WORLD_SIZE {world_size} make"
         run.report(writer, "llama_select_mlp.py (3_select.sh)", others)
 
-
-main = StageScript(
-    __doc__,
-    FeatureSettings,
-    get_hidden_features,
-    [add_device, add_corpus, add_local_rank],
-    save_path="folder in which NAME-Hidden-Features is made",
-)
 
 if __name__ == "__main__":
     sys.exit(main())

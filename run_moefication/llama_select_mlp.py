@@ -8,20 +8,22 @@ r"""Stage 3, select: train the gates that choose experts.
 Writes SAVE_PATH/NAME-8Expert-Select-MLP, a gate per layer. Memory: one layer's inputs (LLaMA-7B: 8 kB a token).
 """
 
-import argparse
 import sys
 
-from run_moefication.command_line import SPLIT, Run, StageScript, add_device
+from run_moefication.command_line import DEVICE, SPLIT, Run, path_option, stage_script
 from run_moefication.settings import GateSettings
 
 
-def add_specify_layer(parser: argparse.ArgumentParser) -> None:
-    """`--specify_layer`."""
-    layers = "layers to train: 0-7 (ends included), 0 1 2, or both (default: all)"
-    parser.add_argument("--specify_layer", nargs="*", help=layers)
-
-
-def select(run: Run) -> None:
+@stage_script(
+    __doc__,
+    GateSettings,
+    split_file_path=SPLIT,
+    hidden_features_path=path_option("folder that llama_get_hidden_features.py wrote"),
+    save_path=path_option("folder in which NAME-nExpert-Select-MLP is made"),
+    device=DEVICE,
+    specify_layer={"nargs": "*", "help": "layers to train: 0-7 (ends included), 0 1 2, or both (default: all)"},
+)
+def main(run: Run) -> None:
     """Run the stage and print how good the gates are."""
     from run_moefication.moefication.stages.select import parse_layers, train_gates
 
@@ -29,33 +31,18 @@ def select(run: Run) -> None:
     layers = parse_layers(given.specify_layer or [], run.checkpoint.config.num_hidden_layers)
     paths = given.split_file_path, given.hidden_features_path, given.save_path
     writer = train_gates(run.checkpoint, *paths, run.settings, layers=layers, **run.options)
-    print_quality(writer.metrics(), run.settings.num_selects)
-    run.report(writer, "llama_convert.py (4_convert.sh)")
-
-
-def print_quality(metrics: dict, num_selects: int) -> None:
-    """A row per layer, in held-out tokens' means, and how many layers beat the best constant choice."""
+    metrics = writer.metrics()
     print(f"{'gate':<32} {'recall':>7} {'constant':>9} {'mass recall':>12} {'constant':>9} {'epoch':>6}")
     for name, m in metrics.items():
-        print(
-            f"{name:<32} {m['recall']:>7.3f} {m['constant_recall']:>9.3f} "
-            f"{m['mass_recall']:>12.3f} {m['constant_mass_recall']:>9.3f} {m.get('best_epoch', '-'):>6}"
-        )
-    if all(m["constant_recall"] == 1.0 for m in metrics.values()):
-        return  # every expert is selected, or always the same: there is nothing to beat
-    better = sum(m["mass_recall"] > m["constant_mass_recall"] for m in metrics.values())
-    print(f"{better} of {len(metrics)} gates beat the best constant choice of {num_selects} experts by mass recall")
+        recall = f"{m['recall']:>7.3f} {m['constant_recall']:>9.3f}"
+        mass_recall = f"{m['mass_recall']:>12.3f} {m['constant_mass_recall']:>9.3f}"
+        print(f"{name:<32} {recall} {mass_recall} {m.get('best_epoch', '-'):>6}")
+    if any(m["constant_recall"] < 1 for m in metrics.values()):  # else experts are all selected, or always the same
+        better = sum(m["mass_recall"] > m["constant_mass_recall"] for m in metrics.values())
+        choice = f"the best constant choice of {run.settings.num_selects} experts"
+        print(f"{better} of {len(metrics)} gates beat {choice} by mass recall")
+    run.report(writer, "llama_convert.py (4_convert.sh)")
 
-
-main = StageScript(
-    __doc__,
-    GateSettings,
-    select,
-    [add_device, add_specify_layer],
-    split_file_path=SPLIT,
-    hidden_features_path="folder that llama_get_hidden_features.py wrote",
-    save_path="folder in which NAME-nExpert-Select-MLP is made",
-)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,24 +8,26 @@ a small gate can foresee it, beside shared experts of the neurons that add most.
 SAVE_PATH/NAME-8Expert-Split-Clustering, one file per layer with the expert of each neuron.
 """
 
-import argparse
 import sys
+from functools import partial
 
-from run_moefication.command_line import Run, StageScript, add_corpus, add_device, add_templates, path
+from run_moefication.command_line import DEVICE, SEVERAL_TEMPLATES, Run, add_corpus, path_option, stage_script
+from run_moefication.moefication.errors import SettingError
 from run_moefication.settings import CorpusSettings, SplitSettings
 
-
-def add_text(parser: argparse.ArgumentParser) -> None:
-    """The options of a split on activations, which come from a text or from recorded features."""
-    parser.add_argument(
-        "--hidden_features_path",
-        type=path,
-        help="activations from what llama_get_hidden_features.py recorded, instead of --train_data_path",
-    )
-    add_corpus(parser, required=False)
+RECORDED = "activations that llama_get_hidden_features.py recorded, instead of --train_data_path"
 
 
-def split(run: Run) -> None:
+@stage_script(
+    __doc__,
+    SplitSettings,
+    partial(add_corpus, required=False),
+    save_path=path_option("folder in which NAME-nExpert-Split-Clustering is made"),
+    device=DEVICE,
+    templates=SEVERAL_TEMPLATES,
+    hidden_features_path=path_option(RECORDED, required=False),
+)
+def main(run: Run) -> None:
     """Run the stage and print the balance of what came out."""
     from run_moefication.moefication.artifacts.features import Features
     from run_moefication.moefication.artifacts.split import parse_templates
@@ -33,7 +35,7 @@ def split(run: Run) -> None:
     from run_moefication.moefication.stages.split_on_activations import split_by_activations
 
     given, settings, templates = run.arguments, run.settings, parse_templates(run.arguments.templates)
-    _check(given, templates)
+    _check_source(run, templates)
     if settings.cluster_on == "weights":
         writer = split_by_weights(run.checkpoint, given.save_path, templates, settings, **run.options)
     else:
@@ -53,10 +55,9 @@ def split(run: Run) -> None:
     run.report(writer, "llama_get_hidden_features.py (2_get_hidden_features.sh)")
 
 
-def _check(given: argparse.Namespace, templates: list[str]) -> None:
+def _check_source(run: Run, templates: list[str]) -> None:
     """Refuse a source of activations that is missing or not used, and options of one that is not used."""
-    from run_moefication.moefication.errors import SettingError
-
+    given = run.arguments
     sources = [name for name in ("train_data_path", "hidden_features_path") if getattr(given, name)]
     if given.cluster_on == "weights" and sources:
         raise SettingError(f"{sources[0]} is for cluster_on activations")
@@ -70,14 +71,6 @@ def _check(given: argparse.Namespace, templates: list[str]) -> None:
             if getattr(given, name) != getattr(default, name, None):
                 raise SettingError(f"{name} is for train_data_path")
 
-
-main = StageScript(
-    __doc__,
-    SplitSettings,
-    split,
-    [add_device, add_templates, add_text],
-    save_path="folder in which NAME-nExpert-Split-Clustering is made",
-)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,11 +7,17 @@ Writes SAVE_PATH/NAME-8Expert-Split-Random, which the later stages take as they 
 
 import sys
 
-from run_moefication.command_line import Run, StageScript, add_templates
+from run_moefication.command_line import SEVERAL_TEMPLATES, Run, path_option, stage_script
 from run_moefication.settings import RandomSplitSettings
 
 
-def split(run: Run) -> None:
+@stage_script(
+    __doc__,
+    RandomSplitSettings,
+    save_path=path_option("folder in which NAME-nExpert-Split-Random is made"),
+    templates=SEVERAL_TEMPLATES,
+)
+def main(run: Run) -> None:
     """Run the stage and print what came out."""
     from run_moefication.moefication.artifacts.split import parse_templates
     from run_moefication.moefication.stages.split import split_at_random
@@ -23,10 +29,6 @@ def split(run: Run) -> None:
     print(f"{run.checkpoint.name}: {config.num_hidden_layers} layers, {experts}")
     run.report(writer, "llama_get_hidden_features.py (2_get_hidden_features.sh)")
 
-
-main = StageScript(
-    __doc__, RandomSplitSettings, split, [add_templates], save_path="folder in which NAME-nExpert-Split-Random is made"
-)
 
 if __name__ == "__main__":
     sys.exit(main())

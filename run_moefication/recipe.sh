@@ -1,16 +1,8 @@
 # shellcheck shell=bash
-# Sourced after common.sh: the settings that belong together, as settings.py knows them. Each can be given in the
-# environment instead; numbers given there are checked.
-#
-#     RECIPE=calibrated    many small experts split on activations, some of them shared; ridge gates; a threshold instead
-#                          of a fixed number; stage 5 refits down_proj (the default, and the better model)
-#     RECIPE=plain         the original description's: 8 experts clustered on weights, MLP gates, 2 of 8 for every token
-#
-# DOMAIN_WEIGHTS (equal, or domain=weight,...) is the mix of the text that every stage reads.
-#
+# Sourced after common.sh: the settings that belong together, as settings.py knows them, of RECIPE=calibrated (the
+# default, and the better model) or RECIPE=plain (the original description's). Numbers in the environment are checked.
 # It also gives BUDGET, which is NUM_SELECTS where that is given and else empty, and the folders of the first stages'
 # files: SPLIT_FOLDER, FEATURES_FOLDER and SELECT_FOLDER.
-
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "error: Python >= 3.11 is needed, '$PYTHON' is not: set PYTHON=/path/to/python3.11 (or newer)" >&2
     exit 2

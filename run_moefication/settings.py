@@ -11,9 +11,10 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any, NamedTuple
 
 from .moefication.errors import SettingError
@@ -27,13 +28,15 @@ CRITERIA = ("plain", "positive", "l2_norm", "output_norm")
 # What a gate computes, and which class of `llama_moe.gates` that is.
 GATE_NETWORKS = {"mlp": "mlp", "linear": "linear", "similarity": "linear"}
 ROUTINGS = ("top_k", "threshold")
+CLUSTERED_ON = ("weights", "activations")
+FORMATS = ("full", "inputs")
 CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
 TRAINED = ("gates", "experts", "all")
 EQUAL = "equal"
 
 
 class Check(NamedTuple):
-    """Which values are right, and what to say of one that is not: the rest of a sentence."""
+    """Which values are right, and the rest of the sentence about one that is not."""
 
     is_right: Callable[[Any], bool]
     otherwise: str
@@ -44,6 +47,7 @@ def at_least(minimum: int) -> Check:
     return Check(lambda value: value >= minimum, f"must be at least {minimum}")
 
 
+COUNT = at_least(1)
 POSITIVE = Check(lambda value: 0 < value < math.inf, "must be a positive number")
 FRACTION = Check(lambda value: 0 < value < 1, "is not a fraction between 0 and 1")
 FRACTION_OR_ALL = Check(lambda value: 0 < value <= 1, "is not a fraction in (0, 1]; one percent is 0.01")
@@ -54,7 +58,7 @@ def setting(
     default: Any = MISSING,
     help: str = "",
     *,
-    choices: Any = None,
+    choices: Collection[str] | None = None,
     check: Check | None = None,
     only: str | None = None,
     is_recorded: bool = True,
@@ -65,10 +69,8 @@ def setting(
     Args:
         default: None where the stage finds a value of its own; without one the setting must be given.
         help: what it means, with its unit.
-        choices: the values that it may have.
-        check: what its values must fulfil.
-        only: "field value", or "field value or value": a field above this one, and its values with which this one has
-            an effect. With other values it is None.
+        only: "field value", or "field value or value": the values of a field above with which this one has an effect.
+            With other values it is None.
         is_recorded: whether it shapes the result, so that manifests name it.
         is_option: whether the stage's script has it.
     """
@@ -76,12 +78,12 @@ def setting(
         known = f"{help} (default: {default})" if default else help
         help = f"{known[:-1]}; " if known.endswith(")") else f"{known} ("
         help += f"with --{only})"
-    rules = dict(help=help, choices=choices and tuple(choices), check=check, only=only, default=default)
+    rules = dict(help=help, choices=choices, check=check, only=only, default=default)
     rules |= dict(is_recorded=is_recorded, is_option=is_option)
     return field(default=None if only else default, metadata=rules)
 
 
-def templates(**rules: Any) -> Any:
+def template(**rules: Any) -> Any:
     """The one template of a stage."""
     help = "weight whose rows are the neurons, {} standing for the layer"
     return setting(TEMPLATES[0], help, choices=TEMPLATES, **rules)
@@ -94,13 +96,8 @@ def seed(what: str, **rules: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Checks every field by its own rule when it is made, and then, by `check`, what fields say together.
-
-    A field that has an effect only with certain values of others is None with all other values.
-
-    Raises:
-        SettingError: names the field and the cure.
-    """
+    """Checks every field by its own rule when it is made, and then, by `check`, what fields say together: a
+    SettingError names the field and the cure."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -134,10 +131,8 @@ class Settings:
 def require_shared(num_shared_experts: int, num_experts: int) -> None:
     """Refuse shared experts that leave none to route, or none to share."""
     if not 0 <= num_shared_experts < num_experts:
-        raise SettingError(
-            f"num_shared_experts {num_shared_experts} is outside of 0 to {num_experts - 1}: they are some of the "
-            f"num_experts {num_experts}, and one at least is routed"
-        )
+        limits = f"0 to {num_experts - 1}: one at least of num_experts {num_experts} is routed"
+        raise SettingError(f"num_shared_experts {num_shared_experts} is outside of {limits}")
 
 
 def require_selects(num_selects: int, num_experts: int, num_shared_experts: int = 0) -> None:
@@ -157,6 +152,8 @@ def require_rank(rank: int | None, hidden_size: int, num_routed_experts: int) ->
 
 EXPERTS_HELP = "experts per layer; must divide the MLP's width"
 SPLIT_EXPERTS_HELP = "experts per layer, those of the split"
+for_activations = partial(setting, only="cluster_on activations")
+for_adam = partial(setting, only="gate_fit adam")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,16 +162,12 @@ class CorpusSettings(Settings):
 
     block_size: int | None = setting(None, "tokens per block (default: 2048, or what the model takes)")
     domain_weights: Mapping[str, float] | str | None = setting(
-        None,
-        "shares of domains, as domain=weight,..., a domain being a word in the names of files or folders; or equal, to "
-        "take as much of each (default: the mix of LLaMA's pretraining)",
+        None, "domain=weight,..., by words in the names of files or folders; or equal (default: LLaMA's training mix)"
     )
     data_use_percent: float = setting(
         1.0, "fraction, in (0, 1], of the tokens that the domain mix allows; 0.01 is one percent", check=FRACTION_OR_ALL
     )
-    max_tokens: int | None = setting(
-        None, "upper limit on tokens, all domains together (default: none)", check=at_least(1)
-    )
+    max_tokens: int | None = setting(None, "most tokens, all domains together (default: no limit)", check=COUNT)
     skip_bad_lines: bool = setting(False, "count lines that hold no document, and go on without them")
     seed: int = seed("the choice and order of blocks")
 
@@ -185,26 +178,16 @@ class SplitSettings(Settings):
 
     num_experts: int = setting(help=EXPERTS_HELP)
     cluster_on: str = setting(
-        "weights",
-        "what neurons are clustered by: their rows of the template's weight, or the tokens of a text that need them",
-        choices=("weights", "activations"),
+        "weights", "what neurons are clustered by: weight rows, or the tokens that need them", choices=CLUSTERED_ON
     )
     num_shared_experts: int = setting(
-        0,
-        "experts that always run, made of the neurons that add most; --num_experts counts them, too (with "
-        "--cluster_on activations)",
+        0, "those of --num_experts that always run: the neurons that add most (with --cluster_on activations)"
     )
-    keep_fraction: float | None = setting(
-        0.3, "share of the neurons a token is said to need, on average", check=FRACTION, only="cluster_on activations"
-    )
+    keep_fraction: float | None = for_activations(0.3, "share of neurons a token needs, on average", check=FRACTION)
     distance: str = setting(
-        "l2",
-        "distance of a normalised row to a centre: l2, squared Euclidean; or cos, one minus the cosine",
-        choices=DISTANCES,
+        "l2", "of a normalised row to a centre: l2, squared Euclidean; cos, one minus the cosine", choices=DISTANCES
     )
-    batch_size: int | None = setting(
-        4, "blocks of --train_data_path at a time", check=at_least(1), only="cluster_on activations"
-    )
+    batch_size: int | None = for_activations(4, "blocks of --train_data_path at a time", check=COUNT)
     seed: int = seed("k-means++, and the choice of blocks")
 
     def check(self) -> None:
@@ -229,15 +212,11 @@ class FeatureSettings(Settings):
     """Stage 2: what is recorded while the dense model reads text."""
 
     feature_format: str = setting(
-        "full",
-        "full: MLP inputs and activations; inputs: the inputs alone, the rest is recomputed from the weights",
-        choices=("full", "inputs"),
+        "full", "full: MLP inputs and activations; inputs: those alone, the rest is recomputed", choices=FORMATS
     )
-    templates: str | None = templates(only="feature_format full")
-    batch_size: int = setting(4, "blocks per forward pass; limits device memory", check=at_least(1))
-    save_interval: int = setting(
-        1, "batches per file; more means fewer, larger files and more host memory", check=at_least(1)
-    )
+    templates: str | None = template(only="feature_format full")
+    batch_size: int = setting(4, "blocks per forward pass; limits device memory", check=COUNT)
+    save_interval: int = setting(1, "batches per file, which are in host memory together", check=COUNT)
     dtype: str = setting("bfloat16", "dtype of the stored features", choices=DTYPES)
 
 
@@ -245,11 +224,9 @@ class FeatureSettings(Settings):
 class GateSettings(Settings):
     """Stage 3: what shapes a gate."""
 
-    templates: str = templates()
+    templates: str = template()
     num_experts: int = setting(help=SPLIT_EXPERTS_HELP)
-    num_selects: int = setting(
-        help="experts per token that gates are trained and measured for; conversion may choose another number"
-    )
+    num_selects: int = setting(help="experts per token that gates are trained for; conversion may choose otherwise")
     select_criterion: str = setting(
         "l2_norm",
         "score of an expert, whose neurons have activations a: plain, |sum a|; positive, sum max(a, 0); l2_norm, sum "
@@ -258,32 +235,24 @@ class GateSettings(Settings):
     )
     gate_network: str = setting(
         "mlp",
-        "mlp: Linear-Tanh-Linear; linear: one Linear; similarity: a linear gate of expert centres, not trained",
+        "mlp: Linear-Tanh-Linear; linear: one Linear; similarity: fixed expert centres",
         choices=GATE_NETWORKS,
     )
     gate_fit: str | None = setting(
         None,
-        "ridge: linear gates in closed form, with a bias; adam: training (default: ridge for linear, adam for mlp)",
+        "ridge: in closed form, with a bias; adam: by training (default: ridge for linear, adam for mlp)",
         choices=("ridge", "adam"),
         only="gate_network mlp or linear",
     )
     gate_rank: int | None = setting(
-        None,
-        "rank of a linear gate of two factors, which is cheaper with many experts (default: full)",
-        only="gate_fit ridge",
+        None, "rank of a gate of two factors, cheaper with many experts (default: full)", only="gate_fit ridge"
     )
-    use_softmax: bool | None = setting(
-        False,
-        "learn the normalised scores (KL divergence) instead of the top-k set (binary cross-entropy); recommended",
-        only="gate_fit adam",
-    )
-    epochs: int | None = setting(30, "passes over the tokens, at most", check=at_least(0), only="gate_fit adam")
-    batch_size: int | None = setting(1024, "tokens per step", check=at_least(1), only="gate_fit adam")
-    lr: float | None = setting(0.01, "peak of the one-cycle learning rate", check=POSITIVE, only="gate_fit adam")
+    use_softmax: bool | None = for_adam(False, "learn scores (KL divergence) instead of the top-k set; recommended")
+    epochs: int | None = for_adam(30, "passes over the tokens, at most", check=at_least(0))
+    batch_size: int | None = for_adam(1024, "tokens per step", check=COUNT)
+    lr: float | None = for_adam(0.01, "peak of the one-cycle learning rate", check=POSITIVE)
     valid_percent: float = setting(0.1, "fraction of the tokens held out to measure on", check=FRACTION)
-    patience: int | None = setting(
-        10, "epochs without a gain after which training ends", check=at_least(1), only="gate_fit adam", is_option=False
-    )
+    patience: int | None = for_adam(10, "epochs without a gain that end the training", check=COUNT, is_option=False)
     seed: int | None = seed("the order of tokens in training", only="gate_fit adam")
 
     def __post_init__(self) -> None:
@@ -303,15 +272,10 @@ class ConvertSettings(Settings):
     """Stage 4: which experts run, and what kind of checkpoint is written. Counts of experts include shared ones."""
 
     num_experts: int = setting(help=SPLIT_EXPERTS_HELP)
-    num_selects: int = setting(
-        help="experts that run per token, shared ones included; need not be what gates were trained for"
-    )
-    templates: str = templates()
+    num_selects: int = setting(help="experts per token, shared ones included; need not be what gates were trained for")
+    templates: str = template()
     routing: str = setting(
-        "top_k",
-        "top_k: --num_selects experts for every token; threshold: the experts whose score reaches the layer's "
-        "threshold, --num_selects on average",
-        choices=ROUTINGS,
+        "top_k", "top_k: --num_selects for all tokens; threshold: so many on average, by their scores", choices=ROUTINGS
     )
     min_selects: int | None = setting(None, "the least experts for any token (default: 0)", only="routing threshold")
     max_selects: int | None = setting(None, "the most experts for any token (default: all)", only="routing threshold")
@@ -332,38 +296,24 @@ class ConvertSettings(Settings):
 class CalibrateSettings(Settings):
     """Stage 5: what is refitted, and for which budget."""
 
-    num_selects: int | None = setting(
-        None, "experts that run per token, shared ones included, while fitting and afterwards (default: as converted)"
-    )
-    refit_gates: bool = setting(
-        False, "refine linear gates, pulled to those given, on what the calibrated layers before produce"
-    )
-    output_bias: bool = setting(
-        False, "fit a bias on each MLP's output as well; engines for other MoE architectures have no place for it"
-    )
-    batch_size: int = setting(4, "blocks at a time", check=at_least(1))
+    num_selects: int | None = setting(None, "experts per token, shared ones included, from now on (default: as given)")
+    refit_gates: bool = setting(False, "refine linear gates on what the calibrated layers before them produce")
+    output_bias: bool = setting(False, "fit a bias on each MLP's output, too, which engines for other MoEs cannot have")
+    batch_size: int = setting(4, "blocks at a time", check=COUNT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings(Settings):
     """Stage 6: what is trained, and how long."""
 
-    num_selects: int | None = setting(
-        None, "experts that run per token, shared ones included, in training and afterwards (default: as given)"
-    )
-    train: str = setting(
-        "all",
-        "what is trained: the gates; the experts, shared ones and output biases included; or both",
-        choices=TRAINED,
-    )
+    num_selects: int | None = setting(None, "experts per token, shared ones included, from now on (default: as given)")
+    train: str = setting("all", "gates; experts, shared ones and output biases included; or both", choices=TRAINED)
     lr: float = setting(1e-4, "learning rate of Adam, at the top of its cosine", check=POSITIVE)
-    epochs: int = setting(1, "passes over the text", check=at_least(1))
-    batch_size: int = setting(2, "blocks at a time in each process", check=at_least(1))
-    gradient_accumulation_steps: int = setting(1, "batches of each process in a training step", check=at_least(1))
+    epochs: int = setting(1, "passes over the text", check=COUNT)
+    batch_size: int = setting(2, "blocks at a time in each process", check=COUNT)
+    gradient_accumulation_steps: int = setting(1, "batches of each process in a training step", check=COUNT)
     bf16: bool = setting(False, "compute in bfloat16; weights stay in float32 meanwhile")
-    save_steps: int = setting(
-        100, "training steps after which an interrupted run can go on", check=at_least(1), is_recorded=False
-    )
+    save_steps: int = setting(100, "steps after which an interrupted run can go on", check=COUNT, is_recorded=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,25 +323,20 @@ class EvaluateSettings(Settings):
     num_selects: Sequence[int] | None = setting(None, "budgets to evaluate MoE checkpoints at (default: their own)")
     block_size: int | None = setting(None, "tokens per block (default: 2048, or what the models take)")
     max_tokens: int | None = setting(None, "read only so many tokens (default: all)", check=at_least(2))
-    batch_size: int = setting(4, "blocks per forward pass", check=at_least(1))
-    dtype: str | None = setting(
-        None, "dtype to run in (default: float32 on CPUs, the checkpoint's own elsewhere)", choices=DTYPES
-    )
+    batch_size: int = setting(4, "blocks per forward pass", check=COUNT)
+    dtype: str | None = setting(None, "dtype to run in (default: float32 on CPUs, else the model's)", choices=DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Which settings belong together, from the split to the calibration, as rules over the number of experts.
-
-    The defaults are the calibrated recipe.
+    """Which settings belong together, as rules over the number of experts; the defaults are the calibrated recipe.
 
     Attributes:
         num_experts: experts per layer, if no other number is asked for.
-        selects: experts that run per token, shared ones included, if no other number is asked for; a fraction is one of
-            all experts.
-        shared: `(above, share)` pairs: if more than the fraction `above` of all experts run, the fraction `share` of
-            all experts is shared; the first such pair counts, and if there is none, half of those that run are shared.
-            None: none are shared.
+        selects: how many of them run per token if no other number is asked for, shared ones included: a number, or a
+            fraction of all.
+        shared: `(above, share)` pairs: the first whose fraction `above` of all experts is exceeded by those that run
+            has the fraction `share` of all experts shared; without one, half of those that run are. None: none are.
         gate_rank, rank_from: gates have this rank where a layer has `rank_from` experts or more; others have full rank.
         split_tokens, feature_tokens, calibration_tokens, distillation_tokens: how much text each stage reads.
         domain_weights: the mix of domains that every stage reads; None for that of LLaMA's pretraining.
@@ -462,11 +407,10 @@ RECIPES = {recipe.name: recipe for recipe in (CALIBRATED, PLAIN)}
 
 # ---------------------------------------------------------------------------------------------------- the shell's side
 
-# Settings of the shell scripts that are whole numbers.
-COUNTS = (
-    *("NUM_EXPERTS", "NUM_SELECTS", "NUM_SHARED_EXPERTS", "SPLIT_TOKENS", "FEATURE_TOKENS", "CALIBRATION_TOKENS"),
-    *("DISTILLATION_TOKENS", "BLOCK_SIZE", "EVAL_TOKENS", "NUM_GPUS"),
-)
+# Settings of the shell scripts: the recipe's by the same name, and those that are whole numbers.
+TOKENS = ("SPLIT_TOKENS", "FEATURE_TOKENS", "CALIBRATION_TOKENS", "DISTILLATION_TOKENS")
+OF_RECIPE = ("CLUSTER_ON", "SELECT_CRITERION", "GATE_NETWORK", "ROUTING", "DOMAIN_WEIGHTS", *TOKENS)
+COUNTS = ("NUM_EXPERTS", "NUM_SELECTS", "NUM_SHARED_EXPERTS", *TOKENS, "BLOCK_SIZE", "EVAL_TOKENS", "NUM_GPUS")
 
 
 def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
@@ -489,23 +433,17 @@ def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
     num_selects = int(given.get("NUM_SELECTS", recipe.num_selects(num_experts)))
     if not 1 <= num_selects <= num_experts:
         raise SettingError(f"NUM_SELECTS={num_selects} is outside of 1 to NUM_EXPERTS={num_experts}")
-    settings = {
+    model, save_path = model_name(given.get("MODEL_PATH", "")), given.get("SAVE_PATH", "")
+    of_recipe = {name: getattr(recipe, name.lower()) or "" for name in OF_RECIPE}
+    of_recipe["NUM_SHARED_EXPERTS"] = recipe.num_shared_experts(num_experts, num_selects)
+    settings = {name: given.get(name, value) for name, value in of_recipe.items()} | {
         "RECIPE": name,
         "NUM_EXPERTS": num_experts,
         "NUM_SELECTS": num_selects,
-        "NUM_SHARED_EXPERTS": recipe.num_shared_experts(num_experts, num_selects),
-    }
-    same = "cluster_on", "select_criterion", "gate_network", "routing"
-    tokens = "split_tokens", "feature_tokens", "calibration_tokens", "distillation_tokens"
-    settings |= {name.upper(): getattr(recipe, name) for name in (*same, *tokens)}
-    settings["DOMAIN_WEIGHTS"] = recipe.domain_weights or ""
-    settings |= {name: given[name] for name in settings if name in given}
-    # These two may be given as empty, which says none.
-    settings["GATE_RANK"] = environment.get("GATE_RANK", recipe.rank(num_experts) or "")
-    settings["OUTPUT_BIAS"] = environment.get("OUTPUT_BIAS", 1 if recipe.output_bias else "")
-    model, save_path = model_name(given.get("MODEL_PATH", "")), given.get("SAVE_PATH", "")
-    settings |= {
         "BUDGET": given.get("NUM_SELECTS", ""),
+        # These two may be given as empty, which says none.
+        "GATE_RANK": environment.get("GATE_RANK", recipe.rank(num_experts) or ""),
+        "OUTPUT_BIAS": environment.get("OUTPUT_BIAS", 1 if recipe.output_bias else ""),
         "SPLIT_FOLDER": split_folder(save_path, model, num_experts),
         "FEATURES_FOLDER": features_folder(save_path, model),
         "SELECT_FOLDER": select_folder(save_path, model, num_experts),

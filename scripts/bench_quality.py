@@ -34,7 +34,7 @@ METHODS_HELP = (
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = command_line.new_parser(__doc__)
-    command_line.add_model_path(parser)
+    parser.add_argument("--model_path", **command_line.MODEL)
     parser.add_argument("--train_data_path", type=command_line.path, required=True, help="calibration text, a folder")
     parser.add_argument("--heldout_path", type=command_line.path, required=True, help="folder of .jsonl, to measure on")
     parser.add_argument("--wikitext_path", type=command_line.path, help="WikiText-2 test, raw; never calibrated on")
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     tokens = CALIBRATED.distillation_tokens
     parser.add_argument("--distillation_tokens", type=positive, default=tokens, help="one pass over so many")
     parser.add_argument("--bf16", action="store_true", help="distil in bfloat16")
-    command_line.add_device(parser)
+    parser.add_argument("--device", **command_line.DEVICE)
     parser.add_argument("--json", type=Path, help="JSON lines, one row each (default: rows.jsonl in --work)")
     parser.add_argument("--seed", type=command_line.seed_number, default=0, help="of blocks, clustering and bootstrap")
     return parser

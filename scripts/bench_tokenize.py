@@ -26,7 +26,7 @@ from run_moefication import command_line
 def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = command_line.new_parser(__doc__)
-    command_line.add_model_path(parser)
+    parser.add_argument("--model_path", **command_line.MODEL)
     parser.add_argument("--text_path", type=command_line.path, required=True, help="folder or file of documents")
     parser.add_argument("--rounds", type=timing.positive, default=5, help="rounds, of which the median counts")
     parser.add_argument("--gigabytes", type=float, help="size of a generated file to measure memory on (default: none)")

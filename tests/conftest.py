@@ -212,6 +212,25 @@ def run_script(capfd) -> Callable[..., tuple[int, str, str]]:
     return run
 
 
+def assert_refused(result: tuple[int, str, str], *words: str) -> None:
+    """Of `run_script`: status 2, and nothing said but one line that has these words."""
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert [word for word in words if word not in err] == [], err
+    assert len(err.splitlines()) == 1, err
+
+
+@pytest.fixture
+def refuses(capfd) -> Callable[..., None]:
+    """`refuses(pipeline.convert, "words", ...)`: the stage is refused with these words."""
+
+    def refuses(stage: Callable[[], int], *words: str) -> None:
+        capfd.readouterr()
+        assert_refused((stage(), *capfd.readouterr()), *words)
+
+    return refuses
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as scripts/test.sh fetches it from the package registry."""

@@ -7,8 +7,8 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,14 +18,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, record_routing
-from run_moefication import (
-    llama_calibrate,
-    llama_convert,
-    llama_get_hidden_features,
-    llama_select_mlp,
-    llama_split_clustering,
-    llama_split_random,
-)
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.text.corpus import Corpus, training_corpus
 from run_moefication.settings import CorpusSettings
@@ -36,6 +28,20 @@ def corpus_of(checkpoint: DenseCheckpoint, text: Path, cache: Path | None = None
     return training_corpus(checkpoint, text, cache, CorpusSettings(**settings))
 
 
+# The scripts, by the stage that each is for.
+SCRIPTS = {
+    stage: import_module(f"run_moefication.llama_{name}")
+    for stage, name in {
+        "split": "split_clustering",
+        "split_random": "split_random",
+        "features": "get_hidden_features",
+        "select": "select_mlp",
+        "convert": "convert",
+        "calibrate": "calibrate",
+        "distill": "distill",
+        "evaluate": "evaluate",
+    }.items()
+}
 GATE, UP = "layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"
 LINEAR = ["--gate_network", "linear", "--select_criterion", "output_norm"]  # select options
 
@@ -90,29 +96,29 @@ class Pipeline:
         return [*map(str, [*paths, "--train_data_cache_path", self.save / "cache", *self.feature_options])]
 
     def split(self) -> int:
-        script = {"Clustering": llama_split_clustering, "Random": llama_split_random}[self.split_method]
-        return self._main(script, save_path=self.save, num_experts=self.num_experts, rest=self.split_options)
+        stage = {"Clustering": "split", "Random": "split_random"}[self.split_method]
+        return self._main(stage, self.split_options, save_path=self.save, num_experts=self.num_experts)
 
     def features(self) -> int:
-        return llama_get_hidden_features.main(self.feature_arguments())
+        return SCRIPTS["features"].main(self.feature_arguments())
 
     def select(self) -> int:
         paths = {"split_file_path": self.split_folder, "hidden_features_path": self.features_folder}
         counts = {"num_experts": self.num_experts, "num_selects": self.num_selects}
-        return self._main(llama_select_mlp, **paths, save_path=self.save, **counts, rest=self.select_options)
+        return self._main("select", self.select_options, **paths, save_path=self.save, **counts)
 
     def convert(self) -> int:
         paths = {"split_file_path": self.split_folder, "select_file_path": self.select_folder}
         counts = {"num_experts": self.num_experts, "num_selects": self.num_selects}
-        return self._main(llama_convert, **paths, save_path=self.moe, **counts, rest=self.convert_options)
+        return self._main("convert", self.convert_options, **paths, save_path=self.moe, **counts)
 
     def calibrate(self) -> int:
         paths = {"moe_path": self.moe, "save_path": self.calibrated, "train_data_path": self.text}
-        return self._main(llama_calibrate, **paths, rest=self.calibrate_options)
+        return self._main("calibrate", self.calibrate_options, **paths)
 
-    def _main(self, script: ModuleType, rest: list[Any], **options: Any) -> int:
+    def _main(self, stage: str, rest: list[Any], **options: Any) -> int:
         pairs = [part for name, value in options.items() for part in (f"--{name}", value)]
-        return script.main([str(part) for part in ("--model_path", self.model, *pairs, *rest)])
+        return SCRIPTS[stage].main([str(part) for part in ("--model_path", self.model, *pairs, *rest)])
 
     def converted(self, folder: Path, *options: Any, num_selects: int = 4) -> Path:
         """Another conversion from the same split and gates."""

@@ -1,6 +1,7 @@
-"""The rules of the house: which part may import which."""
+"""The rules of the house: which part may import which, and that no code of a checkpoint is run."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,3 +42,15 @@ def test_stages_know_one_another_only_by_their_artifacts():
 
 def test_the_package_stands_alone():
     assert all(not name.startswith(("run_moefication", "scripts")) for _, name in imports("llama_moe"))
+
+
+def test_every_auto_class_is_told_to_run_no_code():
+    calls = 0
+    for folder in ("run_moefication", "llama_moe", "llama_download", "llama_data", "scripts"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and re.match(r"Auto\w+\.from_pretrained$", ast.unparse(node.func)):
+                    trust = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                    assert trust.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
+                    calls += 1
+    assert calls >= 6

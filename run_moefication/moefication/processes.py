@@ -18,20 +18,17 @@ class Process:
 
 
 def this_process(local_rank: int | None = None) -> Process:
-    """Which process this is by RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; `local_rank` where the last of
-    them is not set."""
+    """Which process this is by RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; `local_rank` stands in for the
+    last."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": local_rank or 0}
+    cure = "start the processes with torchrun, or unset RANK and WORLD_SIZE"
     try:
         process = Process(*(int(os.environ.get(name) or default) for name, default in names.items()))
     except ValueError as error:
-        raise MoEficationError(
-            f"{', '.join(names)} in the environment must be integers; torchrun sets them, else unset them"
-        ) from error
+        raise MoEficationError(f"{', '.join(names)} in the environment must be integers: {cure}") from error
     if not 0 <= process.rank < process.world_size:
-        raise MoEficationError(
-            f"the environment says RANK {process.rank}, which is outside of WORLD_SIZE {process.world_size}: "
-            f"start the processes with torchrun, or unset RANK and WORLD_SIZE"
-        )
+        outside = f"RANK {process.rank}, which is outside of WORLD_SIZE {process.world_size}"
+        raise MoEficationError(f"the environment says {outside}: {cure}")
     return process
 
 

@@ -5,31 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import change_weights, make_llama, write_jsonl
-from pipeline import Pipeline, contents
+from conftest import assert_refused, change_weights, make_llama, write_jsonl
+from pipeline import SCRIPTS, Pipeline, contents
 
-from run_moefication import (
-    llama_calibrate,
-    llama_convert,
-    llama_distill,
-    llama_evaluate,
-    llama_get_hidden_features,
-    llama_select_mlp,
-    llama_split_clustering,
-    llama_split_random,
-)
 from run_moefication.settings import TEMPLATES
 
-MAINS = {
-    "split": llama_split_clustering.main,
-    "split_random": llama_split_random.main,
-    "features": llama_get_hidden_features.main,
-    "select": llama_select_mlp.main,
-    "convert": llama_convert.main,
-    "calibrate": llama_calibrate.main,
-    "distill": llama_distill.main,
-    "evaluate": llama_evaluate.main,
-}
 LABELS = "layers.0.mlp.gate_proj.weight"
 
 
@@ -201,19 +181,11 @@ def arguments_of(stage: str, changes: dict[str, object], places: dict[str, objec
     return [text for pair in pairs for text in pair]
 
 
-def assert_refused(result: tuple[int, str, str], words: str) -> None:
-    status, out, err = result
-    assert status == 2
-    assert words in err
-    assert len(err.splitlines()) == 1, err
-    assert out == ""
-
-
 @pytest.mark.parametrize(("stage", "changes", "words"), WRONG)
 def test_wrong_input_is_refused(stage, changes, words, places, finished, untouched, run_script, tmp_path):
     reads_text = "train_data_path" in GOOD[stage] | changes
     cache = {"train_data_cache_path": tmp_path / "cache"} if reads_text else {}
-    result = run_script(MAINS[stage], *arguments_of(stage, cache | changes, places))
+    result = run_script(SCRIPTS[stage].main, *arguments_of(stage, cache | changes, places))
     assert_refused(result, words.replace("tmp}", str(places["tmp"])).replace("{{}}", "{}"))
     domains = {path.name.partition("-")[0] for path in (tmp_path / "cache").rglob("*")}
     # Tokens are kept where text, or weights, turn out to be bad only in the reading.
@@ -224,7 +196,7 @@ def test_wrong_input_is_refused(stage, changes, words, places, finished, untouch
 
 def test_one_variable_shows_the_traceback(places, run_script, monkeypatch):
     monkeypatch.setenv("MOEFICATION_TRACEBACK", "1")
-    status, _, err = run_script(MAINS["split"], *arguments_of("split", {"model_path": "{tmp}/cut"}, places))
+    status, _, err = run_script(SCRIPTS["split"].main, *arguments_of("split", {"model_path": "{tmp}/cut"}, places))
     assert status == 2
     assert "SafetensorError" in err  # the cause, too
     assert "Traceback (most recent call last)" in err
@@ -234,7 +206,7 @@ def test_one_variable_shows_the_traceback(places, run_script, monkeypatch):
 @pytest.mark.parametrize("stage", GOOD)
 def test_unknown_option_and_abbreviation_are_refused(stage, places, run_script):
     for option in ("--nonsense", "--model"):
-        result = run_script(MAINS[stage], *arguments_of(stage, {}, places), option, "x")
+        result = run_script(SCRIPTS[stage].main, *arguments_of(stage, {}, places), option, "x")
         assert_refused(result, "unrecognized arguments")
 
 
@@ -242,14 +214,15 @@ def test_left_over_names_of_processes_are_told(places, run_script, monkeypatch):
     """Processes that do not meet are not started; where they would meet is told before anything is read."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    status, _, err = run_script(llama_distill.main, *arguments_of("distill", {}, places))
+    main = SCRIPTS["distill"].main
+    status, _, err = run_script(main, *arguments_of("distill", {}, places))
     told, error = err.splitlines()
     assert status == 2
     assert "RANK 0 of WORLD_SIZE 2: it trains with the others, and waits for them at MASTER_ADDR:MASTER_PORT" in told
     assert "MASTER_ADDR does not say where they meet: start them with torchrun" in error
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29517")
-    _, _, err = run_script(llama_distill.main, *arguments_of("distill", {"model_path": "{tmp}/nowhere"}, places))
+    _, _, err = run_script(main, *arguments_of("distill", {"model_path": "{tmp}/nowhere"}, places))
     assert "waits for them at 127.0.0.1:29517" in err.splitlines()[0]
 
 
@@ -265,15 +238,12 @@ def test_left_over_names_of_processes_are_told(places, run_script, monkeypatch):
         ("convert", ["--dtype", "bfloat16"], "was made with --dtype None, this run asks for bfloat16"),
     ],
 )
-def test_other_options_are_refused(stage, option, words, finished, capfd):
+def test_other_options_are_refused(stage, option, words, finished, refuses):
     """`test_stages` goes on with --overwrite."""
     name = f"{'feature' if stage == 'features' else stage}_options"
     pipeline = replace(finished, **{name: [*getattr(finished, name), *option]})
     before = contents(finished.save)
-    assert getattr(pipeline, stage)() == 2
-    message = capfd.readouterr().err
-    assert words in message
-    assert "add --overwrite" in message
+    refuses(getattr(pipeline, stage), words, "add --overwrite")
     assert contents(finished.save) == before
 
 
@@ -299,14 +269,11 @@ def cut_short(path: Path) -> None:
         ("convert", "select", LABELS, Path.unlink, "is missing although the manifest lists it"),
     ],
 )
-def test_damaged_artifacts_are_named(stage, folder, file, damage, words, finished, tmp_path, capfd):
+def test_damaged_artifacts_are_named(stage, folder, file, damage, words, finished, tmp_path, refuses):
     pipeline = Pipeline(finished.model, finished.text, Path(shutil.copytree(finished.save, tmp_path / "out")))
     target = pipeline.select_folder if stage == "select" else pipeline.moe
     shutil.rmtree(target)
     path = getattr(pipeline, f"{folder}_folder") / file
     damage(path)
-    assert getattr(pipeline, stage)() == 2
-    message = capfd.readouterr().err.strip()
-    assert str(path) in message
-    assert words in message
+    refuses(getattr(pipeline, stage), str(path), words)
     assert not target.exists()

@@ -65,16 +65,10 @@ def recalibrated(run: Pipeline, folder: Path, *options: object, moe: Path | None
     return pipeline
 
 
-def metrics_of(folder: Path) -> list[dict]:
-    """By layer."""
+def metrics_of(folder: Path, name: str = "error_after") -> list[dict]:
+    """By layer; with the name `divergence_after`, that of the final norm alone."""
     metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
-    return [metrics[name] for name in sorted(metrics) if "error_after" in metrics[name]]
-
-
-def norm_metrics_of(folder: Path) -> dict:
-    """Those of the final norm."""
-    metrics = json.loads((folder / "manifest.json").read_text())["metrics"].values()
-    return next(piece for piece in metrics if "divergence_after" in piece)
+    return [metrics[file] for file in sorted(metrics) if name in metrics[file]]
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -228,7 +222,7 @@ def test_the_final_norm_is_fitted_to_the_dense_models_predictions(finished, corp
             found = model.lm_head(normed).log_softmax(-1)
         return F.kl_div(found, expected, log_target=True, reduction="batchmean").item()
 
-    metrics = norm_metrics_of(finished.calibrated)
+    (metrics,) = metrics_of(finished.calibrated, "divergence_after")
     assert metrics["divergence_before"] == pytest.approx(measured(load(finished.moe).model.norm.weight), rel=1e-3)
     assert metrics["divergence_after"] == pytest.approx(measured(model.model.norm.weight), rel=1e-3)
     assert metrics["divergence_after"] < metrics["divergence_before"]
@@ -238,7 +232,7 @@ def test_a_final_norm_that_does_worse_on_other_tokens_is_not_kept(finished, tmp_
     monkeypatch.setattr(calibration, "fit_final_norm", lambda divergence, weight, *rest: 3 * weight)
     folder = recalibrated(finished, tmp_path / "moe").calibrated
     assert torch.equal(load(folder).model.norm.weight, load(finished.moe).model.norm.weight)
-    metrics = norm_metrics_of(folder)
+    (metrics,) = metrics_of(folder, "divergence_after")
     assert metrics["divergence_after"] == metrics["divergence_before"]
 
 
@@ -449,12 +443,11 @@ def test_a_run_interrupted_twice_goes_on_where_it_was(finished, tmp_path):
         assert contents(pipeline.calibrated) == contents(finished.calibrated)
 
 
-def test_overwrite_begins_anew_and_spares_foreign_files(finished, tmp_path, capfd):
+def test_overwrite_begins_anew_and_spares_foreign_files(finished, tmp_path, refuses):
     pipeline = recalibrated(finished, tmp_path / "moe")
     (pipeline.calibrated / "notes.txt").write_text("mine")
     pipeline.calibrate_options.append("--refit_gates")
-    assert pipeline.calibrate() == 2
-    assert "was made with --refit_gates False, this run asks for True" in capfd.readouterr().err
+    refuses(pipeline.calibrate, "was made with --refit_gates False, this run asks for True")
     pipeline.calibrate_options.append("--overwrite")
     assert pipeline.calibrate() == 0
     assert contents(pipeline.calibrated) == contents(finished.calibrated) | {"notes.txt": b"mine"}
@@ -463,27 +456,20 @@ def test_overwrite_begins_anew_and_spares_foreign_files(finished, tmp_path, capf
 # ---------------------------------------------------------------------------------------------------- refused
 
 
-def test_a_budget_that_the_model_cannot_run_is_refused(finished, tmp_path, capfd):
+def test_a_budget_that_the_model_cannot_run_is_refused(finished, tmp_path, refuses):
     bounded = finished.converted(tmp_path / "bounded", *THRESHOLD, "--min_selects", 3, "--max_selects", 5)
-    for moe, num_selects, limits in [(finished.moe, 1, "2 to 8"), (finished.moe, 9, "2 to 8")] + [
-        (bounded, count, "3 to 5") for count in (2, 6)
-    ]:
-        pipeline = replace(finished, moe=moe, calibrated=tmp_path / "out")
-        pipeline.calibrate_options = [*CORPUS, "--num_selects", num_selects]
-        assert pipeline.calibrate() == 2
-        message = capfd.readouterr().err
-        assert f"--num_selects {num_selects} is outside of {limits}" in message
-        assert len(message.splitlines()) == 1
+    for moe, count, limits in [(finished.moe, n, "2 to 8") for n in (1, 9)] + [(bounded, n, "3 to 5") for n in (2, 6)]:
+        options = [*CORPUS, "--num_selects", count]
+        pipeline = replace(finished, moe=moe, calibrated=tmp_path / "out", calibrate_options=options)
+        refuses(pipeline.calibrate, f"--num_selects {count} is outside of {limits}")
         assert not pipeline.calibrated.exists()
 
 
-def test_a_dense_model_with_nan_is_refused_before_anything_is_written(finished, tmp_path, capfd):
+def test_a_dense_model_with_nan_is_refused_before_anything_is_written(finished, tmp_path, refuses):
     model = tmp_path / "nan"
     shutil.copytree(finished.model, model)
     # Not a value that the fingerprint samples.
     change_weights(model, lambda state: state["model.layers.2.mlp.up_proj.weight"][1, 1:2].fill_(float("nan")))
     pipeline = replace(finished, model=model, calibrated=tmp_path / "moe")
-    capfd.readouterr()
-    assert pipeline.calibrate() == 2
-    assert "layers.2.mlp.up_proj.weight holds NaN" in capfd.readouterr().err
+    refuses(pipeline.calibrate, "layers.2.mlp.up_proj.weight holds NaN")
     assert not (tmp_path / "moe").exists()

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, VARIANTS, change_config, change_weights, make_llama, to_bin, to_shards, write_jsonl
+from conftest import (
+    TINY,
+    VARIANTS,
+    assert_refused,
+    change_config,
+    change_weights,
+    make_llama,
+    to_bin,
+    to_shards,
+    write_jsonl,
+)
 from pipeline import LINEAR, Pipeline, load
 from safetensors.torch import save_file
 from tiny_tokenizers import save_byte_level, save_sentencepiece, save_tekken, save_tiktoken
@@ -225,13 +235,6 @@ def text(tmp_path_factory) -> Path:
     lines = [f"{' ' * (i % 3)}{i}. The cat sat on a mat.  {' ' * (i % 4)}and looked\n\n{i}" for i in range(60)]
     write_jsonl(folder / "c4.jsonl", lines)
     return folder
-
-
-def assert_refused(result: tuple[int, str, str], words: str) -> None:
-    status, out, err = result
-    assert (status, out) == (2, "")
-    assert words in err
-    assert len(err.splitlines()) == 1, err
 
 
 def converted(folder: Path, text: Path, save: Path, num_selects: int = 4) -> Pipeline:

@@ -7,19 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pipeline import SCRIPTS
 
 import llama_moe
 from llama_moe.configuration_llama_moe import GATE_NETWORKS, ROUTINGS
-from run_moefication import (
-    llama_calibrate,
-    llama_convert,
-    llama_distill,
-    llama_get_hidden_features,
-    llama_select_mlp,
-    llama_split_clustering,
-    llama_split_random,
-    settings,
-)
+from run_moefication import settings
 from run_moefication.command_line import with_dashes
 from run_moefication.moefication.checkpoints.dense import DTYPES
 from run_moefication.moefication.errors import SettingError
@@ -29,21 +21,13 @@ from run_moefication.moefication.stages.distill_trainer import TRAINED
 from run_moefication.moefication.storage.manifest import difference
 
 ROOT = Path(__file__).parents[2]
-STAGES = {
-    llama_split_clustering: settings.SplitSettings,
-    llama_split_random: settings.RandomSplitSettings,
-    llama_get_hidden_features: settings.FeatureSettings,
-    llama_select_mlp: settings.GateSettings,
-    llama_convert: settings.ConvertSettings,
-    llama_calibrate: settings.CalibrateSettings,
-    llama_distill: settings.DistillSettings,
-}
 
 
-@pytest.mark.parametrize("script", STAGES, ids=lambda script: script.__name__.rpartition(".")[2])
-def test_a_scripts_options_are_its_settings(script):
-    options = {action.dest: action for action in script.main.build_parser()._actions}
-    for one in fields(STAGES[script]):
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_scripts_options_are_its_settings(stage):
+    main = SCRIPTS[stage].main
+    options = {action.dest: action for action in main.build_parser()._actions}
+    for one in fields(main.settings):
         if not one.metadata["is_option"]:
             continue
         option = options[one.name]

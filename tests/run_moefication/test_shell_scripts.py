@@ -10,31 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pipeline
 import pytest
 from pipeline import contents
 
 import run_moefication as rm
-from run_moefication import (
-    llama_calibrate,
-    llama_convert,
-    llama_distill,
-    llama_evaluate,
-    llama_get_hidden_features,
-    llama_select_mlp,
-    llama_split_clustering,
-    settings,
-)
+from run_moefication import settings
 from run_moefication.command_line import settings_of
 
 STAGES = Path(__file__).parents[2] / "run_moefication"
 SCRIPTS = {
-    "1_split.sh": (llama_split_clustering, settings.SplitSettings),
-    "2_get_hidden_features.sh": (llama_get_hidden_features, settings.FeatureSettings),
-    "3_select.sh": (llama_select_mlp, settings.GateSettings),
-    "4_convert.sh": (llama_convert, settings.ConvertSettings),
-    "5_calibrate.sh": (llama_calibrate, settings.CalibrateSettings),
-    "6_distill.sh": (llama_distill, settings.DistillSettings),
-    "evaluate.sh": (llama_evaluate, settings.EvaluateSettings),
+    "1_split.sh": pipeline.SCRIPTS["split"],
+    "2_get_hidden_features.sh": pipeline.SCRIPTS["features"],
+    "3_select.sh": pipeline.SCRIPTS["select"],
+    "4_convert.sh": pipeline.SCRIPTS["convert"],
+    "5_calibrate.sh": pipeline.SCRIPTS["calibrate"],
+    "6_distill.sh": pipeline.SCRIPTS["distill"],
+    "evaluate.sh": pipeline.SCRIPTS["evaluate"],
 }
 # Prints the words of the command, unless it is one of those that the scripts need to make up their own.
 PYTHON = f"""#!/bin/bash
@@ -88,12 +80,11 @@ def options(typed) -> Callable[..., tuple[argparse.Namespace, Any]]:
     """`options("1_split.sh", NAME="value")`: the options that the script types, and the stage's settings among them."""
 
     def options(script: str, **environment: str) -> tuple[argparse.Namespace, Any]:
-        module, kind = SCRIPTS[script]
+        module = SCRIPTS[script]
         path, *words = typed(script, **environment)
         assert Path(path).samefile(module.__file__)
-        build_parser = module.build_parser if module is llama_evaluate else module.main.build_parser
-        arguments = build_parser().parse_args(words)
-        return arguments, settings_of(arguments, kind)
+        arguments = module.main.build_parser().parse_args(words)
+        return arguments, settings_of(arguments, module.main.settings)
 
     return options
 
@@ -115,7 +106,7 @@ def test_scripts_in_order_do_what_the_library_does(
     def printed(script: str, **settings: str) -> list[str]:
         """The lines that a stage prints, which runs in this process."""
         words = typed(script, RECIPE=recipe.name, **environment, **settings)
-        status, out, err = run_script(SCRIPTS[script][0].main, *words[1:])
+        status, out, err = run_script(SCRIPTS[script].main, *words[1:])
         assert status == 0, err
         return out.splitlines()
 
@@ -177,7 +168,7 @@ def test_settings_of_the_environment_arrive(options, typed):
     for script in ("2_get_hidden_features.sh", "6_distill.sh"):
         words = typed(script, "--batch_size", "2", NUM_GPUS="3")
         assert words[:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-        assert Path(words[4]).samefile(SCRIPTS[script][0].__file__)
+        assert Path(words[4]).samefile(SCRIPTS[script].__file__)
         assert words[-2:] == ["--batch_size", "2"]
 
 
@@ -205,17 +196,9 @@ def test_a_model_called_dot_has_a_name(options, tmp_path):
 # ---------------------------------------------------------------------------------------------------- wrong settings
 
 
-@pytest.mark.parametrize(
-    ("script", "setting", "words"),
-    [
-        ("1_split.sh", {"RECIPE": "best"}, "RECIPE=best: calibrated or plain"),
-        ("2_get_hidden_features.sh", {"NUM_GPUS": "two"}, "NUM_GPUS=two: a whole number is needed, 1 or more"),
-        ("6_distill.sh", {"NUM_GPUS": "0"}, "NUM_GPUS=0: a whole number is needed, 1 or more"),
-    ],
-)
-def test_a_wrong_setting_is_one_line_before_any_work(script, setting, words, run):
-    result = run(script, **setting)
-    assert (result.returncode, result.stderr) == (2, f"error: {words}\n")
+def test_a_wrong_setting_is_one_line_before_any_work(run):
+    result = run("6_distill.sh", NUM_GPUS="two")
+    assert (result.returncode, result.stderr) == (2, "error: NUM_GPUS=two: a whole number is needed, 1 or more\n")
     assert not Path("out").exists()
 
 

@@ -1,7 +1,7 @@
 """The stages as functions that take and return handles to finished folders, and all of them in turn.
 
 Every function goes on where an interrupted call stopped, and does nothing where the folder is already finished with the
-same settings and inputs.
+same settings and inputs. `run` may hold `overwrite` and, but for `convert`, `device`.
 """
 
 from pathlib import Path
@@ -29,10 +29,10 @@ from ..text.corpus import Corpus, training_corpus
 from . import calibrate as calibrate_stage
 from . import convert as convert_stage
 from . import distill as distill_stage
-from . import features as features_stage
-from . import select as select_stage
-from . import split as split_stage
-from . import split_on_activations as activations_stage
+from .features import extract_features
+from .select import train_gates
+from .split import split_by_weights
+from .split_on_activations import split_by_activations
 
 StrPath = str | Path
 
@@ -51,13 +51,13 @@ def split(
     template: str = TEMPLATES[0],
     **run: Any,
 ) -> Split:
-    """Stage 1. `text` is what a split on activations reads; `run` may hold `device` and `overwrite`."""
+    """Stage 1. `text` is what a split on activations reads."""
     if (text is None) != (settings.cluster_on == "weights"):
         raise SettingError("cluster_on activations needs a text, and cluster_on weights none")
     if text is None:
-        writer = split_stage.split_by_weights(dense, save_path, [template], settings, **run)
+        writer = split_by_weights(dense, save_path, [template], settings, **run)
     else:
-        writer = activations_stage.split_by_activations(dense, text, save_path, template, settings, **run)
+        writer = split_by_activations(dense, text, save_path, template, settings, **run)
     return Split(writer.folder, dense, template, settings.num_experts)
 
 
@@ -65,8 +65,8 @@ def record_features(
     dense: DenseCheckpoint, text: Corpus, save_path: StrPath, settings: FeatureSettings, **run: Any
 ) -> Features:
     """Stage 2, in one process."""
-    writer = features_stage.extract_features(dense, text, save_path, settings, **run)
-    return Features(writer.folder, dense, settings.templates or TEMPLATES[0])
+    folder = extract_features(dense, text, save_path, settings, **run).folder
+    return Features(folder, dense, settings.templates or TEMPLATES[0])
 
 
 def fit_gates(
@@ -75,7 +75,7 @@ def fit_gates(
     """Stage 3, for all layers."""
     folders = experts.artifact.folder, features.artifact.folder
     layers = list(range(dense.config.num_hidden_layers))
-    writer = select_stage.train_gates(dense, *folders, save_path, settings, layers=layers, **run)
+    writer = train_gates(dense, *folders, save_path, settings, layers=layers, **run)
     return TrainedGates(writer.folder, dense, experts)
 
 
@@ -101,16 +101,14 @@ def calibrate(
     **run: Any,
 ) -> MoECheckpoint:
     """Stage 5."""
-    writer = calibrate_stage.calibrate(dense, moe.artifact.folder, text, save_path, settings, **run)
-    return MoECheckpoint(writer.folder, dense)
+    return MoECheckpoint(calibrate_stage.calibrate(dense, moe.path, text, save_path, settings, **run).folder, dense)
 
 
 def distill(
     dense: DenseCheckpoint, moe: MoECheckpoint, text: Corpus, save_path: StrPath, settings: DistillSettings, **run: Any
 ) -> MoECheckpoint:
     """Stage 6, in one process."""
-    writer = distill_stage.distill(dense, moe.artifact.folder, text, save_path, settings, **run)
-    return MoECheckpoint(writer.folder, dense)
+    return MoECheckpoint(distill_stage.distill(dense, moe.path, text, save_path, settings, **run).folder, dense)
 
 
 def moefy(
@@ -145,35 +143,32 @@ def moefy(
     """
     num_experts = recipe.num_experts if num_experts is None else num_experts
     num_selects = recipe.num_selects(num_experts) if num_selects is None else num_selects
-    shared = recipe.num_shared_experts(num_experts, num_selects)
     work = Path(f"{save_path}-work" if work_path is None else work_path)
     features_folder = work if features_path is None else Path(features_path)
 
     def text(max_tokens: int) -> Corpus:
-        mix = recipe.domain_weights
-        options = dict(max_tokens=max_tokens, domain_weights=mix, block_size=block_size, seed=seed)
-        return read_text(dense, text_path, features_folder / "tokens", **options)
+        options = dict(domain_weights=recipe.domain_weights, block_size=block_size, seed=seed)
+        return read_text(dense, text_path, features_folder / "tokens", max_tokens=max_tokens, **options)
 
+    counts = dict(num_experts=num_experts, num_selects=num_selects)
     if experts is None:
-        counts = dict(num_experts=num_experts, num_shared_experts=shared)
-        settings = SplitSettings(cluster_on=recipe.cluster_on, seed=seed, **counts)
-        on_activations = recipe.cluster_on == "activations"
-        experts = split(dense, work, settings, text(recipe.split_tokens) if on_activations else None, **run)
+        shared = recipe.num_shared_experts(**counts)
+        options = dict(num_experts=num_experts, num_shared_experts=shared, cluster_on=recipe.cluster_on)
+        read = text(recipe.split_tokens) if recipe.cluster_on == "activations" else None
+        experts = split(dense, work, SplitSettings(**options, seed=seed), read, **run)
     settings = FeatureSettings(feature_format="inputs")
     features = record_features(dense, text(recipe.feature_tokens), features_folder, settings, **run)
     settings = GateSettings(
-        num_experts=num_experts,
-        num_selects=num_selects,
+        **counts,
         select_criterion=recipe.select_criterion,
         gate_network=recipe.gate_network,
         gate_rank=recipe.rank(num_experts),
         **(dict(use_softmax=True, seed=seed) if recipe.gate_network == "mlp" else {}),  # the others are not trained
     )
     gates = fit_gates(dense, experts, features, work, settings, **run)
-    settings = ConvertSettings(num_experts=num_experts, num_selects=num_selects, routing=recipe.routing)
-    run_convert = {name: value for name, value in run.items() if name != "device"}
+    settings = ConvertSettings(**counts, routing=recipe.routing)
     converted = work / f"{dense.name}-MoE" if recipe.is_calibrated else save_path
-    moe = convert(dense, experts, gates, converted, settings, **run_convert)
+    moe = convert(dense, experts, gates, converted, settings, overwrite=run.get("overwrite", False))
     if not recipe.is_calibrated:
         return moe
     settings = CalibrateSettings(refit_gates=recipe.gate_network == "linear", output_bias=recipe.output_bias)
