@@ -106,8 +106,8 @@ def test_a_line_beyond_the_limit_is_named_or_skipped_however_long(tmp_path, monk
 def test_other_files_are_one_document(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     assert read(tmp_path / "a.txt") == ["one\n\ntwo\n"]
-    (tmp_path / "b.txt").write_bytes(b"abc\xff")
-    with pytest.raises(MoEficationError, match=r"b.txt is not UTF-8 text \(byte 3\)"):
+    (tmp_path / "b.txt").write_bytes(b"a\nb\nc\xff")
+    with pytest.raises(MoEficationError, match=r"b.txt:3: not UTF-8 text"):
         read(tmp_path / "b.txt")
 
 
