@@ -154,7 +154,8 @@ def recalibrate_thresholds(
     """
     config = model.config
     most_tokens = min(MOST_SCORES // config.num_experts, MOST_STREAM_BYTES // (4 * config.hidden_size))
-    blocks = first_blocks(blocks, most_tokens)
+    ends = torch.tensor([len(block) for block in blocks]).cumsum(0)
+    blocks = blocks[: max(1, int((ends <= most_tokens).sum()))]  # a corpus is shuffled, so they are a sample of it
     batches = batches_of(blocks, batch_size)
     stream = torch.empty(sum(map(len, blocks)), config.hidden_size)
     embed(stream, blocks, batches, model.get_input_embeddings().weight.cpu())
@@ -177,9 +178,3 @@ def recalibrate_thresholds(
                 attended = stream[batch.rows].to(device)
                 stream[batch.rows] = (attended + block(half.mlp_norm(attended))).cpu()
     return active
-
-
-def first_blocks(blocks: list[torch.Tensor], most_tokens: int) -> list[torch.Tensor]:
-    """The blocks up to so many tokens, one at least. A corpus is shuffled, so they are a sample of it."""
-    ends = torch.tensor([len(block) for block in blocks]).cumsum(0)
-    return blocks[: max(1, int((ends <= most_tokens).sum()))]
