@@ -27,14 +27,7 @@ from ..layers.straight_through import recalibrate_thresholds, straight_through
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
 from ..text.corpus import Corpus, require_held_out_block
-from .distill_trainer import (
-    TRAINED,
-    DistillationTrainer,
-    last_whole_step,
-    leave_group,
-    mean_kl,
-    training_arguments,
-)
+from .distill_trainer import TRAINED, DistillationTrainer, last_whole_step, leave_group, mean_kl, training_arguments
 
 MEASURED_EVERY_NTH_BLOCK = 16  # one block in so many is not trained on; the loss before and after is measured there
 RESULT = "distillation"  # the last part holds config, code, card, and what the training gained
