@@ -147,7 +147,7 @@ class Run:
 
     def print_mix(self) -> None:
         """The domains of the corpus: their shares, the tokens there, asked for and got, and the files counted."""
-        from .moefication.text.unread import some
+        from .moefication.text.text_files import some
 
         print(f"{'domain':<14} {'share':>6} {'there':>10} {'asked':>10} {'got':>10}  tokens, of files")
         for row in self.corpus.mix:

@@ -69,7 +69,9 @@ class StraightThroughBlock(nn.Module):
         hard = scores.detach()
         of_text = hard if self.kept is None else hard[self.kept.flatten()]
         if self.training and self._tracks:
-            self._wanted.append(_threshold(self.gate.within_bounds(of_text), self._share))
+            candidates = self.gate.within_bounds(of_text).flatten()
+            below = round((1 - self._share) * len(candidates))  # so many do not reach the threshold
+            self._wanted.append(candidates.kthvalue(min(len(candidates), below + 1)).values)
         selected = self.gate.mask(hard).to(scores.dtype)
         if not scores.requires_grad:
             return selected
@@ -101,12 +103,6 @@ def _gate_and_up(packed: torch.Tensor) -> list[torch.Tensor]:
     """`[E, 2W, ...]` -> the gate's part and up's, `[W * E, ...]` each. Experts are the inner axis: the few neurons of a
     fine one would make short loops of all that is computed element by element."""
     return [part.transpose(0, 1).flatten(0, 1) for part in packed.unflatten(1, (2, -1)).unbind(1)]
-
-
-def _threshold(scores: torch.Tensor, share: float) -> torch.Tensor:
-    """The number that this share of all scores `[T, E]` reaches."""
-    count = scores.numel()
-    return scores.flatten().kthvalue(min(count, 1 + round((1 - share) * count))).values
 
 
 @contextmanager
@@ -154,7 +150,8 @@ def recalibrate_thresholds(
     """
     config = model.config
     most_tokens = min(MOST_SCORES // config.num_experts, MOST_STREAM_BYTES // (4 * config.hidden_size))
-    blocks = first_blocks(blocks, most_tokens)
+    ends = torch.tensor([len(block) for block in blocks]).cumsum(0)
+    blocks = blocks[: max(1, int((ends <= most_tokens).sum()))]  # a corpus is shuffled, so they are a sample of it
     batches = batches_of(blocks, batch_size)
     stream = torch.empty(sum(map(len, blocks)), config.hidden_size)
     embed(stream, blocks, batches, model.get_input_embeddings().weight.cpu())
@@ -177,9 +174,3 @@ def recalibrate_thresholds(
                 attended = stream[batch.rows].to(device)
                 stream[batch.rows] = (attended + block(half.mlp_norm(attended))).cpu()
     return active
-
-
-def first_blocks(blocks: list[torch.Tensor], most_tokens: int) -> list[torch.Tensor]:
-    """The blocks up to so many tokens, one at least. A corpus is shuffled, so they are a sample of it."""
-    ends = torch.tensor([len(block) for block in blocks]).cumsum(0)
-    return blocks[: max(1, int((ends <= most_tokens).sum()))]

@@ -59,7 +59,11 @@ def convert(
     missing = writer.missing()
     tokenizer = carried_over(checkpoint.path) if missing else {}
     for name in progress(checkpoint.tensors if missing else [], "check", "tensor"):
-        _require_fit(checkpoint, name, settings.dtype)
+        tensor = checkpoint.finite_tensor(name)
+        if settings.dtype and tensor.abs().max() > torch.finfo(DTYPES[settings.dtype]).max:
+            raise SettingError(
+                f"{checkpoint.path}: {name} has values beyond torch.{settings.dtype}; choose another dtype"
+            )
     for file in progress([file for file in shards if file in missing], "convert", "shard"):
         write_shard(writer, file, shards[file])
     if "config" in missing:
@@ -112,13 +116,13 @@ def _expert_makers(checkpoint: DenseCheckpoint, split: Split, config: LlamaMoECo
         neurons = split.routed_neurons(layer)
         return torch.cat([source(f"gate_proj.{kind}")[neurons], source(f"up_proj.{kind}")[neurons]], dim=1)
 
-    def down() -> torch.Tensor:
-        return source("down_proj.weight").T[split.routed_neurons(layer)].transpose(1, 2)
-
     def shared_rows(projection: str) -> torch.Tensor:
         return source(projection)[split.shared_neurons(layer)]
 
-    makers: dict[str, Maker] = {"experts.gate_up_proj": partial(gate_up, "weight"), "experts.down_proj": down}
+    makers: dict[str, Maker] = {
+        "experts.gate_up_proj": partial(gate_up, "weight"),
+        "experts.down_proj": lambda: source("down_proj.weight").T[split.routed_neurons(layer)].transpose(1, 2),
+    }
     if config.mlp_bias:
         makers["experts.gate_up_proj_bias"] = partial(gate_up, "bias")
         makers["output_bias"] = partial(source, "down_proj.bias")
@@ -142,13 +146,6 @@ def _gate_makers(gates: TrainedGates, config: LlamaMoEConfig, layer: int) -> dic
     except ValueError as error:
         raise MoEficationError(f"{gates.artifact.folder}: layer {layer}: {error}") from error
     return makers | {"gate.threshold": lambda: threshold}
-
-
-def _require_fit(checkpoint: DenseCheckpoint, name: str, dtype: str | None) -> None:
-    """Refuse a source tensor that is not finite, or would not be in the new dtype."""
-    tensor = checkpoint.finite_tensor(name)
-    if dtype is not None and tensor.abs().max() > torch.finfo(DTYPES[dtype]).max:
-        raise SettingError(f"{checkpoint.path}: {name} has values beyond torch.{dtype}; choose another dtype")
 
 
 # ---------------------------------------------------------------------------------------------------- config

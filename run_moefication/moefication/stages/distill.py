@@ -27,17 +27,7 @@ from ..layers.straight_through import recalibrate_thresholds, straight_through
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
 from ..text.corpus import Corpus, require_held_out_block
-from .distill_trainer import (
-    TRAINED,
-    DenseTeacher,
-    DistillationTrainer,
-    check_finite,
-    diverged,
-    last_whole_step,
-    leave_group,
-    mean_kl,
-    training_arguments,
-)
+from .distill_trainer import TRAINED, DistillationTrainer, last_whole_step, leave_group, mean_kl, training_arguments
 
 MEASURED_EVERY_NTH_BLOCK = 16  # one block in so many is not trained on; the loss before and after is measured there
 RESULT = "distillation"  # the last part holds config, code, card, and what the training gained
@@ -72,18 +62,22 @@ def distill(
     )
     shards = _shards(moe)
     is_first = arguments.process_index == 0
-    writer = ArtifactWriter(
-        Path(save_path), spec, [*shards, RESULT], overwrite=overwrite, shared=not is_first, exclusive=is_first
-    )
-    missing = _agreed(writer.missing())
+    parts = [*shards, RESULT]
+    with arguments.main_process_first(local=False):  # which begins the folder, and the others find it begun
+        writer = ArtifactWriter(
+            Path(save_path), spec, parts, overwrite=overwrite, shared=not is_first, exclusive=is_first
+        )
+        missing = writer.missing()
+        if missing:
+            checkpoint.check_finite()
+            model = _load(moe, settings)
+            if is_first:
+                writer.begin()
     if not missing:
         leave_group()
         if is_first:
             writer.finish()  # an interrupted run may have left this to do
         return writer
-    checkpoint.check_finite()
-    model = _load(moe, settings)
-    _begin(writer, is_first)
     arguments.output_dir = str(writer.temporary_path("training"))
     metrics = _train(checkpoint, moe, model, corpus, settings, arguments)
     if is_first:
@@ -144,25 +138,6 @@ def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
     return model
 
 
-def _agreed(missing: list[str]) -> list[str]:
-    """The pieces that the first process misses: it writes them, and the others may have looked at another moment."""
-    box = [missing]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(box)
-    return box[0]
-
-
-def _begin(writer: ArtifactWriter, is_first: bool) -> None:
-    """Begin the folder: the first of the processes does, after all have looked at it."""
-    in_group = torch.distributed.is_initialized()
-    if in_group:
-        torch.distributed.barrier()
-    if is_first:
-        writer.begin()
-    if in_group:
-        torch.distributed.barrier()
-
-
 # ---------------------------------------------------------------------------------------------------- the training
 
 
@@ -182,15 +157,15 @@ def _train(
     num_held_out = -(-len(corpus.blocks) // MEASURED_EVERY_NTH_BLOCK)
     blocks, held_out = corpus.blocks[:-num_held_out], corpus.blocks[-num_held_out:]
     model.to(device)
-    teacher = DenseTeacher(checkpoint, device)
-    before = mean_kl(model, teacher, held_out, batch_size, device) if is_first else None
+    teacher_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    teacher = checkpoint.load_causal_lm(device, teacher_dtype).requires_grad_(False)
+    before = mean_kl(model, teacher, held_out, batch_size) if is_first else None
     last = last_whole_step(Path(arguments.output_dir))
     with quiet_transformers(), straight_through(model, shares) as soft:
         trainer = DistillationTrainer(model, soft, teacher, blocks, arguments)
         steps = trainer.train(resume_from_checkpoint=last and str(last)).global_step
     del trainer
     leave_group()
-    check_finite(model)
     if not is_first:
         return {}
     _round(model, moe)
@@ -198,11 +173,11 @@ def _train(
     try:
         active = recalibrate_thresholds(model, blocks, shares, batch_size, device)
     except ValueError as error:
-        raise diverged("a gate's scores are not finite, or all the same") from error
+        raise _diverged("a gate's scores are not finite, or all the same") from error
     metrics = {
         "steps": steps,
         "loss_before": before,
-        "loss_after": mean_kl(model, teacher, held_out, batch_size, device),
+        "loss_after": mean_kl(model, teacher, held_out, batch_size),
         "active_share": active,
     }
     if config.routing == "threshold":
@@ -212,7 +187,17 @@ def _train(
 
 @torch.no_grad()
 def _round(model: LlamaMoEForCausalLM, moe: MoECheckpoint) -> None:
-    """Give the trained parameters the values they will be stored with, which thresholds must fit."""
+    """Give the trained parameters the values they will be stored with, which thresholds must fit.
+
+    Raises:
+        MoEficationError: the training has diverged.
+    """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.copy_(parameter.to(moe.tensors[name.removeprefix("model.")].dtype))
+            if not parameter.sum(dtype=torch.float64).isfinite():
+                raise _diverged(f"{name} is not finite")
+
+
+def _diverged(why: str) -> MoEficationError:
+    return SettingError(f"the training diverged: {why}; use a smaller lr, and overwrite to begin anew")

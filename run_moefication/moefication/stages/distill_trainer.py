@@ -2,26 +2,24 @@
 
 import gc
 import logging
-import math
 import os
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from llama_moe import LlamaMoEForCausalLM
 
 from ...settings import DistillSettings
-from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.transformers_library import first_line
 from ..errors import MoEficationError, SettingError
 from ..fitting.losses import TeacherKL
 from ..layers.straight_through import StraightThroughBlock, update_thresholds
 from ..progress import progress
-from ..storage.files import sync, write_json
+from ..storage.files import file_sizes, sync, write_json
 from ..storage.manifest import read_json
 from ..text.batches import batches_of
 
@@ -36,46 +34,27 @@ TRAINED = {
 }
 
 
-class DenseTeacher:
-    """The dense model, for its last hidden states; float32 on CPUs, bfloat16 elsewhere.
-
-    Attributes:
-        head: `[vocabulary, H]`, what makes logits of them.
-    """
-
-    def __init__(self, checkpoint: DenseCheckpoint, device: str):
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        self._body = checkpoint.load_model(device, dtype)
-        if checkpoint.config.tie_word_embeddings:
-            self.head = self._body.embed_tokens.weight
-        else:
-            self.head = checkpoint.finite_tensor("lm_head.weight").to(device, dtype)
-
-    @torch.no_grad()
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[B, N]` -> `[B, N, H]`"""
-        return self._body(input_ids=tokens, use_cache=False).last_hidden_state
-
-
 def collate(blocks: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """A batch: `input_ids [B, N]`, and `kept`, which of them are text."""
     (batch,) = batches_of(blocks, len(blocks))
     return {"input_ids": batch.padded(torch.cat(blocks).long()), "kept": batch.mask()}
 
 
+def final_states(model: PreTrainedModel, tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """What enters the head of a causal LM: tokens `[B, N]` -> `[T, H]`, of the T that `kept [B, N]` says are text."""
+    # After a training in bfloat16, `model` itself would still compute in it; its body does not.
+    return model.model(input_ids=tokens, use_cache=False).last_hidden_state[kept]
+
+
 @torch.no_grad()
-def mean_kl(
-    model: LlamaMoEForCausalLM, teacher: DenseTeacher, blocks: list[torch.Tensor], batch_size: int, device: torch.device
-) -> float:
+def mean_kl(model: LlamaMoEForCausalLM, teacher: PreTrainedModel, blocks: list[torch.Tensor], batch_size: int) -> float:
     """KL(dense || MoE) in nats, on average over the tokens of the blocks; the model runs in its own dtype."""
     model.eval()
     total = 0.0
     for index in range(0, len(blocks), batch_size):
-        tokens, kept = (tensor.to(device) for tensor in collate(blocks[index : index + batch_size]).values())
-        # After a training in bfloat16, `model` itself would still compute in it; its body does not.
-        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-        kl = TeacherKL(teacher(tokens)[kept], teacher.head, model.lm_head.weight)
-        total += kl(hidden[kept]).sum(dtype=torch.float64).item()
+        batch = [tensor.to(model.device) for tensor in collate(blocks[index : index + batch_size]).values()]
+        kl = TeacherKL(final_states(teacher, *batch), teacher.lm_head.weight, model.lm_head.weight)
+        total += kl(final_states(model, *batch)).sum(dtype=torch.float64).item()
     return total / sum(map(len, blocks))
 
 
@@ -136,14 +115,13 @@ class DistillationTrainer(Trainer):
         self,
         model: LlamaMoEForCausalLM,
         moe_blocks: list[StraightThroughBlock],
-        teacher: DenseTeacher,
+        teacher: PreTrainedModel,
         blocks: list[torch.Tensor],
         arguments: TrainingArguments,
     ):
         steps = [Steps(moe_blocks)]
         super().__init__(model=model, args=arguments, train_dataset=blocks, data_collator=collate, callbacks=steps)
-        for printing in (PrinterCallback, ProgressCallback):
-            self.remove_callback(printing)
+        self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # compute_loss gives each batch's mean, which the Trainer then averages
         self._moe_blocks, self._teacher = moe_blocks, teacher
 
@@ -154,9 +132,9 @@ class DistillationTrainer(Trainer):
             block.kept = kept
         # Calling the wrapped model (DDP, autocast) makes logits too; here, of the last token only.
         outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-        kl = TeacherKL(self._teacher(tokens)[kept], self._teacher.head, self.model.lm_head.weight)
-        loss = kl(outputs.hidden_states[-1][kept]).mean()
-        return (loss, outputs) if return_outputs else loss
+        teacher = self._teacher
+        kl = TeacherKL(final_states(teacher, tokens, kept), teacher.lm_head.weight, self.model.lm_head.weight)
+        return kl(outputs.hidden_states[-1][kept]).mean()
 
     def _save_checkpoint(self, *args, **kwargs):
         """Turn the errors of all libraries that write a step's files into MoEficationError."""
@@ -196,7 +174,7 @@ class Steps(TrainerCallback):
         newest = folder / f"checkpoint-{state.global_step}"
         for path in newest.iterdir():
             sync(path)
-        write_json(newest / WHOLE, _sizes(newest))
+        write_json(newest / WHOLE, file_sizes(newest, os.listdir(newest)))
         for older in folder.glob("checkpoint-*"):
             if older != newest:
                 shutil.rmtree(older)
@@ -206,23 +184,10 @@ def last_whole_step(folder: Path) -> Path | None:
     """The folder of the last step that was saved whole, and still is."""
     marks = folder.glob(f"checkpoint-*/{WHOLE}")
     mark = max(marks, key=lambda path: int(path.parent.name.removeprefix("checkpoint-")), default=None)
-    if mark is not None and read_json(mark) != _sizes(mark.parent):
+    if mark is None:
+        return None
+    sizes = read_json(mark)
+    if sizes != file_sizes(mark.parent, sizes):
         logger.warning("%s: files are missing or cut short; the training begins anew", mark.parent)
         return None
-    return mark and mark.parent
-
-
-def _sizes(step: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(step.iterdir()) if path.name != WHOLE}
-
-
-def check_finite(model: LlamaMoEForCausalLM) -> None:
-    """Raise MoEficationError if the training has diverged."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not math.isfinite(parameter.detach().sum(dtype=torch.float64).item()):
-            raise diverged(f"{name} is not finite")
-
-
-def diverged(why: str) -> MoEficationError:
-    """The error of a training that went wrong."""
-    return SettingError(f"the training diverged: {why}; use a smaller lr, and overwrite to begin anew")
+    return mark.parent

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,13 @@ def train_gates(
         inputs={"split_file_path": split.artifact.digest, "hidden_features_path": features.artifact.digest},
     )
     folder = select_folder(save_path, checkpoint.name, settings.num_experts)
-    # Other runs may be filling other layers of the folder.
-    shared = len(layers) < num_layers
-    writer = ArtifactWriter(folder, spec, names, overwrite=overwrite, shared=shared)
+    is_shared = len(layers) < num_layers  # other runs may be filling other layers
+    writer = ArtifactWriter(folder, spec, names, overwrite=overwrite, shared=is_shared)
     missing = set(writer.missing())
     for layer in progress([layer for layer in layers if names[layer] in missing], "select", "layer"):
         inputs, scores = _layer_data(checkpoint, split, features, layer, settings, device)
         if settings.gate_fit == "ridge":
-            of_ridge = {"rank": routed.gate_rank, "has_bias": True}
-            gate = new_gate("linear", inputs.shape[1], routed.num_experts, **of_ridge)
+            gate = new_gate("linear", inputs.shape[1], routed.num_experts, rank=routed.gate_rank, has_bias=True)
         else:
             rows = checkpoint.finite_tensor(settings.templates.format(layer)).to(device, torch.float32)
             gate = initial_gate(settings.gate_network, rows, split.routed_neurons(layer))
@@ -122,20 +121,16 @@ def _layer_data(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs `[tokens, hidden]` in their stored dtype and scores `[tokens, experts]` in float32, both on the device."""
     inputs = torch.cat([shard.to(device) for shard in features.inputs(layer)])
-    neurons = split.routed_neurons(layer).to(device)
-    if settings.select_criterion == "output_norm":
-        mlp = GatedMLP.of_dense(checkpoint, layer, device)
-        norms = OutputNorms(mlp.down, neurons)
-        scores = torch.cat([norms(mlp.activations(chunk)) for chunk in inputs.split(TOKENS_PER_CHUNK)])
+    neurons, is_norm = split.routed_neurons(layer).to(device), settings.select_criterion == "output_norm"
+    if features.has_gate_outputs and not is_norm:
+        recorded = (chunk for shard in features.gate_outputs(layer) for chunk in shard.split(TOKENS_PER_CHUNK))
+        activations = (chunk.to(device) for chunk in recorded)
     else:
-        if features.has_gate_outputs:
-            chunks = (chunk for shard in features.gate_outputs(layer) for chunk in shard.split(TOKENS_PER_CHUNK))
-        else:
-            mlp = GatedMLP.of_dense(checkpoint, layer, device)
-            activations = mlp.gate_activations if settings.templates == TEMPLATES[0] else mlp.activations
-            chunks = (activations(chunk) for chunk in inputs.split(TOKENS_PER_CHUNK))
-        scorer = ExpertScorer(neurons, settings.select_criterion)
-        scores = torch.cat([scorer(chunk.to(device)) for chunk in chunks])
+        mlp = GatedMLP.of_dense(checkpoint, layer, device)
+        of_gate = settings.templates == TEMPLATES[0] and not is_norm
+        activations = map(mlp.gate_activations if of_gate else mlp.activations, inputs.split(TOKENS_PER_CHUNK))
+    score = OutputNorms(mlp.down, neurons) if is_norm else ExpertScorer(neurons, settings.select_criterion)
+    scores = torch.cat([score(chunk) for chunk in activations])
     if not scores.sum(dtype=torch.float64).isfinite():
         raise MoEficationError(
             f"the features of layer {layer} in {features.artifact.folder} hold NaN or infinite values"
@@ -200,13 +195,14 @@ def _train(
     gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, train: slice, valid: slice, settings: GateSettings
 ) -> dict[str, Any]:
     """Train, and go back to the best epoch. Returns which it was, and the losses of all."""
-    valid_loss, best = _validate(gate, inputs[valid], scores[valid], settings)
-    losses: dict[str, list[float]] = {"train": [], "valid": [valid_loss]}
-    best_epoch, best_state = 0, deepcopy(gate.state_dict())
-    for epoch, train_loss in enumerate(_epochs(gate, inputs[train], scores[train], settings), start=1):
-        valid_loss, recall = _validate(gate, inputs[valid], scores[valid], settings)
-        losses["train"].append(train_loss)
-        losses["valid"].append(valid_loss)
+    k = settings.num_selects
+    losses: dict[str, list[float]] = {"train": [], "valid": []}
+    best, best_epoch, best_state = -1.0, 0, {}
+    for epoch, train_losses in enumerate(chain([[]], _epochs(gate, inputs[train], scores[train], settings))):
+        logits = _logits(gate, inputs[valid])
+        recall = routing_quality(top_k_mask(logits, k), scores[valid], k)["mass_recall"]
+        losses["train"] += train_losses
+        losses["valid"].append(_loss(logits, scores[valid], settings).item())
         if recall > best:
             best, best_epoch, best_state = recall, epoch, deepcopy(gate.state_dict())
         elif epoch - best_epoch >= settings.patience:
@@ -215,8 +211,8 @@ def _train(
     return {"best_epoch": best_epoch, "loss": losses}
 
 
-def _epochs(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> Iterator[float]:
-    """Train epoch by epoch (AdamW, one-cycle learning rate), yielding the mean training loss of each."""
+def _epochs(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> Iterator[list[float]]:
+    """Train epoch by epoch (AdamW, one-cycle learning rate), yielding the mean training loss of each, in a list."""
     epochs = settings.epochs or 0  # similarity gates have none
     if not epochs:
         return
@@ -236,7 +232,7 @@ def _epochs(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: Ga
             total += loss.item() * len(batch)
         if not math.isfinite(total):
             raise SettingError(f"the loss of a gate did not stay finite; use a smaller lr than {settings.lr}")
-        yield total / len(inputs)
+        yield [total / len(inputs)]
 
 
 @contextmanager
@@ -260,10 +256,3 @@ def _loss(logits: torch.Tensor, scores: torch.Tensor, settings: GateSettings) ->
 @torch.no_grad()
 def _logits(gate: Gate, inputs: torch.Tensor) -> torch.Tensor:
     return torch.cat([gate.score(chunk.float()) for chunk in inputs.split(TOKENS_PER_CHUNK)])
-
-
-def _validate(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: GateSettings) -> tuple[float, float]:
-    """Loss and mass recall."""
-    logits = _logits(gate, inputs)
-    quality = routing_quality(top_k_mask(logits, settings.num_selects), scores, settings.num_selects)
-    return _loss(logits, scores, settings).item(), quality["mass_recall"]

@@ -3,8 +3,9 @@
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,33 +38,26 @@ class DomainShare:
     files: list[str] = field(compare=False)
 
 
-@dataclass
 class Corpus:
-    """Token blocks, each an int32 tensor of at most the block size, in the order every stage numbers them.
-
-    They are made when they are first asked for, so that a stage can check all else before text is read.
+    """Token blocks and the mix of domains in them, made when they are first asked for, so that a stage can check all
+    else before text is read.
 
     Attributes:
         options: those that choose the blocks, as manifests record them.
-        read: makes the blocks, and the mix of domains that came out.
     """
 
-    options: dict[str, Any]
-    read: Callable[[], tuple[list[torch.Tensor], list[DomainShare]]]
-
-    @cached_property
-    def _content(self) -> tuple[list[torch.Tensor], list[DomainShare]]:
-        return self.read()
+    def __init__(self, options: dict[str, Any], read: Callable[[], tuple[list[torch.Tensor], list[DomainShare]]]):
+        """`read` makes blocks and mix."""
+        self.options, self._read = options, cache(read)
 
     @property
     def blocks(self) -> list[torch.Tensor]:
-        """The blocks."""
-        return self._content[0]
+        """int32 tensors of at most the block size, in the order every stage numbers them."""
+        return self._read()[0]
 
     @property
     def mix(self) -> list[DomainShare]:
-        """The shares of the domains."""
-        return self._content[1]
+        return self._read()[1]
 
     @property
     def num_tokens(self) -> int:
@@ -94,7 +88,7 @@ def require_block_size(block_size: int | None, max_positions: int, name: str) ->
 
 def require_held_out_block(corpus: Corpus) -> None:
     """Raise MoEficationError if the corpus is a single block, so that none can be held out."""
-    if (corpus.options["max_tokens"] or 2) < 2 or len(corpus.blocks) < 2:
+    if len(corpus.blocks) < 2:
         raise SettingError("the corpus is a single block, and one is held out; use a smaller block_size")
 
 
@@ -109,12 +103,10 @@ def parse_domain_weights(given: Mapping[str, float] | str | None) -> dict[str, f
     weights: dict[str, float] = {}
     for item in text.split(","):
         domain, _, number = item.partition("=")
-        try:
+        name, weight = known_domain(domain), -1.0
+        with suppress(ValueError):
             weight = float(number)
-        except ValueError:
-            weight = -1.0
-        name = known_domain(domain)
-        if not name or not 0 < weight < float("inf"):
+        if not name or not 0 < weight < math.inf:
             raise SettingError(f"domain_weights {text!r}: {item!r} is not of the form domain=positive number")
         if name in weights:
             raise SettingError(f"domain_weights {text!r} names {domain.strip()} twice")
@@ -136,22 +128,18 @@ def training_corpus(
     Args:
         cache_path: folder that keeps the tokens for the next run; None for a temporary file.
     """
-    positions = checkpoint.config.max_position_embeddings
-    options = asdict(settings) | {
-        "block_size": require_block_size(settings.block_size, positions, checkpoint.name),
-        "domain_weights": parse_domain_weights(settings.domain_weights),
-    }
-    weights, skip_bad_lines = options["domain_weights"], settings.skip_bad_lines
+    positions, weights = checkpoint.config.max_position_embeddings, parse_domain_weights(settings.domain_weights)
+    block_size = require_block_size(settings.block_size, positions, checkpoint.name)
+    options = asdict(settings) | {"block_size": block_size, "domain_weights": weights}
     domains = find_domains(data_path, None if weights == EQUAL else weights)
+    root = data_path if Path(data_path).is_dir() else Path(data_path).parent
+    files = {name: [os.path.relpath(str(file), root) for file in domains[name]] for name in domains}
 
     def read() -> tuple[list[torch.Tensor], list[DomainShare]]:
         """Tokenise the text, or take it from the cache, and draw the blocks."""
         streams = {
-            name: token_stream(checkpoint, name, files, cache_path, skip_bad_lines=skip_bad_lines)
-            for name, files in domains.items()
+            name: token_stream(checkpoint, name, domains[name], cache_path, settings.skip_bad_lines) for name in domains
         }
-        root = data_path if Path(data_path).is_dir() else Path(data_path).parent
-        files = {name: [os.path.relpath(str(file), root) for file in domains[name]] for name in domains}
         blocks, shares = _mixed(streams, files, options)
         if not blocks:
             raise MoEficationError(f"{data_path}: the options leave no token to read")

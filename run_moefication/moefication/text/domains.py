@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import MoEficationError, SettingError
-from .text_files import HELD_OUT_FOLDER, TextFile, find_text_files
-from .unread import unread_data
+from .text_files import HELD_OUT_FOLDER, TextFile, find_text_files, unread_data
 
 logger = logging.getLogger(__name__)
 

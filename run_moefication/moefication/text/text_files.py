@@ -1,11 +1,15 @@
 """The files of text in a folder or a zip, which is never unpacked; and what is not read, with the cure."""
 
+import contextlib
 import importlib.util
+import itertools
 import re
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from ..errors import MoEficationError
 
@@ -23,7 +27,8 @@ UNREAD = {
     ),
 }
 NO_PARQUET = "pip install datasets, with which it is read"
-ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError)
+SHOWN_NAMES = 3
+MOST_LOOKED_AT = 10_000  # files of an unread folder, to tell whether it holds text
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,20 @@ class TextFile:
     @property
     def is_text(self) -> bool:
         """Whether the file is read when its folder or zip is."""
-        is_named_so = (
-            self.holds_lines or self.plain_name.lower().endswith(TEXT) or (self.is_parquet and reads_parquet())
-        )
-        return is_named_so and self.plain_name not in METADATA and not self.plain_name.startswith(".")
+        name = self.plain_name
+        is_named_so = name.lower().endswith((*LINES, TEXT)) or (self.is_parquet and reads_parquet())
+        return is_named_so and name not in METADATA and not name.startswith(".")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes to read: of a zip's member those it expands to, of other compressed files those on the disk."""
+        if self.member is None:
+            return self.path.stat().st_size
+        return next(info.file_size for info in _zip_infos(self.path) if info.filename == self.member)
+
+    def open(self) -> BinaryIO:
+        """Its bytes, on the scale of `num_bytes`."""
+        return zipfile.ZipFile(self.path).open(self.member) if self.member else self.path.open("rb")
 
     @property
     def names(self) -> list[str]:
@@ -93,32 +108,34 @@ def find_text_files(path: Path) -> list[TextFile]:
         return zip_members(path) if path.suffix.lower() == ".zip" else [TextFile(path)]
     if not path.is_dir():
         raise MoEficationError(f"{path} does not exist")
+    files = sorted(filter(Path.is_file, path.iterdir()))
     names: dict[str, TextFile] = {}
-    zips = []
-    for file in sorted(path.iterdir(), key=lambda file: (file.suffix.lower() in COMPRESSED, file.name)):
-        if file.suffix.lower() == ".zip" and file.is_file():
-            zips.append(file)
-        elif TextFile(file).is_text and file.is_file():
-            names.setdefault(TextFile(file).plain_name, TextFile(file))
-    found = [
-        file
-        for file in names.values()
-        if not file.is_parquet or not any(file.path.stem + suffix in names for suffix in LINES)
-    ]
-    for file in zips:
-        if not any(file.stem + suffix in names for suffix in LINES):
+    for file in map(TextFile, sorted(files, key=lambda file: file.suffix.lower() in COMPRESSED)):
+        if file.is_text:
+            names.setdefault(file.plain_name, file)
+
+    def is_there_as_lines(file: Path) -> bool:
+        return any(file.stem + suffix in names for suffix in LINES)
+
+    found = [file for file in names.values() if not (file.is_parquet and is_there_as_lines(file.path))]
+    for file in files:
+        if file.suffix.lower() == ".zip" and not is_there_as_lines(file):
             found += [member for member in zip_members(file) if member.plain_name not in names]
     return sorted(found, key=lambda file: (file.plain_name, str(file)))
 
 
-def zip_members(path: Path) -> list[TextFile]:
-    """The text in a zip, but for what lies in a folder `heldout`; refused as a whole if any name in it is unsafe."""
+def _zip_infos(path: Path) -> list[zipfile.ZipInfo]:
+    """The entries of a zip but for folders."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if not info.is_dir()]
-    except ZIP_DAMAGE as error:
+            return [info for info in archive.infolist() if not info.is_dir()]
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError) as error:
         raise MoEficationError(f"{path} is not a whole zip file ({error}); download it again") from error
-    seen: set[str] = set()
+
+
+def zip_members(path: Path) -> list[TextFile]:
+    """The text in a zip, but for what lies in a folder `heldout`; refused as a whole if any name in it is unsafe."""
+    members, seen = _zip_infos(path), set()
     for info in members:
         name, parts = info.orig_filename, PurePosixPath(info.orig_filename).parts
         if name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name) or set(name) & {"\\", "\0"}:
@@ -135,3 +152,44 @@ def zip_members(path: Path) -> list[TextFile]:
     if not texts:
         raise MoEficationError(f"{path} holds no .jsonl or .txt file")
     return texts
+
+
+# ---------------------------------------------------------------------------------------------------- what is not read
+
+
+def unread_data(path: Path, read_below: list[Path]) -> str:
+    """The files and folders that are not read, a few by name, with a cure for each kind; "" where all is read.
+
+    Args:
+        path: the data folder.
+        read_below: the folders below it that are read, too.
+    """
+    names: dict[str, list[str]] = {}
+    for file in (file for folder in (path, *read_below) for file in sorted(folder.iterdir())):
+        for unread, cure in () if file.name.startswith(".") else _unread(file):
+            names.setdefault(cure, []).append(str(unread.relative_to(path)))
+    for folder in sorted(set(filter(Path.is_dir, path.iterdir())) - set(read_below)):
+        below = itertools.islice(folder.rglob("*"), MOST_LOOKED_AT)
+        is_hidden = folder.name == HELD_OUT_FOLDER or folder.name.startswith(".")
+        if not is_hidden and any(TextFile(file).is_text for file in below):
+            names.setdefault("name it after a domain to have it read", []).append(f"{folder.name}/")
+    return "; ".join(f"{some(files)} ({cure})" for cure, files in names.items())
+
+
+def _unread(file: Path) -> Iterator[tuple[Path, str]]:
+    """The file, or the members of a zip, if not read, with the cure."""
+    if file.is_symlink() and not file.exists():
+        yield file, "its link leads nowhere"
+    elif file.is_file() and (cure := cure_of_unread(file.name)):
+        yield file, cure
+    elif file.is_file() and file.suffix.lower() == ".zip":
+        with contextlib.suppress(MoEficationError):  # damaged: refused where it is read
+            for name in sorted(info.filename for info in _zip_infos(file)):
+                if cure_of_unread(name) or name.lower().endswith((".zip", PARQUET)):
+                    yield file / name, "unpack the zip"
+
+
+def some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

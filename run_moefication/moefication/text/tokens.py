@@ -1,13 +1,11 @@
 """Documents to one stream of tokens, kept on the disk, whatever the size of the text."""
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +17,8 @@ from ..checkpoints.tokenizers import load_tokenizer, tokenizer_files
 from ..errors import MoEficationError
 from ..progress import progress
 from ..storage.files import digest, file_sha256, locked, write_atomically, write_json
-from .documents import Document, DocumentReader
+from ..storage.manifest import read_json
+from .documents import Document, DocumentReader, grouped
 from .text_files import TextFile
 
 BATCH_CHARACTERS = 4 << 20  # that much text is tokenised at once, on all cores, in some 200 MB of memory
@@ -27,8 +26,7 @@ CACHE_VERSION = 3
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TokenStream:
+class TokenStream(NamedTuple):
     """A domain's tokens: int32, memory-mapped. `skipped_lines` of its text held no document."""
 
     tokens: torch.Tensor
@@ -48,14 +46,15 @@ def tokenize(
         bad: called with the place of a document that has a token beyond them, and why it cannot be used; where it
             returns, the document is left out.
     """
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if separator and separator[0] >= vocab_size:
+    eos = tokenizer.eos_token_id
+    if eos is not None and eos >= vocab_size:
         raise MoEficationError(
-            f"the tokenizer ends documents with token {separator[0]} ({tokenizer.eos_token}), "
+            f"the tokenizer ends documents with token {eos} ({tokenizer.eos_token}), "
             f"but the model's embedding has {vocab_size} rows"
         )
+    separator = np.array([] if eos is None else [eos], dtype=np.int32)
     is_first = True
-    for batch in _batches(documents):
+    for batch in grouped(documents, lambda document: len(document.text), BATCH_CHARACTERS):
         parts = []
         for document, ids in zip(batch, encode([document.text for document in batch], tokenizer), strict=True):
             tokens = np.asarray(ids, dtype=np.int32)
@@ -63,22 +62,10 @@ def tokenize(
                 token = tokenizer.convert_ids_to_tokens(largest)
                 bad(document.place, f"holds token {largest} ({token!r}), but the embedding has {vocab_size} rows")
                 continue
-            parts += [tokens] if is_first else [np.asarray(separator, dtype=np.int32), tokens]
+            parts += [tokens] if is_first else [separator, tokens]
             is_first = False
         if parts:
             yield np.concatenate(parts)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def encode(batch: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -97,8 +84,7 @@ def token_stream(
     domain: str,
     files: list[TextFile],
     cache_path: str | Path | None,
-    *,
-    skip_bad_lines: bool = False,
+    skip_bad_lines: bool,
 ) -> TokenStream:
     """The tokens of a domain, from the cache if it holds just this text as this tokenizer cuts it.
 
@@ -114,21 +100,18 @@ def token_stream(
         return TokenStream(_mapped(file), reader.skipped)
     cached = Path(cache_path) / f"{domain}-{_cache_key(checkpoint, files, skip_bad_lines)[:32]}.tokens"
     with locked(FileLock(cached.with_suffix(".lock"))):
-        stream = _read_cache(cached)
-        if stream is None:
+        if not _is_whole(cached):
             entry = write_atomically(cached, write)
             write_json(cached.with_suffix(".json"), entry | {"skipped_lines": reader.skipped})
-            stream = TokenStream(_mapped(cached), reader.skipped)
-    return stream
+        return TokenStream(_mapped(cached), read_json(cached.with_suffix(".json"))["skipped_lines"])
 
 
 def _write_tokens(checkpoint: DenseCheckpoint, domain: str, reader: DocumentReader, file: BinaryIO) -> None:
     """Write the raw tokens of all documents."""
     tokenizer, vocab_size = load_tokenizer(checkpoint.path), checkpoint.config.vocab_size
-    pieces = tokenize(reader, tokenizer, vocab_size, reader.bad)
     count = 0
     with progress(range(-(-reader.total_bytes >> 20)), f"tokenise {domain}", "MiB") as bar:
-        for piece in pieces:
+        for piece in tokenize(reader, tokenizer, vocab_size, reader.bad):
             file.write(piece.data)
             count += len(piece)
             bar.update((reader.position >> 20) - bar.n)
@@ -153,16 +136,12 @@ def _mapped(file) -> torch.Tensor:
     return torch.from_numpy(np.memmap(file, dtype=np.int32, mode="c"))
 
 
-def _read_cache(path: Path) -> TokenStream | None:
-    """The cached tokens, or None if there are none or they are damaged (which is said)."""
-    record_path = path.with_suffix(".json")  # written last
-    if not record_path.exists():
-        return None
-    try:
-        record = json.loads(record_path.read_bytes())
-        if file_sha256(path) == record["sha256"] and isinstance(record["skipped_lines"], int):
-            return TokenStream(_mapped(path), record["skipped_lines"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        logger.debug("%s: %s", path, error)
-    logger.warning("%s is damaged; tokenising again", path)
-    return None
+def _is_whole(path: Path) -> bool:
+    """Whether cached tokens are there, and not damaged (which is said)."""
+    record = path.with_suffix(".json")  # written last
+    if not record.exists():
+        return False
+    is_whole = path.exists() and file_sha256(path) == read_json(record)["sha256"]
+    if not is_whole:
+        logger.warning("%s is damaged; tokenising again", path)
+    return is_whole

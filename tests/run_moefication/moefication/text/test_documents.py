@@ -106,8 +106,8 @@ def test_a_line_beyond_the_limit_is_named_or_skipped_however_long(tmp_path, monk
 def test_other_files_are_one_document(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     assert read(tmp_path / "a.txt") == ["one\n\ntwo\n"]
-    (tmp_path / "b.txt").write_bytes(b"abc\xff")
-    with pytest.raises(MoEficationError, match=r"b.txt is not UTF-8 text \(byte 3\)"):
+    (tmp_path / "b.txt").write_bytes(b"a\nb\nc\xff")
+    with pytest.raises(MoEficationError, match=r"b.txt:3: not UTF-8 text"):
         read(tmp_path / "b.txt")
 
 
@@ -160,12 +160,6 @@ def test_json_lines_are_known_by_any_of_their_names(name, tmp_path):
     assert read(tmp_path) == ["a", "b"]
 
 
-def test_plain_text_may_be_compressed(tmp_path):
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\ntwo"))
-    write_zip(tmp_path / "b.zip", {"b.txt": "three"})
-    assert read(tmp_path) == ["one\ntwo", "three"]
-
-
 def test_what_is_unpacked_goes_before_what_is_not(tmp_path):
     """In any combination of the four, each document is read once."""
     for name in ("a.zip", "a.jsonl.zst", "a.jsonl.gz"):
@@ -175,16 +169,14 @@ def test_what_is_unpacked_goes_before_what_is_not(tmp_path):
     assert read(tmp_path) == ["plain"]
 
 
-def test_a_zip_half_unpacked_is_read_in_its_rest(tmp_path):
-    write_zip(tmp_path / "all.zip", {f"{name}.jsonl": json.dumps({"text": f"zipped {name}"}) for name in "abc"})
+def test_a_zip_half_unpacked_is_read_in_its_rest_but_for_what_is_held_out(tmp_path):
+    """Compressed plain text included."""
+    lines = {f"{name}.jsonl": json.dumps({"text": f"zipped {name}"}) for name in "ab"}
+    unread = {"heldout/a.jsonl": '{"text": "held out"}', "__MACOSX/._a.jsonl": b"\0\5"}
+    write_zip(tmp_path / "all.zip", lines | unread | {"c.txt": "zipped c\n"})
     write_jsonl(tmp_path / "b.jsonl", ["unpacked b"])
-    assert read(tmp_path) == ["zipped a", "unpacked b", "zipped c"]
-
-
-def test_what_is_held_out_is_not_read_from_a_zip_either(tmp_path):
-    members = {"a.jsonl": '{"text": "a"}', "heldout/a.jsonl": '{"text": "held out"}', "__MACOSX/._a.jsonl": b"\0\5"}
-    write_zip(tmp_path / "a.zip", members)
-    assert read(tmp_path) == ["a"]
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"one\ntwo"))
+    assert read(tmp_path) == ["zipped a", "unpacked b", "zipped c\n", "one\ntwo"]
 
 
 # ---------------------------------------------------------------------------------------------------- damage

@@ -219,9 +219,9 @@ def test_an_end_of_documents_outside_of_the_embedding_is_refused():
 
 
 def test_refused_text_leaves_nothing(checkpoint, tmp_path):
-    write_jsonl(tmp_path / "text" / "c4.jsonl", [""])
+    write_jsonl(tmp_path / "text" / "c4.jsonl", ["", "  "])
     corpus = corpus_of(checkpoint, tmp_path / "text", tmp_path / "new" / "cache", block_size=16)
     assert not (tmp_path / "new").exists()  # until its blocks are asked for
-    with pytest.raises(MoEficationError, match="holds no text"):
+    with pytest.raises(MoEficationError, match=r"c4.jsonl holds no text"):
         _ = corpus.blocks
     assert not (tmp_path / "new").exists()
