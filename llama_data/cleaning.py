@@ -6,9 +6,11 @@ from html.parser import HTMLParser
 
 PART_CHARACTERS = 16_000  # about 4,000 tokens of prose; longer works are cut into parts of about equal length
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\xad\u200b\u2028\u2029\ufeff\ufffd]")
-BLOCKS = {"address", "article", "blockquote", "br", "center", "dd", "div", "dl", "dt", "form", "h1", "h2", "h3", "h4"}
-BLOCKS |= {"h5", "h6", "hr", "li", "ol", "option", "p", "pre", "section", "table", "tr", "ul"}
+# What stands in the text for a tag of HTML, where it begins and ends, or only where it begins.
+LINES = {"address", "article", "br", "center", "dd", "div", "dl", "dt", "form", "hr", "li", "ol", "option"}
 PARAGRAPHS = {"blockquote", "h1", "h2", "h3", "h4", "h5", "h6", "p", "pre", "table"}
+BREAKS = dict.fromkeys(LINES | {"section", "tr", "ul"}, "\n") | dict.fromkeys(PARAGRAPHS, "\n\n")
+MARKS = {"li": "* ", "td": "\0", "th": "\0"}
 INVISIBLE = {"head", "noscript", "script", "select", "style", "template", "textarea", "title"}
 
 
@@ -49,37 +51,26 @@ class _TextOfHtml(HTMLParser):
     """Collects what a reader of the page sees; lines break at block elements, `pre` keeps its own."""
 
     def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
+        super().__init__()
         self.pieces: list[str] = []
         self._invisible = self._preformatted = 0
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
-        """Notes what the tag begins, and breaks the line where it does."""
         self._invisible += tag in INVISIBLE
         if tag == "body":  # closes a head that nobody closed
             self._invisible = 0
         self._preformatted += tag == "pre"
-        self._break(tag)
-        if tag == "li":
-            self.pieces.append("* ")
-        elif tag in ("td", "th"):
-            self.pieces.append("\0")
+        self.pieces.append(BREAKS.get(tag, "") + MARKS.get(tag, ""))
 
     def handle_endtag(self, tag: str) -> None:
-        """Notes what the tag ends."""
         self._invisible = max(0, self._invisible - (tag in INVISIBLE))
         self._preformatted = max(0, self._preformatted - (tag == "pre"))
-        self._break(tag)
+        self.pieces.append(BREAKS.get(tag, ""))
 
     def handle_data(self, data: str) -> None:
-        """Keeps the text, if a reader sees it."""
         if not self._invisible:
             # Other white space is marked, so that it can be folded without touching that of `pre`.
             self.pieces.append(data if self._preformatted else re.sub(r"\s+", "\0", data))
-
-    def _break(self, tag: str) -> None:
-        if tag in BLOCKS:
-            self.pieces.append("\n\n" if tag in PARAGRAPHS else "\n")
 
 
 def html_text(page: str) -> str:

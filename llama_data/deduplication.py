@@ -17,9 +17,9 @@ WORD = re.compile(r"\w+")
 class Shingles:
     """The different shingles of each of many texts as numbers: `values[i]` of text `owners[i]`, in the texts' order."""
 
-    def __init__(self, texts: Sequence[str], words: int = SHINGLE_WORDS):
+    def __init__(self, texts: Sequence[str]):
         numbers: dict[str, int] = {}
-        shingles = [_shingles(text, words, numbers) for text in texts]
+        shingles = [_shingles(text, numbers) for text in texts]
         self.count = len(texts)
         self.values = np.concatenate([*shingles, np.empty(0, np.uint64)])
         self.owners = np.repeat(np.arange(len(texts)), [len(part) for part in shingles])
@@ -38,12 +38,12 @@ class Shingles:
         return np.bincount(self.owners, weights=marked, minlength=self.count) / np.maximum(sizes, 1)
 
 
-def _shingles(text: str, words: int, numbers: dict[str, int]) -> np.ndarray:
-    """A number for each different run of that many words. New words get their numbers in `numbers`."""
+def _shingles(text: str, numbers: dict[str, int]) -> np.ndarray:
+    """A number for each different shingle. New words get their numbers in `numbers`."""
     ids = [numbers.setdefault(word, len(numbers) + 1) for word in WORD.findall(text.lower())]
     ids = np.array(ids, dtype=np.uint64)
-    values = np.zeros(max(0, len(ids) - words + 1), dtype=np.uint64)
-    for offset in range(words):  # a polynomial, modulo 2^64
+    values = np.zeros(max(0, len(ids) - SHINGLE_WORDS + 1), dtype=np.uint64)
+    for offset in range(SHINGLE_WORDS):  # a polynomial, modulo 2^64
         values = values * MULTIPLIER + ids[offset : offset + len(values)]
     return np.unique(values)
 
@@ -51,13 +51,9 @@ def _shingles(text: str, words: int, numbers: dict[str, int]) -> np.ndarray:
 def unique_texts(texts: Sequence[str], limit: float) -> np.ndarray:
     """Mask of the texts to keep so that none has more than `limit` of its shingles in those before it. Texts equal but
     for white space are equal."""
-    seen: set[str] = set()
-    keep = np.ones(len(texts), dtype=bool)
-    for i, text in enumerate(texts):
-        folded = " ".join(text.split())
-        keep[i] = folded not in seen
-        seen.add(folded)
-    return keep & (Shingles(texts).repeated() <= limit)
+    first: dict[str, int] = {}
+    is_first = [first.setdefault(" ".join(text.split()), i) == i for i, text in enumerate(texts)]
+    return np.array(is_first, dtype=bool) & (Shingles(texts).repeated() <= limit)
 
 
 def untangled(texts: Sequence[str], held_out: np.ndarray, limit: float) -> np.ndarray:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +28,8 @@ DOMAINS = {
     "arxiv": ("RedPajamaArXiv", "arXiv terms of use, by paper"),
     "stackexchange": ("RedPajamaStackExchange", "CC BY-SA"),
 }
-STATE = ".redpajama.part.json"  # beside the partial files: what an interrupted run goes on from
+PART = ".redpajama.part"  # folder of what is not complete
+STATE = f"{PART}/state.json"  # what an interrupted run goes on from
 HELD_OUT_ONE_IN = 20
 COMMIT_EVERY = 1000  # records between two points from which a later run can go on
 LOOK_AHEAD = 10_000  # records after which a dataset that gave no document is given up
@@ -96,26 +98,19 @@ def is_text(value: Any) -> bool:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def part_path(folder: Path, name: str) -> Path:
-    """Where a file lies until it is complete."""
-    return (folder / name).with_name(f".{Path(name).name}.part")
-
-
-def discard_parts(folder: Path, state: dict[str, Any] | None) -> None:
-    """Delete what an unfinished download left: its partial files, then its state."""
+def discard_part(folder: Path, state: dict[str, Any] | None) -> None:
+    """Delete what an unfinished download left, if its state was found."""
     if state:
-        for name in state["files"]:
-            part_path(folder, name).unlink(missing_ok=True)
-        (folder / STATE).unlink(missing_ok=True)
+        shutil.rmtree(folder / PART)
 
 
 def new_state(options: dict[str, Any]) -> dict[str, Any]:
     """The state of a download that has read nothing; a dataset of the hub is held at its present commit."""
     revision, domains = None, options["domain_names"]
     if not Path(options["dataset"]).is_dir():
-        with reading(options["dataset"]):
-            from huggingface_hub import HfApi
+        from huggingface_hub import HfApi
 
+        with reading(options["dataset"]):
             revision = HfApi().dataset_info(options["dataset"]).sha
     names = [f"{folder}{domain}.jsonl" for domain in domains for folder in ("", "heldout/")]
     return {
@@ -131,7 +126,7 @@ def new_state(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class Download:
-    """Partial files under temporary names, and the state beside them from which an interrupted run goes on.
+    """Partial files, and the state beside them from which an interrupted run goes on.
 
     What is written depends on the records alone, not on where a run was interrupted: a later run cuts the files back to
     their lengths at the last commit and reads on from the record after it.
@@ -161,13 +156,13 @@ class Download:
                 self.commit()
             self.refuse_no_documents()
         for name, tally in self.tallies.items():
-            tally["sha256"] = file_sha256(part_path(self.folder, name))
+            tally["sha256"] = file_sha256(self.folder / PART / name)
         self.state["finished"] = True
         write_json(self.folder / STATE, self.state)
 
     def open_part(self, name: str) -> BinaryIO:
         """A partial file, cut back to its length at the last commit."""
-        path, length = part_path(self.folder, name), self.tallies[name]["bytes"]
+        path, length = self.folder / PART / name, self.tallies[name]["bytes"]
         path.parent.mkdir(parents=True, exist_ok=True)
         if length > (path.stat().st_size if path.exists() else 0):
             raise MoEficationError(f"{path} is shorter than it was left: start anew with --overwrite")
@@ -248,7 +243,7 @@ class Download:
         """Raise MoEficationError, and leave nothing, where no record so far gave a document."""
         if any(tally["documents"] for tally in self.tallies.values()):
             return
-        discard_parts(self.folder, self.state)
+        discard_part(self.folder, self.state)
         fields = f"a text in {self.options['text_field']!r} and a domain ({', '.join(self.domain_of)})"
         raise MoEficationError(
             f"--dataset {self.options['dataset']}: none of {self.state['records']} records has {fields} in "

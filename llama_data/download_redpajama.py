@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_data.domain_download import DEFAULT_DATASET, DOMAINS, STATE, Download, discard_parts, new_state, part_path
+from llama_data.domain_download import DEFAULT_DATASET, DOMAINS, PART, STATE, Download, discard_part, new_state
 from llama_data.own_files import old_names, read_record, refuse_foreign_files
 from run_moefication.command_line import new_parser, run
 from run_moefication.moefication.errors import MoEficationError
@@ -74,7 +74,7 @@ def download(args: argparse.Namespace) -> None:
     if state and state["finished"]:  # interrupted while the files got their names
         state, manifest = None, publish(folder, state, manifest)
     if args.overwrite:
-        discard_parts(folder, state)
+        discard_part(folder, state)
         state = None
     elif state or manifest:
         refuse_other_options(folder, state or manifest, options)
@@ -127,14 +127,15 @@ def publish(folder: Path, state: dict[str, Any], manifest: dict[str, Any] | None
     """
     files = {name: tally for name, tally in state["files"].items() if tally["documents"]}
     for name in files:
-        if part_path(folder, name).exists():
-            os.replace(part_path(folder, name), folder / name)
+        if (folder / PART / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
+            os.replace(folder / PART / name, folder / name)
     for name in old_names(folder, manifest, files):
         (folder / name).unlink(missing_ok=True)
     kept = ("options", "revision", "records", "skipped")
     manifest = {**{key: state[key] for key in kept}, "files": files}
     write_json(folder / MANIFEST, manifest)
-    discard_parts(folder, state)
+    discard_part(folder, state)
     return manifest
 
 

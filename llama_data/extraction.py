@@ -39,12 +39,12 @@ class Document(NamedTuple):
 
 def clean_pages(members: Members) -> Iterator[Document]:
     """The pages of C4, one a line, without those that escaped its cleaning."""
-    yield from (page for page in _pages(members) if not is_uncleaned(page.text))
+    return (page for page in _pages(members) if not is_uncleaned(page.text))
 
 
 def uncleaned_pages(members: Members) -> Iterator[Document]:
     """The pages among those of C4 that are as a crawler found them, with menus and buttons."""
-    yield from (page for page in _pages(members) if is_uncleaned(page.text))
+    return (page for page in _pages(members) if is_uncleaned(page.text))
 
 
 def _pages(members: Members) -> Iterator[Document]:
@@ -61,12 +61,12 @@ def is_uncleaned(page: str) -> bool:
 
 def web_mails(members: Members) -> Iterator[Document]:
     """HTML mails (newsletters, advertisements) in English as pages; the work is the sender's site. Nothing explicit."""
-    yield from _mails(members, lambda message: html_text(message.html))
+    return _mails(members, lambda message: html_text(message.html))
 
 
 def plain_mails(members: Members) -> Iterator[Document]:
     """Mails without HTML, by the same rules."""
-    yield from _mails(members, lambda message: "" if message.html else message.plain)
+    return _mails(members, lambda message: "" if message.html else message.plain)
 
 
 def _mails(members: Members, text_of: Callable[[mail.Mail], str]) -> Iterator[Document]:
@@ -125,23 +125,19 @@ def _article(title: str, text: str) -> Iterator[Document]:
 
 
 def r_novels(members: Members) -> Iterator[Document]:
-    """Novels in an R data base (.rdb): a character vector each, a line of the book per string, the title first."""
-    for content in members.values():
-        for lines in r_character_vectors(content):
-            yield from _chapters(tidy(lines[0]).title(), "\n".join(lines[1:]), r"^(?:CHAPTER|Chapter) [IVXLC\d]+")
+    """Novels in an R data base (.rdb): a character vector each, a line of the book per string, the title first.
 
-
-def r_character_vectors(rdb: bytes) -> Iterator[list[str]]:
-    """The character vectors of an R data base: objects of 4 bytes (a length) and zlib data each.
-
-    Before each string R writes its encoding, its type (9) and its length. Objects without strings are passed over.
+    Each object is 4 bytes (a length) and zlib data. R writes before a string its encoding, its type (9) and its length.
     """
-    while rdb:
-        decompressor = zlib.decompressobj()
-        _, *strings = re.split(rb"\0[\0\x04][\0\x80]\x09.{4}", decompressor.decompress(rdb[4:]), flags=re.DOTALL)
-        rdb = decompressor.unused_data
-        if strings:
-            yield [string.decode() for string in strings]
+    for rdb in members.values():
+        while rdb:
+            decompressor = zlib.decompressobj()
+            content = decompressor.decompress(rdb[4:])
+            _, *lines = re.split(rb"(?s)\0[\0\x04][\0\x80]\x09.{4}", content)
+            if lines:  # other objects have no strings
+                title, _, text = b"\n".join(lines).decode().partition("\n")
+                yield from _chapters(tidy(title).title(), text, r"^(?:CHAPTER|Chapter) [IVXLC\d]+")
+            rdb = decompressor.unused_data
 
 
 def plain_novel(members: Members) -> Iterator[Document]:

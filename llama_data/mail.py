@@ -21,8 +21,7 @@ ATTRIBUTION = re.compile(
 # From here on a mail says nothing of its own: signatures, lists' footers, the mail that it answers.
 ENDINGS = re.compile(
     r"^(?:-- ?$|_{10,}|={10,}|-{3,} ?Original Message|-+BEGIN PGP SIGNATURE|-{20,}\s*\n(?:This |Welcome)"
-    r"|(?:Yahoo! Groups Sponsor|To unsubscribe|This sf\.net email|Sponsored by|Do You Yahoo!\?)"
-    r"|Irish Linux Users' Group|List maintainer:|http://xent\.com/mailman|Spamassassin-\w+ mailing list)[^\n]*",
+    r"|To unsubscribe|http://xent\.com/mailman)[^\n]*",
     re.MULTILINE | re.IGNORECASE,
 )
 SIGNATURE = re.compile(r"^[-=_*~+]{20,}[ \t]*(?:\n[^\n]*){0,8}\Z", re.MULTILINE)  # a ruler near the end, and the rest

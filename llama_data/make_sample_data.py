@@ -58,7 +58,7 @@ def make(output_dir: Path, cache_dir: Path, sources: Sequence[Source] = SOURCES)
     from llama_data.report import table
     from run_moefication.moefication.text import tokens  # brings torch in, which takes its time
 
-    files, manifest = build(sources, paths, lambda texts: list(map(len, tokens.encode(texts, tokenizer))))
+    files, manifest = build(sources, paths, lambda text: len(tokens.encode([text], tokenizer)[0]))
     stale = old_names(output_dir, old, files)
     extracted = [f"{domain}.jsonl" for domain in DOMAINS if f"{domain}.zip" in files]  # would be read instead
     refuse_foreign_files(output_dir, [*stale, *files, *extracted], (old, manifest))
@@ -77,28 +77,25 @@ def obtain(sources: Sequence[Source], cache_dir: Path) -> dict[Package, Path]:
 
     For these it prints one line on stderr per domain and registry: what the domain lacks, and the reason.
     """
-    packages = list(dict.fromkeys(source.package for source in sources))
+    packages = dict.fromkeys(source.package for source in sources)
     prefetch(packages, cache_dir)
-    paths, reasons = {}, {}
+    paths, lacking = {}, {}
     for package in packages:
         try:
             path = fetch(package, cache_dir)
             require_reader(path)
             paths[package] = path
         except RegistryError as error:
-            reasons[package] = " ".join(str(error).split())
-    lacking: dict[tuple[str, str], dict[Package, str]] = {}
-    for source in sources:
-        if reason := reasons.get(source.package):
-            lacking.setdefault((source.domain, source.package.registry), {})[source.package] = reason
-    for (domain, registry), lost in lacking.items():
-        others = f", nor {len(lost) - 1} more packages of {registry}" if len(lost) > 1 else ""
-        print(f"{domain} has less text: {next(iter(lost.values()))}{others}", file=sys.stderr)
+            for domain in dict.fromkeys(source.domain for source in sources if source.package == package):
+                lacking.setdefault((domain, package.registry), []).append(" ".join(str(error).split()))
+    for (domain, registry), reasons in lacking.items():
+        others = f", nor {len(reasons) - 1} more packages of {registry}" if len(reasons) > 1 else ""
+        print(f"{domain} has less text: {reasons[0]}{others}", file=sys.stderr)
     return paths
 
 
 def build(
-    sources: Sequence[Source], paths: dict[Package, Path], counter: Callable[[list[str]], list[int]]
+    sources: Sequence[Source], paths: dict[Package, Path], counter: Callable[[str], int]
 ) -> tuple[dict[str, bytes], dict]:
     """The files to write by their path in the output folder, and the manifest that describes them."""
     from tqdm import tqdm

@@ -3,28 +3,11 @@
 from collections.abc import Container, Iterable, Mapping, Sequence
 
 from llama_data.selection import HELD_OUT_TOKENS, TRAIN_TOKENS, Half
-from llama_data.sources import DOMAINS, Source
+from llama_data.sources import DOMAINS, TABLES, Source, read_table
 from llama_download.registry import Package
 
 WANTED_TOKENS = 300_000  # to train on, a domain; what stays below is called short
-LINKS = {
-    "Apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
-    "Artistic-1.0-Perl OR GPL-1.0-or-later": "https://dev.perl.org/licenses/",
-    "CC-BY-SA-3.0": "https://creativecommons.org/licenses/by-sa/3.0/",
-    "CC-BY-SA-4.0": "https://creativecommons.org/licenses/by-sa/4.0/",
-    "ODC-BY-1.0": "https://opendatacommons.org/licenses/by/1-0/, with https://commoncrawl.org/terms-of-use",
-}
-PREFACE = """\
-# Licences of the sample data
-
-Each text keeps the licence of its source, which every line of the `.jsonl` files names; the licence of this project
-does not cover them. Licences stand here by their SPDX names (https://spdx.org/licenses/NAME.html has the text) where
-they have one. This list says what the packages say; it is no legal advice. Mails are those of real people:
-e-mail addresses are masked, names and telephone numbers are not.
-
-To remove a domain, delete its two files, `DOMAIN.zip` and `heldout/DOMAIN.jsonl`. To remove a source within a domain,
-drop the lines whose `source` begins with its name. Running `make_sample_data.py` again would bring them back.
-"""
+LINKS = {row["licence"]: row["link"] for row in read_table("licences")}
 
 
 def manifest(
@@ -44,8 +27,8 @@ def manifest(
             "heldout": counts(held_out),
             "short": train.tokens < WANTED_TOKENS,
         }
-    skipped = [source for source in sources if source.package not in had]
-    skipped = [{"domain": source.domain, "package": source.package.title} for source in skipped]
+    missing = [source for source in sources if source.package not in had]
+    skipped = [{"domain": source.domain, "package": source.package.title} for source in missing]
     return {**recipe, "domains": domains, "skipped": skipped}
 
 
@@ -75,7 +58,7 @@ def counts(half: Half) -> dict[str, int]:
 def licences(sources: Iterable[Source]) -> str:
     """LICENCES.md: for each source what it is, whose, under which licence."""
     sources = list(sources)
-    lines = [PREFACE]
+    lines = [(TABLES / "licences.md").read_text(encoding="utf-8")]
     for domain in DOMAINS:
         lines += [f"## {domain}\n", "| source | what | rights | licence |", "|---|---|---|---|"]
         for source in sources:

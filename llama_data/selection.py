@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,8 @@ HELD_OUT_ONE_IN = 6  # works
 # Shares of a text's runs of 13 words: above the first a text repeats others; above the second it is too near to the
 # other half. The second allows for what many texts have in common, such as licences in code and footers in mails.
 REPEATED, TANGLED = 0.5, 0.1
-TOKEN_BATCH = 64  # documents
 
-CountTokens = Callable[[list[str]], list[int]]
+CountTokens = Callable[[str], int]
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,10 @@ def candidates(sources: Iterable[Source], paths: Mapping[Package, Path]) -> list
 
 def without_repetitions(documents: Sequence[Candidate]) -> list[Candidate]:
     """The documents that repeat no earlier one, and are not near to the other half."""
-    keep = unique_texts([document.text for document in documents], REPEATED)
-    documents = [document for document, kept in zip(documents, keep, strict=True) if kept]
+    unique = unique_texts([document.text for document in documents], REPEATED)
+    documents = [*compress(documents, unique)]
     held_out = np.array([document.held_out for document in documents], dtype=bool)
-    keep = untangled([document.text for document in documents], held_out, TANGLED)
-    return [document for document, kept in zip(documents, keep, strict=True) if kept]
+    return [*compress(documents, untangled([document.text for document in documents], held_out, TANGLED))]
 
 
 def select(documents: Sequence[Candidate], count_tokens: CountTokens) -> dict[str, tuple[Half, Half]]:
@@ -95,12 +94,9 @@ def take(documents: Sequence[Candidate], tokens: int, count_tokens: CountTokens)
     """As many documents as reach that many tokens, of all works alike; those of spare sources only after the others."""
     drawn = sorted(range(len(documents)), key=lambda i: (bool(documents[i].source.spare), number(documents[i].text)))
     taken, total = [], 0
-    for start in range(0, len(drawn), TOKEN_BATCH):
-        batch = drawn[start : start + TOKEN_BATCH]
-        for i, count in zip(batch, count_tokens([documents[i].text for i in batch]), strict=True):
-            if total < tokens:
-                taken.append(i)
-                total += count
+    for i in drawn:
         if total >= tokens:
             break
+        taken.append(i)
+        total += count_tokens(documents[i].text)
     return Half([documents[i] for i in sorted(taken)], total)

@@ -9,6 +9,7 @@ from llama_data import extraction
 from llama_data.extraction import Document, Members
 from llama_download.registry import Package
 
+TABLES = Path(__file__).parent / "tables"
 DOMAINS = ("commoncrawl", "c4", "github", "wikipedia", "books", "arxiv", "stackexchange")
 
 
@@ -26,16 +27,16 @@ class Source:
     spare: str = ""  # not empty where it is taken only as far as the domain's other sources leave room
 
 
-def _table(name: str) -> list[dict[str, str]]:
-    path = Path(__file__).parent / "tables" / f"{name}.csv"
-    with path.open(encoding="utf-8", newline="") as file:
+def read_table(name: str) -> list[dict[str, str]]:
+    """The rows of a table of this folder."""
+    with (TABLES / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 # The packages that hold the texts, each a single file known by its checksum.
-PACKAGES = {row["name"]: Package(**row) for row in _table("packages")}
+PACKAGES = {row["name"]: Package(**row) for row in read_table("packages")}
 # Where texts repeat one another, those of the earlier source are kept.
 SOURCES = tuple(
     Source(**{**row, "package": PACKAGES[row["package"]], "extract": getattr(extraction, row["extract"])})
-    for row in _table("sources")
+    for row in read_table("sources")
 )

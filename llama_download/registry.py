@@ -21,7 +21,13 @@ class RegistryError(NetworkError):
     """A package cannot be had: its client is not installed, or found no network, no registry or no such release."""
 
 
-CLIENTS = {"PyPI": sys.executable, "npm": "npm", "Debian": "apt-get"}  # Python runs pip
+# How each registry's client is told to put files into the folder where it runs. Of Python's packages only wheels are
+# taken: pip runs the code of a source distribution merely to look at it.
+COMMANDS = {
+    "PyPI": [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"],
+    "npm": ["npm", "pack", "--ignore-scripts", "--loglevel=error", "--no-update-notifier"],
+    "Debian": ["apt-get", "--quiet", "download"],
+}
 ADVICE = {
     "PyPI": "check the network and pip's index",
     "npm": "check the network and npm's registry",
@@ -80,7 +86,7 @@ def fetch(package: Package, cache_dir: Path) -> Path:
         MoEficationError: the registry's file is not the pinned one.
     """
     if not package.is_in(cache_dir):
-        client = CLIENTS[package.registry]
+        client = COMMANDS[package.registry][0]
         if shutil.which(client) is None:
             raise RegistryError(f"{package.title} needs {client}, which is not installed")
         print(f"Downloading {package.requirement}", file=sys.stderr)
@@ -98,9 +104,9 @@ def prefetch(packages: Iterable[Package], cache_dir: Path) -> None:
     Where such a call fails, nothing is said: `fetch` then tries each package alone.
     """
     missing = [package for package in dict.fromkeys(packages) if not package.is_in(cache_dir)]
-    for registry, client in CLIENTS.items():
+    for registry, command in COMMANDS.items():
         group = [package for package in missing if package.registry == registry]
-        if len(group) > 1 and shutil.which(client):
+        if len(group) > 1 and shutil.which(command[0]):
             print(f"Downloading {len(group)} packages of {registry}", file=sys.stderr)
             with contextlib.suppress(RegistryError):
                 _download(group, cache_dir)
@@ -119,38 +125,28 @@ def _download(packages: Sequence[Package], cache_dir: Path) -> None:
 
 
 def _run_client(packages: Sequence[Package], folder: Path) -> None:
-    """Have the registry's client put the packages into `folder`."""
-    wanted = [package.requirement for package in packages]
-    if packages[0].registry == "PyPI":  # wheels only: pip runs the code of a source distribution merely to look at it
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-        return _run(pip, wanted, folder, "PyPI")
-    if packages[0].registry == "npm":
-        npm = ["npm", "pack", "--ignore-scripts", "--loglevel=error", "--no-update-notifier"]
-        return _run(npm, wanted, folder, "npm")
-    wanted = [
-        f"{p.name}={p.version}" if p.architecture == "all" else f"{p.name}:{p.architecture}={p.version}"
-        for p in packages
-    ]
-    with contextlib.suppress(RegistryError):
-        return _run(["apt-get", "--quiet", "download"], wanted, folder, "Debian")
-    # The machine's package lists may be older than the pin. Any user can bring lists of their own up to date.
-    lists = folder / "lists"
-    (lists / "partial").mkdir(parents=True)
-    settings = (f"Dir::State::Lists={lists}", "Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache=")
-    apt_get = ["apt-get", "--quiet", *(f"--option={setting}" for setting in settings)]
-    with contextlib.suppress(RegistryError):
-        _run([*apt_get, "update"], [], folder, "Debian")
-    return _run([*apt_get, "download"], wanted, folder, "Debian")
-
-
-def _run(command: list[str], wanted: list[str], folder: Path, registry: str) -> None:
-    """Run a client's command in `folder` for what is wanted. Raises RegistryError with the client's reason."""
-    # Clients draw bars on stdout, which belongs to our caller, and write errors to stderr.
-    bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
-    streams = dict(stdout=bar, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
-    result = subprocess.run([*command, *wanted], cwd=folder, **streams, text=True, errors="replace")
+    """Have the registry's client put the packages into `folder`. Raises RegistryError with the client's reason."""
+    registry = packages[0].registry
+    command, wanted = COMMANDS[registry], [package.requirement for package in packages]
+    if registry == "Debian":  # `:all` is no architecture to apt-get
+        wanted = [f"{p.name}:{p.architecture}={p.version}".replace(":all=", "=") for p in packages]
+    result = _run([*command, *wanted], folder)
+    if result.returncode and registry == "Debian":
+        # The machine's package lists may be older than the pin. Any user can bring lists of their own up to date.
+        (folder / "lists" / "partial").mkdir(parents=True)
+        settings = (f"Dir::State::Lists={folder / 'lists'}", "Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache=")
+        options = [f"--option={setting}" for setting in settings]
+        _run(["apt-get", "--quiet", "update", *options], folder)
+        result = _run([*command, *options, *wanted], folder)
     if result.returncode:
-        client = "pip" if command[1] == "-m" else command[0]
+        client = "pip" if registry == "PyPI" else command[0]
         lines = result.stderr.strip().splitlines() or [f"{client} ended with status {result.returncode}"]
         reason = lines[0] if client == "npm" else lines[-1]  # npm ends with hints
         raise RegistryError(f"{client} could not fetch {' '.join(wanted)}: {ADVICE[registry]} ({reason.strip()})")
+
+
+def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """Run a client in `folder`. What it draws on stdout, which belongs to our caller, goes to a terminal's stderr."""
+    bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    streams = dict(stdout=bar, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, cwd=folder, **streams, text=True, errors="replace")

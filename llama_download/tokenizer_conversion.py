@@ -36,8 +36,7 @@ def convert_tokenizer(path: Path, family: str, max_positions: int) -> PreTrained
         family: of the model, such as "Llama 3.1".
         max_positions: what the model takes at most, recorded as `model_max_length`.
 
-    Raises:
-        MoEficationError: neither a sentencepiece BPE model nor a tiktoken file.
+    Raises MoEficationError where it is neither a sentencepiece BPE model nor a tiktoken file.
     """
     content = path.read_bytes()
     if ranks := _tiktoken_ranks(content):
@@ -106,21 +105,15 @@ def _from_sentencepiece(content: bytes, path: Path) -> tuple[Tokenizer, dict[str
     symbols = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
     for text in [*PLAIN_TEXTS, *MARKUP_TEXTS, *(f"{symbol} a{symbol}b {symbol} c" for symbol in symbols)]:
         # sentencepiece takes special tokens that are spelled out for text, transformers for the tokens.
-        if not any(token in text for token in special.values()):
-            _require_same_ids(path, processor, tokenizer, text)
+        if any(token in text for token in special.values()):
+            continue
+        expected, found = [trainer.bos_id, *processor.encode(text)], tokenizer.encode(text).ids
+        if found != expected:
+            raise MoEficationError(
+                f"{path} cannot be converted: sentencepiece makes {expected[:8]} of {text!r}, the fast tokenizer "
+                f"{found[:8]}; its normaliser or its own symbols are not as LLaMA's"
+            )
     return tokenizer, special
-
-
-def _require_same_ids(
-    path: Path, original: sentencepiece.SentencePieceProcessor, tokenizer: Tokenizer, text: str
-) -> None:
-    """Refuse a model whose rules are not LLaMA's, if the fast tokenizer gives other ids for a text."""
-    expected, found = [original.bos_id(), *original.encode(text)], tokenizer.encode(text).ids
-    if found != expected:
-        raise MoEficationError(
-            f"{path} cannot be converted: sentencepiece makes {expected[:8]} of {text!r}, the fast tokenizer "
-            f"{found[:8]}; its normaliser or its own symbols are not as LLaMA's"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------- tiktoken

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llama_data.sources import PACKAGES
-from llama_download.registry import CLIENTS, Package, RegistryError, fetch, prefetch
+from llama_download.registry import COMMANDS, Package, RegistryError, fetch, prefetch
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.storage.files import file_sha256
 
@@ -19,8 +19,8 @@ LUNR = PACKAGES["lunr"]
 
 
 def fetch_or_skip(package: Package, folder: Path) -> Path:
-    if shutil.which(CLIENTS[package.registry]) is None:
-        pytest.skip(f"{CLIENTS[package.registry]} is not installed")
+    if shutil.which(COMMANDS[package.registry][0]) is None:
+        pytest.skip(f"{COMMANDS[package.registry][0]} is not installed")
     try:
         return fetch(package, folder)
     except RegistryError as error:
@@ -95,8 +95,8 @@ def test_packages_are_fetched_with_one_call_and_a_bad_one_does_no_harm(tmp_path,
     ],
 )
 def test_a_release_that_is_gone_says_so(tmp_path, package, reason):
-    if shutil.which(CLIENTS[package.registry]) is None:
-        pytest.skip(f"{CLIENTS[package.registry]} is not installed")
+    if shutil.which(COMMANDS[package.registry][0]) is None:
+        pytest.skip(f"{COMMANDS[package.registry][0]} is not installed")
     with pytest.raises(RegistryError, match=re.escape(reason)):
         fetch(package, tmp_path)
     assert not list(tmp_path.iterdir())
