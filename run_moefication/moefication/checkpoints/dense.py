@@ -1,7 +1,7 @@
 """Dense LLaMA checkpoints, read tensor by tensor: safetensors or .bin, sharded or not, with or without a head.
 
 Everything is checked when a checkpoint is opened, before any work: config, index, headers, names and shapes of all
-tensors. Tensors are memory-mapped; nothing is held here.
+tensors.
 """
 
 import logging
@@ -23,7 +23,7 @@ from ..names import model_name
 from ..progress import progress
 from ..storage.files import digest
 from .dense_config import expected_shapes, read_dense_config
-from .headers import ADAPTER, HEAD, HEADS, MERGE_ADAPTER, StoredTensors, read_headers
+from .headers import ADAPTER, HEAD, HEADS, MERGE_ADAPTER, StoredTensors, map_tensors
 from .transformers_library import first_line, quiet_transformers
 
 logger = logging.getLogger(__name__)
@@ -68,22 +68,24 @@ class DenseCheckpoint(StoredTensors):
         raw_config: config.json as it stands.
         config: the same as a `LlamaConfig` (Mistral's without sliding window is the same architecture), with the tied
             or untied head that the tensors have.
-        tensors: name without the `model.` prefix -> `TensorInfo`, of those that today's LLaMA uses.
+        tensors, files: as in `StoredTensors`, of the tensors that today's LLaMA uses.
     """
 
     def __init__(self, model_path: str | Path):
         path = resolve_model_path(model_path)
         self.name = model_name(model_path)
         self.raw_config, self.config = read_dense_config(path)
-        infos = read_headers(path)
-        unused = sorted(filter(UNUSED_TENSORS.fullmatch, infos))
-        infos = {name: info for name, info in infos.items() if name not in unused}
-        prefix = "model." if {f"model.{EMBEDDING}", "model.norm.weight"} & infos.keys() else ""
-        super().__init__(path, {name.removeprefix(prefix): info for name, info in infos.items()}, prefix)
+        stored, files = map_tensors(path)
+        unused = sorted(filter(UNUSED_TENSORS.fullmatch, stored))
+        for name in unused:
+            del stored[name]
+        prefix = "model." if {f"model.{EMBEDDING}", "model.norm.weight"} & stored.keys() else ""
+        super().__init__(path, stored, files, prefix)
         # All names but those of heads carry the prefix, or none does.
-        self._refuse_surplus(infos.keys() - map(self.stored_name, self.tensors))
+        self._refuse_surplus(stored.keys() - map(self.stored_name, self.tensors))
         if self.config.tie_word_embeddings and EMBEDDING not in self.tensors and HEAD in self.tensors:
-            self.tensors[EMBEDDING] = self.tensors.pop(HEAD)  # the one tensor of a tied model, under its other name
+            for named in (self.tensors, self.files):  # the one tensor of a tied model, under its other name
+                named[EMBEDDING] = named.pop(HEAD)
         self._check_tensors()
         self._settle_head()
         self._tell_unread(unused)
@@ -136,7 +138,7 @@ class DenseCheckpoint(StoredTensors):
         """As `tensor`; raises MoEficationError if it holds NaN or infinity."""
         tensor = self.tensor(name)
         if not tensor.sum(dtype=torch.float64).isfinite():
-            raise MoEficationError(f"{self.path / self.tensors[name].file}: {name} holds NaN or infinite values")
+            raise MoEficationError(f"{self.path / self.files[name]}: {name} holds NaN or infinite values")
         return tensor
 
     def mlp_tensor(self, layer: int, projection: str, device: str | torch.device = "cpu") -> torch.Tensor:
@@ -220,11 +222,11 @@ class DenseCheckpoint(StoredTensors):
                 raise MoEficationError(
                     f"{self.path} lacks the tensor {self.stored_name(name)}, which its config.json calls for"
                 )
-            info = self.tensors[name]
-            if info.shape != shape:
+            tensor = self.tensors[name]
+            if tensor.shape != shape:
                 raise MoEficationError(
-                    f"{self.path}: {name} has shape {list(info.shape)}, its config.json calls for {list(shape)}"
+                    f"{self.path}: {name} has shape {list(tensor.shape)}, its config.json calls for {list(shape)}"
                 )
-            if info.dtype not in DTYPES.values():
-                raise MoEficationError(f"{self.path}: {name} is {info.dtype}; float32, float16 and bfloat16 are read")
+            if tensor.dtype not in DTYPES.values():
+                raise MoEficationError(f"{self.path}: {name} is {tensor.dtype}; {', '.join(DTYPES)} are read")
         self._refuse_surplus(self.tensors.keys() - expected)
