@@ -24,8 +24,8 @@ DESCRIPTION = (
 KINDS = ("llama", "mistral")
 REFUSED_FIELDS = {
     "quantization_config": "is quantised; give the checkpoint it was quantised from",
-    "auto_map": "brings code of its own (auto_map in config.json), which is not run here; if its weights are those of a "
-    "plain LLaMA or Mistral, remove auto_map",
+    "auto_map": "brings code of its own (auto_map in config.json), which is not run here; "
+    "if its weights are those of a plain LLaMA or Mistral, remove auto_map",
     "per_layer_config": "has layers of different shapes (per_layer_config), which are not converted",
 }
 ROPE_FIELDS = ("rope_parameters", "rope_scaling")

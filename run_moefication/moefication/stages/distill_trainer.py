@@ -21,8 +21,8 @@ from ..errors import MoEficationError, SettingError
 from ..fitting.losses import TeacherKL
 from ..layers.straight_through import StraightThroughBlock, update_thresholds
 from ..progress import progress
-from ..storage.files import sync, write_json
-from ..storage.manifest import read_json
+from ..storage.files import read_json_object, sync, write_json
+from ..storage.manifest import CURE_OF_DAMAGE
 from ..text.batches import batches_of
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ def last_whole_step(folder: Path) -> Path | None:
     """The folder of the last step that was saved whole, and still is."""
     marks = folder.glob(f"checkpoint-*/{WHOLE}")
     mark = max(marks, key=lambda path: int(path.parent.name.removeprefix("checkpoint-")), default=None)
-    if mark is not None and read_json(mark) != _sizes(mark.parent):
+    if mark is not None and read_json_object(mark, CURE_OF_DAMAGE) != _sizes(mark.parent):
         logger.warning("%s: files are missing or cut short; the training begins anew", mark.parent)
         return None
     return mark and mark.parent

@@ -196,7 +196,7 @@ REFUSED = {
     "head with prefix": (renamed("lm_head.weight", "model.lm_head.weight"), "holds model.lm_head.weight, which"),
     "classifier of other width": (with_tensors({SCORE: torch.ones(2, 31)}), "score.weight has shape [2, 31]"),
     "classifier a vector": (with_tensors({SCORE: torch.ones(32)}), "score.weight has shape [32]"),
-    "classifier of integers": (with_tensors({SCORE: torch.ones(2, 32, dtype=torch.int64)}), "score.weight is torch.int64"),
+    "classifier of integers": (with_tensors({SCORE: torch.ones(2, 32).long()}), "score.weight is torch.int64"),
     "tensor too many": (with_tensors({"x": torch.ones(1)}), "holds x, which"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
     "weights a pipe": (pipe("model.safetensors"), "model.safetensors is missing"),

@@ -219,7 +219,7 @@ def test_an_unfinished_folder_of_an_earlier_version_is_refused(tmp_path):
     """These filled a folder in place."""
     (tmp_path / "manifest.parts").mkdir()
     (tmp_path / "manifest.parts" / "claim.json").write_text("{}")
-    assert_refused(tmp_path, "an earlier version left it unfinished, so remove it; choose", tmp_path)
+    assert_refused(tmp_path, "or remove what an earlier version left unfinished", tmp_path)
 
 
 def overwrite_in_step(folders, rank, step):
@@ -327,9 +327,9 @@ def test_manifest_that_names_files_outside_removes_nothing_there(finished, tmp_p
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"[1]", "is damaged (not a JSON object)"),
-        (b"\x00\xff", "is damaged"),
-        (b"[" * 100_000, "is damaged"),
+        (b"[1]", "is not a JSON object; remove its folder and run the stage again"),
+        (b"\x00\xff", "is not JSON; remove its folder"),
+        (b"[" * 100_000, "is not JSON"),
         (b'{"stage": "split"}', "has format None, this version reads 1"),
         (b'{"stage": "split", "format": 2}', "has format 2, this version reads 1"),
         (b'{"stage": "brew", "format": 1}', "is not a manifest of this toolkit"),
