@@ -189,17 +189,19 @@ class DenseCheckpoint(StoredTensors):
         head, embedding = (self.tensor(name).to(self.dtype) for name in (HEAD, EMBEDDING))
         if not torch.equal(head, embedding):
             self.config.tie_word_embeddings = False
-            logger.warning(
-                "%s: its lm_head.weight is kept: it is not the embedding, though config.json has tie_word_embeddings",
-                self.path,
+            self._warn(
+                "its lm_head.weight is kept: it is not the embedding, though config.json has tie_word_embeddings"
             )
 
     def _tell_unread(self, unused: list[str]) -> None:
         if unused:
             more = f" and {len(unused) - 1} more like it are" if len(unused) > 1 else " is"
-            logger.warning("%s: %s%s not read: LLaMA's logits do not depend on it", self.path, unused[0], more)
+            self._warn(f"{unused[0]}{more} not read: LLaMA's logits do not depend on it")
         if (self.path / ADAPTER).exists():
-            logger.warning("%s: the LoRA adapter beside the weights is not read; %s", self.path, MERGE_ADAPTER)
+            self._warn(f"the LoRA adapter beside the weights is not read; {MERGE_ADAPTER}")
+
+    def _warn(self, what: str) -> None:
+        logger.warning("%s: %s", self.path, what)
 
     def _refuse_surplus(self, names: Collection[str]) -> None:
         if names:
@@ -216,13 +218,12 @@ class DenseCheckpoint(StoredTensors):
             shapes = chain(shapes, [("score.weight", (*labels, self.config.hidden_size))])
         for name, shape in shapes:
             expected.add(name)
-            if name not in self.tensors:
-                if name == HEAD:
-                    continue  # base models have none, tied ones need none
-                raise MoEficationError(
-                    f"{self.path} lacks the tensor {self.stored_name(name)}, which its config.json calls for"
-                )
-            tensor = self.tensors[name]
+            tensor = self.tensors.get(name)
+            if tensor is None and name == HEAD:
+                continue  # base models have none, tied ones need none
+            if tensor is None:
+                missing = self.stored_name(name)
+                raise MoEficationError(f"{self.path} lacks the tensor {missing}, which its config.json calls for")
             if tensor.shape != shape:
                 raise MoEficationError(
                     f"{self.path}: {name} has shape {list(tensor.shape)}, its config.json calls for {list(shape)}"

@@ -258,7 +258,7 @@ class Artifact:
         """A torch file of this folder, its size and sha256 checked against the manifest."""
         path = self._checked_path(relative)
         if file_sha256(path) != self.files[relative]["sha256"]:
-            raise SettingError(f"{path} is damaged: its checksum is not the manifest's; {self._cure}")
+            raise SettingError(f"{path} is damaged: its checksum is not the manifest's; {self.cure}")
         return load_tensors(path)
 
     def map(self, relative: str) -> Any:
@@ -274,17 +274,18 @@ class Artifact:
         path = inside(self.folder, relative)
         entry = self.files.get(relative)
         if entry is None:
-            raise SettingError(f"{self.folder} has no {relative}; {self._cure}")
+            raise SettingError(f"{self.folder} has no {relative}; {self.cure}")
         if not path.is_file():
-            raise SettingError(f"{path} is missing although the manifest lists it; {self._cure}")
+            raise SettingError(f"{path} is missing although the manifest lists it; {self.cure}")
         if path.stat().st_size != entry["size"]:
             raise SettingError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}; {self._cure}"
+                f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}; {self.cure}"
             )
         return path
 
     @property
-    def _cure(self) -> str:
+    def cure(self) -> str:
+        """What to do about a damaged folder."""
         return f"run {STAGE_SCRIPTS[self.manifest['stage']]} again with overwrite"
 
 
