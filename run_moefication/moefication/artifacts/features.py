@@ -35,26 +35,25 @@ class Features:
 
     def inputs(self, layer: int) -> Iterator[torch.Tensor]:
         """The MLP inputs of a layer, shard by shard: `[tokens, hidden_size]`, memory-mapped."""
-        return (self._tensor(file, INPUTS, layer) for file in self._files(INPUTS))
+        return self._tensors(INPUTS, layer)
 
     def gate_outputs(self, layer: int) -> Iterator[torch.Tensor]:
         """The recorded activations of a layer, in the order of `inputs`: `[tokens, intermediate_size]`."""
-        return (self._tensor(file, GATE_OUTPUTS, layer) for file in self._files(GATE_OUTPUTS))
+        return self._tensors(GATE_OUTPUTS, layer)
 
     def _files(self, kind: str) -> list[str]:
         files = [file for file in self.artifact.files if file.startswith(f"{kind}/")]
         return sorted(files, key=lambda file: self.artifact.files[file]["shard"])
 
-    def _tensor(self, file: str, kind: str, layer: int) -> torch.Tensor:
-        entry, path = self.artifact.files[file], self.artifact.folder / file
-        shard = self.artifact.map(file)
-        tensor = shard.get(layer) if isinstance(shard, dict) else None
-        shape = (entry["tokens"], self._widths[kind])
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != shape or not tensor.is_contiguous():
-            raise MoEficationError(f"{path} has no tensor of shape {list(shape)} for layer {layer}")
-        if tensor_sha256(tensor) != entry["layers"][str(layer)]:
-            raise SettingError(
-                f"{path} is damaged: the checksum of layer {layer} is not the manifest's; "
-                f"run llama_get_hidden_features.py again with overwrite"
-            )
-        return tensor
+    def _tensors(self, kind: str, layer: int) -> Iterator[torch.Tensor]:
+        for file in self._files(kind):
+            entry, path, shard = self.artifact.files[file], self.artifact.folder / file, self.artifact.map(file)
+            tensor = shard.get(layer) if isinstance(shard, dict) else None
+            shape = (entry["tokens"], self._widths[kind])
+            if not isinstance(tensor, torch.Tensor) or tensor.shape != shape or not tensor.is_contiguous():
+                raise MoEficationError(f"{path} has no tensor of shape {list(shape)} for layer {layer}")
+            if tensor_sha256(tensor) != entry["layers"][str(layer)]:
+                raise SettingError(
+                    f"{path} is damaged: the checksum of layer {layer} is not the manifest's; {self.artifact.cure}"
+                )
+            yield tensor

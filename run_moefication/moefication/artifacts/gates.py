@@ -41,10 +41,10 @@ class TrainedGates:
         if self.artifact.manifest["inputs"].get("split_file_path") != split.artifact.digest:
             raise MoEficationError(f"{folder} holds gates of another split than {split.artifact.folder}")
         options = self.artifact.options
-        network, rank, has_bias = options["gate_network"], options.get("gate_rank"), options.get("gate_fit") == "ridge"
-        self.config_fields = {"gate_network": GATE_NETWORKS[network], "gate_rank": rank, "gate_bias": has_bias}
+        network, rank, is_ridge = options["gate_network"], options.get("gate_rank"), options.get("gate_fit") == "ridge"
+        self.config_fields = {"gate_network": GATE_NETWORKS[network], "gate_rank": rank, "gate_bias": is_ridge}
         self._template = split.template
-        of_ridge = {"rank": rank, "has_bias": True} if has_bias else {}
+        of_ridge = {"rank": rank, "has_bias": True} if is_ridge else {}
         with torch.device("meta"):
             gate = new_gate(network, checkpoint.config.hidden_size, split.num_routed_experts, **of_ridge)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in gate.state_dict().items()}
@@ -54,13 +54,11 @@ class TrainedGates:
     def state(self, layer: int) -> dict[str, torch.Tensor]:
         """The gate's state dict, its names and shapes checked."""
         name = self._template.format(layer)
-        state = self.artifact.load(name)
-        shapes = {key: tuple(tensor.shape) for key, tensor in state.items()} if isinstance(state, dict) else None
+        file, state = self.artifact.folder / name, self.artifact.load(name)
         if isinstance(state, dict) and "score_quantiles" not in state:
-            raise SettingError(f"{self.artifact.folder / name} is of an older version; run it again with overwrite")
-        if shapes != self.shapes:
-            network = self.config_fields["gate_network"]
-            raise MoEficationError(f"{self.artifact.folder / name} is not a {network} gate of shape {self.shapes}")
+            raise SettingError(f"{file} is of an older version; run it again with overwrite")
+        if not isinstance(state, dict) or {key: tuple(tensor.shape) for key, tensor in state.items()} != self.shapes:
+            raise MoEficationError(f"{file} is not a {self.config_fields['gate_network']} gate of shape {self.shapes}")
         if not all(tensor.isfinite().all() for tensor in state.values()):
-            raise MoEficationError(f"{self.artifact.folder / name} holds NaN or infinite values; train it again")
+            raise MoEficationError(f"{file} holds NaN or infinite values; train it again")
         return state

@@ -48,13 +48,12 @@ def split_writer(
         options: the settings, as manifests record them; `inputs`: digests of the text they were used on.
         how: `overwrite` and `exclusive`, as `ArtifactWriter` takes them.
     """
-    num_experts = options["num_experts"]
-    checkpoint.require_experts(num_experts)
-    spec = ArtifactSpec(
-        "split", options | {"templates": templates}, checkpoint.source, environment(device), inputs or {}
-    )
+    checkpoint.require_experts(options["num_experts"])
+    options = options | {"templates": templates}
+    spec = ArtifactSpec("split", options, checkpoint.source, environment(device), inputs or {})
+    folder = split_folder(save_path, checkpoint.name, options["num_experts"], method)
     names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
-    writer = ArtifactWriter(split_folder(save_path, checkpoint.name, num_experts, method), spec, names, **how)
+    writer = ArtifactWriter(folder, spec, names, **how)
     if writer.missing():
         carried_over(checkpoint.path)  # what the last stage needs is better refused in the first
     return writer
@@ -96,8 +95,8 @@ class Split:
         if not isinstance(labels, torch.Tensor) or labels.shape != (self._width,) or labels.is_floating_point():
             raise MoEficationError(f"{self.artifact.folder / name} is not an int tensor of {self._width} neurons")
         labels = labels.long()
-        in_range = ((labels >= 0) & (labels < self.num_experts)).all()
-        if not in_range or (labels.bincount(minlength=self.num_experts) != self._width // self.num_experts).any():
+        equal = torch.arange(self.num_experts).repeat_interleave(self._width // self.num_experts)
+        if not torch.equal(labels.sort().values, equal):
             raise MoEficationError(f"{self.artifact.folder / name} does not cut the neurons into equal experts")
         return labels
 

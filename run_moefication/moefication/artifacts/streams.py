@@ -24,26 +24,23 @@ class Streams:
     """
 
     def __init__(self, writer: ArtifactWriter, shape: tuple[int, int, int]):
-        self._writer, self._shape = writer, shape
+        self._writer, self._shape = writer, torch.Size(shape)
         writer.begin()  # so that the streams that lie there are this run's
 
     def before(self, layer: int) -> torch.Tensor:
         """The streams before a layer, not to be written to."""
-        path = self._path(layer)
         if not self.has(layer):
-            raise SettingError(f"{path} is missing or cut; run again with overwrite")
-        return self._map(path)
+            raise SettingError(f"{self._path(layer)} is missing or cut; run again with overwrite")
+        return self._map(self._path(layer))
 
     def has(self, layer: int) -> bool:
         """Whether the streams before this layer have been committed, and are whole."""
         path = self._path(layer)
-        return path.is_file() and path.stat().st_size == 4 * torch.Size(self._shape).numel()
+        return path.is_file() and path.stat().st_size == 4 * self._shape.numel()
 
     def layers_to_walk(self, missing: list[int], num_layers: int) -> list[int]:
         """From the first layer whose results are missing to the last one; all layers, if the streams are gone."""
-        if not missing:
-            return []
-        return list(range(missing[0] if self.has(missing[0]) else 0, num_layers))
+        return list(range(missing[0] if self.has(missing[0]) else 0, num_layers)) if missing else []
 
     @contextmanager
     def filling(self, layer: int) -> Iterator[torch.Tensor]:
@@ -53,7 +50,7 @@ class Streams:
         temporary.unlink(missing_ok=True)
         with temporary.open("wb") as file:
             if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a bus error in a mapped file
-                os.posix_fallocate(file.fileno(), 0, 4 * torch.Size(self._shape).numel())
+                os.posix_fallocate(file.fileno(), 0, 4 * self._shape.numel())
         yield self._map(temporary)
         sync(temporary)
         os.replace(temporary, path)
@@ -63,8 +60,8 @@ class Streams:
         self._path(layer).unlink(missing_ok=True)
 
     def _map(self, path: Path) -> torch.Tensor:
-        size = torch.Size(self._shape).numel()
-        return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(self._shape)
+        stored = torch.from_file(str(path), shared=True, size=self._shape.numel(), dtype=torch.float32)
+        return stored.view(self._shape)
 
     def _path(self, layer: int) -> Path:
         return self._writer.temporary_path(f"streams.{layer}")

@@ -1,7 +1,7 @@
 """Dense LLaMA checkpoints, read tensor by tensor: safetensors or .bin, sharded or not, with or without a head.
 
 Everything is checked when a checkpoint is opened, before any work: config, index, headers, names and shapes of all
-tensors. Tensors are memory-mapped; nothing is held here.
+tensors.
 """
 
 import logging
@@ -23,7 +23,7 @@ from ..names import model_name
 from ..progress import progress
 from ..storage.files import digest
 from .dense_config import expected_shapes, read_dense_config
-from .headers import ADAPTER, HEAD, HEADS, MERGE_ADAPTER, StoredTensors, read_headers
+from .headers import ADAPTER, HEAD, HEADS, MERGE_ADAPTER, StoredTensors, map_tensors
 from .transformers_library import first_line, quiet_transformers
 
 logger = logging.getLogger(__name__)
@@ -68,22 +68,24 @@ class DenseCheckpoint(StoredTensors):
         raw_config: config.json as it stands.
         config: the same as a `LlamaConfig` (Mistral's without sliding window is the same architecture), with the tied
             or untied head that the tensors have.
-        tensors: name without the `model.` prefix -> `TensorInfo`, of those that today's LLaMA uses.
+        tensors, files: as in `StoredTensors`, of the tensors that today's LLaMA uses.
     """
 
     def __init__(self, model_path: str | Path):
         path = resolve_model_path(model_path)
         self.name = model_name(model_path)
         self.raw_config, self.config = read_dense_config(path)
-        infos = read_headers(path)
-        unused = sorted(filter(UNUSED_TENSORS.fullmatch, infos))
-        infos = {name: info for name, info in infos.items() if name not in unused}
-        prefix = "model." if {f"model.{EMBEDDING}", "model.norm.weight"} & infos.keys() else ""
-        super().__init__(path, {name.removeprefix(prefix): info for name, info in infos.items()}, prefix)
+        stored, files = map_tensors(path)
+        unused = sorted(filter(UNUSED_TENSORS.fullmatch, stored))
+        for name in unused:
+            del stored[name]
+        prefix = "model." if {f"model.{EMBEDDING}", "model.norm.weight"} & stored.keys() else ""
+        super().__init__(path, stored, files, prefix)
         # All names but those of heads carry the prefix, or none does.
-        self._refuse_surplus(infos.keys() - map(self.stored_name, self.tensors))
+        self._refuse_surplus(stored.keys() - map(self.stored_name, self.tensors))
         if self.config.tie_word_embeddings and EMBEDDING not in self.tensors and HEAD in self.tensors:
-            self.tensors[EMBEDDING] = self.tensors.pop(HEAD)  # the one tensor of a tied model, under its other name
+            for named in (self.tensors, self.files):  # the one tensor of a tied model, under its other name
+                named[EMBEDDING] = named.pop(HEAD)
         self._check_tensors()
         self._settle_head()
         self._tell_unread(unused)
@@ -136,7 +138,7 @@ class DenseCheckpoint(StoredTensors):
         """As `tensor`; raises MoEficationError if it holds NaN or infinity."""
         tensor = self.tensor(name)
         if not tensor.sum(dtype=torch.float64).isfinite():
-            raise MoEficationError(f"{self.path / self.tensors[name].file}: {name} holds NaN or infinite values")
+            raise MoEficationError(f"{self.path / self.files[name]}: {name} holds NaN or infinite values")
         return tensor
 
     def mlp_tensor(self, layer: int, projection: str, device: str | torch.device = "cpu") -> torch.Tensor:
@@ -187,17 +189,19 @@ class DenseCheckpoint(StoredTensors):
         head, embedding = (self.tensor(name).to(self.dtype) for name in (HEAD, EMBEDDING))
         if not torch.equal(head, embedding):
             self.config.tie_word_embeddings = False
-            logger.warning(
-                "%s: its lm_head.weight is kept: it is not the embedding, though config.json has tie_word_embeddings",
-                self.path,
+            self._warn(
+                "its lm_head.weight is kept: it is not the embedding, though config.json has tie_word_embeddings"
             )
 
     def _tell_unread(self, unused: list[str]) -> None:
         if unused:
             more = f" and {len(unused) - 1} more like it are" if len(unused) > 1 else " is"
-            logger.warning("%s: %s%s not read: LLaMA's logits do not depend on it", self.path, unused[0], more)
+            self._warn(f"{unused[0]}{more} not read: LLaMA's logits do not depend on it")
         if (self.path / ADAPTER).exists():
-            logger.warning("%s: the LoRA adapter beside the weights is not read; %s", self.path, MERGE_ADAPTER)
+            self._warn(f"the LoRA adapter beside the weights is not read; {MERGE_ADAPTER}")
+
+    def _warn(self, what: str) -> None:
+        logger.warning("%s: %s", self.path, what)
 
     def _refuse_surplus(self, names: Collection[str]) -> None:
         if names:
@@ -214,17 +218,16 @@ class DenseCheckpoint(StoredTensors):
             shapes = chain(shapes, [("score.weight", (*labels, self.config.hidden_size))])
         for name, shape in shapes:
             expected.add(name)
-            if name not in self.tensors:
-                if name == HEAD:
-                    continue  # base models have none, tied ones need none
+            tensor = self.tensors.get(name)
+            if tensor is None and name == HEAD:
+                continue  # base models have none, tied ones need none
+            if tensor is None:
+                missing = self.stored_name(name)
+                raise MoEficationError(f"{self.path} lacks the tensor {missing}, which its config.json calls for")
+            if tensor.shape != shape:
                 raise MoEficationError(
-                    f"{self.path} lacks the tensor {self.stored_name(name)}, which its config.json calls for"
+                    f"{self.path}: {name} has shape {list(tensor.shape)}, its config.json calls for {list(shape)}"
                 )
-            info = self.tensors[name]
-            if info.shape != shape:
-                raise MoEficationError(
-                    f"{self.path}: {name} has shape {list(info.shape)}, its config.json calls for {list(shape)}"
-                )
-            if info.dtype not in DTYPES.values():
-                raise MoEficationError(f"{self.path}: {name} is {info.dtype}; float32, float16 and bfloat16 are read")
+            if tensor.dtype not in DTYPES.values():
+                raise MoEficationError(f"{self.path}: {name} is {tensor.dtype}; {', '.join(DTYPES)} are read")
         self._refuse_surplus(self.tensors.keys() - expected)

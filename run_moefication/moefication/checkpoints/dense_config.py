@@ -21,6 +21,13 @@ DESCRIPTION = (
     *("partial_rotary_factor", "attention_bias", "mlp_bias", "tie_word_embeddings"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "num_labels", "id2label", "label2id", "problem_type"),
 )
+KINDS = ("llama", "mistral")
+REFUSED_FIELDS = {
+    "quantization_config": "is quantised; give the checkpoint it was quantised from",
+    "auto_map": "brings code of its own (auto_map in config.json), which is not run here; "
+    "if its weights are those of a plain LLaMA or Mistral, remove auto_map",
+    "per_layer_config": "has layers of different shapes (per_layer_config), which are not converted",
+}
 ROPE_FIELDS = ("rope_parameters", "rope_scaling")
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
@@ -36,17 +43,11 @@ def read_dense_config(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
     file = path / "config.json"
     raw = read_json_object(file, "is this the folder of a transformers checkpoint?")
     kind = raw.get("model_type")
-    if kind not in ("llama", "mistral"):
+    if kind not in KINDS:
         raise MoEficationError(f"{path} is a {kind!r} model; llama, and mistral without sliding_window, are converted")
-    if raw.get("quantization_config"):
-        raise MoEficationError(f"{path} is quantised; give the checkpoint it was quantised from")
-    if raw.get("auto_map"):
-        raise MoEficationError(
-            f"{path} brings code of its own (auto_map in config.json), which is not run here; "
-            f"if its weights are those of a plain {kind}, remove auto_map"
-        )
-    if raw.get("per_layer_config"):
-        raise MoEficationError(f"{path} has layers of different shapes (per_layer_config), which are not converted")
+    for name, why in REFUSED_FIELDS.items():
+        if raw.get(name):
+            raise MoEficationError(f"{path} {why}")
     if raw.get("is_causal", True) is not True:
         raise MoEficationError(f"{path} is no causal model (is_causal in config.json), which is not converted")
     for name in ROPE_FIELDS:
@@ -65,7 +66,7 @@ def read_dense_config(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
 def is_convertible(raw: dict[str, Any]) -> bool:
     """Whether `read_dense_config` takes this kind of config.json: a plain LLaMA, or a Mistral without a window."""
     window = raw.get("sliding_window", MistralConfig().sliding_window) if raw.get("model_type") == "mistral" else None
-    return raw.get("model_type") in ("llama", "mistral") and window is None and not raw.get("quantization_config")
+    return raw.get("model_type") in KINDS and window is None and not raw.get("quantization_config")
 
 
 def _described(fields: dict[str, Any]) -> dict[str, Any]:
@@ -93,35 +94,29 @@ def _built(config_class: type, file: Path, fields: dict[str, Any]) -> Any:
         raise MoEficationError(f"{file}: {last_line(error)}") from error
 
 
-def _require_fitting_heads(config: LlamaConfig, rotary_width: int) -> None:
-    """Raise ValueError where a model could be built, but would fail on its first token."""
-    heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % key_value_heads:
-        raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {key_value_heads}")
-    if rotary_width != config.head_dim:
-        raise ValueError(f"its rope turns {rotary_width} of the {config.head_dim} dimensions of a head")
-
-
 def expected_shapes(path: Path, config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names (without `model.`) and shapes of a LLaMA of this config, from transformers itself.
 
     One layer is built on the meta device and repeated lazily, so that an absurd layer count costs nothing.
+
+    Raises:
+        MoEficationError: no model can be built of this config, or one that would fail on its first token.
     """
+    heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
     try:
         with quiet_transformers(), torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig.from_dict(config.to_dict() | {"num_hidden_layers": 1}))
-        _require_fitting_heads(config, 2 * model.model.rotary_emb.inv_freq.numel())
-        tensors = model.state_dict()
+        rotary_width = 2 * model.model.rotary_emb.inv_freq.numel()
+        if heads % key_value_heads:
+            raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {key_value_heads}")
+        if rotary_width != config.head_dim:
+            raise ValueError(f"its rope turns {rotary_width} of the {config.head_dim} dimensions of a head")
     # The config has sizes that no tensor can have (2^63, -1, no key-value heads), or rope fields that contradict.
     except (RuntimeError, *CONFIG_ERRORS) as error:
         raise MoEficationError(
             f"{path / 'config.json'} describes no model that can be built ({first_line(error)})"
         ) from error
-    shapes = {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in tensors.items()}
-    for layer in range(config.num_hidden_layers):
-        for name, shape in shapes.items():
-            if name.startswith("layers.0."):
-                yield name.replace("layers.0.", f"layers.{layer}.", 1), shape
-    for name, shape in shapes.items():
-        if not name.startswith("layers.0."):
-            yield name, shape
+    for name, tensor in model.state_dict().items():
+        name = name.removeprefix("model.")
+        for layer in range(config.num_hidden_layers if name.startswith("layers.0.") else 1):
+            yield name.replace("layers.0.", f"layers.{layer}.", 1), tuple(tensor.shape)

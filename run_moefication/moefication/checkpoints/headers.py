@@ -1,9 +1,7 @@
-"""The tensors in a checkpoint's folder, found by the headers of its files and read one by one: safetensors or .bin."""
+"""The tensors in a checkpoint's folder, memory-mapped: safetensors or .bin, sharded or not."""
 
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,108 +15,89 @@ HEAD = "lm_head.weight"
 HEADS = (HEAD, "score.weight")
 ADAPTER = "adapter_config.json"
 MERGE_ADAPTER = "merge it into its base model first (peft: merge_and_unload, then save_pretrained)"
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies (file and name there), and what it is, as its file's header says."""
-
-    file: str
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class StoredTensors:
-    """The tensors of a checkpoint, read from its files when they are asked for.
+    """The tensors of a checkpoint, memory-mapped, so that their values are read from the disk when they are used.
 
     Attributes:
         path: the folder.
-        tensors: name without the `model.` prefix -> `TensorInfo`.
+        tensors: name without the `model.` prefix -> the tensor, not to be written to.
+        files: the same names -> the name of the file that holds the tensor.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, TensorInfo], prefix: str):
-        """`prefix`: what the names of all tensors but heads begin with in the files."""
-        self.path, self.tensors = path, tensors
-        self._prefix = prefix
-        self._open_files: dict[str, Any] = {}
+    def __init__(self, path: Path, tensors: dict[str, torch.Tensor], files: dict[str, str], prefix: str):
+        """Names may still carry `prefix`, with which those of all tensors but heads begin in the files."""
+        self.path, self._prefix = path, prefix
+        self.tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        self.files = {name.removeprefix(prefix): files[name] for name in tensors}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by its name without `model.` prefix; memory-mapped, not to be written to."""
-        info = self.tensors[name]
-        if info.file not in self._open_files:
-            self._open_files[info.file] = self._open(info.file)
-        opened = self._open_files[info.file]
-        return opened[info.name].detach() if isinstance(opened, dict) else opened.get_tensor(info.name)
+        """A tensor by its name without `model.` prefix, not to be written to."""
+        return self.tensors[name]
 
     def stored_name(self, name: str) -> str:
         """The name that a tensor has in the files."""
         return name if name in HEADS else self._prefix + name
 
-    def _open(self, file: str) -> Any:
-        return open_weights(self.path / file)
 
+def map_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors in a folder's weight files, memory-mapped but for torch's old format, and the file of each by name.
 
-def read_headers(path: Path) -> dict[str, TensorInfo]:
-    """Name -> `TensorInfo` of every tensor, from the headers of the weight files."""
+    Raises:
+        MoEficationError: a file is missing or damaged, or the index and the files disagree.
+    """
     for single in WEIGHT_FILES:
         index = path / f"{single}.index.json"
         if (path / single).exists():
-            return _file_header(path, single)
+            tensors = _map_file(path / single)
+            return tensors, dict.fromkeys(tensors, single)
         if index.exists():
-            return _indexed_headers(path, index)
+            return _map_shards(path, index)
     adapter = f"; a LoRA adapter alone is none: {MERGE_ADAPTER}" if (path / ADAPTER).exists() else ""
     raise MoEficationError(
         f"{path} holds no weights ({' or '.join(WEIGHT_FILES)}, or shards of them with their index){adapter}"
     )
 
 
-def open_weights(path: Path) -> Any:
-    """The tensors of a file by name: an open safetensors file, or a dict; memory-mapped but for torch's old format."""
-    if path.suffix == ".safetensors":
-        return safe_open(path, "pt")
-    # torch wrote no zip archives before 1.6. (A file that is not torch's at all is refused by the loader.)
-    return load_tensors(path, mmap=zipfile.is_zipfile(path))
-
-
-def _indexed_headers(path: Path, index: Path) -> dict[str, TensorInfo]:
+def _map_shards(path: Path, index: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     weight_map = read_json_object(index, "download it again").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise MoEficationError(f"{index} has no weight_map from tensor to file; download it again")
-    infos: dict[str, TensorInfo] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    files: dict[str, str] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
             raise MoEficationError(f"{index} names {file}, outside of the checkpoint's folder")
-        for name, info in _file_header(path, file).items():
-            if name in infos:
-                raise MoEficationError(f"{path}: {name} lies in both {infos[name].file} and {file}")
-            infos[name] = info
+        shard = _map_file(path / file)
+        if twice := shard.keys() & tensors.keys():
+            raise MoEficationError(f"{path}: {min(twice)} lies in both {files[min(twice)]} and {file}")
+        tensors |= shard
+        files |= dict.fromkeys(shard, file)
     for name, file in weight_map.items():
-        if name == HEAD and name not in infos:
+        if name == HEAD and name not in files:
             continue  # a tied model needs none; the checkpoint refuses where one is needed
-        if name not in infos or infos[name].file != file:
+        if files.get(name) != file:
             raise MoEficationError(f"{index} says that {name} lies in {file}, where it is not; download both again")
-    return infos
+    return tensors, files
 
 
-def _file_header(path: Path, file: str) -> dict[str, TensorInfo]:
-    if not (path / file).is_file():
-        raise MoEficationError(f"{path / file} is missing; download it again")
-    (path / file).open("rb").close()  # raises PermissionError, where safetensors would say that there is no such file
-    if file.endswith(".bin"):
-        tensors = open_weights(path / file)
+def _map_file(file: Path) -> dict[str, torch.Tensor]:
+    if not file.is_file():
+        raise MoEficationError(f"{file} is missing; download it again")
+    file.open("rb").close()  # raises PermissionError, where safetensors would say that there is no such file
+    if file.suffix == ".bin":
+        # torch wrote no zip archives before 1.6. (A file that is not torch's at all is refused by the loader.)
+        tensors = load_tensors(file, mmap=zipfile.is_zipfile(file))
         if not isinstance(tensors, dict) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
         ):
-            raise MoEficationError(f"{path / file} is not a dict of tensors by name")
-        return {name: TensorInfo(file, name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+            raise MoEficationError(f"{file} is not a dict of tensors by name")
+        return {name: tensor.detach() for name, tensor in tensors.items()}
     try:
-        with open_weights(path / file) as opened:
-            views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            dtypes = {name: SAFETENSORS_DTYPES.get(kind := view.get_dtype(), kind) for name, view in views.items()}
-            return {name: TensorInfo(file, name, tuple(view.get_shape()), dtypes[name]) for name, view in views.items()}
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise MoEficationError(
-            f"{path / file} is not a whole safetensors file (a half download, or a Git LFS pointer?): {error}"
+            f"{file} is not a whole safetensors file (a half download, or a Git LFS pointer?): {error}"
         ) from error

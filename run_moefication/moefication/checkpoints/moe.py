@@ -18,7 +18,7 @@ from ..storage.files import file_sha256
 from ..storage.folder import open_finished
 from ..storage.manifest import MOE_STAGES
 from .dense import DenseCheckpoint
-from .headers import StoredTensors, read_headers
+from .headers import StoredTensors, map_tensors
 from .transformers_library import CONFIG_ERRORS, first_line, quiet_transformers
 
 
@@ -71,7 +71,8 @@ class MoECheckpoint(StoredTensors):
             raise MoEficationError(f"{path} has no usable config.json ({first_line(error)})") from error
         self.model_class = self.config.architectures[0]
         prefix = "" if self.model_class == "LlamaMoEModel" else "model."
-        super().__init__(path, {n.removeprefix(prefix): info for n, info in read_headers(path).items()}, prefix)
+        super().__init__(path, *map_tensors(path), prefix)
+        self._verified: set[str] = set()
 
     def new_config(self, **changed: Any) -> LlamaMoEConfig:
         """The config with other values for some of its fields."""
@@ -81,8 +82,13 @@ class MoECheckpoint(StoredTensors):
 
     def verify(self) -> None:
         """Raise MoEficationError if the checksum of a file of weights is not the manifest's."""
-        for file in progress(sorted({info.file for info in self.tensors.values()}), "check", "file"):
-            self._open_files[file] = self._open(file)
+        for file in progress(sorted(set(self.files.values())), "check", "file"):
+            self._verify(file)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """As in `StoredTensors`, its file verified."""
+        self._verify(self.files[name])
+        return super().tensor(name)
 
     def load(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The whole model, as a class of the installed `llama_moe`, in its own dtype or another."""
@@ -94,8 +100,9 @@ class MoECheckpoint(StoredTensors):
         """Routed experts that run per token, by layer."""
         return experts_per_tok(self.config, lambda layer: self.tensor(f"layers.{layer}.mlp.gate.threshold").item())
 
-    def _open(self, file: str) -> Any:
-        path = self.path / file
-        if file_sha256(path) != self.artifact.files[file]["sha256"]:
-            raise MoEficationError(f"{path} is damaged: its checksum is not the manifest's; make the folder anew")
-        return super()._open(file)
+    def _verify(self, file: str) -> None:
+        if file not in self._verified and file_sha256(self.path / file) != self.artifact.files[file]["sha256"]:
+            raise MoEficationError(
+                f"{self.path / file} is damaged: its checksum is not the manifest's; make the folder anew"
+            )
+        self._verified.add(file)

@@ -22,12 +22,8 @@ VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.j
 # Patterns of all files that make a tokenizer; few checkpoints have all.
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
 )
 # Tokenizers of the same vocabulary differ on such texts: spaces and line ends at either side and in a row, what
 # normalisers change, scripts without spaces, and code.

@@ -1,7 +1,6 @@
 """Writing new checkpoints: the plan of which tensor lies in which file comes first, the tensors file by file."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -22,11 +21,8 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 MAX_SHARD_BYTES = 2 << 30
 CODE_FILES = (
-    "configuration_llama_moe.py",
-    "modeling_llama_moe.py",
-    "moe_layers.py",
-    "expert_kernels.py",
-    "gates.py",
+    *("configuration_llama_moe.py", "modeling_llama_moe.py"),
+    *("moe_layers.py", "expert_kernels.py", "gates.py"),
 )
 # These files are copied: loading and saving them would lose templates, and refuse some generation configs.
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
@@ -93,8 +89,7 @@ def write_shard(
     Args:
         values: of the tensors that are planned without `make`, by name; exactly these, or it is an error.
     """
-    unplanned = values.keys() ^ {tensor.name for tensor in planned if tensor.make is None}
-    if unplanned:
+    if unplanned := values.keys() ^ {tensor.name for tensor in planned if tensor.make is None}:
         raise KeyError(f"{file}: planned or given, but not both: {', '.join(sorted(unplanned))}")
     tensors = {tensor.name: tensor.made(values) for tensor in planned}
     writer.write_part(file, {file: writer.write(file, lambda f: f.write(save(tensors, {"format": "pt"})))}, metrics)
@@ -118,12 +113,6 @@ def write_checkpoint_files(
     contents["README.md"] = card.encode()
     contents["config.json"] = config.to_json_string().encode()
     contents |= tokenizer
-
-    files = {}
-    for name in COPIED_FILES:
-        if (source / name).is_file():
-            with (source / name).open("rb") as original:
-                files[name] = writer.write(name, lambda file, o=original: shutil.copyfileobj(o, file))
-    for name, content in contents.items():
-        files[name] = writer.write(name, lambda file, c=content: file.write(c))
+    contents = {name: (source / name).read_bytes() for name in COPIED_FILES if (source / name).is_file()} | contents
+    files = {name: writer.write(name, lambda file, c=content: file.write(c)) for name, content in contents.items()}
     writer.write_part(part, files, metrics)

@@ -59,11 +59,12 @@ def calibrate(
     16 * hidden_size bytes a token. Runs in float32, with `bfloat16_products`.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
-    moe.verify()
     config = _new_config(moe, settings)
     if Path(save_path).resolve() in (checkpoint.path, moe.artifact.folder.resolve()):
         raise SettingError(f"save_path {save_path} is one of the source checkpoints; choose another folder")
-    require_place(Path(save_path), "calibrate")
+    unfinished, finished = require_place(Path(save_path), "calibrate")
+    if overwrite or unfinished or not finished:  # else there is nothing to do, and to read all weights takes long
+        moe.verify()
     require_held_out_block(corpus)
     spec = ArtifactSpec(
         stage="calibrate",

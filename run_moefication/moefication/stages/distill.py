@@ -49,8 +49,11 @@ def distill(
     token of a batch the activations of all experts. Disk, until it is finished: the MoE in float32 with the moments.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
-    moe.verify()
-    _check(checkpoint, moe, corpus, save_path, settings)
+    _check(checkpoint, moe, save_path, settings)
+    unfinished, finished = require_place(Path(save_path), "distill")
+    if overwrite or unfinished or not finished:  # else there is nothing to do, and to read all weights takes long
+        moe.verify()
+    require_held_out_block(corpus)
     arguments = training_arguments(settings, corpus.options["seed"], device)
     spec = ArtifactSpec(
         stage="distill",
@@ -96,13 +99,7 @@ def distill(
 # ---------------------------------------------------------------------------------------------------- before
 
 
-def _check(
-    checkpoint: DenseCheckpoint,
-    moe: MoECheckpoint,
-    corpus: Corpus,
-    save_path: str | Path,
-    settings: DistillSettings,
-) -> None:
+def _check(checkpoint: DenseCheckpoint, moe: MoECheckpoint, save_path: str | Path, settings: DistillSettings) -> None:
     """Raise MoEficationError for what cannot be distilled, before any work."""
     folder, config = moe.artifact.folder, moe.config
     if importlib.util.find_spec("accelerate") is None:
@@ -115,8 +112,6 @@ def _check(
         require_num_selects(settings.num_selects, config)
     if Path(save_path).resolve() in (checkpoint.path, folder.resolve()):
         raise SettingError(f"save_path {save_path} is one of the source checkpoints; choose another folder")
-    require_place(Path(save_path), "distill")
-    require_held_out_block(corpus)
 
 
 def _shards(moe: MoECheckpoint) -> dict[str, list[PlannedTensor]]:

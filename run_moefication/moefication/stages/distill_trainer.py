@@ -19,8 +19,8 @@ from ..errors import MoEficationError, SettingError
 from ..fitting.losses import TeacherKL
 from ..layers.straight_through import StraightThroughBlock, update_thresholds
 from ..progress import progress
-from ..storage.files import file_sizes, sync, write_json
-from ..storage.manifest import read_json
+from ..storage.files import file_sizes, read_json_object, sync, write_json
+from ..storage.manifest import CURE_OF_DAMAGE
 from ..text.batches import batches_of
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def last_whole_step(folder: Path) -> Path | None:
     mark = max(marks, key=lambda path: int(path.parent.name.removeprefix("checkpoint-")), default=None)
     if mark is None:
         return None
-    sizes = read_json(mark)
+    sizes = read_json_object(mark, CURE_OF_DAMAGE)
     if sizes != file_sizes(mark.parent, sizes):
         logger.warning("%s: files are missing or cut short; the training begins anew", mark.parent)
         return None

@@ -5,33 +5,14 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ..errors import MoEficationError
-
-
-class _HashingFile:
-    """A write-only file that counts and hashes what passes through, so that no file is read back to be hashed."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self._sha256, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data) -> int:
-        written = self._file.write(data)
-        self._sha256.update(data)
-        self.size += written
-        return written
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def entry(self) -> dict[str, Any]:
-        return {"size": self.size, "sha256": self._sha256.hexdigest()}
 
 
 def sync(path: Path) -> None:
@@ -47,54 +28,55 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(lock: FileLock, timeout: float = -1) -> Iterator[None]:
+def locked(lock: FileLock, timeout: float = -1, what: Path | None = None) -> Iterator[None]:
     """Hold a lock, whose file is there only meanwhile. It may be nested, and dies with its process.
 
-    Args:
-        timeout: seconds to wait for another process, after which `filelock.Timeout` is raised; -1: any time.
+    Raises:
+        MoEficationError: another process still holds it after `timeout` seconds (-1: any time); says that it writes
+            `what`.
     """
     path = Path(lock.lock_file)
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with lock.acquire(timeout):
-        try:
-            yield
-        finally:
-            if lock.lock_counter == 1:
-                path.unlink(missing_ok=True)  # whoever waits for it makes a new one
-                with contextlib.suppress(OSError):  # something was written there
-                    for folder in new_folders:
-                        folder.rmdir()
+    try:
+        lock.acquire(timeout)
+    except Timeout as error:
+        raise MoEficationError(f"another run is writing {what or path}: let it finish") from error
+    try:
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            path.unlink(missing_ok=True)  # whoever waits for it makes a new one
+            with contextlib.suppress(OSError):  # something was written there
+                for folder in new_folders:
+                    folder.rmdir()
+        lock.release()
 
 
-def write_atomically(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> dict[str, Any]:
     """Make `path` by `write(file)`: under its final name it is whole, whatever interrupts.
 
     Returns: `{"size", "sha256"}` of the file, for its manifest.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as raw:
-            file = _HashingFile(raw)
+        with temporary.open("wb") as file:
             try:
                 write(file)
             except RuntimeError as error:  # torch.save hides a full disk behind an error of its own
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from error
                 raise
-            raw.flush()
-            os.fsync(raw.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+            file.flush()
+            os.fsync(file.fileno())
+        entry = {"size": temporary.stat().st_size, "sha256": file_sha256(temporary)}
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
-    return file.entry()
+    return entry
 
 
 def write_json(path: Path, content: Any) -> dict[str, Any]:
@@ -125,6 +107,11 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in a file; `what` says what to do where there is none."""
     if not path.is_file():  # nor a pipe, which would be waited for
         raise MoEficationError(f"{path.parent} has no {path.name}; {what}")
+    return parse_json_object(path, what)
+
+
+def parse_json_object(path: Path, what: str) -> dict[str, Any]:
+    """As `read_json_object`, but raises FileNotFoundError where there is no such file."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -1,10 +1,9 @@
 """The folders that stages hand to one another: filling one part by part, and reading it when it is finished.
 
-A folder is filled beside its name (see `FolderWriter`). Meanwhile its workspace holds `spec.json` (what is being made,
-from what) and a JSON file for each finished part (a layer, a feature shard), written after the files of the part.
-When every part is there they are merged into `manifest.json`, and the folder gets its name: "finished" means that the
-manifest is there. Several processes may fill one folder. Each writes its own parts; whoever sees the last one
-finishes.
+While a folder is filled (see `FolderWriter`), its workspace holds `spec.json` (what is being made, from what) and a
+JSON file for each finished part (a layer, a feature shard), written after the files of the part. When every part is
+there they are merged into `manifest.json`, and the folder gets its name: "finished" means that the manifest is there.
+Several processes may fill one folder. Each writes its own parts; whoever sees the last one finishes.
 """
 
 import contextlib
@@ -12,14 +11,15 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from ..errors import MoEficationError, SettingError
-from .files import digest, file_sha256, file_sizes, write_atomically, write_json
+from .files import digest, file_sha256, file_sizes, parse_json_object, write_atomically, write_json
 from .folder_writer import WORKSPACE, FolderWriter
 from .manifest import (
+    CURE_OF_DAMAGE,
     MANIFEST,
     SPEC,
     STAGE_SCRIPTS,
@@ -27,7 +27,6 @@ from .manifest import (
     difference,
     inside,
     own_files,
-    read_json,
     read_manifest,
 )
 from .tensors import load_tensors
@@ -38,32 +37,32 @@ ELSEWHERE = "choose another save_path"
 OVERWRITES = "overwrites"  # in the workspace: a finished folder may be replaced
 
 
-def require_place(folder: Path, stage: str) -> None:
-    """Refuse a folder that cannot be written, or that holds anything but what that stage left."""
-    _look(FolderWriter(folder, own_files), stage)
+def require_place(folder: Path, stage: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Refuse a folder that cannot be written, or that holds anything but what that stage left.
 
-
-def _look(files: FolderWriter, stage: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The spec of an unfinished folder and the manifest of a finished one, each None where there is none."""
+    Returns: the spec of an unfinished folder and the manifest of a finished one, each None where there is none.
+    """
+    writer = FolderWriter(folder, own_files)
     # In this order: another process may just be giving the folder its name.
     partial, finished = None, None
     with contextlib.suppress(FileNotFoundError):
-        partial = read_manifest(files.workspace / SPEC)
+        partial = read_manifest(writer.workspace / SPEC)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        finished = read_manifest(files.folder / MANIFEST)
+        finished = read_manifest(folder / MANIFEST)
     if finished is None:
-        files.refuse_place()
-        if files.folder.exists() and any(files.folder.iterdir()):
-            is_old = (files.folder / WORKSPACE).is_dir()
-            why = "an earlier version left it unfinished, so remove it" if is_old else "not ours to fill"
-            raise SettingError(f"{files.folder} holds files but no {MANIFEST}: {why}; {ELSEWHERE}")
+        writer.refuse_place()
+        if folder.exists() and any(folder.iterdir()):
+            raise SettingError(
+                f"{folder} holds files but no {MANIFEST}: not ours to fill; {ELSEWHERE}, "
+                f"or remove what an earlier version left unfinished"
+            )
     for existing in filter(None, (partial, finished)):
         if existing["stage"] != stage:
-            raise SettingError(f"{files.folder} was written by {STAGE_SCRIPTS[existing['stage']]}; {ELSEWHERE}")
+            raise SettingError(f"{folder} was written by {STAGE_SCRIPTS[existing['stage']]}; {ELSEWHERE}")
     return partial, finished
 
 
-class ArtifactWriter:
+class ArtifactWriter(FolderWriter):
     """Fills one folder, part by part: begins it, or goes on with one begun, or finished, with the same spec.
 
     Nothing is touched before the first write, so that a stage may still refuse its input after asking what is missing.
@@ -97,8 +96,8 @@ class ArtifactWriter:
         shared: bool = False,
         exclusive: bool = False,
     ):
-        self.folder, self.parts = folder, list(parts)
-        self._files = FolderWriter(folder, own_files)
+        super().__init__(folder, own_files)
+        self.parts = list(parts)
         self._wanted, self._overwrite, self._shared, self._exclusive = spec.to_json(), overwrite, shared, exclusive
         self._held = contextlib.ExitStack()  # the lock of an exclusive writer
         existing = self._existing()
@@ -109,14 +108,11 @@ class ArtifactWriter:
     @property
     def finished(self) -> bool:
         """Whether the folder is whole and has its name."""
-        is_partial = (self._files.workspace / SPEC).exists()
-        return self._begun and not is_partial and (self.folder / MANIFEST).exists()
+        return self._begun and not (self.workspace / SPEC).exists() and (self.folder / MANIFEST).exists()
 
     def missing(self) -> list[str]:
         """Names of the parts that are not there yet, in order."""
-        if not self._begun:
-            return self.parts
-        missing = [part for part in self.parts if not self._is_whole(part)]
+        missing = [part for part in self.parts if not (self._begun and self._is_whole(part))]
         return [] if self.finished else missing  # asked last: another process may finish the folder meanwhile
 
     def begin(self) -> None:
@@ -124,29 +120,29 @@ class ArtifactWriter:
         if self._may_write or self.finished:
             return
         if self._exclusive:
-            self._held.enter_context(self._files.locked(timeout=0))
-        with self._files.locked():
+            self._held.enter_context(self.locked(timeout=0))
+        with self.locked():
             existing = self._existing()  # again: another process of this run may have begun meanwhile
             if existing is None:
-                self._files.start()
+                self.start()
                 if self._overwrite:
-                    (self._files.workspace / OVERWRITES).touch()
-                write_json(self._files.workspace / SPEC, self._wanted)
+                    (self.workspace / OVERWRITES).touch()
+                write_json(self.workspace / SPEC, self._wanted)
             self.spec, self._begun = existing or self._wanted, True
             for part in self.missing():
-                if self._part_path(part).exists():
+                if self._record(part).exists():
                     logger.warning("%s: files of %s are missing or cut short; it is made again", self.folder, part)
         self._may_write = True
 
     def _existing(self) -> dict[str, Any] | None:
         """The spec of what is there and is gone on with, finished or not; None: begin anew."""
-        partial, finished = _look(self._files, self._wanted["stage"])
+        partial, finished = require_place(self.folder, self._wanted["stage"])
         if partial is not None and difference(partial, self._wanted, is_finished=False) is None:
-            may_replace = finished is None or (self._files.workspace / OVERWRITES).exists()
+            may_replace = finished is None or (self.workspace / OVERWRITES).exists()
             if may_replace and (self._shared or not self._overwrite):
                 return partial
         if self._overwrite:
-            self._files.refuse_place()
+            self.refuse_place()
             return None
         existing = finished or partial
         unlike = existing and difference(existing, self._wanted, is_finished=finished is not None)
@@ -156,17 +152,10 @@ class ArtifactWriter:
             Artifact(self.folder, finished).check_sizes()  # "finished" is not said of a folder that has lost files
         return finished
 
-    def _is_whole(self, part: str) -> bool:
-        """Whether a part is recorded, and its files are there in their full size."""
-        with contextlib.suppress(FileNotFoundError):
-            files = read_json(self._part_path(part))["files"]
-            return file_sizes(self._files.partial, files) == {name: entry["size"] for name, entry in files.items()}
-        return False
-
-    def write(self, relative: str, write: Callable[[Any], None]) -> dict[str, Any]:
+    def write(self, relative: str, write: Callable[[BinaryIO], Any]) -> dict[str, Any]:
         """Write one file atomically and return its manifest entry."""
         self.begin()
-        return write_atomically(self._files.partial / relative, write)
+        return write_atomically(self.partial / relative, write)
 
     def write_tensors(self, relative: str, tensors: Any) -> dict[str, Any]:
         """Write a tensor, or a dict of them, as a torch file. Views are the caller's to clone."""
@@ -174,20 +163,33 @@ class ArtifactWriter:
 
     def temporary_path(self, name: str) -> Path:
         """Where a file or folder may lie that is needed until this folder is finished, and is removed then."""
-        return self._files.workspace / name
+        return self.workspace / name
 
     def write_part(self, part: str, files: dict[str, dict[str, Any]], metrics: Any = None) -> None:
         """Record a finished unit: the entries of its files and its metrics."""
         self.begin()  # of a unit without files, this may be the first write
         content = {"files": files} if metrics is None else {"files": files, "metrics": metrics}
-        with self._files.locked():  # else another process could rename the folder while the record is synced
-            write_json(self._part_path(part), content)
+        with self.locked():  # else another process could rename the folder while the record is synced
+            write_json(self._record(part), content)
+
+    def _record(self, part: str) -> Path:
+        return self.workspace / f"{part}.json"
+
+    def _read_record(self, part: str) -> dict[str, Any]:
+        return parse_json_object(self._record(part), CURE_OF_DAMAGE)
+
+    def _is_whole(self, part: str) -> bool:
+        """Whether a part is recorded, and its files are there in their full size."""
+        with contextlib.suppress(FileNotFoundError):
+            files = self._read_record(part)["files"]
+            return file_sizes(self.partial, files) == {name: entry["size"] for name, entry in files.items()}
+        return False
 
     def metrics(self) -> dict[str, Any]:
         """Metrics of the parts that are there, by part."""
         missing = self.missing()
         try:
-            return self._merged(part for part in self.parts if part not in missing)[1]
+            return self._merged(part for part in self.parts if part not in missing)["metrics"]
         except FileNotFoundError:
             return read_manifest(self.folder / MANIFEST)["metrics"]
 
@@ -196,30 +198,22 @@ class ArtifactWriter:
         if self.missing():
             return False
         if not self.finished or (self.folder / WORKSPACE).exists():  # else it may lie on a disk that is read-only
-            with self._files.locked():
+            with self.locked():
                 if self.finished:  # by another process, or by a run that was killed before it had swept
-                    self._files.sweep()
+                    self.sweep()
                 else:
-                    self._publish()
+                    write_json(self.partial / MANIFEST, self.spec | self._merged(self.parts))
+                    self.publish()
         self._held.close()
         return True
 
-    def _publish(self) -> None:
-        files, metrics = self._merged(self.parts)
-        for path in (self._files.partial / name for name in (*files, MANIFEST)):
-            for temporary in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed run
-                temporary.unlink()
-        write_json(self._files.partial / MANIFEST, self.spec | {"files": files, "metrics": metrics})
-        self._files.publish()
-
-    def _merged(self, parts: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Files of the parts together, and their metrics by part."""
-        contents = {part: read_json(self._part_path(part)) for part in parts}
-        files = {file: entry for content in contents.values() for file, entry in content["files"].items()}
-        return files, {part: content["metrics"] for part, content in contents.items() if "metrics" in content}
-
-    def _part_path(self, part: str) -> Path:
-        return self._files.workspace / f"{part}.json"
+    def _merged(self, parts: Iterable[str]) -> dict[str, Any]:
+        """What the manifest says of the parts: their files together, and their metrics by part."""
+        contents = {part: self._read_record(part) for part in parts}
+        return {
+            "files": {file: entry for content in contents.values() for file, entry in content["files"].items()},
+            "metrics": {part: content["metrics"] for part, content in contents.items() if "metrics" in content},
+        }
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -264,7 +258,7 @@ class Artifact:
         """A torch file of this folder, its size and sha256 checked against the manifest."""
         path = self._checked_path(relative)
         if file_sha256(path) != self.files[relative]["sha256"]:
-            raise SettingError(f"{path} is damaged: its checksum is not the manifest's; {self._cure}")
+            raise SettingError(f"{path} is damaged: its checksum is not the manifest's; {self.cure}")
         return load_tensors(path)
 
     def map(self, relative: str) -> Any:
@@ -280,17 +274,18 @@ class Artifact:
         path = inside(self.folder, relative)
         entry = self.files.get(relative)
         if entry is None:
-            raise SettingError(f"{self.folder} has no {relative}; {self._cure}")
+            raise SettingError(f"{self.folder} has no {relative}; {self.cure}")
         if not path.is_file():
-            raise SettingError(f"{path} is missing although the manifest lists it; {self._cure}")
+            raise SettingError(f"{path} is missing although the manifest lists it; {self.cure}")
         if path.stat().st_size != entry["size"]:
             raise SettingError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}; {self._cure}"
+                f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}; {self.cure}"
             )
         return path
 
     @property
-    def _cure(self) -> str:
+    def cure(self) -> str:
+        """What to do about a damaged folder."""
         return f"run {STAGE_SCRIPTS[self.manifest['stage']]} again with overwrite"
 
 

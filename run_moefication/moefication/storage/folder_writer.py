@@ -3,10 +3,11 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ..errors import MoEficationError
 from .files import locked, sync
@@ -57,19 +58,9 @@ class FolderWriter:
         if target.exists():
             self._own_files(target)  # refuses a record that cannot be trusted
 
-    @contextlib.contextmanager
-    def locked(self, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
-        """Be the only process that works on this folder; may be nested.
-
-        Raises:
-            MoEficationError: another process still is after `timeout` seconds.
-        """
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(locked(self._lock, timeout))
-            except Timeout as error:
-                raise MoEficationError(f"another run is writing {self.folder}: let it finish") from error
-            yield
+    def locked(self, timeout: float = LOCK_TIMEOUT) -> AbstractContextManager[None]:
+        """Be the only process that works on this folder; may be nested. After `timeout` seconds it is refused."""
+        return locked(self._lock, timeout, self.folder)
 
     def start(self) -> None:
         """Make an empty partial folder; what an earlier run left of it goes."""
@@ -83,19 +74,19 @@ class FolderWriter:
         if self.partial.exists():
             for path in self.partial.iterdir():
                 if path != self.workspace:  # it goes last, since it says that all this is ours
-                    remove(path)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             shutil.rmtree(self.partial)
 
     def publish(self) -> None:
         """Give the partial folder its name, in place of a folder that has it already."""
-        if (self._target / WORKSPACE / REPLACED).exists():
-            self.sweep()
+        for temporary in self.partial.rglob(".*.tmp"):  # of a killed run
+            temporary.unlink()
+        self.sweep()  # what a killed run left to do
         if self._target.exists() and any(self._target.iterdir()):
             ours = self._own_files(self._target)
-            for path in self._target.rglob("*"):
-                name = path.relative_to(self._target)
-                is_new = (self.partial / name).is_file() and name.parts[0] != WORKSPACE
-                if is_new and not path.is_dir() and name.as_posix() not in ours:
+            for path in self.partial.rglob("*"):
+                name = path.relative_to(self.partial)
+                if path.is_file() and (self._target / name).exists() and name.as_posix() not in ours:
                     raise MoEficationError(f"{self.folder / name} is in the way, and not ours: move it away")
             os.rename(self._target, self.workspace / REPLACED)
         os.rename(self.partial, self._target)
@@ -104,29 +95,14 @@ class FolderWriter:
 
     def sweep(self) -> None:
         """Remove the workspace of a finished folder, after the files that are not ours have moved out of it."""
-        replaced = self._target / WORKSPACE / REPLACED
+        workspace = self._target / WORKSPACE
+        replaced = workspace / REPLACED
         if replaced.exists():
             for name in self._own_files(replaced):
                 (replaced / name).unlink(missing_ok=True)
                 if (folder := (replaced / name).parent) != replaced:
                     with contextlib.suppress(OSError):  # not empty, or gone
                         folder.rmdir()
-            _move_content(replaced, self._target)
-        remove(self._target / WORKSPACE)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _move_content(source: Path, target: Path) -> None:
-    """Move all that a folder holds into another one, and into folders that both have."""
-    for path in source.iterdir():
-        if path.is_dir() and not path.is_symlink() and (target / path.name).is_dir():
-            _move_content(path, target / path.name)
-        else:
-            os.rename(path, target / path.name)
+            shutil.copytree(replaced, self._target, symlinks=True, copy_function=os.rename, dirs_exist_ok=True)
+        if workspace.exists():
+            shutil.rmtree(workspace)

@@ -1,6 +1,5 @@
 """What a folder's `manifest.json` says, how two of them differ, and refusing those that cannot be trusted."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import MoEficationError
+from .files import parse_json_object
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -85,20 +85,9 @@ def difference(existing: dict[str, Any], wanted: dict[str, Any], is_finished: bo
     return None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of our own, refused if it is damaged."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise MoEficationError(f"{path} is damaged ({error}); {CURE_OF_DAMAGE}") from error
-    if not isinstance(content, dict):
-        raise MoEficationError(f"{path} is damaged (not a JSON object); {CURE_OF_DAMAGE}")
-    return content
-
-
 def read_manifest(path: Path) -> dict[str, Any]:
     """A manifest or spec, refused if it is damaged, foreign, or of another format version."""
-    manifest = read_json(path)
+    manifest = parse_json_object(path, CURE_OF_DAMAGE)
     if manifest.get("stage") not in STAGE_SCRIPTS:
         raise MoEficationError(f"{path} is not a manifest of this toolkit")
     if manifest.get("format") != FORMAT_VERSION:

@@ -11,16 +11,8 @@ from ..errors import MoEficationError
 
 # What torch's unpickler and its reader of archives raise for a file that is cut, foreign or forbidden.
 UNPICKLING_ERRORS = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    EOFError,
-    ImportError,
-    OSError,
+    *(pickle.UnpicklingError, RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError),
+    *(EOFError, ImportError, OSError),
 )
 
 

@@ -16,8 +16,7 @@ from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.tokenizers import load_tokenizer, tokenizer_files
 from ..errors import MoEficationError
 from ..progress import progress
-from ..storage.files import digest, file_sha256, locked, write_atomically, write_json
-from ..storage.manifest import read_json
+from ..storage.files import digest, file_sha256, locked, read_json_object, write_atomically, write_json
 from .documents import Document, DocumentReader, grouped
 from .text_files import TextFile
 
@@ -103,7 +102,7 @@ def token_stream(
         if not _is_whole(cached):
             entry = write_atomically(cached, write)
             write_json(cached.with_suffix(".json"), entry | {"skipped_lines": reader.skipped})
-        return TokenStream(_mapped(cached), read_json(cached.with_suffix(".json"))["skipped_lines"])
+        return TokenStream(_mapped(cached), _record(cached)["skipped_lines"])
 
 
 def _write_tokens(checkpoint: DenseCheckpoint, domain: str, reader: DocumentReader, file: BinaryIO) -> None:
@@ -138,10 +137,14 @@ def _mapped(file) -> torch.Tensor:
 
 def _is_whole(path: Path) -> bool:
     """Whether cached tokens are there, and not damaged (which is said)."""
-    record = path.with_suffix(".json")  # written last
-    if not record.exists():
+    if not path.with_suffix(".json").exists():  # written last
         return False
-    is_whole = path.exists() and file_sha256(path) == read_json(record)["sha256"]
+    is_whole = path.exists() and file_sha256(path) == _record(path)["sha256"]
     if not is_whole:
         logger.warning("%s is damaged; tokenising again", path)
     return is_whole
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What was recorded of cached tokens."""
+    return read_json_object(path.with_suffix(".json"), "remove it, and the text is tokenised again")

@@ -132,18 +132,24 @@ def test_an_exclusive_folder_has_one_writer_at_a_time(tmp_path):
     [
         ({"options": {"num_experts": 16, "seed": 0}}, "was made with num_experts 8, this run asks for 16"),
         ({"options": {"num_experts": 8, "seed": 0, "new": 1}}, "was made with new None, this run asks for 1"),
-        ({"source": {"name": "x", "fingerprint": "other"}}, "was made from another model (llama_7B"),
+        (
+            {"source": {"name": "x", "fingerprint": "other"}},
+            "was made from another model (llama_7B: its weights or config differ)",
+        ),
         ({"inputs": {"text": "other"}}, "was made from another text"),
         ({"stage": "select"}, "was written by llama_split_clustering.py"),
     ],
 )
 def test_other_specs_are_refused(change, words, finished, tmp_path):
+    """Overwriting is offered, but for the folder of another stage, where it would be refused."""
+    is_foreign = "stage" in change
+    words += "; choose another save_path" + ("" if is_foreign else ", or add overwrite to redo it")
     begun = tmp_path / "begun"
     fill(ArtifactWriter(begun, SPEC, PARTS), PARTS[:1])
     before = contents(tmp_path)
-    for folder in (begun, finished):
-        with pytest.raises(MoEficationError, match=re.escape(f"{folder} {words}")):
-            ArtifactWriter(folder, dataclasses.replace(SPEC, **change), PARTS)
+    for folder, overwrite in itertools.product((begun, finished), {False, is_foreign}):
+        with pytest.raises(MoEficationError, match=re.escape(f"{folder} {words}") + "$"):
+            ArtifactWriter(folder, dataclasses.replace(SPEC, **change), PARTS, overwrite=overwrite)
     assert contents(tmp_path) == before
 
 
@@ -158,12 +164,12 @@ def test_environment_counts_only_while_unfinished(tmp_path):
     assert ArtifactWriter(writer.folder, other, PARTS).was_finished
 
 
-def assert_refused(folder: Path, words: str, root: Path, spec: ArtifactSpec = SPEC) -> None:
+def assert_refused(folder: Path, words: str, root: Path) -> None:
     """With overwrite or without; and nothing changes."""
     before = contents(root)
     for overwrite in (False, True):
         with pytest.raises(MoEficationError, match=words):
-            ArtifactWriter(folder, spec, PARTS, overwrite=overwrite)
+            ArtifactWriter(folder, SPEC, PARTS, overwrite=overwrite)
     assert contents(root) == before
 
 
@@ -219,7 +225,7 @@ def test_an_unfinished_folder_of_an_earlier_version_is_refused(tmp_path):
     """These filled a folder in place."""
     (tmp_path / "manifest.parts").mkdir()
     (tmp_path / "manifest.parts" / "claim.json").write_text("{}")
-    assert_refused(tmp_path, "an earlier version left it unfinished, so remove it; choose", tmp_path)
+    assert_refused(tmp_path, "or remove what an earlier version left unfinished", tmp_path)
 
 
 def overwrite_in_step(folders, rank, step):
@@ -327,9 +333,9 @@ def test_manifest_that_names_files_outside_removes_nothing_there(finished, tmp_p
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"[1]", "is damaged (not a JSON object)"),
-        (b"\x00\xff", "is damaged"),
-        (b"[" * 100_000, "is damaged"),
+        (b"[1]", "is not a JSON object; remove its folder and run the stage again"),
+        (b"\x00\xff", "is not JSON; remove its folder"),
+        (b"[" * 100_000, "is not JSON"),
         (b'{"stage": "split"}', "has format None, this version reads 1"),
         (b'{"stage": "split", "format": 2}', "has format 2, this version reads 1"),
         (b'{"stage": "brew", "format": 1}', "is not a manifest of this toolkit"),
@@ -424,8 +430,3 @@ def test_a_finished_folder_that_lost_a_file_says_so_and_is_redone(finished):
     with pytest.raises(MoEficationError, match=r"layer.1 is missing .* again with overwrite"):
         ArtifactWriter(finished, SPEC, PARTS)
     assert made(finished, overwrite=True) == before
-
-
-def test_overwrite_is_not_offered_where_it_would_be_refused(finished):
-    words = r"llama_split_clustering.py; choose another save_path$"
-    assert_refused(finished, words, finished, dataclasses.replace(SPEC, stage="select"))
