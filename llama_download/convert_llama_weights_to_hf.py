@@ -41,8 +41,8 @@ MOST_UNUSED_ROWS = 1024  # an embedding may be padded; a tokenizer smaller by mo
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     place = "folder of params.json and the shards, or the one above it: then its folder --model_size is read"
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     shard_size = "of a safetensors file, in KB, MB or GB (powers of ten)"
     add("--max_shard_size", type=num_bytes, default="5GB", help=shard_size)
     add("--overwrite", action="store_true", help="replace a checkpoint that this script made")
-    return parser
+    return run(parser, convert, argv)
 
 
 def num_bytes(text: str) -> int:
@@ -63,11 +63,6 @@ def num_bytes(text: str) -> int:
     if match is None or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
     return int(float(match[1]) * UNITS[match[2]])
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and convert; returns the exit status."""
-    return run(build_parser(), convert, argv)
 
 
 def convert(arguments: argparse.Namespace) -> None:

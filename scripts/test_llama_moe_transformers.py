@@ -14,20 +14,15 @@ from run_moefication.moefication.errors import MoEficationError
 PROMPTS = ["The capital of France is", "Once upon a time, there was", "To bake bread you need"]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of this script."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--model_path", required=True, help="folder that llama_convert.py or save_pretrained wrote")
     parser.add_argument("--dense_path", help="folder of the dense model, to continue the texts first")
     parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="texts to continue")
     parser.add_argument("--max_new_tokens", type=int, default=24, help="length of each continuation")
     parser.add_argument("--num_selects", type=int, nargs="+", help="experts per token (default: the checkpoint's own)")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    return command_line.run(build_parser(), show, argv)
+    return command_line.run(parser, show, argv)
 
 
 def show(arguments: argparse.Namespace) -> None:
