@@ -89,13 +89,9 @@ def make_models(arguments: argparse.Namespace, prompt: torch.Tensor, dtype: torc
         max_position_embeddings=8192,
     )
     counts = dict(num_experts=arguments.num_experts, num_experts_per_tok=1)
-    threshold = dict(gate_network="linear", routing="threshold")
+    threshold = LlamaMoEConfig(**fields, **counts, gate_network="linear", routing="threshold")
     models = []
-    for config in (
-        LlamaConfig(**fields),
-        LlamaMoEConfig(**fields, **counts),
-        LlamaMoEConfig(**fields, **counts, **threshold),
-    ):
+    for config in (LlamaConfig(**fields), LlamaMoEConfig(**fields, **counts), threshold):
         with prompt.device:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if models:

@@ -17,7 +17,7 @@ from typing import Any
 
 import timing
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -63,7 +63,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
 def cases(
     arguments: argparse.Namespace, shape: str, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[LlamaMLP, MoEBlock, torch.Tensor]]:
+) -> Iterator[tuple[LlamaMLP, MoEBlock, Tensor]]:
     """The dense MLP, our block, and inputs, for every number of tokens and budget; threshold routing at the first."""
 
     def filled(module: nn.Module) -> nn.Module:
@@ -95,7 +95,7 @@ def cost_bounds(num_experts: int) -> tuple[int, int]:
     return max(1, round(0.05 * num_experts)), round(0.95 * num_experts)
 
 
-def spread_costs(gate: LinearGate, x: torch.Tensor, budget: int) -> None:
+def spread_costs(gate: LinearGate, x: Tensor, budget: int) -> None:
     """Set the threshold to 0, and move the tokens `x [T, H]` so that they run from 5 to 95 % of the experts with the
     budget as average (one token: just it).
 
@@ -116,16 +116,14 @@ def spread_costs(gate: LinearGate, x: torch.Tensor, budget: int) -> None:
     gate.threshold.zero_()
 
 
-def run(block: MoEBlock, x: torch.Tensor, implementation: str) -> torch.Tensor:
+def run(block: MoEBlock, x: Tensor, implementation: str) -> Tensor:
     """The block's output, its experts run in this way."""
     block.experts.config._experts_implementation = implementation
     return block(x)
 
 
 @torch.inference_mode()
-def measure(
-    dense: LlamaMLP, block: MoEBlock, x: torch.Tensor, rounds: int, rates: tuple[float, float]
-) -> dict[str, Any]:
+def measure(dense: LlamaMLP, block: MoEBlock, x: Tensor, rounds: int, rates: tuple[float, float]) -> dict[str, Any]:
     """Times of one case, as ratios to the dense MLP's."""
     gate, num_tokens = block.gate, x.shape[1]
     expert_bytes = sum(parameter[0].nbytes for parameter in block.experts.parameters())

@@ -39,7 +39,7 @@ def show(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     import llama_moe
-    from run_moefication.moefication.checkpoints.moe import require_num_selects
+    from run_moefication.moefication.checkpoints.moe import require_num_selects, set_num_selects
     from run_moefication.moefication.stages.evaluate import active_share
 
     if not sys.stderr.isatty():
@@ -58,11 +58,8 @@ def show(arguments: argparse.Namespace) -> None:
     shared, total = config.num_shared_experts, config.num_experts + config.num_shared_experts
     for num_selects in arguments.num_selects or [config.num_selects]:
         if arguments.num_selects:
-            try:
-                require_num_selects(num_selects, config)
-                model.set_num_experts_per_tok(num_selects - shared)
-            except ValueError as error:  # thresholds without quantiles
-                raise MoEficationError(f"--num_selects {num_selects}: {error}") from error
+            require_num_selects(num_selects, config)
+            set_num_selects(model, num_selects, arguments.model_path)
         print(f"{num_selects} of {total} experts:")
         with llama_moe.record_routing(model) as routing:
             complete(model, tokenizer, arguments)
