@@ -8,22 +8,15 @@ Memory: about one output shard, whatever the model's size.
 """
 
 import argparse
-import json
 import re
 import shlex
 import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from run_moefication.command_line import new_parser, path, run
 from run_moefication.moefication.errors import MoEficationError
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-    from llama_download.meta_checkpoint import MetaCheckpoint
 
 # (dim, n_layers, n_heads, n_kv_heads) of LLaMA 1 (7B to 65B), Llama 2 (7B, 13B, 70B) and Llama 3 (1B to 70B).
 SIZES = {
@@ -41,8 +34,8 @@ MOST_UNUSED_ROWS = 1024  # an embedding may be padded; a tokenizer smaller by mo
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     place = "folder of params.json and the shards, or the one above it: then its folder --model_size is read"
@@ -54,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     shard_size = "of a safetensors file, in KB, MB or GB (powers of ten)"
     add("--max_shard_size", type=num_bytes, default="5GB", help=shard_size)
     add("--overwrite", action="store_true", help="replace a checkpoint that this script made")
-    return parser
+    return run(parser, convert, argv)
 
 
 def num_bytes(text: str) -> int:
@@ -63,11 +56,6 @@ def num_bytes(text: str) -> int:
     if match is None or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
     return int(float(match[1]) * UNITS[match[2]])
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and convert; returns the exit status."""
-    return run(build_parser(), convert, argv)
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -83,7 +71,8 @@ def convert(arguments: argparse.Namespace) -> None:
 
     model = MetaCheckpoint(folder)
     config = model.config
-    require_size(config, arguments.model_size, folder)
+    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    require_size(tuple(getattr(config, name) for name in fields), arguments.model_size, folder)
     source = model.content | {
         "tokenizer": file_sha256(tokenizer_path),
         "dtype": arguments.dtype,
@@ -105,7 +94,7 @@ def convert(arguments: argparse.Namespace) -> None:
     with new_folder(output_dir, source) as partial:
         shutil.copyfile(tokenizer_path, partial / tokenizer_path.name)  # other tools look for the original
         tokenizer.save_pretrained(partial)
-        write_model(model, tokenizer, partial, arguments.dtype, arguments.max_shard_size)
+        model.write(partial, arguments.dtype, arguments.max_shard_size, tokenizer.bos_token_id, tokenizer.eos_token_id)
     print(f"written: {output_dir}")
     print(f"next: MODEL_PATH={shlex.quote(str(output_dir))} bash run_moefication/1_split.sh")
 
@@ -119,10 +108,8 @@ def find_model(input_dir: Path, model_size: str) -> Path:
     raise MoEficationError(f"--input_dir {input_dir} has no params.json{within}: name the folder that has")
 
 
-def require_size(config: "LlamaConfig", model_size: str, folder: Path) -> None:
+def require_size(found: tuple[int, ...], model_size: str, folder: Path) -> None:
     """Refuse a model that is not of the size named (`auto` takes any)."""
-    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    found = tuple(getattr(config, name) for name in fields)
     if model_size != "auto" and found != SIZES[model_size]:
         right = next((name for name, shape in SIZES.items() if shape == found), "auto")
         raise MoEficationError(
@@ -137,35 +124,6 @@ def find_tokenizer(folder: Path) -> Path:
         if (place / "tokenizer.model").is_file():
             return place / "tokenizer.model"
     raise MoEficationError(f"{folder} has no tokenizer.model, nor has the folder above: download it, too")
-
-
-def write_model(
-    model: "MetaCheckpoint", tokenizer: "PreTrainedTokenizerFast", folder: Path, dtype: str | None, max_shard_bytes: int
-) -> None:
-    """Write configs and weights, one shard in memory at a time, and check that the whole is a LLaMA."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-    from transformers import GenerationConfig
-
-    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
-    from run_moefication.moefication.checkpoints.writer import WEIGHTS_INDEX, plan_shards, shard_index
-    from run_moefication.moefication.progress import progress
-
-    new_dtype = getattr(torch, dtype) if dtype else model.dtype
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model.config.update(ids | {"dtype": new_dtype})
-    model.config.save_pretrained(folder)
-    GenerationConfig(**ids).save_pretrained(folder)
-    shards = plan_shards(model.plan(new_dtype), max_shard_bytes)
-    for name, group in progress(shards.items(), "convert", "shard"):
-        try:
-            save_file({planned.name: planned.made({}) for planned in group}, folder / name, {"format": "pt"})
-        except SafetensorError as error:  # this is how it says that the disk is full
-            raise MoEficationError(f"{folder / name}: {error}") from error
-    if len(shards) > 1:
-        (folder / WEIGHTS_INDEX).write_text(json.dumps(shard_index(shards), indent=2) + "\n", encoding="utf-8")
-    DenseCheckpoint(str(folder))
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ WEIGHTS = (".safetensors", ".bin")
 LICENCES = ("LICEN", "NOTICE", "USE_POLICY")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of download_hf.sh."""
+def main() -> int:
+    """Returns the exit status."""
     parser = new_parser(__doc__)
     parser.prog = "download_hf.sh"
     parser.add_argument("model_id", metavar="MODEL_ID", type=path, help="name of the model on the hub")
     place = "new, empty, or of an earlier run for this model"
     parser.add_argument("target", metavar="TARGET_FOLDER", type=path, help=place)
-    return parser
+    return run(parser, download, None)
 
 
 def download(arguments: argparse.Namespace) -> None:
@@ -122,4 +122,4 @@ def hub_errors(model: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(build_parser(), download, None))
+    sys.exit(main())

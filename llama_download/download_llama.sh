@@ -145,7 +145,7 @@ is_right() { # CHECKLIST NAME FILE: whether both files are there, and FILE has t
 # fetch_folder FOLDER CHECKLIST NAME...: fetches the files that are not there and right, and the list of checksums first.
 fetch_folder() {
     local folder="$TARGET_FOLDER/$1" list="$TARGET_FOLDER/$1$2" name wrong=""
-    make_folder "$folder" || die "$folder cannot be made: choose another TARGET_FOLDER"
+    mkdir -p "$folder" 2>/dev/null || die "$folder cannot be made: choose another TARGET_FOLDER"
     for name in "${@:3}"; do
         is_right "$list" "$name" "$folder$name" || { wrong="$name" && break; }
     done
@@ -209,24 +209,18 @@ command -v "${MD5[0]}" >/dev/null || die "neither md5sum nor md5 is there: insta
 
 CHILD=""
 HEADERS="$(mktemp)"
-CREATED=() # folders that this run made, to go again if nothing came into them
-make_folder() { # FOLDER
-    [ -d "$1" ] || CREATED=("$1" "${CREATED[@]}")
-    mkdir -p "$1" 2>/dev/null
-}
-clean_up() {
+IS_NEW=""
+[ -d "$TARGET_FOLDER" ] || IS_NEW=1
+clean_up() { # a folder that this run made goes again if nothing came into it
     rm -f -- "$HEADERS"
-    local folder
-    for folder in "${CREATED[@]}"; do
-        find "$folder" -maxdepth 1 -name '.*.part' -size 0 -delete 2>/dev/null || true
-        rmdir "$folder" 2>/dev/null || true
-    done
+    [ -z "$IS_NEW" ] ||
+        find "$TARGET_FOLDER" -depth \( -name '.*.part' -size 0 -o -type d -empty \) -delete 2>/dev/null || true
 }
 trap clean_up EXIT
 trap 'stop 129' HUP
 trap 'stop 130' INT
 trap 'stop 143' TERM
-make_folder "$TARGET_FOLDER" || die "TARGET_FOLDER $TARGET_FOLDER cannot be made: choose another folder"
+mkdir -p "$TARGET_FOLDER" 2>/dev/null || die "TARGET_FOLDER $TARGET_FOLDER cannot be made: choose another folder"
 if command -v flock >/dev/null; then # macOS has none: there, two runs at once only spoil each other's unfinished files
     exec 9<"$TARGET_FOLDER"
     flock --nonblock --conflict-exit-code 9 9 2>/dev/null || [ $? -ne 9 ] ||

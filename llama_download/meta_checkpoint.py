@@ -3,6 +3,7 @@
 Everything is checked when a checkpoint is opened. The files stay memory-mapped; a tensor is made only when asked for.
 """
 
+import json
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import GenerationConfig, LlamaConfig
 
-from run_moefication.moefication.checkpoints.dense import DTYPES
-from run_moefication.moefication.checkpoints.writer import PlannedTensor
+from run_moefication.moefication.checkpoints.dense import DTYPES, DenseCheckpoint
+from run_moefication.moefication.checkpoints.writer import WEIGHTS_INDEX, PlannedTensor, plan_shards, shard_index
 from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.progress import progress
 from run_moefication.moefication.storage.files import digest, read_json_object
 from run_moefication.moefication.storage.tensors import load_tensors
 
@@ -38,19 +42,12 @@ ROTARY_TABLE = "rope.freqs"  # LLaMA 1 and 2 ship it; transformers computes it f
 
 @dataclass(frozen=True)
 class MetaTensor:
-    """A tensor of Meta's format and its place in transformers'.
+    """A tensor of Meta's format and its place in transformers'."""
 
-    Attributes:
-        name: in transformers' checkpoint.
-        shape: of the whole tensor.
-        axis: along which the shards hold equal parts; None where each holds all of it.
-        head_dim: set for query and key projections, whose rows transformers has in another order.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    axis: int | None = None
-    head_dim: int | None = None
+    name: str  # in transformers' checkpoint
+    shape: tuple[int, ...]  # of the whole tensor
+    axis: int | None = None  # along which the shards hold equal parts; None where each holds all of it
+    head_dim: int | None = None  # set for query and key projections, whose rows transformers has in another order
 
     def fits(self, parts: list[torch.Tensor]) -> bool:
         """Whether these are the parts that shards should hold: of equal shapes, with no head cut in two."""
@@ -112,7 +109,27 @@ class MetaCheckpoint:
                 members.append([[member.filename, member.file_size, member.CRC] for member in archive.infolist()])
         return {"params": self.params, "weights": digest(members)}
 
-    def plan(self, dtype: torch.dtype) -> list[PlannedTensor]:
+    def write(
+        self, folder: Path, dtype: str | None, max_shard_bytes: int, bos_token_id: int, eos_token_id: int
+    ) -> None:
+        """Write config and weights as transformers has them, one shard in memory at a time, in `dtype` or that of the
+        source, and check that the whole is a LLaMA."""
+        new_dtype = getattr(torch, dtype) if dtype else self.dtype
+        ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+        self.config.update(ids | {"dtype": new_dtype})
+        self.config.save_pretrained(folder)
+        GenerationConfig(**ids).save_pretrained(folder)
+        shards = plan_shards(self._plan(new_dtype), max_shard_bytes)
+        for name, group in progress(shards.items(), "convert", "shard"):
+            try:
+                save_file({planned.name: planned.made({}) for planned in group}, folder / name, {"format": "pt"})
+            except SafetensorError as error:  # this is how it says that the disk is full
+                raise MoEficationError(f"{folder / name}: {error}") from error
+        if len(shards) > 1:
+            (folder / WEIGHTS_INDEX).write_text(json.dumps(shard_index(shards), indent=2) + "\n", encoding="utf-8")
+        DenseCheckpoint(str(folder))
+
+    def _plan(self, dtype: torch.dtype) -> list[PlannedTensor]:
         """All tensors of the transformers checkpoint, embedding first, in `dtype`."""
 
         def make(meta_name: str, tensor: MetaTensor) -> torch.Tensor:
@@ -153,9 +170,6 @@ class MetaCheckpoint:
                     f"{self.folder}: the {len(parts)} shard(s) hold {name} as {shapes}, which do not make up the "
                     f"{list(tensor.shape)} of params.json: shards are missing, too many, or of another model"
                 )
-
-
-# ---------------------------------------------------------------------------------------------------- params.json
 
 
 def _read_params(path: Path) -> dict[str, Any]:
@@ -216,9 +230,6 @@ def _config(params: dict[str, Any], family: str, embedding_rows: int, tied: bool
         tie_word_embeddings=tied,
         architectures=["LlamaForCausalLM"],
     )
-
-
-# ---------------------------------------------------------------------------------------------------- shards
 
 
 def _shard_files(folder: Path) -> list[Path]:

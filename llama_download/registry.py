@@ -37,19 +37,13 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Package:
-    """One file of a registry, known by its checksum.
+    """One file of a registry, known by its checksum."""
 
-    Attributes:
-        registry: "PyPI" (releases with a single wheel for every platform), "npm", or "Debian".
-        name: for PyPI as in the wheel's file name, with underscores.
-        architecture: of Debian's packages.
-    """
-
-    registry: str
-    name: str
+    registry: str  # "PyPI" (releases with a single wheel for every platform), "npm", or "Debian"
+    name: str  # for PyPI as in the wheel's file name, with underscores
     version: str
     sha256: str
-    architecture: str = "all"
+    architecture: str = "all"  # of Debian's packages
 
     @property
     def requirement(self) -> str:
@@ -81,9 +75,7 @@ class Package:
 def fetch(package: Package, cache_dir: Path) -> Path:
     """Path of the package's file in `cache_dir`, downloaded unless an undamaged copy lies there already.
 
-    Raises:
-        RegistryError: it cannot be had.
-        MoEficationError: the registry's file is not the pinned one.
+    Raises RegistryError where it cannot be had, and MoEficationError where the registry's file is not the pinned one.
     """
     if not package.is_in(cache_dir):
         client = COMMANDS[package.registry][0]

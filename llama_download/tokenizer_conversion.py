@@ -32,11 +32,8 @@ LLAMA31_TOKENS = LLAMA3_TOKENS | {4: "finetune_right_pad_id", 8: "eom_id", 10: "
 def convert_tokenizer(path: Path, family: str, max_positions: int) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a `tokenizer.model`, adding BOS as the original does for a prompt.
 
-    Args:
-        family: of the model, such as "Llama 3.1".
-        max_positions: what the model takes at most, recorded as `model_max_length`.
-
-    Raises MoEficationError where it is neither a sentencepiece BPE model nor a tiktoken file.
+    `family` is the model's, such as "Llama 3.1"; `max_positions` is recorded as `model_max_length`. Raises
+    MoEficationError where the file is neither a sentencepiece BPE model nor a tiktoken file.
     """
     content = path.read_bytes()
     if ranks := _tiktoken_ranks(content):
@@ -68,9 +65,6 @@ def _begin_with(token: str, number: int) -> processors.TemplateProcessing:
     return processors.TemplateProcessing(
         single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[(token, number)]
     )
-
-
-# ---------------------------------------------------------------------------------------------------- sentencepiece
 
 
 def _from_sentencepiece(content: bytes, path: Path) -> tuple[Tokenizer, dict[str, str]]:
@@ -114,9 +108,6 @@ def _from_sentencepiece(content: bytes, path: Path) -> tuple[Tokenizer, dict[str
                 f"{found[:8]}; its normaliser or its own symbols are not as LLaMA's"
             )
     return tokenizer, special
-
-
-# ---------------------------------------------------------------------------------------------------- tiktoken
 
 
 def _tiktoken_ranks(content: bytes) -> dict[bytes, int] | None:

@@ -25,10 +25,10 @@ _SHARED_EXPERTS_PLAN = {
 
 @strict
 class LlamaMoEConfig(LlamaConfig):
-    """A `LlamaConfig` plus how each MLP is cut into experts and how a token chooses among them.
+    """A `LlamaConfig` plus how each MLP is cut into experts of equal width, and how a token chooses among them.
 
     The counts follow the names inference engines read: they are of routed experts, beside which `num_shared_experts`
-    run for every token. All experts have the same width, and together the dense MLP's.
+    run for every token.
 
     Args:
         num_experts: routed experts per layer.
@@ -44,15 +44,14 @@ class LlamaMoEConfig(LlamaConfig):
         gate_noise: standard deviation of the noise added to the scores while training.
         routing: "top_k" runs the `num_experts_per_tok` experts of the highest score; "threshold" every expert whose
             score reaches its layer's threshold, so that tokens differ in cost and the average is the budget.
-        min_experts_per_tok: with threshold routing, the best so many run whatever their score.
-        max_experts_per_tok: with threshold routing, at most the best so many run; None for all.
-        multiply_gate_scores: weight the selected experts by the softmax over their scores. Off, every selected expert
-            has weight 1, which is what keeps a converted model equal to its dense source when all experts run.
+        min_experts_per_tok, max_experts_per_tok: bounds of threshold routing: so many of the best experts run whatever
+            their score, and no others beyond so many (None: all may).
+        multiply_gate_scores: weight the selected experts by the softmax over their scores. Off, each weighs 1, which
+            keeps a converted model equal to its dense source when all experts run.
         score_scale_factor: multiplies the weights of all routed experts.
         output_bias: a bias on the output of each MLP, which calibration can fit. Models with `mlp_bias` have one.
-        router_aux_loss_coef: factor of the load-balancing loss in a causal LM's loss while training; 0 leaves it out.
-        output_router_logits: return the gate scores of every layer with each forward pass, and from a causal LM the
-            load-balancing loss.
+        router_aux_loss_coef: factor of the load-balancing loss in a causal LM's loss while training.
+        output_router_logits: return the gate scores of every layer, and from a causal LM the load-balancing loss.
 
     Raises:
         ValueError: the counts do not fit together, or the file is of the older LLaMA-MoE v1 project.
@@ -128,14 +127,14 @@ class LlamaMoEConfig(LlamaConfig):
     def check_experts(self) -> None:
         """Raise `ValueError` unless the fields fit together. Models ask too: `from_pretrained(..., field=value)` sets
         fields after the config was made."""
-        self._require("num_experts", self.num_experts >= 1, "at least 1")
-        self._require("num_shared_experts", self.num_shared_experts >= 0, "at least 0")
-        self._require("moe_intermediate_size", self.moe_intermediate_size >= 1, "at least 1")
-        self._require("gate_network", self.gate_network in GATE_NETWORKS, f"one of {', '.join(GATE_NETWORKS)}")
-        self._require("routing", self.routing in ROUTINGS, f"one of {', '.join(ROUTINGS)}")
-        self._require("gate_noise", 0 <= self.gate_noise < math.inf, "at least 0")
+        lowest = dict(
+            num_experts=1, num_shared_experts=0, moe_intermediate_size=1, gate_noise=0, router_aux_loss_coef=0
+        )
+        for field, least in lowest.items():
+            self._require(field, least <= getattr(self, field) < math.inf, f"at least {least}")
+        for field, choices in (("gate_network", GATE_NETWORKS), ("routing", ROUTINGS)):
+            self._require(field, getattr(self, field) in choices, f"one of {', '.join(choices)}")
         self._require("score_scale_factor", math.isfinite(self.score_scale_factor), "a finite number")
-        self._require("router_aux_loss_coef", 0 <= self.router_aux_loss_coef < math.inf, "at least 0")
         all_experts = self.num_experts + self.num_shared_experts
         if all_experts * self.moe_intermediate_size != self.intermediate_size:
             shared = f" plus num_shared_experts ({self.num_shared_experts})" if self.num_shared_experts else ""
@@ -152,11 +151,12 @@ class LlamaMoEConfig(LlamaConfig):
         self._check_budgets()
 
     def _check_budgets(self) -> None:
+        is_threshold = self.routing == "threshold"
         min_experts, max_experts = self.min_experts_per_tok, self.max_routed_experts
         whole = f"1 to num_experts ({self.num_experts})"
         self._require("max_experts_per_tok", 1 <= max_experts <= self.num_experts, whole)
         self._require("min_experts_per_tok", 0 <= min_experts <= max_experts, f"0 to {max_experts}")
-        if self.routing == "threshold":
+        if is_threshold:
             bounds = f"{min_experts} to {max_experts}, the bounds of each token"
             self._require("num_experts_per_tok", min_experts <= self.num_experts_per_tok <= max_experts, bounds)
         else:
@@ -166,15 +166,16 @@ class LlamaMoEConfig(LlamaConfig):
         budgets, layers = self.layer_num_experts_per_tok, self.num_hidden_layers
         if budgets is None:
             return
-        fits = len(budgets) == layers
-        if self.routing == "threshold":
-            wanted = f"{layers} numbers of 0 to num_experts ({self.num_experts})"
-            fits = fits and all(0 <= k <= self.num_experts for k in budgets)
+        if is_threshold:
+            wanted = f"0 to num_experts ({self.num_experts})"
+            fits = all(0 <= k <= self.num_experts for k in budgets)
         else:
-            wanted = f"{layers} numbers of {whole}, the largest num_experts_per_tok"
-            fits = fits and all(isinstance(k, int) and k >= 1 for k in budgets)
-            fits = fits and max(budgets) == self.num_experts_per_tok
-        self._require("layer_num_experts_per_tok", fits, wanted)
+            wanted = f"{whole}, the largest num_experts_per_tok"
+            fits = (
+                all(isinstance(k, int) and k >= 1 for k in budgets)
+                and max(budgets, default=0) == self.num_experts_per_tok
+            )
+        self._require("layer_num_experts_per_tok", len(budgets) == layers and fits, f"{layers} numbers of {wanted}")
 
     def _require(self, field: str, holds: bool, wanted: str) -> None:
         if not holds:

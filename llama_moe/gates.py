@@ -5,7 +5,7 @@ Axes: T tokens, E routed experts, K slots per token (the experts it may run), H 
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -46,11 +46,11 @@ class Gate(nn.Module):
             self.register_buffer("threshold", torch.full((1,), self.LOWEST_THRESHOLD))
             self.register_buffer("score_quantiles", torch.zeros(self.NUM_QUANTILES))  # all equal: none stored yet
 
-    def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def score(self, hidden_states: Tensor) -> Tensor:
         """`[T, H]`, as the MLP sees it (not normalised) -> raw scores `[T, E]`."""
         raise NotImplementedError
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns scores `[T, E]`, the weights of the slots `[T, K]`, and the slots' experts `[T, K]`."""
         scores = self.score(hidden_states)
         if self.training and self.noise:
@@ -64,7 +64,7 @@ class Gate(nn.Module):
         bounds = (self.min_experts_per_tok, self.max_experts_per_tok)
         return self.routing == "threshold" and bounds == (0, self.num_experts)
 
-    def route(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def route(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores `[T, E]` -> the slots' experts `[T, K]`, and which slots are used, bool `[T, K]` (None: all are)."""
         if self.routing == "top_k":
             return torch.topk(scores, self.num_experts_per_tok, dim=-1).indices, None
@@ -74,12 +74,12 @@ class Gate(nn.Module):
         forced = torch.arange(best.shape[-1], device=scores.device) < self.min_experts_per_tok
         return index, (best >= self.threshold) | forced
 
-    def mask(self, scores: torch.Tensor) -> torch.Tensor:
+    def mask(self, scores: Tensor) -> Tensor:
         """Which experts run, bool `[T, E]`."""
         index, used = self.route(scores)
         return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, True if used is None else used)
 
-    def _weights(self, scores: torch.Tensor, index: torch.Tensor, used: torch.Tensor | None) -> torch.Tensor:
+    def _weights(self, scores: Tensor, index: Tensor, used: Tensor | None) -> Tensor:
         if self.multiply_gate_scores:
             chosen = scores.gather(-1, index)
             if used is not None:
@@ -93,14 +93,14 @@ class Gate(nn.Module):
             weights = weights * self.score_scale_factor
         return weights if used is None else weights * used
 
-    def _straight_through(self, chosen: torch.Tensor) -> torch.Tensor:
+    def _straight_through(self, chosen: Tensor) -> Tensor:
         """Ones whose gradient is that of a sigmoid around the boundary between running and not (Bengio et al. 2013,
         "Estimating or propagating gradients through stochastic neurons"): without it a gate could not be trained."""
         boundary = self.threshold if self.routing == "threshold" else chosen.amin(dim=-1, keepdim=True)
         soft = torch.sigmoid(chosen - boundary.detach())
         return 1 + (soft - soft.detach())
 
-    def within_bounds(self, scores: torch.Tensor) -> torch.Tensor:
+    def within_bounds(self, scores: Tensor) -> Tensor:
         """Scores `[T, E]` of which a share that reaches a threshold is the share that runs: those of experts that
         `min_experts_per_tok` forces on are the highest, those that `max_experts_per_tok` forces off the lowest."""
         if self._is_unbounded:
@@ -111,7 +111,7 @@ class Gate(nn.Module):
         return scores.scatter(-1, forced_on, highest).scatter(-1, forced_off, lowest)
 
     @torch.no_grad()
-    def store_score_quantiles(self, scores: torch.Tensor) -> None:
+    def store_score_quantiles(self, scores: Tensor) -> None:
         """Keep the quantiles of all scores `[T, E]` of a text: what `set_active_share` sets thresholds by. They must be
         finite (else `ValueError`, as if the gate routes by top-k)."""
         self._require_threshold_routing()
@@ -124,7 +124,7 @@ class Gate(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def quantile_threshold(cls, score_quantiles: torch.Tensor, share: float) -> float:
+    def quantile_threshold(cls, score_quantiles: Tensor, share: float) -> float:
         """The threshold at which this share of all token-expert pairs runs on the text of the quantiles; `ValueError`
         if these are all equal, as where none were stored."""
         if not 0 < share < 1:
@@ -158,7 +158,7 @@ class LinearGate(Gate):
             self.output_weight = nn.Parameter(torch.empty(num_experts, rank))
         self.register_parameter("bias", nn.Parameter(torch.empty(num_experts)) if has_bias else None)
 
-    def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def score(self, hidden_states: Tensor) -> Tensor:
         if self.rank is None:
             return F.linear(hidden_states, self.weight, self.bias)
         return F.linear(F.linear(hidden_states, self.input_weight), self.output_weight, self.bias)
@@ -172,7 +172,7 @@ class MLPGate(Gate):
         self.input_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.output_weight = nn.Parameter(torch.empty(num_experts, num_experts))
 
-    def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def score(self, hidden_states: Tensor) -> Tensor:
         return F.linear(torch.tanh(F.linear(hidden_states, self.input_weight)), self.output_weight)
 
 
@@ -189,9 +189,7 @@ def make_gate(config, layer_idx: int = 0) -> Gate:
     return GATE_CLASSES[config.gate_network](config.hidden_size, config.num_experts, **fields)
 
 
-def load_balancing_loss(
-    scores: list[torch.Tensor], selected: list[torch.Tensor], attention_mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def load_balancing_loss(scores: list[Tensor], selected: list[Tensor], attention_mask: Tensor | None = None) -> Tensor:
     """How unevenly experts are used, over all layers at once: their number times the sum over experts of the share of
     tokens that ran it times its mean softmax score (Switch Transformer, Fedus et al. 2021, equations 4 to 6). Equals
     the mean number of experts per token when balanced.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
@@ -81,12 +81,8 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         return super().get_correct_experts_implementation(requested_experts)
 
     def set_num_experts_per_tok(self, num_experts_per_tok: int | Sequence[int]) -> None:
-        """Change how many routed experts run per token, in place: one number for every layer, or one per layer. With
-        threshold routing these are averages.
-
-        Raises:
-            ValueError: a number that no layer can run, or not one per layer; or a threshold has no score quantiles.
-        """
+        """Change how many routed experts run per token (with threshold routing, on average): one for every layer, or
+        one per layer. `ValueError` for a number that no layer can run, or a threshold without score quantiles."""
         budgets, num_layers = num_experts_per_tok, self.config.num_hidden_layers
         if not isinstance(budgets, Sequence):
             budgets = [budgets] * num_layers
@@ -171,13 +167,13 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM, GenerationM
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values=None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:

@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .expert_kernels import EXPERTS_FUNCTIONS
 from .gates import Gate, make_gate
-
-# ---------------------------------------------------------------------------------------------------- experts
 
 
 @use_experts_implementation(experts_interface=EXPERTS_FUNCTIONS)
@@ -37,9 +35,7 @@ class Experts(nn.Module):
         self.register_parameter("gate_up_proj_bias", None)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the experts of the used slots: `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`."""
         gate_up_proj, down_proj = self.gate_up_proj, self.down_proj  # once: adapters compute them anew at every access
         output = torch.zeros_like(hidden_states)
@@ -61,7 +57,7 @@ class BiasedExperts(Experts):
         self.gate_up_proj_bias = nn.Parameter(torch.empty(self.num_experts, 2 * config.moe_intermediate_size))
 
     @property
-    def down_proj_bias(self) -> torch.Tensor:
+    def down_proj_bias(self) -> Tensor:
         """Zeros: the down bias belongs to the sum, once, and the block adds it. Asked for by grouped_mm and its kin."""
         return self.down_proj.new_zeros(1, 1).expand(self.num_experts, self.down_proj.shape[1])
 
@@ -77,11 +73,8 @@ class SharedExperts(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
-# ---------------------------------------------------------------------------------------------------- the block
 
 
 class MoEBlock(nn.Module):
@@ -96,7 +89,7 @@ class MoEBlock(nn.Module):
         has_bias = config.mlp_bias or config.output_bias
         self.register_parameter("output_bias", nn.Parameter(torch.empty(config.hidden_size)) if has_bias else None)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """`[batch, sequence, H]` -> the same shape."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights, index = self.gate(tokens)
@@ -106,9 +99,6 @@ class MoEBlock(nn.Module):
         if self.output_bias is not None:
             output = output + self.output_bias
         return output.reshape(hidden_states.shape)
-
-
-# ---------------------------------------------------------------------------------------------------- statistics
 
 
 class RoutingStatistics:
@@ -127,7 +117,7 @@ class RoutingStatistics:
         self.tokens_by_cost = torch.zeros(num_experts + 1, dtype=torch.int64)
         self.score_sum = torch.zeros(num_experts, dtype=torch.float64)
 
-    def add(self, scores: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> None:
+    def add(self, scores: Tensor, weights: Tensor, index: Tensor) -> None:
         """Count one forward pass, given the gate's output."""
         used = weights != 0
         self.num_tokens += len(scores)
@@ -137,7 +127,7 @@ class RoutingStatistics:
         self.score_sum += scores.detach().sum(0, dtype=torch.float64).cpu()
 
     @property
-    def expert_load(self) -> torch.Tensor:
+    def expert_load(self) -> Tensor:
         """Share of the tokens that each expert ran for, float64 `[E]`."""
         return self.runs.double() / max(self.num_tokens, 1)
 

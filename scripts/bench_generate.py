@@ -13,37 +13,32 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import Any
 
 import timing
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from llama_moe import LlamaMoEConfig
 from run_moefication import command_line
 
 INTERMEDIATE_SIZE = 8192
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of this script."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--layers", type=timing.positive, default=16, help="decoder layers")
     parser.add_argument("--prompt_tokens", type=timing.positive, default=512, help="length of the prompt")
     parser.add_argument("--new_tokens", type=timing.positive, default=16, help="tokens to decode after it")
     parser.add_argument("--dtype", choices=timing.DTYPES, default="fp32", help="of weights")
     timing.add_options(parser)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    return command_line.run(build_parser(), bench, argv)
+    return command_line.run(parser, bench, argv)
 
 
 def bench(arguments: argparse.Namespace) -> None:
     """Measure prefill, then decode, printing as it goes."""
-    import torch
-
     device = timing.check_options(arguments, [INTERMEDIATE_SIZE])
-    dtype = getattr(torch, timing.DTYPES[arguments.dtype])
+    dtype = timing.DTYPES[arguments.dtype]
     print(f"{timing.machine(device)}; {arguments.dtype}, {arguments.layers} layers")
     torch.manual_seed(0)
     prompt = torch.randint(3, 32000, (1, arguments.prompt_tokens), device=device)
@@ -79,14 +74,10 @@ def bench(arguments: argparse.Namespace) -> None:
     timing.write_json(arguments.json, device, rows)
 
 
-def make_models(arguments: argparse.Namespace, prompt: Any, dtype: Any) -> list[Any]:
+@torch.no_grad()
+def make_models(arguments: argparse.Namespace, prompt: torch.Tensor, dtype: torch.dtype) -> list[PreTrainedModel]:
     """A random LLaMA of LLaMA-3.2-1B's shape, and a LlamaMoE for either kind of routing, which share all its tensors
     but the MLPs', and one another's experts. The thresholds can be set to any active fraction over the prompt."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from llama_moe import LlamaMoEConfig
-
     fields = dict(
         hidden_size=2048,
         intermediate_size=INTERMEDIATE_SIZE,
@@ -98,42 +89,31 @@ def make_models(arguments: argparse.Namespace, prompt: Any, dtype: Any) -> list[
         max_position_embeddings=8192,
     )
     counts = dict(num_experts=arguments.num_experts, num_experts_per_tok=1)
-    threshold = dict(gate_network="linear", routing="threshold")
+    threshold = LlamaMoEConfig(**fields, **counts, gate_network="linear", routing="threshold")
     models = []
-    for config in (
-        LlamaConfig(**fields),
-        LlamaMoEConfig(**fields, **counts),
-        LlamaMoEConfig(**fields, **counts, **threshold),
-    ):
+    for config in (LlamaConfig(**fields), LlamaMoEConfig(**fields, **counts), threshold):
         with prompt.device:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if models:
             shared = {name: tensor for name, tensor in models[-1].state_dict().items() if ".mlp.gate." not in name}
             model.load_state_dict(shared, strict=False, assign=True)
         models.append(model.eval())
-    with torch.inference_mode():
-        scores = models[2](prompt, output_router_logits=True).router_logits
+    scores = models[2](prompt, output_router_logits=True).router_logits
     for layer, layer_scores in zip(models[2].model.layers, scores, strict=True):
         layer.mlp.gate.store_score_quantiles(layer_scores)
     return models
 
 
-def runs(phase: str, model: Any, prompt: Any, new_tokens: int) -> Callable[[], Any]:
+def runs(phase: str, model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> Callable[[], object]:
     """Prefill: one forward pass over the prompt. Decode: one token at a time after it, each the most likely; it returns
     the last one."""
-    import torch
-
-    def prefill() -> Any:
-        return model(prompt, logits_to_keep=1, use_cache=True)
-
+    prefill = partial(model, prompt, logits_to_keep=1, use_cache=True)
     if phase == "prefill":
         return prefill
-    with torch.inference_mode():
-        cache = prefill().past_key_values
-        # The last token of the prompt is read again by each run, which gives the first new one.
-        cache.crop(-1)
+    cache = prefill().past_key_values
+    cache.crop(-1)  # each run reads the last token of the prompt again, which gives the first new one
 
-    def decode() -> Any:
+    def decode() -> torch.Tensor:
         token = prompt[:, -1:]
         for _ in range(new_tokens):
             token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
@@ -143,7 +123,7 @@ def runs(phase: str, model: Any, prompt: Any, new_tokens: int) -> Callable[[], A
     return decode
 
 
-def run_mlps(dense: Any, x: Any, passes: int) -> None:
+def run_mlps(dense: LlamaForCausalLM, x: torch.Tensor, passes: int) -> None:
     """All MLPs of the dense model, so many times over the tokens `x`."""
     for _ in range(passes):
         for layer in dense.model.layers:

@@ -16,7 +16,14 @@ from itertools import product
 from typing import Any
 
 import timing
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
+from llama_moe import LlamaMoEConfig
+from llama_moe.gates import LinearGate
+from llama_moe.moe_layers import MoEBlock
 from run_moefication import command_line
 
 SHAPES = {"7B": (4096, 11008), "SmolLM2": (576, 1536), "1B": (2048, 8192)}  # hidden and intermediate size
@@ -26,30 +33,23 @@ COLUMNS = ("routing", "tokens", "active", "dense_ms", "bound", "ours", *IMPLEMEN
 MOST_COPIED_BYTES = 4 * 2**30
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of this script."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7B", "SmolLM2"], help="layers to measure")
     parser.add_argument("--dtypes", nargs="+", choices=timing.DTYPES, default=["fp32", "bf16"], help="of weights")
     parser.add_argument("--tokens", nargs="+", type=timing.positive, default=[1, 8, 64, 512], help="per forward pass")
     timing.add_options(parser)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    return command_line.run(build_parser(), bench, argv)
+    return command_line.run(parser, bench, argv)
 
 
 def bench(arguments: argparse.Namespace) -> None:
     """Measure all that was asked for, printing as it goes."""
-    import torch
-
     device = timing.check_options(arguments, [SHAPES[shape][1] for shape in arguments.shapes])
     print(timing.machine(device))
     rows = []
     for dtype_name in arguments.dtypes:
-        dtype = getattr(torch, timing.DTYPES[dtype_name])
+        dtype = timing.DTYPES[dtype_name]
         rates = timing.peak_rates(dtype, device)
         print(f"{dtype_name}: a large product reaches {rates[0] / 1e9:,.0f} GFLOP/s, reading {rates[1] / 1e9:.1f} GB/s")
         for shape in arguments.shapes:
@@ -61,16 +61,12 @@ def bench(arguments: argparse.Namespace) -> None:
     timing.write_json(arguments.json, device, rows)
 
 
-def cases(arguments: argparse.Namespace, shape: str, dtype: Any, device: Any) -> Iterator[tuple[Any, Any, Any]]:
+def cases(
+    arguments: argparse.Namespace, shape: str, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[LlamaMLP, MoEBlock, Tensor]]:
     """The dense MLP, our block, and inputs, for every number of tokens and budget; threshold routing at the first."""
-    import torch
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaMLP
 
-    from llama_moe import LlamaMoEConfig
-    from llama_moe.moe_layers import MoEBlock
-
-    def filled(module: torch.nn.Module) -> torch.nn.Module:
+    def filled(module: nn.Module) -> nn.Module:
         for parameter in module.requires_grad_(False).parameters():
             parameter.normal_(std=0.02)  # a trained layer's size
         return module.to(dtype)
@@ -99,14 +95,12 @@ def cost_bounds(num_experts: int) -> tuple[int, int]:
     return max(1, round(0.05 * num_experts)), round(0.95 * num_experts)
 
 
-def spread_costs(gate: Any, x: Any, budget: int) -> None:
+def spread_costs(gate: LinearGate, x: Tensor, budget: int) -> None:
     """Set the threshold to 0, and move the tokens `x [T, H]` so that they run from 5 to 95 % of the experts with the
     budget as average (one token: just it).
 
     Adding a multiple of d, where the gate's weight times d is all ones, to a token shifts all its scores alike.
     """
-    import torch
-
     low, high = cost_bounds(gate.num_experts)
     high = max(high, budget)
     counts = torch.tensor([budget])
@@ -122,16 +116,15 @@ def spread_costs(gate: Any, x: Any, budget: int) -> None:
     gate.threshold.zero_()
 
 
-def run(block: Any, x: Any, implementation: str) -> Any:
+def run(block: MoEBlock, x: Tensor, implementation: str) -> Tensor:
     """The block's output, its experts run in this way."""
     block.experts.config._experts_implementation = implementation
     return block(x)
 
 
-def measure(dense: Any, block: Any, x: Any, rounds: int, rates: tuple[float, float]) -> dict[str, Any]:
+@torch.inference_mode()
+def measure(dense: LlamaMLP, block: MoEBlock, x: Tensor, rounds: int, rates: tuple[float, float]) -> dict[str, Any]:
     """Times of one case, as ratios to the dense MLP's."""
-    import torch
-
     gate, num_tokens = block.gate, x.shape[1]
     expert_bytes = sum(parameter[0].nbytes for parameter in block.experts.parameters())
     alternatives = {"dense": partial(dense, x), "ours": partial(run, block, x, "llama_moe")}
@@ -141,10 +134,8 @@ def measure(dense: Any, block: Any, x: Any, rounds: int, rates: tuple[float, flo
             del alternatives["batched_mm"]
         if block.experts.down_proj[0, 0].nbytes % 16:  # it wants rows of whole 16 bytes
             del alternatives["grouped_mm"]
-    with torch.inference_mode():
-        selected = gate.mask(gate.score(x[0]))
-        seconds = timing.median_seconds(alternatives, rounds=rounds, device=x.device)
-
+    selected = gate.mask(gate.score(x[0]))
+    seconds = timing.median_seconds(alternatives, rounds=rounds, device=x.device)
     active = selected.float().mean().item()
     touched = selected.any(dim=0).float().mean().item()
     weights = gate.num_experts * expert_bytes

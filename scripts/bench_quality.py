@@ -17,6 +17,8 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
+import torch
+from quality_methods import Bench, rows
 from quality_table import DENSE, compared, read_rows, row_key, table, write_rows
 from timing import machine, positive
 
@@ -31,8 +33,8 @@ METHODS_HELP = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of this script."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--model_path", **command_line.MODEL)
     parser.add_argument("--train_data_path", type=command_line.path, required=True, help="calibration text, a folder")
@@ -55,12 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", **command_line.DEVICE)
     parser.add_argument("--json", type=Path, help="JSON lines, one row each (default: rows.jsonl in --work)")
     parser.add_argument("--seed", type=command_line.seed_number, default=0, help="of blocks, clustering and bootstrap")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    return command_line.run(build_parser(), bench, argv)
+    return command_line.run(parser, bench, argv)
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -71,9 +68,6 @@ def bench(arguments: argparse.Namespace) -> None:
     path = arguments.json or arguments.work / "rows.jsonl"
     if arguments.json and not path.absolute().parent.is_dir():
         raise MoEficationError(f"--json {path}: there is no folder {path.parent}")
-    import torch
-    from quality_methods import Bench, rows
-
     setup = Bench(arguments)
     kept = read_rows(path) if path.exists() else {}
     where = machine(torch.device(setup.run["device"]))

@@ -19,12 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import timing
+import torch
 
 from run_moefication import command_line
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
+from run_moefication.moefication.checkpoints.tokenizers import load_tokenizer
+from run_moefication.moefication.text.corpus import training_corpus
+from run_moefication.moefication.text.documents import DocumentReader
+from run_moefication.moefication.text.text_files import find_text_files
+from run_moefication.moefication.text.tokens import tokenize
+from run_moefication.settings import CorpusSettings
+
+CPU = torch.device("cpu")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of this script."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--model_path", **command_line.MODEL)
     parser.add_argument("--text_path", type=command_line.path, required=True, help="folder or file of documents")
@@ -32,24 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gigabytes", type=float, help="size of a generated file to measure memory on (default: none)")
     parser.add_argument("--seed", type=command_line.seed_number, default=0, help="seed of the order of documents")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    return command_line.run(build_parser(), bench, argv)
+    return command_line.run(parser, bench, argv)
 
 
 def bench(arguments: argparse.Namespace) -> None:
     """Measure the speed and, if asked, the memory, printing as it goes."""
-    import torch
-
-    from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
-    from run_moefication.moefication.checkpoints.tokenizers import load_tokenizer
-    from run_moefication.moefication.text.documents import DocumentReader
-    from run_moefication.moefication.text.text_files import find_text_files
-    from run_moefication.moefication.text.tokens import tokenize
-
     checkpoint = DenseCheckpoint(arguments.model_path)
     reader = DocumentReader(find_text_files(Path(arguments.text_path)))
     documents = list(reader)
@@ -64,24 +61,20 @@ def bench(arguments: argparse.Namespace) -> None:
         "ours": lambda: sum(map(len, ours())) - ends,
     }
     tokens = {name: count() for name, count in alternatives.items()}
-    device = torch.device("cpu")
-    print(timing.machine(device))
+    print(timing.machine(CPU))
     print(f"{len(documents):,} documents; {tokens['ours']:,} tokens")
-    seconds = timing.median_seconds(alternatives, rounds=arguments.rounds, device=device)
+    seconds = timing.median_seconds(alternatives, rounds=arguments.rounds, device=CPU)
     for name, value in seconds.items():
         ratio = seconds["loop over documents"] / value
         print(f"{name:<20} {value:8.2f} s {tokens[name] / value:>12,.0f} tokens/s {ratio:6.2f} times the loop")
     rows = [{"way": name, "seconds": value, "tokens": tokens[name]} for name, value in seconds.items()]
     if arguments.gigabytes:
         rows.append(memory(checkpoint, texts, arguments.gigabytes))
-    timing.write_json(arguments.json, device, rows)
+    timing.write_json(arguments.json, CPU, rows)
 
 
-def memory(checkpoint: Any, texts: list[str], gigabytes: float) -> dict[str, Any]:
+def memory(checkpoint: DenseCheckpoint, texts: list[str], gigabytes: float) -> dict[str, Any]:
     """Peak anonymous memory of this process, above what it had, while a generated file becomes blocks."""
-    from run_moefication.moefication.text.corpus import training_corpus
-    from run_moefication.settings import CorpusSettings
-
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as executor:
         path = Path(folder, "text.jsonl")
         lines = [json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in texts]

@@ -136,9 +136,6 @@ def as_data(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(recipe), default=str))
 
 
-# ---------------------------------------------------------------------------------------------------- measuring
-
-
 def measure_masked(bench: Bench, make: Callable[[PreTrainedModel], list[Choice]]) -> dict[str, Any]:
     """The dense model with masks on its MLPs; what the choice itself costs is not counted."""
     model = bench.dense.load_causal_lm(bench.run["device"], torch.float32)
@@ -186,9 +183,6 @@ def measure_moe(
 def numbers_of(row: Evaluation, active: float, neurons: float) -> dict[str, Any]:
     """What the file of rows says of one text."""
     return {"losses": [round(loss, 5) for loss in row.block_losses], "active": active, "neurons": neurons}
-
-
-# ---------------------------------------------------------------------------------------------------- models
 
 
 def make_model(bench: Bench, recipe: Recipe, experts: Split | None = None) -> rm.MoECheckpoint:

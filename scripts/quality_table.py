@@ -16,6 +16,7 @@ from typing import Any
 
 from run_moefication import command_line
 from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.storage.files import write_atomically
 
 Row = dict[str, Any]  # as `bench_quality.py --json` writes it
 Rows = dict[str, Row]  # by `row_key`
@@ -23,8 +24,8 @@ DRAWS = 2000  # of the bootstrap
 DENSE = "dense at 1"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of this script."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = command_line.new_parser(__doc__)
     parser.add_argument("rows", type=Path, nargs="+", help="of bench_quality.py --json; the first file's rows count")
     names = "rows to show, in this order, and what to call them (default: all)"
@@ -33,12 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--short", action="store_true", help="no intervals, shares of neurons and minutes in the table")
     parser.add_argument("--plot", type=Path, help="draw perplexity against active fraction into this file")
     parser.add_argument("--seed", type=command_line.seed_number, default=0, help="of the bootstrap")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    return command_line.run(build_parser(), show, argv)
+    return command_line.run(parser, show, argv)
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -88,8 +84,6 @@ def read_rows(path: Path) -> Rows:
 
 def write_rows(path: Path, rows: Rows) -> None:
     """Write a file of rows anew, whole or not at all."""
-    from run_moefication.moefication.storage.files import write_atomically
-
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows.values()]
     write_atomically(path, lambda file: file.write("".join(lines).encode()))
 

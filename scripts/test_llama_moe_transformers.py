@@ -14,20 +14,15 @@ from run_moefication.moefication.errors import MoEficationError
 PROMPTS = ["The capital of France is", "Once upon a time, there was", "To bake bread you need"]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of this script."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--model_path", required=True, help="folder that llama_convert.py or save_pretrained wrote")
     parser.add_argument("--dense_path", help="folder of the dense model, to continue the texts first")
     parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="texts to continue")
     parser.add_argument("--max_new_tokens", type=int, default=24, help="length of each continuation")
     parser.add_argument("--num_selects", type=int, nargs="+", help="experts per token (default: the checkpoint's own)")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    return command_line.run(build_parser(), show, argv)
+    return command_line.run(parser, show, argv)
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -44,7 +39,7 @@ def show(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     import llama_moe
-    from run_moefication.moefication.checkpoints.moe import require_num_selects
+    from run_moefication.moefication.checkpoints.moe import require_num_selects, set_num_selects
     from run_moefication.moefication.stages.evaluate import active_share
 
     if not sys.stderr.isatty():
@@ -63,11 +58,8 @@ def show(arguments: argparse.Namespace) -> None:
     shared, total = config.num_shared_experts, config.num_experts + config.num_shared_experts
     for num_selects in arguments.num_selects or [config.num_selects]:
         if arguments.num_selects:
-            try:
-                require_num_selects(num_selects, config)
-                model.set_num_experts_per_tok(num_selects - shared)
-            except ValueError as error:  # thresholds without quantiles
-                raise MoEficationError(f"--num_selects {num_selects}: {error}") from error
+            require_num_selects(num_selects, config)
+            set_num_selects(model, num_selects, arguments.model_path)
         print(f"{num_selects} of {total} experts:")
         with llama_moe.record_routing(model) as routing:
             complete(model, tokenizer, arguments)

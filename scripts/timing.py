@@ -1,7 +1,4 @@
-"""What the benchmarks share: options, alternatives timed in turn, and what the machine is.
-
-torch is imported by the functions that need it, so that `--help` answers at once.
-"""
+"""What the benchmarks share: options, alternatives timed in turn, and what the machine is."""
 
 import argparse
 import json
@@ -11,9 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from run_moefication.moefication.errors import MoEficationError
+import torch
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.processes import pick_device
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,12 +32,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) -> Any:
-    """Refuse what cannot be measured; returns the torch device."""
-    import torch
-
-    from run_moefication.moefication.processes import pick_device
-
+def check_options(arguments: argparse.Namespace, intermediate_sizes: list[int]) -> torch.device:
+    """Refuse what cannot be measured; returns the device."""
     for size in intermediate_sizes:
         if size % arguments.num_experts:
             raise MoEficationError(f"--num_experts {arguments.num_experts} does not divide {size} neurons")
@@ -55,20 +51,18 @@ def table_line(columns: Sequence[str], row: Mapping[str, Any] | None = None) -> 
     return " ".join(f"{cell:>{max(len(column), 9)}}" for column, cell in zip(columns, cells, strict=True))
 
 
-def write_json(path: Path | None, device: Any, rows: list[dict[str, Any]]) -> None:
+def write_json(path: Path | None, device: torch.device, rows: list[dict[str, Any]]) -> None:
     """The numbers and the machine, if a file was asked for."""
     if path:
         path.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
 
 
 def median_seconds(
-    alternatives: dict[str, Callable[[], object]], *, rounds: int, device: Any, at_least: float = 0.02
+    alternatives: dict[str, Callable[[], object]], *, rounds: int, device: torch.device, at_least: float = 0.02
 ) -> dict[str, float]:
     """Median time of one call of each alternative. Each is called once to warm up; then, in every round, all are
     measured one after another, each over as many calls as take `at_least` seconds: a slow moment of a shared machine
     meets all alike."""
-    import torch
-
     wait = torch.get_device_module(device).synchronize  # does nothing for CPUs
 
     def seconds(function: Callable[[], object], calls: int) -> float:
@@ -87,10 +81,8 @@ def median_seconds(
     return {name: statistics.median(one[name] for one in times) for name in alternatives}
 
 
-def machine(device: Any) -> str:
+def machine(device: torch.device) -> str:
     """One line: the device, its threads, and whether the CPU computes in bfloat16."""
-    import torch
-
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
@@ -100,10 +92,8 @@ def machine(device: Any) -> str:
     return f"{name}, {threads} threads, {has_bf16} bf16 instructions, torch {torch.__version__}"
 
 
-def peak_rates(dtype: Any, device: Any) -> tuple[float, float]:
+def peak_rates(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     """What the device reaches on a large square product (flop/s) and on reading a large tensor (bytes/s)."""
-    import torch
-
     size = 8192 if device.type == "cuda" else 2048
     square = torch.randn(size, size, device=device).to(dtype)
     stream = torch.ones(2**28, device=device, dtype=torch.float32)  # 1 GiB

@@ -20,7 +20,7 @@ from pipeline import contents
 
 SCRIPT = Path(__file__).parents[2] / "llama_download" / "download_llama.sh"
 BASH, ENV = shutil.which("bash"), shutil.which("env")
-TOOLS = ["awk", "find", "flock", "md5sum", "mkdir", "mktemp", "mv", "rm", "rmdir", "sed", "sleep", "sort", "sync", "tr"]
+TOOLS = ["awk", "find", "flock", "md5sum", "mkdir", "mktemp", "mv", "rm", "sed", "sleep", "sort", "sync", "tr"]
 TOOLS += ["wc"]
 SHARD = "7B/consolidated.00.pth"
 PART = ".consolidated.00.pth.part"

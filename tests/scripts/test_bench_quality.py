@@ -128,7 +128,7 @@ def test_the_bench_measures_every_method(bench):
     assert len([*(bench.folder / "work").rglob("*-Hidden-Features")]) == 2  # the models of a recipe share one
 
 
-def test_our_rows_are_the_products_recipes(bench):
+def test_our_rows_are_the_products_recipes(bench, run_script):
     row = bench.rows["calibrated, 16 experts at 0.5"]
     recipe = replace(CALIBRATED, num_experts=16, calibration_tokens=512)  # whose budget is a half
     assert row["settings"]["recipe"] == quality_methods.as_data(recipe)
@@ -136,9 +136,9 @@ def test_our_rows_are_the_products_recipes(bench):
     assert counts == [8, recipe.num_shared_experts(16, 8), recipe.rank(16)]
     plain = bench.rows["plain recipe at 0.75"]
     assert (plain["settings"]["recipe"], plain["num_selects"]) == (quality_methods.as_data(PLAIN.at(0.75)), 6)
-    options = bench_quality.build_parser()
-    assert options.get_default("experts") == [CALIBRATED.num_experts]
-    assert options.get_default("calibration_tokens") == CALIBRATED.calibration_tokens
+    text = " ".join(run_script(bench_quality.main, "--help")[1].split())
+    assert f"(default: [{CALIBRATED.num_experts}])" in text
+    assert f"the same for every method (default: {CALIBRATED.calibration_tokens})" in text
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)

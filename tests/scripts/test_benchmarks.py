@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from types import SimpleNamespace
 
 import bench_generate
 import bench_moe_layer
@@ -31,7 +32,7 @@ def test_threshold_cases_spread_over_the_experts_and_keep_the_average():
 
 
 def test_layer_bench_times_the_same_computation():
-    arguments = bench_moe_layer.build_parser().parse_args(["--tokens", "5", "--active", "1"])
+    arguments = SimpleNamespace(num_experts=16, tokens=[5], active=[1.0])
     _, block, x = next(bench_moe_layer.cases(arguments, "SmolLM2", torch.float32, CPU))
     with torch.no_grad():
         expected = bench_moe_layer.run(block, x, "llama_moe")
@@ -40,9 +41,9 @@ def test_layer_bench_times_the_same_computation():
     assert expected.any()
 
 
-@pytest.mark.parametrize(("active", "routings"), [("1.0", 1), ("0.0625", 1), ("0.9375", 2)])
+@pytest.mark.parametrize(("active", "routings"), [(1.0, 1), (0.0625, 1), (0.9375, 2)])
 def test_layer_bench_takes_any_whole_number_of_experts(active, routings):
-    arguments = bench_moe_layer.build_parser().parse_args(["--tokens", "8", "--active", active])
+    arguments = SimpleNamespace(num_experts=16, tokens=[8], active=[active])
     cases = bench_moe_layer.cases(arguments, "SmolLM2", torch.float32, CPU)
     assert len({block.gate.routing for _, block, _ in cases}) == routings
 
@@ -61,8 +62,8 @@ def test_layer_bench_writes_its_numbers(tmp_path, capsys):
 
 
 def test_models_of_the_whole_bench_share_all_but_their_mlps():
-    arguments = bench_generate.build_parser().parse_args(["--layers", "1"])
     prompt = torch.randint(3, 32000, (1, 6))
+    arguments = SimpleNamespace(num_experts=16, layers=1)
     dense, moe, threshold = bench_generate.make_models(arguments, prompt, torch.float32)
     experts, threshold_experts = (model.model.layers[0].mlp.experts for model in (moe, threshold))
     assert threshold_experts.down_proj.data_ptr() == experts.down_proj.data_ptr()
