@@ -115,9 +115,10 @@ def _check(
 
 def _shards(moe: MoECheckpoint) -> dict[str, list[PlannedTensor]]:
     """The files of the new checkpoint and their tensors, each in the dtype it had; those of the MLPs are trained."""
-    makers = {name: None if ".mlp." in name else partial(moe.tensor, name) for name in moe.tensors}
-    infos = moe.tensors.items()
-    plan = [PlannedTensor(moe.stored_name(name), info.shape, info.dtype, makers[name]) for name, info in infos]
+    plan = []
+    for name, info in moe.tensors.items():
+        make = None if ".mlp." in name else partial(moe.tensor, name)
+        plan.append(PlannedTensor(moe.stored_name(name), info.shape, info.dtype, make))
     return plan_shards(plan, MAX_SHARD_BYTES)
 
 

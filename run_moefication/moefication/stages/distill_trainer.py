@@ -119,7 +119,7 @@ class DistillationTrainer(Trainer):
         blocks: list[torch.Tensor],
         arguments: TrainingArguments,
     ):
-        super().__init__(model, arguments, collate, train_dataset=blocks, callbacks=[Steps(moe_blocks)])
+        super().__init__(model, arguments, data_collator=collate, train_dataset=blocks, callbacks=[Steps(moe_blocks)])
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # compute_loss gives each batch's mean, which the Trainer then averages
         self._moe_blocks, self._teacher = moe_blocks, teacher
@@ -172,7 +172,7 @@ class Steps(TrainerCallback):
         for path in newest.iterdir():
             sync(path)
         write_json(newest / WHOLE, file_sizes(newest, os.listdir(newest)))
-        for older in {*folder.glob("checkpoint-*")} - {newest}:
+        for older in {*folder.glob("checkpoint-*")} - {newest}:  # only now that this one is whole
             shutil.rmtree(older)
 
 
