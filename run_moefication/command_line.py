@@ -95,9 +95,7 @@ class Run:
     """One run of a stage's script: what its options name, checked before any model or text is opened.
 
     Attributes:
-        arguments: the options.
         process: this process; one of several only where the script has the option of `add_local_rank`.
-        settings: those of the stage.
         options: `device` and `overwrite`, for the stage's function, where they are options.
     """
 
@@ -237,10 +235,8 @@ def add_local_rank(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
-    """Parse, work, and turn wrong input into one line on stderr and exit status 2 (3 where a server is at fault).
-
-    Returns: the exit status. Other exceptions are defects of ours and keep their traceback.
-    """
+    """Parse, work, and turn wrong input into one line on stderr and exit status 2 (3 where a server is at fault), which
+    is returned. Other exceptions are defects of ours and keep their traceback."""
     if {"-h", "--help"} & {*(sys.argv[1:] if argv is None else argv)}:
         parser.print_help()  # before any other option is looked at: the shell scripts pass some that may be empty
         return 0
@@ -273,10 +269,7 @@ def with_dashes(message: str, options: Collection[str]) -> str:
 
 
 def fail(program: str, message: str, status: int = 2) -> int:
-    """Say in one line what went wrong (after the traceback of the error at hand, if `TRACEBACK` is set).
-
-    Returns: the exit status.
-    """
+    """Say in one line what went wrong (after the error's traceback, if `TRACEBACK` is set); returns the exit status."""
     if os.environ.get(TRACEBACK):
         traceback.print_exc()
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)

@@ -173,9 +173,7 @@ class SplitSettings(Settings):
     """Stage 1: how neurons are cut into experts."""
 
     num_experts: int = setting(help=EXPERTS_HELP)
-    cluster_on: str = setting(
-        "weights", "cluster by weight rows, or by tokens that need a neuron", choices=CLUSTERED_ON
-    )
+    cluster_on: str = setting("weights", "by weight rows, or by the tokens that need a neuron", choices=CLUSTERED_ON)
     num_shared_experts: int = setting(
         0, "those of --num_experts that always run: the neurons that add most (with --cluster_on activations)"
     )
@@ -406,11 +404,7 @@ COUNTS = ("NUM_EXPERTS", "NUM_SELECTS", "NUM_SHARED_EXPERTS", *TOKENS, "BLOCK_SI
 
 
 def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """The shell scripts' settings of the recipe that the environment asks for; what is given there stays as it is.
-
-    Raises:
-        SettingError: an unknown recipe, numbers that are none, or counts of experts that do not go together.
-    """
+    """The shell scripts' settings of the recipe that the environment asks for; what is given there stays as it is."""
     given = {name: value for name, value in environment.items() if value}
     name = given.get("RECIPE", CALIBRATED.name)
     if name not in RECIPES:

@@ -16,12 +16,7 @@ from ..checkpoints.moe import MoECheckpoint
 
 
 class GatedMLP:
-    """A SwiGLU MLP.
-
-    Attributes:
-        down: `[I, H]`, what each neuron adds to the output.
-        bias: `[H]`, the bias on the output, or None.
-    """
+    """A SwiGLU MLP. `down [I, H]` is what each neuron adds to the output, `bias [H]` (or None) the output's."""
 
     def __init__(
         self,
@@ -58,11 +53,8 @@ class GatedMLP:
 
 
 class MoEMLP(GatedMLP):
-    """The experts of one layer as a single MLP: the routed experts' neurons first, the shared ones' last.
-
-    Attributes:
-        gate: the block's gate, in float32, a copy of its own.
-    """
+    """The experts of one layer as a single MLP: the routed experts' neurons first, the shared ones' last. `gate` is a
+    copy of the block's, in float32."""
 
     def __init__(self, config: LlamaMoEConfig, layer: int, tensor: Callable[[str], torch.Tensor], device: str):
         """`tensor(name)`: the block's tensors by their names within it, such as `experts.down_proj`."""

@@ -170,11 +170,8 @@ def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) 
 def evaluate_model(
     model: PreTrainedModel, name: str, blocks: list[torch.Tensor], budget: int | None = None, batch_size: int = 4
 ) -> Evaluation:
-    """A loaded model on blocks of tokens, of which all but the last are equally long; `name` is for the row.
-
-    Args:
-        budget: experts to run per token, shared ones included; None for those that the model runs as it is.
-    """
+    """A loaded model on blocks of tokens, of which all but the last are equally long; `name` is for the row, `budget`
+    the experts to run per token, shared ones included (None: as the model is)."""
     num_experts = None
     if model.config.model_type == "llama_moe":
         num_experts = model.config.num_experts + model.config.num_shared_experts

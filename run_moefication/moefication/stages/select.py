@@ -136,11 +136,7 @@ def _layer_data(
 
 def initial_gate(gate_network: str, rows: torch.Tensor, neurons: torch.Tensor) -> Gate:
     """A gate whose (first) layer is the mean normalised row of each expert; the second of an "mlp" is the identity.
-
-    Args:
-        rows: float `[intermediate_size, hidden]`, the template weight.
-        neurons: int64 `[experts, width]`, the neurons of each expert.
-    """
+    `rows`: the template's weight, `[intermediate_size, hidden]`; `neurons`: int64 `[experts, width]`."""
     centres = F.normalize(rows)[neurons.to(rows.device)].mean(dim=1)  # [experts, hidden]
     num_experts, hidden_size = centres.shape
     gate = new_gate(gate_network, hidden_size, num_experts)

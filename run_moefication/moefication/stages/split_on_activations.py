@@ -41,10 +41,8 @@ RIDGE_STRENGTH = 1e-2  # ridge strength of the prediction, in mean diagonals of 
 class NeuronStatistics:
     """How much each neuron of a layer adds to the MLP's output, and which neurons are needed together.
 
-    Holds the MLP's inputs of all tokens that are added, in the dtype that they have.
-
-    Attributes:
-        importance: float64 `[I]`, sum over tokens of weight * (activation * norm of the neuron's down_proj column)^2.
+    Holds the MLP's inputs of all tokens that are added, in the dtype that they have. `importance`, float64 `[I]`, is
+    the sum over tokens of weight * (activation * norm of the neuron's down_proj column)^2.
     """
 
     def __init__(self, mlp: GatedMLP):
@@ -114,14 +112,11 @@ def split_by_activations(
     device: str = "cpu",
     overwrite: bool = False,
 ) -> ArtifactWriter:
-    """Split the neurons of every layer by what they do on text.
+    """Split the neurons of every layer by what they do on text: a corpus, which the dense model reads layer by layer,
+    or recorded features. `template` only gives the files their names.
 
     Memory: one layer's weights, its inputs for all tokens, and eight square matrices of its neurons, in float32. Disk,
     for a corpus and until the split is finished: 8 * hidden_size bytes a token.
-
-    Args:
-        text: a corpus, which the dense model reads layer by layer, or recorded features.
-        template: gives the files their names; the activations are those that enter down_proj.
     """
     checkpoint.require_experts(settings.num_experts)
     require_template(template)
