@@ -174,13 +174,9 @@ class SplitSettings(Settings):
 
     num_experts: int = setting(help=EXPERTS_HELP)
     cluster_on: str = setting("weights", "by weight rows, or by the tokens that need a neuron", choices=CLUSTERED_ON)
-    num_shared_experts: int = setting(
-        0, "those of --num_experts that always run: the neurons that add most (with --cluster_on activations)"
-    )
+    num_shared_experts: int = setting(0, "those of --num_experts that always run (with --cluster_on activations)")
     keep_fraction: float | None = for_activations(0.3, "share of neurons a token needs, on average", check=FRACTION)
-    distance: str = setting(
-        "l2", "of a normalised row to a centre: l2, squared Euclidean; cos, one minus the cosine", choices=DISTANCES
-    )
+    distance: str = setting("l2", "of rows to centres: squared Euclidean, or one minus the cosine", choices=DISTANCES)
     batch_size: int | None = for_activations(4, "blocks of --train_data_path at a time", check=COUNT)
     seed: int = seed("k-means++, and the choice of blocks")
 
