@@ -11,9 +11,10 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import MISSING, fields
 from functools import cached_property, partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin
 
 from .moefication.errors import MoEficationError, SettingError
@@ -60,36 +61,8 @@ SEVERAL_TEMPLATES = {
 # ---------------------------------------------------------------------------------------------------- a stage's script
 
 
-@dataclass
-class StageScript:
-    """The `main` of a stage's script, as `stage_script` makes it: `work` calls the stage and prints a summary."""
-
-    doc: str
-    settings: type
-    more: Sequence[Callable]
-    options: Mapping[str, dict[str, Any]]
-    work: Callable[["Run"], None]
-
-    def __call__(self, argv: list[str] | None = None) -> int:
-        """Work as these options say, or those of `sys.argv`; returns the exit status."""
-        return run(self.build_parser(), lambda arguments: self.work(Run(arguments, self.settings)), argv)
-
-    def build_parser(self) -> "Parser":
-        """The options of the script."""
-        parser = new_parser(self.doc)
-        overwrite = {"overwrite": OVERWRITE} if "save_path" in self.options else {}
-        for name, option in ({"model_path": MODEL} | self.options | overwrite).items():
-            parser.add_argument(f"--{name}", **option)
-        add_settings(parser, self.settings)
-        for add in self.more:
-            add(parser)
-        return parser
-
-
-def stage_script(
-    doc: str, settings: type, *more: Callable, **options: dict[str, Any]
-) -> Callable[[Callable[["Run"], None]], StageScript]:
-    """Turns a function of a `Run` into the `main` of a script.
+def stage_script(doc: str, settings: type, *more: Callable, **options: dict[str, Any]) -> Callable[..., Callable]:
+    """Turns a function of a `Run`, which calls a stage and prints a summary, into the `main` of a script.
 
     Args:
         doc: the script's docstring.
@@ -98,16 +71,31 @@ def stage_script(
         options: by name, as argparse takes them. `--model_path` is there without being named, and `--overwrite` beside
             `--save_path`.
     """
-    return partial(StageScript, doc, settings, more, options)
+
+    def build_parser() -> Parser:
+        parser = new_parser(doc)
+        overwrite = {"overwrite": OVERWRITE} if "save_path" in options else {}
+        for name, option in ({"model_path": MODEL} | options | overwrite).items():
+            parser.add_argument(f"--{name}", **option)
+        for add in (partial(add_settings, settings=settings), *more):
+            add(parser)
+        return parser
+
+    def script(work: Callable[[Run], None]) -> Callable[..., int]:
+        def main(argv: list[str] | None = None) -> int:
+            return run(build_parser(), lambda arguments: work(Run(arguments, settings)), argv)
+
+        main.build_parser, main.settings = build_parser, settings
+        return main
+
+    return script
 
 
 class Run:
     """One run of a stage's script: what its options name, checked before any model or text is opened.
 
     Attributes:
-        arguments: the options.
         process: this process; one of several only where the script has the option of `add_local_rank`.
-        settings: those of the stage.
         options: `device` and `overwrite`, for the stage's function, where they are options.
     """
 
@@ -133,13 +121,11 @@ class Run:
         """The text that the options of `add_corpus` and `--seed` choose, as the dense model's tokenizer cuts it."""
         from .moefication.text.corpus import training_corpus
 
-        settings = settings_of(self.arguments, CorpusSettings)
         paths = self.arguments.train_data_path, self.arguments.train_data_cache_path
-        return training_corpus(self.checkpoint, *paths, settings)
+        return training_corpus(self.checkpoint, *paths, settings_of(self.arguments, CorpusSettings))
 
     def warn_if_not_started_together(self, what_alone: str) -> None:
-        """Tell what this process does if RANK and WORLD_SIZE say that it is one of several, but torchrun did not set
-        them: they may be left over from another run."""
+        """Warn where RANK and WORLD_SIZE may be left over from another run, since torchrun did not set them."""
         if self.process.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
             said = f"the environment says RANK {self.process.rank} of WORLD_SIZE {self.process.world_size}"
             cure = "`unset RANK WORLD_SIZE` if this process is to do all"
@@ -153,14 +139,12 @@ class Run:
         for row in self.corpus.mix:
             counts = f"{row.available:>10,} {row.asked:>10,} {row.got:>10,}"
             print(f"{row.domain:<14} {row.weight:>6.1%} {counts}  {some(row.files)}")
-        for row in self.corpus.mix:
-            if row.skipped_lines:
-                print(f"{row.domain}: {row.skipped_lines:,} bad lines skipped")
+        for row in filter(attrgetter("skipped_lines"), self.corpus.mix):
+            print(f"{row.domain}: {row.skipped_lines:,} bad lines skipped")
         print(f"{self.checkpoint.name}: {self.corpus.num_tokens:,} tokens in {len(self.corpus.blocks):,} blocks")
 
     def report(self, writer: "ArtifactWriter", next_step: str, missing: str = "still missing") -> None:
-        """The last lines of a stage: what was written, where, how long it took, and what comes next. `missing` says of
-        parts that are not there who makes them."""
+        """The last lines of a stage; `missing` says of parts that are not there who makes them."""
         took = f"{time.perf_counter() - self.arguments.start_time:.1f} s"
         if writer.was_finished:
             print(f"already finished: {writer.folder} (--overwrite redoes it)")
@@ -251,10 +235,8 @@ def add_local_rank(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
-    """Parse, work, and turn wrong input into one line on stderr and exit status 2 (3 where a server is at fault).
-
-    Returns: the exit status. Other exceptions are defects of ours and keep their traceback.
-    """
+    """Parse, work, and turn wrong input into one line on stderr and exit status 2 (3 where a server is at fault), which
+    is returned. Other exceptions are defects of ours and keep their traceback."""
     if {"-h", "--help"} & {*(sys.argv[1:] if argv is None else argv)}:
         parser.print_help()  # before any other option is looked at: the shell scripts pass some that may be empty
         return 0
@@ -287,10 +269,7 @@ def with_dashes(message: str, options: Collection[str]) -> str:
 
 
 def fail(program: str, message: str, status: int = 2) -> int:
-    """Say in one line what went wrong (after the traceback of the error at hand, if `TRACEBACK` is set).
-
-    Returns: the exit status.
-    """
+    """Say in one line what went wrong (after the error's traceback, if `TRACEBACK` is set); returns the exit status."""
     if os.environ.get(TRACEBACK):
         traceback.print_exc()
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)

@@ -24,10 +24,11 @@ def main(run: Run) -> None:
     writer = stage.calibrate(run.checkpoint, given.moe_path, run.corpus, given.save_path, run.settings, **run.options)
     run.print_mix()
     print(f"{'layer':>5} {'routed that run':>17} {'error before':>13} {'after':>8} {'strength':>9}")
-    for layer, m in enumerate(stage.layer_metrics(writer)):
+    layers, final = stage.gains(writer)
+    for layer, m in enumerate(layers):
         errors = f"{m['error_before']:>13.4f} {m['error_after']:>8.4f}"
         print(f"{layer:>5} {m['active_share']:>17.1%} {errors} {m['strength']:>9g}")
-    if final := stage.final_norm_metrics(writer):
+    if final:
         before, after = final["divergence_before"], final["divergence_after"]
         print(f"divergence from the dense model: {before:.4f} nats a token, {after:.4f} with the final norm fitted")
     run.report(writer, "llama_distill.py (6_distill.sh), or llama_evaluate.py (evaluate.sh)")

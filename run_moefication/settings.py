@@ -50,7 +50,7 @@ def at_least(minimum: int) -> Check:
 COUNT = at_least(1)
 POSITIVE = Check(lambda value: 0 < value < math.inf, "must be a positive number")
 FRACTION = Check(lambda value: 0 < value < 1, "is not a fraction between 0 and 1")
-FRACTION_OR_ALL = Check(lambda value: 0 < value <= 1, "is not a fraction in (0, 1]; one percent is 0.01")
+SHARE = Check(lambda value: 0 < value <= 1, "is not a fraction in (0, 1]; one percent is 0.01")
 SEED = Check(lambda value: 0 <= value < 2**32, "is outside of 0 to 2^32 - 1")
 
 
@@ -74,13 +74,11 @@ def setting(
         is_recorded: whether it shapes the result, so that manifests name it.
         is_option: whether the stage's script has it.
     """
+    rules = dict(choices=choices, check=check, only=only, default=default, is_recorded=is_recorded, is_option=is_option)
     if only:
         known = f"{help} (default: {default})" if default else help
-        help = f"{known[:-1]}; " if known.endswith(")") else f"{known} ("
-        help += f"with --{only})"
-    rules = dict(help=help, choices=choices, check=check, only=only, default=default)
-    rules |= dict(is_recorded=is_recorded, is_option=is_option)
-    return field(default=None if only else default, metadata=rules)
+        help = (f"{known[:-1]}; " if known.endswith(")") else f"{known} (") + f"with --{only})"
+    return field(default=None if only else default, metadata=rules | {"help": help})
 
 
 def template(**rules: Any) -> Any:
@@ -164,9 +162,7 @@ class CorpusSettings(Settings):
     domain_weights: Mapping[str, float] | str | None = setting(
         None, "domain=weight,..., by words in the names of files or folders; or equal (default: LLaMA's training mix)"
     )
-    data_use_percent: float = setting(
-        1.0, "fraction, in (0, 1], of the tokens that the domain mix allows; 0.01 is one percent", check=FRACTION_OR_ALL
-    )
+    data_use_percent: float = setting(1.0, "fraction of the tokens that the mix allows; 0.01: one percent", check=SHARE)
     max_tokens: int | None = setting(None, "most tokens, all domains together (default: no limit)", check=COUNT)
     skip_bad_lines: bool = setting(False, "count lines that hold no document, and go on without them")
     seed: int = seed("the choice and order of blocks")
@@ -177,16 +173,10 @@ class SplitSettings(Settings):
     """Stage 1: how neurons are cut into experts."""
 
     num_experts: int = setting(help=EXPERTS_HELP)
-    cluster_on: str = setting(
-        "weights", "what neurons are clustered by: weight rows, or the tokens that need them", choices=CLUSTERED_ON
-    )
-    num_shared_experts: int = setting(
-        0, "those of --num_experts that always run: the neurons that add most (with --cluster_on activations)"
-    )
+    cluster_on: str = setting("weights", "by weight rows, or by the tokens that need a neuron", choices=CLUSTERED_ON)
+    num_shared_experts: int = setting(0, "those of --num_experts that always run (with --cluster_on activations)")
     keep_fraction: float | None = for_activations(0.3, "share of neurons a token needs, on average", check=FRACTION)
-    distance: str = setting(
-        "l2", "of a normalised row to a centre: l2, squared Euclidean; cos, one minus the cosine", choices=DISTANCES
-    )
+    distance: str = setting("l2", "of rows to centres: squared Euclidean, or one minus the cosine", choices=DISTANCES)
     batch_size: int | None = for_activations(4, "blocks of --train_data_path at a time", check=COUNT)
     seed: int = seed("k-means++, and the choice of blocks")
 
@@ -211,9 +201,7 @@ class RandomSplitSettings(Settings):
 class FeatureSettings(Settings):
     """Stage 2: what is recorded while the dense model reads text."""
 
-    feature_format: str = setting(
-        "full", "full: MLP inputs and activations; inputs: those alone, the rest is recomputed", choices=FORMATS
-    )
+    feature_format: str = setting("full", "full: MLP inputs and activations; inputs: only those", choices=FORMATS)
     templates: str | None = template(only="feature_format full")
     batch_size: int = setting(4, "blocks per forward pass; limits device memory", check=COUNT)
     save_interval: int = setting(1, "batches per file, which are in host memory together", check=COUNT)
@@ -234,9 +222,7 @@ class GateSettings(Settings):
         choices=CRITERIA,
     )
     gate_network: str = setting(
-        "mlp",
-        "mlp: Linear-Tanh-Linear; linear: one Linear; similarity: fixed expert centres",
-        choices=GATE_NETWORKS,
+        "mlp", "mlp: Linear-Tanh-Linear; linear: one Linear; similarity: fixed expert centres", choices=GATE_NETWORKS
     )
     gate_fit: str | None = setting(
         None,
@@ -414,11 +400,7 @@ COUNTS = ("NUM_EXPERTS", "NUM_SELECTS", "NUM_SHARED_EXPERTS", *TOKENS, "BLOCK_SI
 
 
 def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """The shell scripts' settings of the recipe that the environment asks for; what is given there stays as it is.
-
-    Raises:
-        SettingError: an unknown recipe, numbers that are none, or counts of experts that do not go together.
-    """
+    """The shell scripts' settings of the recipe that the environment asks for; what is given there stays as it is."""
     given = {name: value for name, value in environment.items() if value}
     name = given.get("RECIPE", CALIBRATED.name)
     if name not in RECIPES:

@@ -15,8 +15,7 @@ from run_moefication import settings
 from run_moefication.command_line import with_dashes
 from run_moefication.moefication.checkpoints.dense import DTYPES
 from run_moefication.moefication.errors import SettingError
-from run_moefication.moefication.fitting.balanced_kmeans import DISTANCES
-from run_moefication.moefication.layers.scores import CRITERIA
+from run_moefication.moefication.layers.scores import ACTIVATION_CRITERIA
 from run_moefication.moefication.stages.distill_trainer import TRAINED
 from run_moefication.moefication.storage.manifest import difference
 
@@ -39,10 +38,9 @@ def test_a_scripts_options_are_its_settings(stage):
 
 
 def test_choices_are_what_the_code_knows():
-    assert set(settings.CRITERIA) == set(CRITERIA)
+    assert set(settings.CRITERIA) == {*ACTIVATION_CRITERIA, "output_norm"}
     assert set(settings.TRAINED) == set(TRAINED)
     assert set(settings.ROUTINGS) == set(ROUTINGS)
-    assert set(settings.DISTANCES) == set(DISTANCES)
     assert set(settings.DTYPES) == set(DTYPES)
     assert set(settings.GATE_NETWORKS.values()) == set(GATE_NETWORKS)
     assert all(hasattr(llama_moe, name) for name in settings.CONVERT_TYPES)

@@ -13,9 +13,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from ...settings import DISTANCES
 from ..errors import MoEficationError, SettingError
 
-DISTANCES = ("l2", "cos")
 MAX_ITERATIONS = 300
 # Passes that bring the prices near their optimum before the exact repair. Any number gives the same assignment cost;
 # these keep the repair to a few per cent of the rows.
@@ -49,9 +49,6 @@ def balanced_kmeans(rows: torch.Tensor, num_clusters: int, distance: str = "l2",
     Args:
         rows: float `[N, D]`; N must be a multiple of `num_clusters`. Normalising them is the caller's choice.
         distance: "l2", squared Euclidean to the mean; "cos", one minus the cosine to the normalised mean.
-
-    Raises:
-        MoEficationError: sizes that do not divide, an unknown distance.
     """
     if distance not in DISTANCES:
         raise SettingError(f"distance {distance!r} is not one of {', '.join(DISTANCES)}")
@@ -73,7 +70,8 @@ def balanced_kmeans(rows: torch.Tensor, num_clusters: int, distance: str = "l2",
         if labels is not None and np.array_equal(assignment.labels, labels):
             break
         labels = assignment.labels
-        centres = _means(rows, torch.from_numpy(labels).to(rows.device), num_clusters)
+        by_cluster = torch.from_numpy(labels).to(rows.device).argsort(stable=True)
+        centres = rows[by_cluster].view(num_clusters, -1, rows.shape[1]).mean(dim=1)
     return Clustering(
         labels=torch.from_numpy(labels),
         cost=assignment.cost,
@@ -111,12 +109,6 @@ def _squared_distances(rows: torch.Tensor, row_squares: torch.Tensor, centres: t
     return (squares - 2 * (rows @ centres.T).double()).clamp(min=0).cpu().numpy()
 
 
-def _means(rows: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """Mean of each cluster, `[E, D]`: as a sum over equally long runs of rows sorted by cluster."""
-    by_cluster = rows[labels.argsort(stable=True)].view(num_clusters, -1, rows.shape[1])
-    return by_cluster.mean(dim=1)
-
-
 # ---------------------------------------------------------------------------------------------------- assignment
 
 
@@ -129,9 +121,6 @@ def balanced_assignment(costs: np.ndarray, prices: np.ndarray | None = None) -> 
     Args:
         costs: float64 `[N, E]`, finite.
         prices: `[E]` to start from, those of a similar problem; they change the time, not the cost.
-
-    Raises:
-        MoEficationError: N is not a multiple of E, or a cost is not finite.
     """
     num_rows, num_clusters = costs.shape
     if num_rows % num_clusters:

@@ -11,11 +11,8 @@ TOKENS_OF_LOGITS = 512
 
 @torch.no_grad()
 def next_token_nll(states: torch.Tensor, tokens: torch.Tensor, head: torch.Tensor) -> float:
-    """Negative log-likelihood of a block's tokens from the second on, summed, in nats.
-
-    Args:
-        states: `[T, H]`, what enters the head; tokens: int64 `[T]`; head: `[V, H]`.
-    """
+    """Negative log-likelihood of a block's tokens, int64 `[T]`, from the second on, summed, in nats; `states [T, H]`
+    enter the `head [V, H]`."""
     chunks = zip(states[:-1].split(TOKENS_OF_LOGITS), tokens[1:].split(TOKENS_OF_LOGITS), strict=True)
     return sum(
         F.cross_entropy(F.linear(before, head).float(), targets, reduction="sum").item() for before, targets in chunks

@@ -25,11 +25,8 @@ class GateEquations:
     def fit(self, gate: LinearGate, *, refines: bool) -> dict[str, float]:
         """Fit weight and bias in place, with the strength that does best on the held-out tokens.
 
-        A gate with a rank gets the nearest map of that rank, by `low_rank_map`.
-
-        Args:
-            refines: the gate has values. The map is pulled to these instead of to zero, and once the strength is
-                chosen, it is fitted to held-out tokens as well.
+        A gate with a rank gets the nearest map of that rank. One that `refines` is pulled to its values instead of to
+        zero, and fitted to held-out tokens as well, once the strength is chosen.
 
         Returns: the strength, and the share of the held-out scores' (weighted) variance that the map explains when
         fitted without them, and before its rank is cut.
@@ -54,13 +51,8 @@ class GateEquations:
 
 
 def fit_ridge_gate(gate: LinearGate, inputs: torch.Tensor, scores: torch.Tensor, num_valid: int) -> dict[str, float]:
-    """Fit a gate in place, holding out the last `num_valid` tokens to choose the strength.
-
-    Args:
-        inputs: `[tokens, hidden]`, any float dtype. scores: float32 `[tokens, experts]`.
-
-    Returns: as `GateEquations.fit`.
-    """
+    """`GateEquations.fit` to inputs `[tokens, hidden]` in any float dtype and scores, float32 `[tokens, experts]`, of
+    which the last `num_valid` are held out."""
     weights = token_weights(scores.square().mean(dim=1))
     equations = GateEquations(inputs.shape[1], scores.shape[1], inputs.device)
     num_train = len(inputs) - num_valid

@@ -16,12 +16,7 @@ from ..checkpoints.moe import MoECheckpoint
 
 
 class GatedMLP:
-    """A SwiGLU MLP.
-
-    Attributes:
-        down: `[I, H]`, what each neuron adds to the output.
-        bias: `[H]`, the bias on the output, or None.
-    """
+    """A SwiGLU MLP. `down [I, H]` is what each neuron adds to the output, `bias [H]` (or None) the output's."""
 
     def __init__(
         self,
@@ -39,10 +34,9 @@ class GatedMLP:
         """A layer of the dense model, its neurons in their own order."""
         names = ("gate_proj", "up_proj", "down_proj")
         *weights, down = (checkpoint.mlp_tensor(layer, f"{name}.weight", device) for name in names)
-        *biases, bias = (
-            checkpoint.mlp_tensor(layer, f"{name}.bias", device) if checkpoint.config.mlp_bias else None
-            for name in names
-        )
+        *biases, bias = [None, None, None]
+        if checkpoint.config.mlp_bias:
+            *biases, bias = (checkpoint.mlp_tensor(layer, f"{name}.bias", device) for name in names)
         return cls(weights, biases, down.T, bias)
 
     def gate_activations(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -59,11 +53,8 @@ class GatedMLP:
 
 
 class MoEMLP(GatedMLP):
-    """The experts of one layer as a single MLP: the routed experts' neurons first, the shared ones' last.
-
-    Attributes:
-        gate: the block's gate, in float32, a copy of its own.
-    """
+    """The experts of one layer as a single MLP: the routed experts' neurons first, the shared ones' last. `gate` is a
+    copy of the block's, in float32."""
 
     def __init__(self, config: LlamaMoEConfig, layer: int, tensor: Callable[[str], torch.Tensor], device: str):
         """`tensor(name)`: the block's tensors by their names within it, such as `experts.down_proj`."""
@@ -83,13 +74,9 @@ class MoEMLP(GatedMLP):
         down = loaded("experts.down_proj").transpose(1, 2).flatten(0, 1)
         if config.num_shared_experts:
             down = torch.cat([down, loaded("shared_experts.down_proj.weight").T])
-        has_bias = config.mlp_bias or config.output_bias
-        super().__init__(
-            rows("weight"),
-            rows("bias") if config.mlp_bias else [None, None],
-            down,
-            loaded("output_bias") if has_bias else None,
-        )
+        biases = rows("bias") if config.mlp_bias else [None, None]
+        bias = loaded("output_bias") if config.mlp_bias or config.output_bias else None
+        super().__init__(rows("weight"), biases, down, bias)
         self._width, self._num_routed = config.moe_intermediate_size, config.num_experts * config.moe_intermediate_size
         with torch.device("meta"):
             self.gate: Gate = make_gate(config, layer)

@@ -8,21 +8,17 @@ ACTIVATION_CRITERIA = {
     "positive": lambda activations: activations.clamp(min=0),  # sum max(a, 0)
     "l2_norm": lambda activations: activations.square(),  # sum a^2
 }
-CRITERIA = (*ACTIVATION_CRITERIA, "output_norm")
 TOKENS_PER_CHUNK = 4096
 MOST_SORTED_SCORES = 1 << 24  # more than so many are thinned out, token by token, before quantiles are taken
 
 
 def token_stride(num_scores: int) -> int:
-    """Every which token's scores to take, so that at most `MOST_SORTED_SCORES` are left of so many."""
+    """Stride over tokens that leaves at most `MOST_SORTED_SCORES` of `num_scores` scores to sort."""
     return max(1, -(-num_scores // MOST_SORTED_SCORES))
 
 
 class ExpertScorer:
-    """Scores per expert from the activations of a layer's neurons.
-
-    `plain` is |sum a|, `positive` sum max(a, 0), `l2_norm` sum a^2, over the neurons of one expert, in float32.
-    """
+    """Scores per expert by one of `ACTIVATION_CRITERIA`, in float32."""
 
     def __init__(self, neurons: torch.Tensor, criterion: str):
         """`neurons`: int64 `[experts, width]`, the neurons of each expert; others, of shared ones, count for none."""
@@ -65,11 +61,8 @@ def top_k_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def routing_quality(selected: torch.Tensor, scores: torch.Tensor, k: int) -> dict[str, float]:
-    """How good a choice of k experts per token is, against the true scores.
-
-    Args:
-        selected: `[tokens, experts]`, ones for the k experts chosen.
-        scores: `[tokens, experts]`, none negative.
+    """How good a choice of k experts per token is: `selected` (ones) against the true `scores` (none negative), both
+    `[tokens, experts]`.
 
     Returns: means over tokens of `recall`, the share of the true top-k set found, and `mass_recall`, the score captured
     over the score of the best k. The true top k themselves give exactly 1.

@@ -84,16 +84,13 @@ class StraightThroughBlock(nn.Module):
         slope = soft * (1 - soft)
         if self.kept is not None:
             slope = slope * self.kept.view(-1, 1)
-        # The boundary moves with the scores around it, to stay on budget: to raise them all gains nothing.
-        mean = (slope * scores).sum(within, keepdim=True) / slope.sum(within, keepdim=True).clamp(
-            min=torch.finfo(hard.dtype).tiny
-        )
-        above = (scores - mean) / width
+        # Raising all scores equally only moves the boundary with them, so that direction gets no gradient.
+        total = slope.sum(within, keepdim=True).clamp(min=torch.finfo(hard.dtype).tiny)
+        above = (scores - (slope * scores).sum(within, keepdim=True) / total) / width
         return selected + slope * (above - above.detach())
 
     def wanted_threshold(self) -> torch.Tensor:
-        """The threshold `[1]` that the text since the last call would have met its budget with, on average over the
-        passes; the present one, where it stays as it is."""
+        """The threshold `[1]` that meets the budget on the text since the last call; the present one, if it is kept."""
         wanted = torch.stack(self._wanted).mean(0, keepdim=True) if self._wanted else self.gate.threshold.clone()
         self._wanted.clear()
         return wanted
@@ -141,12 +138,8 @@ def recalibrate_thresholds(
 ) -> list[float]:
     """Set every layer's threshold and score quantiles by a text, on what the layers before it, already set, produce.
 
-    Memory: the residual stream of the text, or of as much of it as the limits above allow.
-
-    Args:
-        blocks: the text, token blocks; shares: by layer, of the routed experts that run.
-
-    Returns: by layer, the share of the routed experts that runs on that text.
+    Memory: the residual stream of the text, or of as much of it as the limits above allow. `shares`, and what is
+    returned: by layer, of the routed experts that run on the text.
     """
     config = model.config
     most_tokens = min(MOST_SCORES // config.num_experts, MOST_STREAM_BYTES // (4 * config.hidden_size))

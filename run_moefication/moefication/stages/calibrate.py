@@ -92,7 +92,7 @@ def calibrate(
         with streams.filling(layer + 1) as after:
             before = streams.before(layer)
             metrics = calibration.run(batches, before, after, refit_gate=settings.refit_gates)
-        values = _stored(moe, calibration.tensors())
+        values = {moe.stored_name(name): tensor for name, tensor in calibration.tensors().items()}
         write_shard(writer, layer_files[layer], shards[layer_files[layer]], values, metrics)
         streams.remove(layer)
     if rest in missing:
@@ -100,25 +100,20 @@ def calibrate(
         if moe.model_class == "LlamaMoEForCausalLM":
             last = streams.before(config.num_hidden_layers)
             weight, metrics = _fit_final_norm(checkpoint, moe, last, corpus.options["seed"], device)
-            values = _stored(moe, {FINAL_NORM: weight})
+            values = {moe.stored_name(FINAL_NORM): weight}
         write_shard(writer, rest, shards[rest], values, metrics)
     if "config" in missing:
-        source, fits = moe.artifact.folder, (layer_metrics(writer), final_norm_metrics(writer))
-        card = calibration_card(checkpoint.name, config, moe.model_class, corpus.num_tokens, *fits)
-        write_checkpoint_files(writer, "config", source, shards, config, card, tokenizer_files(source))
+        card = calibration_card(checkpoint.name, config, moe.model_class, corpus.num_tokens, *gains(writer))
+        write_checkpoint_files(writer, "config", moe.path, shards, config, card, tokenizer_files(moe.path))
     writer.finish()
     return writer
 
 
-def layer_metrics(writer: ArtifactWriter) -> list[dict[str, Any]]:
-    """What each layer's fit gained, in the order of layers."""
+def gains(writer: ArtifactWriter) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
+    """The metrics of the layers, in order, and of the final norm; None for a model that predicts no tokens."""
+    *layer_files, rest, _ = writer.parts
     metrics = writer.metrics()
-    return [metrics[file] for file in writer.parts[:-2]]
-
-
-def final_norm_metrics(writer: ArtifactWriter) -> dict[str, float] | None:
-    """What the fit of the final norm gained; None for a model that predicts no tokens."""
-    return writer.metrics().get(writer.parts[-2])
+    return [metrics[file] for file in layer_files], metrics.get(rest)
 
 
 def _new_config(moe: MoECheckpoint, settings: CalibrateSettings) -> LlamaMoEConfig:
@@ -143,8 +138,7 @@ def _new_config(moe: MoECheckpoint, settings: CalibrateSettings) -> LlamaMoEConf
 
 
 def _plan(moe: MoECheckpoint, config: LlamaMoEConfig) -> dict[str, list[PlannedTensor]]:
-    """File name -> its tensors: a file for each layer, then one of what lies outside of them. Those that are fitted are
-    planned without a maker."""
+    """File name -> its tensors: a file for each layer, then one of what lies outside. Fitted ones have no maker."""
     num_layers = config.num_hidden_layers
     new = {"gate.bias": (config.num_experts,)} if config.gate_bias else {}
     new |= {"output_bias": (config.hidden_size,)} if config.output_bias else {}
@@ -154,35 +148,19 @@ def _plan(moe: MoECheckpoint, config: LlamaMoEConfig) -> dict[str, list[PlannedT
         infos.setdefault(f"layers.{layer}.mlp.{name}", (shape, weight_dtype))
     groups: list[list[PlannedTensor]] = [[] for _ in range(num_layers + 1)]
     for name, (shape, dtype) in infos.items():
-        if name == FINAL_NORM:
-            fitted = moe.model_class == "LlamaMoEForCausalLM"
-        else:
-            fitted = is_fitted(name.partition(".mlp.")[2])
-        make = None if fitted else partial(moe.tensor, name)
+        has_fit = moe.model_class == "LlamaMoEForCausalLM" if name == FINAL_NORM else is_fitted(name)
+        make = None if has_fit else partial(moe.tensor, name)
         group = int(name.split(".")[1]) if name.startswith("layers.") else num_layers
         groups[group].append(PlannedTensor(moe.stored_name(name), shape, dtype, make))
     names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
     return dict(zip(names, groups, strict=True))
 
 
-def _stored(moe: MoECheckpoint, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors under the names that they have in the files."""
-    return {moe.stored_name(name): tensor for name, tensor in tensors.items()}
-
-
 def _fit_final_norm(
-    checkpoint: DenseCheckpoint,
-    moe: MoECheckpoint,
-    streams: torch.Tensor,
-    seed: int,
-    device: str,
+    checkpoint: DenseCheckpoint, moe: MoECheckpoint, streams: torch.Tensor, seed: int, device: str
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """The final norm's weight, once the last layer is calibrated, and the divergence from the dense model before and
-    after, in nats a token, on tokens that it is not fitted to.
-
-    Args:
-        streams: those after the last layer, float32 `[2, tokens, H]`. seed: of the choice of tokens.
-    """
+    """The final norm's weight, and the divergence from the dense model before and after, in nats a token, on tokens
+    that it is not fitted to. `streams`: those after the last layer, float32 `[2, tokens, H]`."""
     config, weight = checkpoint.config, moe.tensor(FINAL_NORM)
     num_tokens = min(max(streams.shape[1] // 8, LEAST_FINAL_TOKENS), MOST_FINAL_TOKENS)
     order = torch.randperm(streams.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -197,5 +175,5 @@ def _fit_final_norm(
     found = fit_final_norm(divergence(fit_to), weight.to(device, torch.float32)).to(weight.dtype).cpu()
     measure = divergence(measured_on)
     before, after = (measure(w.to(device, torch.float32)).item() for w in (weight, found))
-    best = found if after < before else weight
-    return best, {"divergence_before": before, "divergence_after": min(before, after)}
+    metrics = {"divergence_before": before, "divergence_after": min(before, after)}
+    return found if after < before else weight, metrics

@@ -48,8 +48,7 @@ class LayerCalibration:
     def run(
         self, batches: list[Batch], before: torch.Tensor, after: torch.Tensor, *, refit_gate: bool
     ) -> dict[str, Any]:
-        """Fit the layer, given the streams of the dense and the other model before it `[2, tokens, H]`, and fill
-        `after` with those after it. Returns the metrics."""
+        """Fit the layer, and fill `after` with the streams after it, given those before it. Returns the metrics."""
         weights = self._attend(batches, before, after)
         metrics: dict[str, Any] = {"gate": self._refine_gate(batches, after, weights)} if refit_gate else {}
         scores = torch.cat([self._gate.score(self._inputs(batch, after)) for batch in batches])  # [tokens, E]
@@ -66,7 +65,7 @@ class LayerCalibration:
         return metrics
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The fitted tensors by their names in the checkpoint: those for which `is_fitted` holds."""
+        """The tensors for which `is_fitted` holds, by name."""
         tensors = self._mlp.down_tensors() | {f"gate.{name}": t for name, t in self._gate.state_dict().items()}
         if self._mlp.bias is not None:
             tensors["output_bias"] = self._mlp.bias
@@ -100,9 +99,9 @@ class LayerCalibration:
     def _refit_down(
         self, batches: list[Batch], after: torch.Tensor, weights: torch.Tensor, runs: torch.Tensor
     ) -> dict[str, float]:
-        """Fit down_proj, and the output bias if there is one, in place, given which experts run, bool `[tokens, E]`."""
+        """Fit down_proj, and the output bias if there is one, given which experts run, bool `[tokens, E]`."""
         has_bias = self._mlp.bias is not None
-        prior = self._mlp.down if not has_bias else torch.cat([self._mlp.down, self._mlp.bias[None]])
+        prior = torch.cat([self._mlp.down, self._mlp.bias[None]]) if has_bias else self._mlp.down
         train, held_out = (NormalEquations(*prior.shape, self._device) for _ in range(2))
         for batch in batches:
             features = self._mlp.masked(self._activations(batch, after), runs[batch.rows])
@@ -138,9 +137,5 @@ class LayerCalibration:
 
 
 def is_fitted(name: str) -> bool:
-    """Whether calibration gives a tensor of an MoE block, by its name in the block, new values."""
-    return name.startswith("gate.") or name in (
-        "experts.down_proj",
-        "shared_experts.down_proj.weight",
-        "output_bias",
-    )
+    """Whether the calibration of a layer gives the tensor of this name new values."""
+    return ".mlp.gate." in name or name.endswith((".down_proj", ".down_proj.weight", ".mlp.output_bias"))

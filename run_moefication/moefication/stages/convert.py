@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -44,11 +43,12 @@ def convert(
     """
     split = Split(split_path, checkpoint, settings.templates, settings.num_experts)
     gates = TrainedGates(select_path, checkpoint, split)
-    config = _moe_config(checkpoint, gates, settings, split.num_shared_experts)
+    num_labels = _num_labels(checkpoint, settings)
+    config = _moe_config(checkpoint, gates, settings, split.num_shared_experts, num_labels)
     shards = plan_shards(_plan(checkpoint, split, gates, config, settings), MAX_SHARD_BYTES)
     spec = ArtifactSpec(
         stage="convert",
-        options=settings.recorded() | {"num_labels": _num_labels(checkpoint, settings)},
+        options=settings.recorded() | {"num_labels": num_labels},
         source=checkpoint.source,
         environment=environment("cpu"),
         inputs={"split_file_path": split.artifact.digest, "select_file_path": gates.artifact.digest},
@@ -61,9 +61,7 @@ def convert(
     for name in progress(checkpoint.tensors if missing else [], "check", "tensor"):
         tensor = checkpoint.finite_tensor(name)
         if settings.dtype and tensor.abs().max() > torch.finfo(DTYPES[settings.dtype]).max:
-            raise SettingError(
-                f"{checkpoint.path}: {name} has values beyond torch.{settings.dtype}; choose another dtype"
-            )
+            raise SettingError(f"{checkpoint.path}: {name} has values beyond {settings.dtype}; choose another dtype")
     for file in progress([file for file in shards if file in missing], "convert", "shard"):
         write_shard(writer, file, shards[file])
     if "config" in missing:
@@ -171,41 +169,31 @@ def _num_labels(checkpoint: DenseCheckpoint, settings: ConvertSettings) -> int |
     return checkpoint.config.num_labels if num_labels is None else num_labels
 
 
-def _budget_fields(settings: ConvertSettings, num_shared_experts: int) -> dict[str, Any]:
-    """The config's fields that say which experts run, in routed experts."""
-    require_selects(settings.num_selects, settings.num_experts, num_shared_experts)
-    least = num_shared_experts if settings.min_selects is None else settings.min_selects
-    most = settings.num_experts if settings.max_selects is None else settings.max_selects
-    if not num_shared_experts <= least <= settings.num_selects <= most <= settings.num_experts:
-        raise SettingError(
-            f"min_selects {least}, num_selects {settings.num_selects} and max_selects {most} must not decrease, "
-            f"from {num_shared_experts} shared experts to {settings.num_experts}"
-        )
-    return {
-        "num_experts": settings.num_experts - num_shared_experts,
-        "num_experts_per_tok": settings.num_selects - num_shared_experts,
-        "num_shared_experts": num_shared_experts,
-        "routing": settings.routing,
-        "min_experts_per_tok": least - num_shared_experts,
-        "max_experts_per_tok": None if settings.max_selects is None else most - num_shared_experts,
-    }
-
-
 def _moe_config(
-    checkpoint: DenseCheckpoint, gates: TrainedGates, settings: ConvertSettings, num_shared_experts: int
+    checkpoint: DenseCheckpoint, gates: TrainedGates, settings: ConvertSettings, num_shared: int, num_labels: int | None
 ) -> LlamaMoEConfig:
-    dtype = settings.dtype or str(checkpoint.dtype).removeprefix("torch.")
-    fields = checkpoint.config.to_dict() | {
+    num_experts, num_selects = settings.num_experts, settings.num_selects
+    require_selects(num_selects, num_experts, num_shared)
+    least = num_shared if settings.min_selects is None else settings.min_selects
+    most = num_experts if settings.max_selects is None else settings.max_selects
+    if not num_shared <= least <= num_selects <= most <= num_experts:
+        raise SettingError(
+            f"min_selects {least}, num_selects {num_selects} and max_selects {most} must not decrease, "
+            f"from {num_shared} shared experts to {num_experts}"
+        )
+    fields = checkpoint.config.to_dict() | gates.config_fields
+    fields |= {
         "architectures": [settings.convert_type],
-        "dtype": dtype,
-        **_budget_fields(settings, num_shared_experts),
-        **gates.config_fields,
+        "dtype": settings.dtype or str(checkpoint.dtype).removeprefix("torch."),
+        "num_experts": num_experts - num_shared,
+        "num_experts_per_tok": num_selects - num_shared,
+        "num_shared_experts": num_shared,
+        "routing": settings.routing,
+        "min_experts_per_tok": least - num_shared,
+        "max_experts_per_tok": None if settings.max_selects is None else most - num_shared,
     }
-    for name in ("model_type", "transformers_version", "_name_or_path"):
-        fields.pop(name, None)
-    num_labels = _num_labels(checkpoint, settings)
-    if num_labels is not None and num_labels != checkpoint.config.num_labels:
-        fields.pop("id2label", None)
-        fields.pop("label2id", None)
+    gone = ["model_type", "transformers_version", "_name_or_path"]
+    if num_labels not in (None, checkpoint.config.num_labels):
         fields["num_labels"] = num_labels
-    return LlamaMoEConfig.from_dict(fields)
+        gone += ["id2label", "label2id"]
+    return LlamaMoEConfig.from_dict({name: value for name, value in fields.items() if name not in gone})

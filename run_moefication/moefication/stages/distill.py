@@ -55,6 +55,7 @@ def distill(
         moe.verify()
     require_held_out_block(corpus)
     arguments = training_arguments(settings, corpus.options["seed"], device)
+    is_first = arguments.process_index == 0
     spec = ArtifactSpec(
         stage="distill",
         options=settings.recorded() | corpus.options,
@@ -64,12 +65,9 @@ def distill(
         facts={"tokens": corpus.num_tokens, "mix": [asdict(share) for share in corpus.mix]},
     )
     shards = _shards(moe)
-    is_first = arguments.process_index == 0
-    parts = [*shards, RESULT]
+    how = dict(overwrite=overwrite, shared=not is_first, exclusive=is_first)
     with arguments.main_process_first(local=False):  # which begins the folder, and the others find it begun
-        writer = ArtifactWriter(
-            Path(save_path), spec, parts, overwrite=overwrite, shared=not is_first, exclusive=is_first
-        )
+        writer = ArtifactWriter(Path(save_path), spec, [*shards, RESULT], **how)
         missing = writer.missing()
         if missing:
             checkpoint.check_finite()
@@ -100,7 +98,7 @@ def distill(
 
 
 def _check(checkpoint: DenseCheckpoint, moe: MoECheckpoint, save_path: str | Path, settings: DistillSettings) -> None:
-    """Raise MoEficationError for what cannot be distilled, before any work."""
+    """Refuse what cannot be distilled, before any work."""
     folder, config = moe.artifact.folder, moe.config
     if importlib.util.find_spec("accelerate") is None:
         raise MoEficationError("distillation needs the package accelerate: pip install accelerate")
@@ -127,7 +125,7 @@ def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
     """The model to train, in float32, on its budget."""
     model = moe.load(torch.float32)
     if settings.num_selects is not None:
-        set_num_selects(model, settings.num_selects, moe.artifact.folder)
+        set_num_selects(model, settings.num_selects, moe.path)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(TRAINED[settings.train](name))
     return model
@@ -169,12 +167,8 @@ def _train(
         active = recalibrate_thresholds(model, blocks, shares, batch_size, device)
     except ValueError as error:
         raise _diverged("a gate's scores are not finite, or all the same") from error
-    metrics = {
-        "steps": steps,
-        "loss_before": before,
-        "loss_after": mean_kl(model, teacher, held_out, batch_size),
-        "active_share": active,
-    }
+    after = mean_kl(model, teacher, held_out, batch_size)
+    metrics = {"steps": steps, "loss_before": before, "loss_after": after, "active_share": active}
     if config.routing == "threshold":
         metrics["threshold"] = [gate.threshold.item() for gate in gates]
     return metrics
@@ -182,11 +176,7 @@ def _train(
 
 @torch.no_grad()
 def _round(model: LlamaMoEForCausalLM, moe: MoECheckpoint) -> None:
-    """Give the trained parameters the values they will be stored with, which thresholds must fit.
-
-    Raises:
-        MoEficationError: the training has diverged.
-    """
+    """Give the trained parameters the values they will be stored with, which thresholds must fit."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.copy_(parameter.to(moe.tensors[name.removeprefix("model.")].dtype))

@@ -99,8 +99,8 @@ def training_arguments(settings: DistillSettings, seed: int, device: str) -> Tra
 def leave_group() -> None:
     """Part from the processes that `training_arguments` joined, once nothing refers to the trainer any more.
 
-    DDP's reducer must go before the process group. Were it the last to hold the group, it would wait for gloo's threads
-    with the GIL in hand, and one of them may be waiting for the GIL to free its last tensor (pytorch/pytorch#56297).
+    DDP's reducer must go before the process group: the last to hold the group waits for gloo's threads with the GIL in
+    hand, and one of them may wait for the GIL (pytorch/pytorch#56297).
     """
     gc.collect()  # the trainer and what it wraps refer to each other
     if torch.distributed.is_initialized():
@@ -119,8 +119,7 @@ class DistillationTrainer(Trainer):
         blocks: list[torch.Tensor],
         arguments: TrainingArguments,
     ):
-        steps = [Steps(moe_blocks)]
-        super().__init__(model=model, args=arguments, train_dataset=blocks, data_collator=collate, callbacks=steps)
+        super().__init__(model, arguments, data_collator=collate, train_dataset=blocks, callbacks=[Steps(moe_blocks)])
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # compute_loss gives each batch's mean, which the Trainer then averages
         self._moe_blocks, self._teacher = moe_blocks, teacher
@@ -132,12 +131,11 @@ class DistillationTrainer(Trainer):
             block.kept = kept
         # Calling the wrapped model (DDP, autocast) makes logits too; here, of the last token only.
         outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-        teacher = self._teacher
-        kl = TeacherKL(final_states(teacher, tokens, kept), teacher.lm_head.weight, self.model.lm_head.weight)
+        states = final_states(self._teacher, tokens, kept)
+        kl = TeacherKL(states, self._teacher.lm_head.weight, self.model.lm_head.weight)
         return kl(outputs.hidden_states[-1][kept]).mean()
 
     def _save_checkpoint(self, *args, **kwargs):
-        """Turn the errors of all libraries that write a step's files into MoEficationError."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             if self.is_world_process_zero():
@@ -165,7 +163,6 @@ class Steps(TrainerCallback):
         self._bar.close()
 
     def on_save(self, args, state, control, **kwargs):
-        """The step is on the disk, as far as this process goes. Those before it go once this one is whole."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # each process writes a file of its own
         if not state.is_world_process_zero:
@@ -175,9 +172,8 @@ class Steps(TrainerCallback):
         for path in newest.iterdir():
             sync(path)
         write_json(newest / WHOLE, file_sizes(newest, os.listdir(newest)))
-        for older in folder.glob("checkpoint-*"):
-            if older != newest:
-                shutil.rmtree(older)
+        for older in {*folder.glob("checkpoint-*")} - {newest}:  # only now that this one is whole
+            shutil.rmtree(older)
 
 
 def last_whole_step(folder: Path) -> Path | None:

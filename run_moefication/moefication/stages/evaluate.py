@@ -57,27 +57,16 @@ class Evaluation:
     @property
     def label(self) -> str:
         """Model and budget."""
-        return _label(self.model, self.num_selects, self.num_experts)
-
-
-def _label(model: str, num_selects: int | None, num_experts: int | None) -> str:
-    return f"{model}, {num_selects} of {num_experts}" if num_experts else model
+        return f"{self.model}, {self.num_selects} of {self.num_experts}" if self.num_experts else self.model
 
 
 def evaluate(
-    model_paths: Sequence[str | Path],
-    text_path: str | Path,
-    *,
-    device: str = "cpu",
-    **settings: Any,
+    model_paths: Sequence[str | Path], text_path: str | Path, *, device: str = "cpu", **settings: Any
 ) -> list[Evaluation]:
     """Perplexity on a text: `exp` of the mean negative log-likelihood over non-overlapping blocks.
 
     Each block is read afresh, so its first token is context only. All models read the same blocks; a checkpoint is
-    loaded once for all its budgets.
-
-    Args:
-        settings: the fields of `EvaluateSettings`.
+    loaded once for all its budgets. `settings` are the fields of `EvaluateSettings`.
     """
     settings = EvaluateSettings(**settings)
     text_path, model_paths = Path(text_path), [str(path) for path in model_paths]
@@ -109,8 +98,7 @@ def evaluate(
 def _same_tokens(
     text_path: Path, paths: list[Path], configs: list[PreTrainedConfig], max_tokens: int | None
 ) -> torch.Tensor:
-    """The tokens of the text; MoEficationError if the models' tokenizers differ there, for then their perplexities
-    cannot be compared."""
+    """The tokens of the text, the same by every model's tokenizer."""
     sizes = [config.get_text_config().vocab_size for config in configs]
     tokens = [first_tokens(text_path, path, max_tokens, size) for path, size in zip(paths, sizes, strict=True)]
     for path, others in zip(paths[1:], tokens[1:], strict=True):
@@ -147,12 +135,12 @@ def _read_config(path: Path) -> PreTrainedConfig:
         raise MoEficationError(f"{path} has no usable config.json ({last_line(error)})") from error
 
 
-def _budgets(config, num_selects: list[int] | None) -> list[int | None]:
-    if config.model_type != "llama_moe":
+def _budgets(config: PreTrainedConfig, num_selects: Sequence[int] | None) -> Sequence[int | None]:
+    if config.model_type != "llama_moe" or not num_selects:
         return [None]
-    for budget in num_selects or []:
+    for budget in num_selects:
         require_num_selects(budget, config)
-    return num_selects or [None]
+    return num_selects
 
 
 def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) -> PreTrainedModel:
@@ -172,38 +160,32 @@ def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) 
     except (OSError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError, *CONFIG_ERRORS) as error:
         raise MoEficationError(f"{path} does not load as a causal LM ({first_line(error)})") from error
     if loading["missing_keys"] or loading["mismatched_keys"]:
-        raise MoEficationError(
-            f"{path} lacks weights of a causal LM ({min(loading['missing_keys'], default='shapes')})"
-        )
+        lacking = min(loading["missing_keys"], default="shapes")
+        raise MoEficationError(f"{path} lacks weights of a causal LM ({lacking})")
     return model.to(device).eval()
 
 
 @bfloat16_products()
 @torch.inference_mode()
 def evaluate_model(
-    model: PreTrainedModel,
-    name: str,
-    blocks: list[torch.Tensor],
-    budget: int | None = None,
-    batch_size: int = 4,
+    model: PreTrainedModel, name: str, blocks: list[torch.Tensor], budget: int | None = None, batch_size: int = 4
 ) -> Evaluation:
-    """A loaded model on blocks of tokens, of which all but the last are equally long; `name` is for the row.
-
-    Args:
-        budget: experts to run per token, shared ones included; None for those that the model runs as it is.
-    """
+    """A loaded model on blocks of tokens, of which all but the last are equally long; `name` is for the row, `budget`
+    the experts to run per token, shared ones included (None: as the model is)."""
     num_experts = None
     if model.config.model_type == "llama_moe":
         num_experts = model.config.num_experts + model.config.num_shared_experts
-        if budget is None:
-            budget = _own_budget(model)
-        else:
+        if budget is not None:
             set_num_selects(model, budget, name)
+        else:  # what it runs as it is
+            counts = experts_per_tok(model.config, lambda layer: model.model.layers[layer].mlp.gate.threshold.item())
+            budget = model.config.num_selects if any(counts) else model.config.num_shared_experts
     # All blocks of a batch have one length: padding would count as tokens that were routed.
     equal = (torch.stack(list(group)) for _, group in groupby(blocks, len))
     batches = [batch for stacked in equal for batch in stacked.split(batch_size)]
     with record_routing(model) as routing:
-        work = progress(batches, f"evaluate {_label(name, budget, num_experts)}", "batch")
+        what = f"evaluate {name}, {budget} of {num_experts}" if num_experts else f"evaluate {name}"
+        work = progress(batches, what, "batch")
         losses = [loss for batch in work for loss in _losses(model, batch.long().to(model.device))]
     predicted = [len(block) - 1 for block in blocks]
     return Evaluation(
@@ -216,12 +198,6 @@ def evaluate_model(
         expert_load=[layer.expert_load.tolist() for layer in routing] or None,
         block_losses=[loss / count for loss, count in zip(losses, predicted, strict=True)],
     )
-
-
-def _own_budget(model: PreTrainedModel) -> int:
-    """Experts per token that a MoE model runs as it is, shared ones included."""
-    counts = experts_per_tok(model.config, lambda layer: model.model.layers[layer].mlp.gate.threshold.item())
-    return model.config.num_selects if any(counts) else model.config.num_shared_experts
 
 
 def _losses(model: PreTrainedModel, tokens: torch.Tensor) -> list[float]:

@@ -22,7 +22,7 @@ from ..progress import progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
 from ..storage.tensors import tensor_sha256
-from ..text.batches import Batch, batches_of
+from ..text.batches import batches_of
 from ..text.corpus import Corpus
 
 
@@ -37,21 +37,17 @@ def extract_features(
     world_size: int = 1,
     overwrite: bool = False,
 ) -> ArtifactWriter:
-    """Run the dense model over the corpus and store, per layer, the MLP's inputs and (format "full") activations.
+    """Run the dense model over the corpus and store, per layer, the MLP's inputs and (format "full") activations:
+    SiLU(gate_proj x), or with the template of up_proj SiLU(gate_proj x) * (up_proj x).
 
-    Memory: the model, and one shard: `save_interval * batch_size` blocks of tokens times layers times hidden size
-    (plus intermediate size in "full") in `dtype`.
-
-    Args:
-        settings: `templates` says which activations are stored: SiLU(gate_proj x) for gate_proj, SiLU(gate_proj x) *
-            (up_proj x) for up_proj. The model runs in float32 on CPUs and in its own dtype elsewhere.
-        rank, world_size: this process among those that share the work.
+    The model runs in float32 on CPUs and in its own dtype elsewhere. Memory: the model, and one shard. `rank` of
+    `world_size`: this process among those that share the work.
     """
     if not 0 <= rank < world_size:
         raise MoEficationError(f"RANK {rank} is outside of WORLD_SIZE {world_size}")
     folder = features_folder(save_path, checkpoint.name)
     require_place(folder, "hidden_features")
-    batch_size, dtype = settings.batch_size, DTYPES[settings.dtype]
+    is_full, dtype = settings.feature_format == "full", DTYPES[settings.dtype]
     spec = ArtifactSpec(
         stage="hidden_features",
         options=settings.recorded() | corpus.options,
@@ -60,51 +56,47 @@ def extract_features(
         inputs={"train_data_path": corpus.digest},
         facts={"processes": world_size, "mix": [asdict(share) for share in corpus.mix]},
     )
-    blocks_per_shard = batch_size * settings.save_interval
+    blocks_per_shard = settings.batch_size * settings.save_interval
     num_shards = math.ceil(len(corpus.blocks) / blocks_per_shard)
-    _require_space(checkpoint, corpus, folder, settings.feature_format, dtype)
+    _require_space(checkpoint, corpus, folder, is_full, dtype)
     writer = ArtifactWriter(folder, spec, map(str, range(num_shards)), overwrite=overwrite, shared=world_size > 1)
     mine = [number for number in map(int, writer.missing()) if number % world_size == rank]
     if mine:
         on_cpu = torch.device(device).type == "cpu"
         model = checkpoint.load_model(device, torch.float32 if on_cpu else checkpoint.dtype)
-        recorder = _Recorder(model, settings.templates if settings.feature_format == "full" else None, dtype)
+        recorder = _Recorder(model, settings.templates, dtype)
         for number in progress(mine, "hidden features", "shard"):
             first = number * blocks_per_shard
-            features = recorder.record(corpus.blocks[first : first + blocks_per_shard], batch_size, first)
-            _write_shard(writer, number, first, features)
+            features = recorder.record(corpus.blocks[first : first + blocks_per_shard], settings.batch_size, first)
+            _write_shard(writer, number, features)
     writer.finish()
     return writer
 
 
 def _require_space(
-    checkpoint: DenseCheckpoint, corpus: Corpus, folder: Path, feature_format: str, dtype: torch.dtype
+    checkpoint: DenseCheckpoint, corpus: Corpus, folder: Path, is_full: bool, dtype: torch.dtype
 ) -> None:
     config = checkpoint.config
-    width = config.hidden_size + (config.intermediate_size if feature_format == "full" else 0)
+    width = config.hidden_size + is_full * config.intermediate_size
     needed = corpus.num_tokens * config.num_hidden_layers * width * dtype.itemsize
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
     # A run that was interrupted has used some of the room already.
     written = sum(file.stat().st_size for file in folder.rglob("*.pth")) if folder.is_dir() else 0
     free = shutil.disk_usage(existing).free + written
     if needed > free:
-        raise SettingError(
-            f"{folder} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            f"use feature_format inputs, max_tokens or data_use_percent"
-        )
+        room = f"about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+        raise SettingError(f"{folder} needs {room}; use feature_format inputs, max_tokens or data_use_percent")
 
 
 class _Recorder:
     """Hooks on every MLP of a model that copy what passes into tensors allocated for a whole shard."""
 
     def __init__(self, model: LlamaModel, template: str | None, dtype: torch.dtype):
-        """`template` says which activations are kept beside the inputs; None: none."""
+        """`template`: of the weight whose activations are kept beside the inputs; None: none are."""
         self._model, self._dtype = model, dtype
         self._widths = {INPUTS: model.config.hidden_size}
         if template is not None:
             self._widths[GATE_OUTPUTS] = model.config.intermediate_size
-        self._features: dict[str, list[torch.Tensor]] = {}
-        self._batch: Batch | None = None
         for layer, mlp in enumerate(layer.mlp for layer in model.layers):
             mlp.register_forward_pre_hook(lambda _, args, i=layer: self._keep(INPUTS, i, args[0]))
             if template == TEMPLATES[1]:  # SiLU(gate) * up is what enters down_proj
@@ -114,18 +106,15 @@ class _Recorder:
 
     @torch.inference_mode()
     def record(self, blocks: list[torch.Tensor], batch_size: int, first_block: int) -> dict[str, list[torch.Tensor]]:
-        """Kind -> by layer, `[tokens, width]` over the blocks, without padding.
-
-        Raises:
-            MoEficationError: a value is not finite in the stored dtype.
-        """
+        """Kind -> by layer, `[tokens, width]` over the blocks, without padding; values that are not finite in the
+        stored dtype are refused."""
         tokens = torch.cat(blocks).long().to(self._model.device)
         self._features = {
             kind: [torch.empty(len(tokens), width, dtype=self._dtype) for _ in self._model.layers]
             for kind, width in self._widths.items()
         }
         for batch in batches_of(blocks, batch_size):
-            self._batch = batch
+            self._batch = batch  # for the hooks
             self._model(input_ids=batch.padded(tokens[batch.rows]), use_cache=False)
         for kind, layers in self._features.items():
             for layer, features in enumerate(layers):
@@ -140,9 +129,7 @@ class _Recorder:
         self._features[kind][layer][self._batch.rows] = self._batch.flat(activations).to(self._dtype).cpu()
 
 
-def _write_shard(
-    writer: ArtifactWriter, number: int, first_block: int, features: dict[str, list[torch.Tensor]]
-) -> None:
+def _write_shard(writer: ArtifactWriter, number: int, features: dict[str, list[torch.Tensor]]) -> None:
     writer.begin()  # the spec may be another process's, with its own number of processes
     index, rank = divmod(number, writer.spec["facts"]["processes"])
     files = {}

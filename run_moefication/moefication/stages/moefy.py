@@ -129,8 +129,7 @@ def moefy(
     """Stages 1 to 5 (1 to 4 of a recipe that calibrates nothing), as the numbered shell scripts run them.
 
     Args:
-        text_path: a folder of text, or a file.
-        save_path: folder of the new checkpoint.
+        text_path: a folder of text, or a file; save_path: folder of the new checkpoint.
         num_experts, num_selects: the recipe's, if not given; `num_selects` counts shared experts, too.
         block_size: tokens per block of text; None for 2048, or what the model takes.
         experts: the split to use instead of the recipe's.
@@ -138,8 +137,6 @@ def moefy(
             `save_path` with `-work` after it.
         features_path: where tokenised text and stage 2's features lie, which do not depend on the budget: runs for
             several budgets can share them; by default `work_path`.
-
-    Returns: the finished checkpoint.
     """
     num_experts = recipe.num_experts if num_experts is None else num_experts
     num_selects = recipe.num_selects(num_experts) if num_selects is None else num_selects

@@ -47,10 +47,8 @@ def parse_layers(texts: list[str], num_layers: int) -> list[int]:
         if first > last:
             raise SettingError(f"specify_layer {text!r} is neither a layer nor a range such as 0-7")
         if match[2] and last == num_layers and first < num_layers:
-            logger.warning(
-                "--specify_layer %s: the last of %d layers is %d, taken as the end", text, num_layers, last - 1
-            )
             last -= 1
+            logger.warning("--specify_layer %s: the last of %d layers is %d, taken as the end", text, num_layers, last)
         if last >= num_layers:
             raise SettingError(f"specify_layer {text} goes beyond the model's layers 0-{num_layers - 1}")
         layers.update(range(first, last + 1))
@@ -79,12 +77,8 @@ def train_gates(
     split = Split(split_path, checkpoint, settings.templates, settings.num_experts)
     require_selects(settings.num_selects, settings.num_experts, split.num_shared_experts)
     require_rank(settings.gate_rank, checkpoint.config.hidden_size, split.num_routed_experts)
-    # What concerns a gate: the routed experts, and how many of them run.
-    routed = replace(
-        settings,
-        num_experts=split.num_routed_experts,
-        num_selects=settings.num_selects - split.num_shared_experts,
-    )
+    num_selects = settings.num_selects - split.num_shared_experts
+    routed = replace(settings, num_experts=split.num_routed_experts, num_selects=num_selects)  # what concerns a gate
     features = Features(features_path, checkpoint, settings.templates)
     if features.num_tokens < 2:
         raise MoEficationError(f"{features_path} holds {features.num_tokens} tokens; at least 2 are needed")
@@ -106,7 +100,7 @@ def train_gates(
         if settings.gate_fit == "ridge":
             gate = new_gate("linear", inputs.shape[1], routed.num_experts, rank=routed.gate_rank, has_bias=True)
         else:
-            rows = checkpoint.finite_tensor(settings.templates.format(layer)).to(device, torch.float32)
+            rows = checkpoint.finite_tensor(names[layer]).to(device, torch.float32)
             gate = initial_gate(settings.gate_network, rows, split.routed_neurons(layer))
         metrics = fit_gate(gate.to(device), inputs, scores, routed)
         gate.store_score_quantiles(_logits(gate, inputs))
@@ -132,9 +126,8 @@ def _layer_data(
     score = OutputNorms(mlp.down, neurons) if is_norm else ExpertScorer(neurons, settings.select_criterion)
     scores = torch.cat([score(chunk) for chunk in activations])
     if not scores.sum(dtype=torch.float64).isfinite():
-        raise MoEficationError(
-            f"the features of layer {layer} in {features.artifact.folder} hold NaN or infinite values"
-        )
+        folder = features.artifact.folder
+        raise MoEficationError(f"the features of layer {layer} in {folder} hold NaN or infinite values")
     return inputs, scores
 
 
@@ -143,19 +136,13 @@ def _layer_data(
 
 def initial_gate(gate_network: str, rows: torch.Tensor, neurons: torch.Tensor) -> Gate:
     """A gate whose (first) layer is the mean normalised row of each expert; the second of an "mlp" is the identity.
-
-    Args:
-        rows: float `[intermediate_size, hidden]`, the template weight.
-        neurons: int64 `[experts, width]`, the neurons of each expert.
-    """
+    `rows`: the template's weight, `[intermediate_size, hidden]`; `neurons`: int64 `[experts, width]`."""
     centres = F.normalize(rows)[neurons.to(rows.device)].mean(dim=1)  # [experts, hidden]
     num_experts, hidden_size = centres.shape
     gate = new_gate(gate_network, hidden_size, num_experts)
-    first, *second = gate.parameters()
     with torch.no_grad():
-        first.copy_(centres)
-        for weight in second:
-            weight.copy_(torch.eye(num_experts))
+        for weight, values in zip(gate.parameters(), (centres, torch.eye(num_experts)), strict=False):
+            weight.copy_(values)
     return gate
 
 
@@ -166,15 +153,13 @@ def fit_gate(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: G
     The loss of training is the KL divergence to the normalised scores with `use_softmax`, the binary cross-entropy to
     the true top-k set without. The last `valid_percent` of the tokens (blocks come shuffled) are never trained on.
 
-    Returns: metrics for the manifest, all on held-out tokens: `routing_quality` of the gate and of the best constant
-    choice, expert load, and what the fit says of itself (the loss of every epoch, or the ridge's strength).
+    Returns: metrics on held-out tokens, of the gate and of the best constant choice.
     """
     num_valid = min(max(1, round(len(inputs) * settings.valid_percent)), len(inputs) - 1)
     train, valid = slice(0, -num_valid), slice(-num_valid, None)
     k = settings.num_selects
     best_constant = top_k_mask(scores[train].mean(dim=0, keepdim=True), k)
     constant = routing_quality(best_constant.expand(num_valid, -1), scores[valid], k)
-
     if settings.gate_fit == "ridge":
         of_fit = fit_ridge_gate(gate, inputs, scores, num_valid)
     else:

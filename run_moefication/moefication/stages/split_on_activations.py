@@ -41,23 +41,25 @@ RIDGE_STRENGTH = 1e-2  # ridge strength of the prediction, in mean diagonals of 
 class NeuronStatistics:
     """How much each neuron of a layer adds to the MLP's output, and which neurons are needed together.
 
-    Holds the MLP's inputs of all tokens that are added, in the dtype that they have.
-
-    Attributes:
-        importance: float64 `[I]`, sum over tokens of weight * (activation * norm of the neuron's down_proj column)^2.
+    Holds the MLP's inputs of all tokens that are added, in the dtype that they have. `importance`, float64 `[I]`, is
+    the sum over tokens of weight * (activation * norm of the neuron's down_proj column)^2.
     """
 
     def __init__(self, mlp: GatedMLP):
         num_neurons, hidden_size = mlp.down.shape
         device = mlp.down.device
-        self._column_norms = _column_norms(mlp)
+        self._column_norms = mlp.down.norm(dim=1)  # of down_proj
         self._equations = NormalEquations(hidden_size + 1, num_neurons, device)
         self._inputs: list[torch.Tensor] = []
         self.importance = torch.zeros(num_neurons, dtype=torch.float64, device=device)
 
+    def added(self, activations: torch.Tensor) -> torch.Tensor:
+        """How much each neuron adds to the output, `[T, I]`, of what enters down_proj."""
+        return activations.abs() * self._column_norms
+
     def add(self, inputs: torch.Tensor, activations: torch.Tensor, weights: torch.Tensor) -> None:
         """Add tokens: the MLP's inputs `[T, H]`, what enters down_proj, float32 `[T, I]`, and their weights `[T]`."""
-        added = activations.abs() * self._column_norms
+        added = self.added(activations)
         self.importance += weights @ added.square()
         self._equations.add(F.pad(inputs.float(), (0, 1), value=1.0), added, weights)
         self._inputs.append(inputs)
@@ -110,14 +112,11 @@ def split_by_activations(
     device: str = "cpu",
     overwrite: bool = False,
 ) -> ArtifactWriter:
-    """Split the neurons of every layer by what they do on text.
+    """Split the neurons of every layer by what they do on text: a corpus, which the dense model reads layer by layer,
+    or recorded features. `template` only gives the files their names.
 
     Memory: one layer's weights, its inputs for all tokens, and eight square matrices of its neurons, in float32. Disk,
     for a corpus and until the split is finished: 8 * hidden_size bytes a token.
-
-    Args:
-        text: a corpus, which the dense model reads layer by layer, or recorded features.
-        template: gives the files their names; the activations are those that enter down_proj.
     """
     checkpoint.require_experts(settings.num_experts)
     require_template(template)
@@ -162,9 +161,9 @@ def _of_features(checkpoint: DenseCheckpoint, features: Features, layer: int, de
     A token's weight is 1 over what all its neurons add, which keeps few tokens from owning the sums.
     """
     mlp = GatedMLP.of_dense(checkpoint, layer, device)
-    norms, statistics = _column_norms(mlp), NeuronStatistics(mlp)
+    statistics = NeuronStatistics(mlp)
     chunks = [chunk.to(device) for shard in features.inputs(layer) for chunk in shard.split(TOKENS_PER_CHUNK)]
-    squares = torch.cat([(mlp.activations(inputs).abs() * norms).square().sum(dim=1) for inputs in chunks])
+    squares = torch.cat([statistics.added(mlp.activations(inputs)).square().sum(dim=1) for inputs in chunks])
     for inputs, weights in zip(chunks, token_weights(squares).split([len(chunk) for chunk in chunks]), strict=True):
         statistics.add(inputs, mlp.activations(inputs), weights)
     return statistics
@@ -206,8 +205,3 @@ def _predicted(
 ) -> torch.Tensor:
     """What each neuron is expected to add, `[T, H]` -> `[T, I]`."""
     return F.linear(F.linear(inputs.to(bias), input_weight), output_weight, bias)
-
-
-def _column_norms(mlp: GatedMLP) -> torch.Tensor:
-    """The norms of down_proj's columns, float32 `[I]`."""
-    return mlp.down.norm(dim=1)
