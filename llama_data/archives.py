@@ -1,31 +1,18 @@
-"""Files of packages (.whl, .tgz, .deb), read in memory: nothing is unpacked to the disk.
-
-Packages are known by their checksums before they come here, so that nothing has to guard against hostile ones.
-"""
+"""Files of packages (.whl, .tgz, .deb), read in memory. Checksums were compared before: no package is hostile."""
 
 import io
 import re
-import shutil
 import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
 
-from llama_download.registry import RegistryError
 from run_moefication.moefication.errors import MoEficationError
-
-
-def require_reader(path: Path) -> None:
-    """Raise RegistryError where the package needs a program that is not installed."""
-    if path.suffix == ".deb" and shutil.which("dpkg-deb") is None:
-        raise RegistryError(f"{path.name} needs dpkg-deb, which is not installed")
 
 
 def read_members(path: Path, pattern: str) -> dict[str, bytes]:
     """Content of the package's regular files whose whole name matches the pattern, in order of their names.
-
-    Raises MoEficationError where the package is damaged.
-    """
+    Raises MoEficationError where the package is damaged."""
     wanted = re.compile(pattern).fullmatch
     try:
         if path.suffix == ".whl":

@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 PART_CHARACTERS = 16_000  # about 4,000 tokens of prose; longer works are cut into parts of about equal length
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\xad\u200b\u2028\u2029\ufeff\ufffd]")
 # What stands in the text for a tag of HTML, where it begins and ends, or only where it begins.
-LINES = {"address", "article", "br", "center", "dd", "div", "dl", "dt", "form", "hr", "li", "ol", "option"}
+LINES = {"br", "center", "dd", "div", "dl", "dt", "form", "hr", "li", "ol", "option", "tr", "ul"}
 PARAGRAPHS = {"blockquote", "h1", "h2", "h3", "h4", "h5", "h6", "p", "pre", "table"}
-BREAKS = dict.fromkeys(LINES | {"section", "tr", "ul"}, "\n") | dict.fromkeys(PARAGRAPHS, "\n\n")
+BREAKS = dict.fromkeys(LINES, "\n") | dict.fromkeys(PARAGRAPHS, "\n\n")
 MARKS = {"li": "* ", "td": "\0", "th": "\0"}
-INVISIBLE = {"head", "noscript", "script", "select", "style", "template", "textarea", "title"}
+INVISIBLE = {"head", "noscript", "script", "select", "style", "textarea", "title"}
 
 
 def decode(content: bytes) -> str:
@@ -87,7 +87,6 @@ def html_text(page: str) -> str:
 def pod_text(pod: str) -> str:
     """Perl's POD as plain text: formatting codes resolved, commands dropped, item markers kept as text."""
     pod = re.sub(r"^=(?:head\d|item) +", "", pod, flags=re.MULTILINE)
-    pod = re.sub(r"^=(?:begin|for)\b.*?(?:^=end\b[^\n]*\n|\n\n)", "", pod, flags=re.MULTILINE | re.DOTALL)
     pod = re.sub(r"^=\w+[^\n]*\n?", "", pod, flags=re.MULTILINE)
     pod = re.sub(r"\b[A-Z]<<+ (.*?) >>+", r"\1", pod, flags=re.DOTALL)
     code = re.compile(r"\b([A-Z])<([^<>]*)>")

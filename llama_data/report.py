@@ -13,10 +13,8 @@ LINKS = {row["licence"]: row["link"] for row in read_table("licences")}
 def manifest(
     recipe: Mapping, halves: Mapping[str, tuple[Half, Half]], sources: Sequence[Source], had: Container[Package]
 ) -> dict:
-    """All but the checksums of the files: `recipe`, and for each domain its sources, licences, documents, tokens.
-
-    Sources whose package is not among those `had` are listed as skipped.
-    """
+    """All but the checksums of the files: `recipe`, and for each domain its sources, licences, documents, tokens;
+    sources whose package is not among those `had` as skipped."""
     domains = {}
     for domain, (train, held_out) in halves.items():
         used = [source for source in sources if source.domain == domain and source.package in had]

@@ -63,9 +63,8 @@ def test_parts_are_even_within_the_limit_and_lose_nothing(text):
 
 
 def test_pages_are_clean_or_not():
-    members = {
-        "a/c4.utf8": b"A sentence about dogs.\nHome Log in Sign up Contact us Menu Facebook\nNo end of a sentence"
-    }
+    pages = b"A sentence about dogs.\nHome Log in Sign up Contact us Menu Facebook\nNo end of a sentence"
+    members = {"a/c4.utf8": pages}
     assert list(extraction.clean_pages(members)) == [("c4.utf8 line 1", "A sentence about dogs.")]
     assert [document.work for document in extraction.uncleaned_pages(members)] == ["c4.utf8 line 2", "c4.utf8 line 3"]
 
@@ -79,10 +78,8 @@ def test_wikipedia_without_wikitext2():
 
 
 def test_code_between_marks_and_files():
-    members = {
-        "code.utf8": b"x\n// ===== BEGIN go\n\tpackage a\n// ===== END go\n// ===== BEGIN c\nint b;\n// ===== END c\n"
-    }
-    assert texts(extraction.marked_files(members)) == ["\tpackage a", "int b;"]
+    code = b"x\n// ===== BEGIN go\n\tpackage a\n// ===== END go\n// ===== BEGIN c\nint b;\n// ===== END c\n"
+    assert texts(extraction.marked_files({"code.utf8": code})) == ["\tpackage a", "int b;"]
     assert texts(extraction.code_files({"a.js": b"let a\r\n", "b.min.js": b"x" * 1000})) == ["let a"]
 
 
@@ -103,20 +100,15 @@ def r_data_base(*vectors: list[str]) -> bytes:
 
 def test_novels_of_r():
     novels = [["EMMA", "", "CHAPTER I", "It _was_ é."], ["PERSUASION", "Chapter 1", "", "Sir Walter"]]
-    members = {"Rdata.rdb": r_data_base(*novels)}
-    assert [document for document in extraction.r_novels(members) if document.text] == [
-        ("Emma", "CHAPTER I\nIt was é."),
-        ("Persuasion", "Chapter 1\n\nSir Walter"),
-    ]
+    expected = [("Emma", "CHAPTER I\nIt was é."), ("Persuasion", "Chapter 1\n\nSir Walter")]
+    found = extraction.r_novels({"Rdata.rdb": r_data_base(*novels)})
+    assert [document for document in found if document.text] == expected
 
 
 def test_plays_lose_their_markdown():
     play = b"# Hamlet\n\n## ACT I\n\n### SCENE I. Elsinore.\n\n_Enter_\n\n**BERNARDO**  \nWho's there?  \n"
-    assert list(extraction.markdown_plays({"hamlet.md": play})) == [
-        ("Hamlet", "Hamlet"),
-        ("Hamlet", "ACT I"),
-        ("Hamlet", "SCENE I. Elsinore.\n\nEnter\n\nBERNARDO\nWho's there?"),
-    ]
+    parts = ["Hamlet", "ACT I", "SCENE I. Elsinore.\n\nEnter\n\nBERNARDO\nWho's there?"]
+    assert list(extraction.markdown_plays({"hamlet.md": play})) == [("Hamlet", part) for part in parts]
 
 
 VIGNETTE = r"""%\VignetteIndexEntry{no}
@@ -148,9 +140,8 @@ ignored
 def test_a_vignette_becomes_a_paper():
     filler = "Words of the paper. " * 60
     text = paper(VIGNETTE.replace("The end", filler + "The end"))
-    assert text.startswith(
-        "\\title{A {\\em nice} title}\n\n\\begin{abstract}\nAbout 5\\% of it.\n\\end{abstract}\n\n\\section{First}"
-    )
+    front = "\\title{A {\\em nice} title}\n\n\\begin{abstract}\nAbout 5\\% of it.\n\\end{abstract}\n\n"
+    assert text.startswith(front + "\\section{First}")
     assert text.endswith("The end $\\alpha$.")
     gone = "library Sexpr Sinput comment trailing bibliography ignored vspace Sweave Vignette"
     assert not [word for word in gone.split() if word in text]
@@ -208,15 +199,13 @@ def test_names_of_threads():
 
 
 def test_html_mails_become_pages_of_their_site():
-    page = (
-        b"From: news@site.com\nSubject: s\nContent-Type: text/html\n\n<p>Buy <b>this</b> at home.<p>***<p>me@site.com"
-    )
+    head = b"From: news@site.com\nSubject: s\nContent-Type: text/html\n\n"
+    page = head + b"<p>Buy <b>this</b> at home.<p>***<p>me@site.com"
     assert list(extraction.web_mails({"1": page})) == [("site.com", "Buy this at home.\n\n<address>")]
     assert list(extraction.plain_mails({"1": page})) == []
     assert list(extraction.web_mails({"1": page.replace(b"this", b"porn")})) == []
-    assert texts(extraction.plain_mails({"1": FIRST.split(b"\n--")[0]})) == [
-        "How do I sort a list? Write to <address>."
-    ]
+    plain = texts(extraction.plain_mails({"1": FIRST.split(b"\n--")[0]}))
+    assert plain == ["How do I sort a list? Write to <address>."]
 
 
 # ------------------------------------------------------------------------------------------------ packages

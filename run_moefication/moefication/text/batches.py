@@ -11,17 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive blocks that go through a model together.
+    """Consecutive blocks that go through a model together."""
 
-    Attributes:
-        rows: where their tokens lie among the tokens of all blocks.
-        lengths: tokens of each block.
-        held_out: whether fits leave these blocks out.
-    """
-
-    rows: slice
-    lengths: list[int]
-    held_out: bool = False
+    rows: slice  # where their tokens lie among those of all blocks
+    lengths: list[int]  # tokens of each block
+    held_out: bool = False  # whether fits leave these blocks out
 
     def mask(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """bool `[B, N]`: which positions hold text; the others are padding."""

@@ -25,8 +25,7 @@ DEFAULT_BLOCK_SIZE = 2048
 
 @dataclass(frozen=True)
 class DomainShare:
-    """One domain of a mix: its weight, and how many tokens there were, were asked for, and are in the blocks.
-
+    """One domain of a mix: its weight, and how many tokens there were, were asked for, and are in the blocks;
     `skipped_lines` of its text held no document; `files` are paths within the data folder."""
 
     domain: str
@@ -39,15 +38,11 @@ class DomainShare:
 
 
 class Corpus:
-    """Token blocks and the mix of domains in them, made when they are first asked for, so that a stage can check all
-    else before text is read.
-
-    Attributes:
-        options: those that choose the blocks, as manifests record them.
+    """Token blocks and the mix of domains in them, both of which `read` makes when they are first asked for, so that a
+    stage can check all else before text is read. `options` are those that choose the blocks, as manifests record them.
     """
 
     def __init__(self, options: dict[str, Any], read: Callable[[], tuple[list[torch.Tensor], list[DomainShare]]]):
-        """`read` makes blocks and mix."""
         self.options, self._read = options, cache(read)
 
     @property
@@ -69,9 +64,6 @@ class Corpus:
         return digest([tensor_sha256(block) for block in self.blocks])
 
 
-# ---------------------------------------------------------------------------------------------------- blocks
-
-
 def pack(tokens: torch.Tensor, block_size: int) -> list[torch.Tensor]:
     """Cut a token stream into blocks; the last, shorter one keeps its length."""
     return list(tokens.split(block_size)) if len(tokens) else []
@@ -90,9 +82,6 @@ def require_held_out_block(corpus: Corpus) -> None:
     """Raise MoEficationError if the corpus is a single block, so that none can be held out."""
     if len(corpus.blocks) < 2:
         raise SettingError("the corpus is a single block, and one is held out; use a smaller block_size")
-
-
-# ---------------------------------------------------------------------------------------------------- the mix
 
 
 def parse_domain_weights(given: Mapping[str, float] | str | None) -> dict[str, float] | str | None:
@@ -123,10 +112,8 @@ def training_corpus(
     """Blocks of the domains in a folder, in their proportions: as many tokens as the scarcest domain allows.
 
     Blocks are drawn at random within each domain, the last one cut so that the shares are exact, and shuffled across
-    domains. They are views of the tokens on the disk (4 bytes each); in memory are a few batches of text.
-
-    Args:
-        cache_path: folder that keeps the tokens for the next run; None for a temporary file.
+    domains. They are views of the tokens (4 bytes each) in a file of the folder `cache_path`, or else a temporary one;
+    in memory are a few batches of text.
     """
     positions, weights = checkpoint.config.max_position_embeddings, parse_domain_weights(settings.domain_weights)
     block_size = require_block_size(settings.block_size, positions, checkpoint.name)
@@ -136,7 +123,6 @@ def training_corpus(
     files = {name: [os.path.relpath(str(file), root) for file in domains[name]] for name in domains}
 
     def read() -> tuple[list[torch.Tensor], list[DomainShare]]:
-        """Tokenise the text, or take it from the cache, and draw the blocks."""
         streams = {
             name: token_stream(checkpoint, name, domains[name], cache_path, settings.skip_bad_lines) for name in domains
         }
@@ -156,8 +142,8 @@ def _mixed(
     weights = {name: 1.0 if mix == EQUAL else mix.get(name, 1.0) for name in streams}
     weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
     total = options["data_use_percent"] * min(len(stream.tokens) / weights[name] for name, stream in streams.items())
-    total = min(total, max_tokens or total)
-    left = math.inf if max_tokens is None else max_tokens
+    left = max_tokens or math.inf
+    total = min(total, left)
     generator = np.random.default_rng(options["seed"])
     blocks, shares = [], []
     for name, stream in streams.items():

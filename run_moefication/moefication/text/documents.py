@@ -41,16 +41,9 @@ class Document(NamedTuple):
 class DocumentReader:
     """Iterates over the non-empty documents of files: the "text" of each line of a .jsonl, other files as plain text.
 
-    Args:
-        skip_bad_lines: count the lines that hold no document, and go on, instead of stopping at the first. None: the
-            same as False, for callers without such an option, which errors then do not mention.
-
-    Attributes:
-        total_bytes, position: how much there is to read, and how much of it is read, for progress.
-        skipped: lines skipped so far.
-
-    Raises:
-        MoEficationError: names the file, and the line that is not a JSON object with a string "text" in UTF-8.
+    A line that holds no document (no JSON object with a string "text" in UTF-8) raises MoEficationError, or with
+    `skip_bad_lines` is counted in `skipped`. None is False for callers without such an option, which errors then do not
+    mention.
     """
 
     def __init__(self, files: list[TextFile], skip_bad_lines: bool | None = None):
@@ -62,6 +55,7 @@ class DocumentReader:
 
     @property
     def position(self) -> int:
+        """How much of `total_bytes` is read, for progress."""
         return self._done + self._position()
 
     def __iter__(self) -> Iterator[Document]:

@@ -1,9 +1,8 @@
 """The domains of the text in a folder, told by the names of its files and folders."""
 
 import logging
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import MoEficationError, SettingError
@@ -57,23 +56,21 @@ def find_domains(data_path: str | Path, weights: Mapping[str, float] | None = No
     """The files of each domain in a folder, or a single file.
 
     A file's own name says its domain, or else the name of the folder below the data folder in which it lies, however
-    deep. Folders are read if their name speaks of a domain.
-
-    Args:
-        weights: by domain, as `known_domain` calls it: only files of these are taken. None: those of LLaMA's mix; a
-            folder where no name speaks of any is one domain of its own, and one where only some do is refused.
+    deep. Folders are read if their name speaks of a domain. Only files of the domains of `weights` (named as by
+    `known_domain`) are taken; without them those of LLaMA's mix, where a folder in which no name speaks of any is one
+    domain of its own, and one in which only some do is refused.
     """
     data_path = Path(data_path)
     # The name of another domain may be written in several words: "my_notes.jsonl" is of the domain "mynotes".
     aliases = {name: ALIASES.get(name) or " ?".join(map(re.escape, name)) for name in weights or ALIASES}
     found: dict[str, list[TextFile]] = {}
     unnamed = []
-    folders = list(_domain_folders(data_path, aliases)) if data_path.is_dir() else []
-    for folder, names in [(data_path, []), *folders]:
+    folders = _domain_folders(data_path, aliases) if data_path.is_dir() else {}
+    for folder, names in {data_path: [], **folders}.items():
         for file in find_text_files(folder):
             domain = _decided([*file.names, *names], file, aliases)
             (found.setdefault(domain, []) if domain else unnamed).append(file)
-    unread = unread_data(data_path, [folder for folder, _ in folders]) if data_path.is_dir() else ""
+    unread = unread_data(data_path, [*folders]) if data_path.is_dir() else ""
     if not found and not unnamed:
         raise SettingError(
             f"train_data_path {data_path} holds no .jsonl, .txt or .parquet (nor .gz, .zst of the first two) or .zip "
@@ -113,24 +110,19 @@ def _words(name: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", HASH.sub(" ", name.lower())))
 
 
-def _domain_folders(path: Path, aliases: Mapping[str, str]) -> Iterator[tuple[Path, list[str]]]:
-    """The folders that are read below `path`: those named after a domain, and all below them but for held-out ones;
-    each with the name that counts."""
+def _domain_folders(path: Path, aliases: Mapping[str, str]) -> dict[Path, list[str]]:
+    """The folders that are read below `path`: those named after a domain, and all below them but for held-out and
+    hidden ones; each with the name that counts."""
     tops = sorted(folder for folder in path.iterdir() if folder.is_dir() and folder.name != HELD_OUT_FOLDER)
     # Some stores spread their files over folders by the start of their checksum: 3f, c4, c5.
-    of_checksums = {folder for folder in tops if re.fullmatch(r"[0-9a-f]{2}", folder.name)}
-    seen = set()  # links may lead in circles
-    for top in tops:
-        if len(domains_in(top.name, aliases)) != 1 or (top in of_checksums and len(of_checksums) > 2):
-            continue
-        for place, folders, _ in os.walk(top, followlinks=True, onerror=_raise):
-            folders[:] = sorted(name for name in folders if name != HELD_OUT_FOLDER and not name.startswith("."))
-            if (real := os.path.realpath(place)) in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            yield Path(place), [top.name]
-
-
-def _raise(error: OSError) -> None:
-    raise error
+    of_checksums = [folder for folder in tops if re.fullmatch(r"[0-9a-f]{2}", folder.name)]
+    skipped = of_checksums if len(of_checksums) > 2 else []
+    left = [(top, top.name) for top in tops if len(domains_in(top.name, aliases)) == 1 and top not in skipped]
+    found = {}
+    while left:
+        folder, name = left.pop(0)
+        if (real := folder.resolve()) not in found:  # links may lead in circles
+            found[real] = folder, name
+            below = sorted(filter(Path.is_dir, folder.iterdir()))
+            left = [(one, name) for one in below if one.name != HELD_OUT_FOLDER and one.name[0] != "."] + left
+    return {folder: [name] for folder, name in found.values()}

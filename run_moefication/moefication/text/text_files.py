@@ -97,10 +97,7 @@ def find_text_files(path: Path) -> list[TextFile]:
     """The files of a folder (not below it), or a single file, in the order of their plain names.
 
     An unpacked file goes before a compressed one of that name, and before a zip that holds one or is called like it;
-    lines go before a .parquet that is called like them.
-
-    Raises:
-        MoEficationError: nothing there, or a zip that is damaged or reaches out of its place.
+    lines go before a .parquet that is called like them. MoEficationError: nothing there, or a damaged or unsafe zip.
     """
     if path.is_file():
         if cure := cure_of_unread(path.name):
@@ -154,16 +151,9 @@ def zip_members(path: Path) -> list[TextFile]:
     return texts
 
 
-# ---------------------------------------------------------------------------------------------------- what is not read
-
-
 def unread_data(path: Path, read_below: list[Path]) -> str:
-    """The files and folders that are not read, a few by name, with a cure for each kind; "" where all is read.
-
-    Args:
-        path: the data folder.
-        read_below: the folders below it that are read, too.
-    """
+    """The files and folders of a data folder, and of those `read_below` it, that are not read: a few by name, with a
+    cure for each kind; "" where all is read."""
     names: dict[str, list[str]] = {}
     for file in (file for folder in (path, *read_below) for file in sorted(folder.iterdir())):
         for unread, cure in () if file.name.startswith(".") else _unread(file):

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from .text_files import TextFile
 
 BATCH_CHARACTERS = 4 << 20  # that much text is tokenised at once, on all cores, in some 200 MB of memory
 CACHE_VERSION = 3
+CURE = "remove it, and the text is tokenised again"  # for a damaged record of a cache
 logger = logging.getLogger(__name__)
 
 
@@ -40,10 +41,8 @@ def tokenize(
 ) -> Iterator[np.ndarray]:
     """The documents as one token stream, int32, piece by piece, with EOS between documents (without one: nothing).
 
-    Args:
-        vocab_size: rows of the model's embedding.
-        bad: called with the place of a document that has a token beyond them, and why it cannot be used; where it
-            returns, the document is left out.
+    `bad` is called with the place of a document that has a token beyond the `vocab_size` rows of the model's embedding,
+    and why it cannot be used; where it returns, the document is left out.
     """
     eos = tokenizer.eos_token_id
     if eos is not None and eos >= vocab_size:
@@ -85,11 +84,8 @@ def token_stream(
     cache_path: str | Path | None,
     skip_bad_lines: bool,
 ) -> TokenStream:
-    """The tokens of a domain, from the cache if it holds just this text as this tokenizer cuts it.
-
-    Without a cache they go to a temporary file, which lives as long as they are used. Processes that need the same
-    text make it one after the other, so that all but the first find it there.
-    """
+    """The tokens of a domain, from the cache if it holds just this text as this tokenizer cuts it; without a cache in a
+    temporary file. Processes that need the same text make it one after the other: all but the first find it there."""
     reader = DocumentReader(files, skip_bad_lines)
     write = partial(_write_tokens, checkpoint, domain, reader)
     if cache_path is None:
@@ -98,15 +94,20 @@ def token_stream(
         file.flush()
         return TokenStream(_mapped(file), reader.skipped)
     cached = Path(cache_path) / f"{domain}-{_cache_key(checkpoint, files, skip_bad_lines)[:32]}.tokens"
+    record = cached.with_suffix(".json")  # written last
     with locked(FileLock(cached.with_suffix(".lock"))):
-        if not _is_whole(cached):
+        is_whole = (
+            record.exists() and cached.exists() and file_sha256(cached) == read_json_object(record, CURE)["sha256"]
+        )
+        if record.exists() and not is_whole:
+            logger.warning("%s is damaged; tokenising again", cached)
+        if not is_whole:
             entry = write_atomically(cached, write)
-            write_json(cached.with_suffix(".json"), entry | {"skipped_lines": reader.skipped})
-        return TokenStream(_mapped(cached), _record(cached)["skipped_lines"])
+            write_json(record, entry | {"skipped_lines": reader.skipped})
+        return TokenStream(_mapped(cached), read_json_object(record, CURE)["skipped_lines"])
 
 
 def _write_tokens(checkpoint: DenseCheckpoint, domain: str, reader: DocumentReader, file: BinaryIO) -> None:
-    """Write the raw tokens of all documents."""
     tokenizer, vocab_size = load_tokenizer(checkpoint.path), checkpoint.config.vocab_size
     count = 0
     with progress(range(-(-reader.total_bytes >> 20)), f"tokenise {domain}", "MiB") as bar:
@@ -117,9 +118,6 @@ def _write_tokens(checkpoint: DenseCheckpoint, domain: str, reader: DocumentRead
     if not count:
         skipped = f" but for {reader.skipped:,} lines that were skipped" if reader.skipped else ""
         raise MoEficationError(f"{reader.files[0]} holds no text{skipped}")
-
-
-# ---------------------------------------------------------------------------------------------------- the cache
 
 
 def _cache_key(checkpoint: DenseCheckpoint, files: list[TextFile], skip_bad_lines: bool) -> str:
@@ -133,18 +131,3 @@ def _cache_key(checkpoint: DenseCheckpoint, files: list[TextFile], skip_bad_line
 
 def _mapped(file) -> torch.Tensor:
     return torch.from_numpy(np.memmap(file, dtype=np.int32, mode="c"))
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether cached tokens are there, and not damaged (which is said)."""
-    if not path.with_suffix(".json").exists():  # written last
-        return False
-    is_whole = path.exists() and file_sha256(path) == _record(path)["sha256"]
-    if not is_whole:
-        logger.warning("%s is damaged; tokenising again", path)
-    return is_whole
-
-
-def _record(path: Path) -> dict[str, Any]:
-    """What was recorded of cached tokens."""
-    return read_json_object(path.with_suffix(".json"), "remove it, and the text is tokenised again")

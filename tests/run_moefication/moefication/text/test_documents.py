@@ -59,13 +59,20 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     st.booleans(),
     st.booleans(),
 )
-def test_any_text_comes_back(texts, escaped, line_end, bom, final_line_end):
+def test_any_text_comes_back_from_every_kind_of_file(texts, escaped, line_end, bom, final_line_end):
     lines = [json.dumps({"text": text}, ensure_ascii=escaped) for text in texts]
-    content = line_end.join(lines) + line_end * final_line_end
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "a.jsonl")
-        path.write_bytes(content.encode("utf-8-sig" if bom else "utf-8"))
-        assert read(path) == [text for text in texts if text.strip()]
+    content = (line_end.join(lines) + line_end * final_line_end).encode("utf-8-sig" if bom else "utf-8")
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        (folder / "a.jsonl").write_bytes(content)
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress(content))
+        (folder / "a.jsonl.zst").write_bytes(zstd.compress(content[:20]) + zstd.compress(content[20:]))  # two frames
+        write_zip(folder / "a.zip", {"a.jsonl": content, "README.md": "not text"})
+        write_zip(folder / "stored.zip", {"deep/er/a.jsonl": content}, strict_timestamps=False)
+        for path in sorted(folder.iterdir()):
+            reader = DocumentReader(find_text_files(path))
+            assert texts_of(reader) == [text for text in texts if text.strip()]
+            assert reader.position == reader.total_bytes > 0 or not content
 
 
 BROKEN = {
@@ -103,20 +110,13 @@ def test_a_line_beyond_the_limit_is_named_or_skipped_however_long(tmp_path, monk
     assert (texts_of(reader), reader.skipped) == (["a", "b", "c"], 4)
 
 
-def test_other_files_are_one_document(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    assert read(tmp_path / "a.txt") == ["one\n\ntwo\n"]
-    (tmp_path / "b.txt").write_bytes(b"a\nb\nc\xff")
+def test_other_files_are_one_document_cut_at_line_ends_where_it_is_long(tmp_path, monkeypatch):
+    (tmp_path / "b.txt").write_bytes(b"one\n\ntwo\xff")
     with pytest.raises(MoEficationError, match=r"b.txt:3: not UTF-8 text"):
         read(tmp_path / "b.txt")
-
-
-# ---------------------------------------------------------------------------------------------------- plain text
-
-
-def test_long_plain_text_is_cut_at_line_ends_and_nothing_lost(tmp_path, monkeypatch):
     text = "\ufeff" + "".join(f"line {i} Zürich\r\n" * (i % 3) + "\n" for i in range(500))
     (tmp_path / "a.txt").write_bytes(text.encode())
+    assert read(tmp_path / "a.txt") == [text[1:].replace("\r\n", "\n")]
     monkeypatch.setattr(documents, "PLAIN_TEXT_BYTES", 1000)
     parts = read(tmp_path / "a.txt")
     assert "".join(parts) == text[1:].replace("\r\n", "\n")
@@ -124,34 +124,19 @@ def test_long_plain_text_is_cut_at_line_ends_and_nothing_lost(tmp_path, monkeypa
     assert all(part.endswith("\n") and 800 <= len(part.encode()) < 1100 for part in parts[:-1])
 
 
-# ---------------------------------------------------------------------------------------------------- kinds of files
+COMPRESSIONS = {
+    "A.JSONL": bytes,
+    "a.json": bytes,
+    "c4-train.00000-of-01024.json.gz": gzip.compress,
+    "a.JSONL.ZST": zstd.compress,
+    "a.ndjson.zstd": zstd.compress,
+}
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50), max_size=8))
-def test_the_same_documents_come_out_of_every_kind_of_file(texts):
-    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    with tempfile.TemporaryDirectory() as root:
-        folder = Path(root)
-        (folder / "a.jsonl").write_bytes(content)
-        expected = read(folder / "a.jsonl")
-        (folder / "a.jsonl.gz").write_bytes(gzip.compress(content))
-        (folder / "a.jsonl.zst").write_bytes(zstd.compress(content[:20]) + zstd.compress(content[20:]))  # two frames
-        write_zip(folder / "a.zip", {"a.jsonl": content, "README.md": "not text"})
-        write_zip(folder / "stored.zip", {"deep/er/a.jsonl": content}, strict_timestamps=False)
-        for name in ("a.jsonl.gz", "a.jsonl.zst", "a.zip", "stored.zip"):
-            reader = DocumentReader(find_text_files(folder / name))
-            assert texts_of(reader) == expected
-            assert reader.position == reader.total_bytes > 0 or not content
-
-
-@pytest.mark.parametrize(
-    "name", ["A.JSONL", "a.json", "c4-train.00000-of-01024.json.gz", "a.JSONL.ZST", "a.ndjson.zstd"]
-)
-def test_json_lines_are_known_by_any_of_their_names(name, tmp_path):
+@pytest.mark.parametrize(("name", "compress"), COMPRESSIONS.items())
+def test_json_lines_are_known_by_any_of_their_names(name, compress, tmp_path):
     """Alone, in a folder, and in a zip."""
     content = b'{"text": "a"}\n{"text": "b"}\n'
-    compress = {"gz": gzip.compress, "st": zstd.compress}.get(name.lower().replace("zstd", "zst")[-2:], bytes)
     (tmp_path / name).write_bytes(compress(content))
     (tmp_path / "manifest.json").write_text("{}")
     assert read(tmp_path / name) == read(tmp_path) == ["a", "b"]
@@ -160,11 +145,15 @@ def test_json_lines_are_known_by_any_of_their_names(name, tmp_path):
     assert read(tmp_path) == ["a", "b"]
 
 
-def test_what_is_unpacked_goes_before_what_is_not(tmp_path):
-    """In any combination of the four, each document is read once."""
+def test_what_is_unpacked_goes_before_what_is_not_and_lines_before_parquet(tmp_path):
+    """In any combination of the five, each document is read once."""
+    write_parquet(tmp_path / "a.parquet", text=["a.parquet"])
+    assert read(tmp_path) == ["a.parquet"]
+    (tmp_path / "a.parquet").rename(tmp_path / "b.parquet")
     for name in ("a.zip", "a.jsonl.zst", "a.jsonl.gz"):
         pack(tmp_path / name, json.dumps({"text": name}).encode())
-        assert read(tmp_path) == [name]
+        assert read(tmp_path) == [name, "a.parquet"]
+    (tmp_path / "b.parquet").rename(tmp_path / "a.parquet")
     write_jsonl(tmp_path / "a.jsonl", ["plain"])
     assert read(tmp_path) == ["plain"]
 
@@ -177,9 +166,6 @@ def test_a_zip_half_unpacked_is_read_in_its_rest_but_for_what_is_held_out(tmp_pa
     write_jsonl(tmp_path / "b.jsonl", ["unpacked b"])
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"one\ntwo"))
     assert read(tmp_path) == ["zipped a", "unpacked b", "zipped c\n", "one\ntwo"]
-
-
-# ---------------------------------------------------------------------------------------------------- damage
 
 
 def flip(content: bytes, at: int) -> bytes:
@@ -220,20 +206,20 @@ LINK = zipfile.ZipInfo("a.jsonl")
 LINK.external_attr = 0o120777 << 16
 
 
-@pytest.mark.parametrize(
-    ("member", "words"),
-    [
-        *((name, "leads out of its place") for name in ("../a.jsonl", "/a.jsonl", "x/../../a.jsonl")),
-        *((name, "leads out of its place") for name in ("C:/a.jsonl", "x\\a.jsonl")),
-        (LINK, "a link; refused"),
-        ("FINE.jsonl", "twice; refused"),
-    ],
-)
-def test_zips_with_unsafe_names_are_refused(member, words, tmp_path):
-    write_zip(tmp_path / "a.zip", {"fine.jsonl": '{"text": "a"}', member: '{"text": "b"}'})
-    with pytest.raises(MoEficationError, match=words):
-        read(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+REFUSED = {
+    "leads out of its place": ("../a.jsonl", "/a.jsonl", "x/../../a.jsonl", "C:/a.jsonl", "x\\a.jsonl"),
+    "a link; refused": (LINK,),
+    "'FINE.jsonl' twice; refused": ("FINE.jsonl",),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_zips_with_unsafe_names_are_refused(words, tmp_path):
+    for member in REFUSED[words]:
+        write_zip(tmp_path / "a.zip", {"fine.jsonl": '{"text": "a"}', member: '{"text": "b"}'})
+        with pytest.raises(MoEficationError, match=words):
+            read(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
 
 
 def test_encrypted_zips_are_refused(tmp_path):
@@ -247,16 +233,13 @@ def test_encrypted_zips_are_refused(tmp_path):
 
 
 def test_what_is_no_zip_or_holds_no_text_is_refused(tmp_path):
+    write_zip(tmp_path / "a.zip", {"a.png": b"\x89PNG"})
+    with pytest.raises(MoEficationError, match=r"holds no .jsonl or .txt file"):
+        read(tmp_path)
     for content in (b"", b"<html>404</html>"):
         (tmp_path / "a.zip").write_bytes(content)
         with pytest.raises(MoEficationError, match="is not a whole zip file"):
             read(tmp_path)
-    write_zip(tmp_path / "a.zip", {"a.png": b"\x89PNG"})
-    with pytest.raises(MoEficationError, match=r"holds no .jsonl or .txt file"):
-        read(tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------- parquet, zstd
 
 
 def test_a_long_window_of_zstd_is_read(tmp_path):
@@ -299,12 +282,6 @@ def test_what_is_wrong_with_a_parquet_file_is_said(tmp_path):
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(MoEficationError, match=r"b.parquet is damaged or cut short"):
         read(file)
-
-
-def test_lines_go_before_a_parquet_file_of_their_name(tmp_path):
-    write_parquet(tmp_path / "a.parquet", text=["of parquet"])
-    write_jsonl(tmp_path / "a.jsonl", ["of lines"])
-    assert read(tmp_path) == ["of lines"]
 
 
 @pytest.mark.parametrize("content", ['[{"text": "a"}, {"text": "b"}]', '[\n  {"text": "a"}\n]'])

@@ -83,9 +83,6 @@ def test_unclear_domains_are_refused(names, weights, words, tmp_path):
     assert words in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------- folders
-
-
 # Each file and its domain; None is not read.
 LAYOUTS = {
     "RedPajama's own": {
@@ -151,9 +148,6 @@ def test_the_table_names_the_files_counted_for_each_domain(tiny_llama, tmp_path,
     assert status == 0
     assert "  c4.jsonl\n" in out
     assert "  github/b.jsonl, github/c.jsonl, github/d.jsonl and 1 more\n" in out
-
-
-# ---------------------------------------------------------------------------------------------------- what is not read
 
 
 def test_data_that_is_not_read_is_said_in_one_line(tmp_path, caplog, monkeypatch):
