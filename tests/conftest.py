@@ -231,20 +231,19 @@ def refuses(capfd) -> Callable[..., None]:
     return refuses
 
 
-def made_by_test_sh(variable: str) -> Path:
-    path = os.environ.get(variable)
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as scripts/test.sh fetches it from the package registry."""
+    path = os.environ.get("SMOLLM2_PATH")
     if not path:
-        pytest.skip(f"{variable} is not set: run bash scripts/test.sh, which gets it from the package registry")
+        pytest.skip("SMOLLM2_PATH is not set: run bash scripts/test.sh, which fetches the model")
     return Path(path)
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct."""
-    return made_by_test_sh("SMOLLM2_PATH")
-
-
-@pytest.fixture(scope="session")
 def sample_data() -> Path:
-    """Real text."""
-    return made_by_test_sh("SAMPLE_DATA_PATH")
+    """Real text as scripts/test.sh makes it from the package registry."""
+    path = os.environ.get("SAMPLE_DATA_PATH")
+    if not path:
+        pytest.skip("SAMPLE_DATA_PATH is not set: run bash scripts/test.sh, which makes the text")
+    return Path(path)
