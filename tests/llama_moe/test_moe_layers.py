@@ -384,3 +384,10 @@ def test_statistics_count_what_ran():
     assert counted.experts_per_tok == pytest.approx(mask.sum().item() / 17)
     torch.testing.assert_close(counted.expert_load, mask.double().mean(0))
     torch.testing.assert_close(counted.score_sum, scores.double().sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_the_block_weighs_its_experts_by_its_gate():
+    block = fill(MoEBlock(config_of(3, 8, num_experts_per_tok=2, multiply_gate_scores=True)), 0.5)
+    x = hidden_states(10)
+    _, weights, index = block.gate(x)
+    torch.testing.assert_close(block(x[None])[0], naive_experts(block.experts, x, index, weights), **TOLERANCE)
