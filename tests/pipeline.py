@@ -133,15 +133,14 @@ class Pipeline:
         return self
 
 
-def corpus_options(text: Path, max_tokens: int = 512) -> list[Any]:
-    """A small corpus, for stages that may read one."""
-    return ["--train_data_path", text, "--block_size", 32, "--max_tokens", max_tokens]
-
-
-def shared_pipeline(model: Path, text: Path, save: Path, num_shared: int = 2, **options) -> Pipeline:
-    """8 experts, some shared, of a split on activations; linear gates in closed form; threshold routing at 4 of 8."""
-    split = ["--cluster_on", "activations", "--num_shared_experts", num_shared, *corpus_options(text)]
-    features = ["--block_size", 32, "--max_tokens", 512, "--feature_format", "inputs", "--dtype", "float32"]
+def shared_pipeline(model: Path, text: Path, save: Path, num_shared: int | None = 2, **options) -> Pipeline:
+    """8 experts, some shared, of a split on activations; linear gates in closed form; threshold routing at 4 of 8.
+    Without a number of shared experts, the description's."""
+    if num_shared is None:
+        return Pipeline(model, text, save, **options)
+    corpus = ["--block_size", 32, "--max_tokens", 512]
+    split = ["--cluster_on", "activations", "--num_shared_experts", num_shared, "--train_data_path", text, *corpus]
+    features = [*corpus, "--feature_format", "inputs", "--dtype", "float32"]
     stages = {"split_options": split, "feature_options": features, "select_options": LINEAR}
     stages["convert_options"] = ["--routing", "threshold"]
     return Pipeline(model, text, save, **({"num_experts": 8, "num_selects": 4} | stages | options))

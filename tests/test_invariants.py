@@ -80,8 +80,6 @@ def run_of(plain_run, shared_run, text_folder, tmp_path_factory) -> Callable[[st
         fields, num_shared, options = KINDS[kind]
         root = tmp_path_factory.mktemp("kind")
         model = make_llama(root / "llama", **fields)
-        if num_shared is None:
-            return Pipeline(model, text_folder, root / "out", **options).run()
         return shared_pipeline(model, text_folder, root / "out", num_shared, **options).run()
 
     return run

@@ -3,10 +3,9 @@
 import base64
 import json
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
-from conftest import change_config, make_tokenizer
+from conftest import make_tokenizer
 
 from llama_download.tokenizer_conversion import LLAMA3_PATTERN, convert_tokenizer
 
@@ -60,24 +59,21 @@ def write_tekken(path: Path) -> Path:
     return path
 
 
-def save_byte_level(folder: Path, **config: Any) -> None:
+def save_byte_level(folder: Path) -> None:
     """As of DeepSeek-LLM or SmolLM2."""
     make_tokenizer().save_pretrained(folder)
-    change_config(folder, "tokenizer_config.json", **config)
 
 
-def save_sentencepiece(folder: Path, **config: Any) -> None:
+def save_sentencepiece(folder: Path) -> None:
     """As of LLaMA 1, Llama 2 and Mistral: `tokenizer.model`, and a tokenizer.json that puts a space before the text."""
     path = write_sentencepiece(folder / "tokenizer.model")
     convert_tokenizer(path, "Llama 2", 4096).save_pretrained(folder)
-    change_config(folder, "tokenizer_config.json", **config)
 
 
-def save_tiktoken(folder: Path, **config: Any) -> None:
+def save_tiktoken(folder: Path) -> None:
     """As of Llama 3."""
     convert_tokenizer(write_tiktoken(folder / "ranks"), "Llama 3.1", 131072).save_pretrained(folder)
     (folder / "ranks").unlink()
-    change_config(folder, "tokenizer_config.json", **config)
 
 
 def save_tekken(folder: Path) -> None:

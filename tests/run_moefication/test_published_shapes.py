@@ -27,14 +27,16 @@ from safetensors.torch import save_file
 from tiny_tokenizers import save_byte_level, save_sentencepiece, save_tekken, save_tiktoken
 from transformers import AutoTokenizer
 
-from run_moefication import llama_evaluate, llama_get_hidden_features
+from run_moefication import llama_evaluate
 from run_moefication.moefication.checkpoints.tokenizers import MARKUP_TEXTS, PLAIN_TEXTS
 
 VOCABULARY = 640  # more than any of the tokenizers has
 HALF_HEAD = TINY["hidden_size"] // TINY["num_attention_heads"] // 2
 LLAMA3_ROPE = {k: v for k, v in VARIANTS["llama3_rope"]["rope_parameters"].items() if k != "rope_theta"}
 NUM_LAYERS = 2
-WEIGHTS = "model.safetensors"
+WEIGHTS, HEAD = "model.safetensors", "lm_head.weight"
+NOT_READ = [f"model.layers.1.self_attn.rotary_emb.{name}_cached" for name in ("cos", "sin")]
+NOT_READ += ["model.rotary_emb.inv_freq", "v_head.summary.weight"]
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Shape:
 
     built: dict[str, Any] = field(default_factory=dict)
     written: dict[str, Any] = field(default_factory=dict)
-    tokenizer: Callable[..., None] = save_sentencepiece
+    tokenizer: Callable[[Path], None] = save_sentencepiece
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     files: Callable[[Path], None] = lambda folder: None
@@ -72,14 +74,14 @@ def rope(theta: float | None = None, **scaling: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def added(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
-    """Tensors beside the others."""
-    return lambda folder: change_weights(folder, lambda state: state.update(tensors))
+def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    """`change` works on the dict of the tensors."""
+    return lambda folder: change_weights(folder, change)
 
 
 def old_llama(folder: Path) -> None:
     """LLaMA 1 as converted in 2023."""
-    added({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})(folder)
+    change_weights(folder, lambda state: state.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     to_bin(folder, 2)
 
 
@@ -94,7 +96,7 @@ def head_in_index_alone(folder: Path) -> None:
     to_shards(folder)
     index = folder / f"{WEIGHTS}.index.json"
     content = json.loads(index.read_text())
-    content["weight_map"]["lm_head.weight"] = content["weight_map"]["model.norm.weight"]
+    content["weight_map"][HEAD] = content["weight_map"]["model.norm.weight"]
     index.write_text(json.dumps(content))
 
 
@@ -112,20 +114,6 @@ def only_tokenizer_model(folder: Path) -> None:
 def stale_index(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-
-
-def only_head(folder: Path) -> None:
-    """What `safetensors.torch.save_model` leaves of a tied model."""
-    change_weights(folder, lambda state: state.update({"lm_head.weight": state.pop("model.embed_tokens.weight")}))
-
-
-def other_head(folder: Path) -> None:
-    torch.manual_seed(1)
-    added({"lm_head.weight": torch.randn(VOCABULARY, TINY["hidden_size"])})(folder)
-
-
-def equal_head(folder: Path) -> None:
-    change_weights(folder, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
 
 
 def adapter(folder: Path) -> None:
@@ -185,11 +173,18 @@ SHAPES = {
         rope(type="longrope", short_factor=[1.0] * HALF_HEAD, long_factor=[2.0] * HALF_HEAD)
         | {"original_max_position_embeddings": 32},
     ),
-    "tied, stored twice": Shape({"tie_word_embeddings": True}, files=equal_head),
-    "tied, but another head is stored": Shape(
-        {"tie_word_embeddings": True}, files=other_head, said="its lm_head.weight is kept"
+    "tied, stored twice": Shape(
+        {"tie_word_embeddings": True}, files=weights(lambda s: s.update({HEAD: s["model.embed_tokens.weight"].clone()}))
     ),
-    "tied, stored as its head": Shape({"tie_word_embeddings": True}, files=only_head),
+    "tied, but another head is stored": Shape(
+        {"tie_word_embeddings": True},
+        files=weights(lambda s: s.update({HEAD: s["model.embed_tokens.weight"].flip(0)})),
+        said="its lm_head.weight is kept",
+    ),
+    # What `safetensors.torch.save_model` leaves.
+    "tied, stored as its head": Shape(
+        {"tie_word_embeddings": True}, files=weights(lambda s: s.update({HEAD: s.pop("model.embed_tokens.weight")}))
+    ),
     "tied, its head in the index alone": Shape({"tie_word_embeddings": True}, files=head_in_index_alone),
     "a stale index": Shape(files=stale_index),
     "several chat templates": Shape(tokenizer=save_byte_level, files=more_chat_templates),
@@ -197,10 +192,7 @@ SHAPES = {
         files=functools.partial(to_bin, change=torch.nn.Parameter, _use_new_zipfile_serialization=False)
     ),
     "tensors that no logit depends on": Shape(
-        files=added(
-            {f"model.layers.1.self_attn.rotary_emb.{name}_cached": torch.ones(4) for name in ("cos", "sin")}
-            | {"model.rotary_emb.inv_freq": torch.ones(4), "v_head.summary.weight": torch.ones(1, 32)}
-        ),
+        files=weights(lambda s: s.update({name: torch.ones(4) for name in NOT_READ})),
         said="rotary_emb.cos_cached and 3 more like it are not read",
     ),
     "a LoRA adapter beside": Shape(files=adapter, said="the LoRA adapter beside the weights is not read; merge it"),
@@ -219,12 +211,13 @@ SHAPES = {
 
 
 def write(shape: Shape, folder: Path) -> Path:
-    save_tokenizer = functools.partial(shape.tokenizer, **shape.tokenizer_config)
     sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": NUM_LAYERS}
-    make_llama(folder, dtype=shape.dtype, save_tokenizer=save_tokenizer, **(sizes | shape.built))
+    make_llama(folder, dtype=shape.dtype, save_tokenizer=shape.tokenizer, **(sizes | shape.built))
     path = folder / "config.json"
     config = json.loads(path.read_text()) | shape.written
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not LEFT_OUT}))
+    if shape.tokenizer_config:
+        change_config(folder, "tokenizer_config.json", **shape.tokenizer_config)
     shape.files(folder)
     return folder
 
@@ -233,8 +226,7 @@ def write(shape: Shape, folder: Path) -> Path:
 def text(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     lines = [f"{' ' * (i % 3)}{i}. The cat sat on a mat.  {' ' * (i % 4)}and looked\n\n{i}" for i in range(60)]
-    write_jsonl(folder / "c4.jsonl", lines)
-    return folder
+    return write_jsonl(folder / "c4.jsonl", lines).parent
 
 
 def converted(folder: Path, text: Path, save: Path, num_selects: int = 4) -> Pipeline:
@@ -277,13 +269,19 @@ def test_published_shape(name, text, tmp_path, caplog):
     assert moe_tokenizer.chat_template == dense_tokenizer.chat_template
 
 
-def test_evaluation_of_a_shape_agrees_with_its_source(text, tmp_path, run_script):
+@pytest.fixture
+def evaluated(text, run_script) -> Callable[..., tuple[int, str, str]]:
+    """`evaluated(folder, ..., "--option", value)`: status, stdout, stderr."""
+    options = ["--text_path", text / "c4.jsonl", "--max_tokens", 256]
+    return lambda *folders: run_script(llama_evaluate.main, *options, "--model_path", *folders)
+
+
+def test_evaluation_of_a_shape_agrees_with_its_source(text, tmp_path, evaluated):
     """The head, the window, the tokens and the steering fields at once: with all experts on, the ratio is one."""
     shape = Shape({}, SHAPES["Mistral v0.2"].written | SHAPES["a config that steers"].written)
     folder = write(shape, tmp_path / "model")
     moe = converted(folder, text, tmp_path / "out").moe
-    arguments = ["--model_path", folder, moe, "--text_path", text / "c4.jsonl", "--num_selects", 4, "--json"]
-    status, out, _ = run_script(llama_evaluate.main, *arguments)
+    status, out, _ = evaluated(folder, moe, "--num_selects", 4, "--json")
     assert status == 0
     dense, everything = json.loads(out)
     assert everything["predicted_tokens"] == dense["predicted_tokens"]
@@ -302,47 +300,39 @@ def test_evaluation_of_a_shape_agrees_with_its_source(text, tmp_path, run_script
         ({"use_return_dict": False}, None),
     ],
 )
-def test_a_wrong_config_is_one_line_in_evaluations_too(field, words, text, tmp_path, run_script):
+def test_a_wrong_config_is_one_line_in_evaluations_too(field, words, tmp_path, evaluated):
     folder = write(Shape(), tmp_path / "model")
     change_config(folder, **field)
-    arguments = ["--model_path", folder, "--text_path", text / "c4.jsonl", "--max_tokens", 64]
-    result = run_script(llama_evaluate.main, *arguments)
+    result = evaluated(folder)
     if words is None:
         assert result[0] == 0
     else:
         assert_refused(result, words)
 
 
-def test_an_adapter_beside_is_left_out_of_evaluations_or_refused(text, tmp_path, run_script, caplog):
+def test_an_adapter_beside_is_left_out_of_evaluations_or_refused(text, tmp_path, evaluated, caplog):
     plain = write(Shape(), tmp_path / "plain")
     beside = write(SHAPES["a LoRA adapter beside"], tmp_path / "beside")
-    options = ["--text_path", text / "c4.jsonl", "--json"]
-    status, out, _ = run_script(llama_evaluate.main, "--model_path", plain, beside, *options)
-    rows = json.loads(out)
+    status, out, _ = evaluated(plain, beside, "--json")
     assert status == 0
-    assert rows[0]["perplexity"] == rows[1]["perplexity"]
+    assert len({row["perplexity"] for row in json.loads(out)}) == 1
     assert "the LoRA adapter beside the weights is not read" in caplog.text
     moe = converted(plain, text, tmp_path / "out").moe
     adapter(moe)
-    result = run_script(llama_evaluate.main, "--model_path", moe, *options)
-    assert_refused(result, "holds a LoRA adapter beside its weights; merge it")
+    assert_refused(evaluated(moe), "holds a LoRA adapter beside its weights; merge it")
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_no_code_of_a_checkpoint_runs_and_nothing_is_asked(file, text, tmp_path, run_script, monkeypatch):
+def test_no_code_of_a_checkpoint_runs_and_nothing_is_asked(file, text, tmp_path, evaluated, refuses, monkeypatch):
     """As an InternLM2 in LLaMA's names ships it: a prompt answered with yes would run it."""
     folder = write(Shape(tokenizer=save_byte_level), tmp_path / "model")
     code = f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\nclass X: ...\n"
     (folder / "tokenization_x.py").write_text(code)
     auto_map = {"AutoTokenizer": ["tokenization_x.X", None], "AutoConfig": "tokenization_x.X"}
-    content = json.loads((folder / file).read_text()) | {"auto_map": auto_map, "tokenizer_class": "X"}
-    (folder / file).write_text(json.dumps(content))
+    change_config(folder, file, auto_map=auto_map, tokenizer_class="X")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt"))
-    for script, arguments in [
-        (llama_get_hidden_features, Pipeline(folder, text, tmp_path / "out").feature_arguments()),
-        (llama_evaluate, ["--model_path", folder, "--text_path", text / "c4.jsonl"]),
-    ]:
-        assert_refused(run_script(script.main, *arguments), f"auto_map in {file}")
+    refuses(Pipeline(folder, text, tmp_path / "out").features, f"auto_map in {file}")
+    assert_refused(evaluated(folder), f"auto_map in {file}")
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
 

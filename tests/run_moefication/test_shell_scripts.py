@@ -1,6 +1,5 @@
 """The shell scripts, from a directory that is not theirs, with settings from the environment."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 
 import pipeline
 import pytest
+from conftest import assert_refused
 from pipeline import contents
 
 import run_moefication as rm
@@ -76,20 +76,17 @@ def typed(run, tmp_path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture
-def options(typed) -> Callable[..., tuple[argparse.Namespace, Any]]:
-    """`options("1_split.sh", NAME="value")`: the options that the script types, and the stage's settings among them."""
+def options(typed) -> Callable[..., dict[str, Any]]:
+    """`options("1_split.sh", NAME="value")`: what the options that the script types set."""
 
-    def options(script: str, **environment: str) -> tuple[argparse.Namespace, Any]:
+    def options(script: str, **environment: str) -> dict[str, Any]:
         module = SCRIPTS[script]
         path, *words = typed(script, **environment)
         assert Path(path).samefile(module.__file__)
         arguments = module.main.build_parser().parse_args(words)
-        return arguments, settings_of(arguments, module.main.settings)
+        return vars(arguments) | vars(settings_of(arguments, module.main.settings))
 
     return options
-
-
-# ---------------------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.mark.parametrize(
@@ -135,9 +132,6 @@ def test_scripts_in_order_do_what_the_library_does(
         assert manifests[0]["options"] == manifests[1]["options"]
 
 
-# ---------------------------------------------------------------------------------------------------- what they type
-
-
 @pytest.mark.parametrize("recipe", settings.RECIPES)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_recipe_gives_options_that_have_an_effect(script, recipe, options):
@@ -145,26 +139,41 @@ def test_every_recipe_gives_options_that_have_an_effect(script, recipe, options)
     options(script, RECIPE=recipe)
 
 
+UP = settings.TEMPLATES[1]
+UNTRAINED = {"use_softmax": None, "seed": None}
+
+
 @pytest.mark.parametrize(
-    ("environment", "fit", "use_softmax", "seed"),
+    ("script", "environment", "expected"),
     [
-        ({}, "ridge", None, None),
-        ({"GATE_FIT": "adam", "GATE_RANK": ""}, "adam", True, 3),
-        ({"GATE_NETWORK": "mlp", "GATE_RANK": ""}, "adam", True, 3),
-        ({"GATE_NETWORK": "similarity", "GATE_RANK": ""}, None, None, None),
+        # Gates that are not trained take no options of training.
+        ("3_select.sh", {}, {"gate_fit": "ridge"} | UNTRAINED),
+        ("3_select.sh", {"GATE_FIT": "adam", "GATE_RANK": ""}, {"gate_fit": "adam", "use_softmax": True, "seed": 3}),
+        ("3_select.sh", {"GATE_NETWORK": "mlp", "GATE_RANK": ""}, {"gate_fit": "adam", "use_softmax": True, "seed": 3}),
+        ("3_select.sh", {"GATE_NETWORK": "similarity", "GATE_RANK": ""}, {"gate_fit": None} | UNTRAINED),
+        ("2_get_hidden_features.sh", {"FEATURE_FORMAT": "full", "TEMPLATES": UP}, {"templates": UP}),
+        ("6_distill.sh", {"TRAIN": "experts", "LR": "0.001"}, {"train": "experts", "lr": 0.001, "block_size": 32}),
+        # The budget stays unless it is given; paths follow from one another, and can be given.
+        ("5_calibrate.sh", {}, {"num_selects": None, "save_path": "out/tiny-llama-MoE-Calibrated"}),
+        ("6_distill.sh", {}, {"num_selects": None, "moe_path": "out/tiny-llama-MoE-Calibrated", "max_tokens": 512}),
+        ("5_calibrate.sh", {"NUM_SELECTS": "6", "CALIBRATED_PATH": "here"}, {"num_selects": 6, "save_path": "here"}),
+        ("6_distill.sh", {"NUM_SELECTS": "6", "DISTILLED_PATH": "here"}, {"num_selects": 6, "save_path": "here"}),
     ],
 )
-def test_gates_that_are_not_trained_take_no_options_of_training(environment, fit, use_softmax, seed, options):
-    _, made = options("3_select.sh", SEED="3", **environment)
-    assert (made.gate_fit, made.use_softmax, made.seed) == (fit, use_softmax, seed)
+def test_what_a_script_types(script, environment, expected, options):
+    made = options(script, SEED="3", **environment)
+    assert {name: made[name] for name in expected} == expected
 
 
-def test_settings_of_the_environment_arrive(options, typed):
-    _, made = options("2_get_hidden_features.sh", FEATURE_FORMAT="full", TEMPLATES=settings.TEMPLATES[1])
-    assert made.templates == settings.TEMPLATES[1]
-    arguments, made = options("6_distill.sh", TRAIN="experts", LR="0.001", DISTILLED_PATH="distilled")
-    assert (made.train, made.lr, arguments.save_path) == ("experts", 0.001, "distilled")
-    assert (arguments.domain_weights, arguments.max_tokens, arguments.block_size) == ("equal", 512, 32)
+def test_a_model_called_dot_has_a_name(options, tmp_path):
+    made = options("3_select.sh", MODEL_PATH=".", MOE_PATH="") | options("4_convert.sh", MODEL_PATH=".", MOE_PATH="")
+    assert made["split_file_path"] == "out/a b-256Expert-Split-Clustering"
+    assert made["hidden_features_path"] == "out/a b-Hidden-Features"
+    assert made["select_file_path"] == "out/a b-256Expert-Select-MLP"
+    assert made["save_path"] == str(tmp_path / "a b-MoE")
+
+
+def test_several_processes_are_launched_by_torchrun(typed):
     for script in ("2_get_hidden_features.sh", "6_distill.sh"):
         words = typed(script, "--batch_size", "2", NUM_GPUS="3")
         assert words[:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
@@ -172,41 +181,14 @@ def test_settings_of_the_environment_arrive(options, typed):
         assert words[-2:] == ["--batch_size", "2"]
 
 
-@pytest.mark.parametrize("script", ["5_calibrate.sh", "6_distill.sh"])
-def test_the_budget_stays_unless_it_is_given(script, options):
-    assert options(script)[1].num_selects is None
-    assert options(script, NUM_SELECTS="6")[1].num_selects == 6
-
-
-def test_paths_follow_from_one_another_and_can_be_given(options):
-    assert options("5_calibrate.sh")[0].save_path == "out/tiny-llama-MoE-Calibrated"
-    assert options("6_distill.sh")[0].moe_path == "out/tiny-llama-MoE-Calibrated"
-    assert options("5_calibrate.sh", CALIBRATED_PATH="elsewhere")[0].save_path == "elsewhere"
-
-
-def test_a_model_called_dot_has_a_name(options, tmp_path):
-    arguments, _ = options("3_select.sh", MODEL_PATH=".", MOE_PATH="")
-    assert arguments.split_file_path == "out/a b-256Expert-Split-Clustering"
-    assert arguments.hidden_features_path == "out/a b-Hidden-Features"
-    arguments, _ = options("4_convert.sh", MODEL_PATH=".", MOE_PATH="")
-    assert arguments.select_file_path == "out/a b-256Expert-Select-MLP"
-    assert arguments.save_path == str(tmp_path / "a b-MoE")
-
-
-# ---------------------------------------------------------------------------------------------------- wrong settings
-
-
-def test_a_wrong_setting_is_one_line_before_any_work(run):
-    result = run("6_distill.sh", NUM_GPUS="two")
-    assert (result.returncode, result.stderr) == (2, "error: NUM_GPUS=two: a whole number is needed, 1 or more\n")
-    assert not Path("out").exists()
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_model_not_given_is_one_line(script, run):
-    result = run(script, MODEL_PATH="")
-    assert result.returncode == 2
-    assert "argument --model_path: the path is empty" in result.stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("script", "setting", "words"),
+    [("6_distill.sh", {"NUM_GPUS": "two"}, "error: NUM_GPUS=two: a whole number is needed, 1 or more")]
+    + [(script, {"MODEL_PATH": ""}, "argument --model_path: the path is empty") for script in SCRIPTS],
+)
+def test_a_wrong_setting_is_one_line_before_any_work(script, setting, words, run):
+    result = run(script, **setting)
+    assert_refused((result.returncode, result.stdout, result.stderr), words)
     assert not Path("out").exists()
 
 

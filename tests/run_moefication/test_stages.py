@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, change_weights, make_llama
-from pipeline import GATE, Pipeline, contents, load, logits, some_tokens
+from pipeline import GATE, Pipeline, contents, corpus_of, load, logits
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, LlamaForSequenceClassification, LlamaModel
 
 import llama_moe
-from run_moefication import llama_convert
+from run_moefication import llama_get_hidden_features
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.stages import convert as conversion
 
-SCRIPTS = Path(llama_convert.__file__).parent
 # float32 sums of the same terms in another order: the design's bound for "the dense model" (invariant 1).
 DENSE_TOLERANCE = 1e-4
 
@@ -60,36 +60,35 @@ def test_names_are_those_of_the_description(plain_run):
     assert "from_pretrained" in (plain_run.moe / "README.md").read_text()
 
 
-# ---------------------------------------------------------------------------------------------------- result classes
-
-
-def test_base_model_converts_without_head(text_folder, tmp_path, refuses):
+def test_base_model_converts_and_is_calibrated_without_head(text_folder, tmp_path, refuses):
     model = make_llama(tmp_path / "base", model_class=LlamaModel)
     pipeline = Pipeline(model, text_folder, tmp_path / "out")
     assert [pipeline.split(), pipeline.features(), pipeline.select()] == [0, 0, 0]
     refuses(pipeline.convert, "use --convert_type LlamaMoEModel")  # a causal LM needs a head
     assert not pipeline.moe.exists()
     pipeline.convert_options = ["--convert_type", "LlamaMoEModel"]
-    assert pipeline.convert() == 0
-    assert not any(name.startswith("model.") for name in load_file(pipeline.moe / "model.safetensors"))
+    assert [pipeline.convert(), pipeline.calibrate()] == [0, 0]
+    for folder in (pipeline.moe, pipeline.calibrated):
+        names = [name for file in folder.glob("*.safetensors") for name in load_file(file)]
+        assert not any(name.startswith("model.") for name in names)
+    tokens = corpus_of(DenseCheckpoint(str(model)), text_folder, block_size=32, max_tokens=512).blocks[0][None].long()
     with torch.no_grad():
-        dense = LlamaModel.from_pretrained(model).eval()(some_tokens()).last_hidden_state
-        converted = load(pipeline.moe, 4, AutoModel)(some_tokens()).last_hidden_state
-    assert (dense - converted).abs().max() < DENSE_TOLERANCE
+        dense, all_experts, plain, calibrated = (
+            load(folder, count, AutoModel)(tokens).last_hidden_state
+            for folder, count in ((model, None), (pipeline.moe, 4), (pipeline.moe, 2), (pipeline.calibrated, 2))
+        )
+    assert (all_experts - dense).abs().max() < DENSE_TOLERANCE
+    assert (calibrated - dense).square().mean() < (plain - dense).square().mean()
 
 
 def test_classifier_keeps_its_head(text_folder, tmp_path):
-    model = make_llama(
-        tmp_path / "classifier", model_class=LlamaForSequenceClassification, num_labels=5, pad_token_id=0
-    )
-    pipeline = Pipeline(model, text_folder, tmp_path / "out")
-    pipeline.convert_options = ["--convert_type", "LlamaMoEForSequenceClassification"]
-    pipeline.run()
-    converted = AutoModelForSequenceClassification.from_pretrained(pipeline.moe).eval()
-    converted.set_num_experts_per_tok(4)
-    dense = logits(LlamaForSequenceClassification.from_pretrained(model).eval())
+    fields = dict(model_class=LlamaForSequenceClassification, num_labels=5, pad_token_id=0)
+    options = ["--convert_type", "LlamaMoEForSequenceClassification"]
+    model = make_llama(tmp_path / "classifier", **fields)
+    moe = Pipeline(model, text_folder, tmp_path / "out", convert_options=options).run().moe
+    dense = logits(load(model, auto_class=AutoModelForSequenceClassification))
     assert dense.shape == (2, 5)
-    assert (dense - logits(converted)).abs().max() < DENSE_TOLERANCE
+    assert (dense - logits(load(moe, 4, AutoModelForSequenceClassification))).abs().max() < DENSE_TOLERANCE
 
 
 def test_new_classification_head_is_said(plain_run, tmp_path, capfd):
@@ -110,36 +109,27 @@ def test_sharded_output_is_the_unsharded_one(plain_run, tmp_path, monkeypatch):
         assert torch.equal(load_file(tmp_path / "moe" / file)[name], whole[name])
 
 
-# ---------------------------------------------------------------------------------------------------- the same bytes
-
-
-def test_finished_stages_do_nothing(plain_run, capfd):
-    before = contents(plain_run.save)
-    plain_run.run()
-    assert capfd.readouterr().out.count("already finished") == 4
-    assert contents(plain_run.save) == before
-
-
-def test_the_same_bytes_again_and_overwrite_spares_foreign_files(plain_run, tmp_path):
+def test_the_same_bytes_again_which_finished_stages_leave_and_overwrite_restores(plain_run, tmp_path, capfd):
     pipeline = Pipeline(plain_run.model, plain_run.text, tmp_path).run()
     assert contents(tmp_path) == contents(plain_run.save)
-    (pipeline.split_folder / "notes.txt").write_text("mine")
-    (pipeline.moe / "notes.txt").write_text("mine")
+    for folder in (pipeline.split_folder, pipeline.moe):
+        (folder / "notes.txt").write_text("mine")  # and foreign files are spared
     before = contents(tmp_path)
+    pipeline.run()
+    assert capfd.readouterr().out.count("already finished") == 4
+    assert contents(tmp_path) == before
     for stage in ("split", "feature", "select", "convert"):
         getattr(pipeline, f"{stage}_options").append("--overwrite")
     pipeline.run()
+    assert "already finished" not in capfd.readouterr().out
     assert contents(tmp_path) == before
-
-
-# ---------------------------------------------------------------------------------------------------- several processes
 
 
 def test_two_processes_give_the_same_features_as_one(plain_run, tmp_path):
     """By the older launcher, which gives each process an option of its own as well."""
     pipeline = Pipeline(plain_run.model, plain_run.text, tmp_path)
     launch = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2"]
-    command = [*launch, SCRIPTS / "llama_get_hidden_features.py", *map(str, pipeline.feature_arguments())]
+    command = [*launch, llama_get_hidden_features.__file__, *pipeline.feature_arguments()]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -151,24 +141,24 @@ def test_two_processes_give_the_same_features_as_one(plain_run, tmp_path):
         assert [path.read_bytes() for path in in_global_order] == [path.read_bytes() for path in alone]
 
 
-def test_left_over_names_of_processes_are_told(plain_run, tmp_path, monkeypatch, capfd):
+def test_left_over_names_of_processes_are_told(plain_run, tmp_path, monkeypatch, capfd, refuses):
     """A plain run in a shell where torchrun's variables are set."""
+    features = Pipeline(plain_run.model, plain_run.text, tmp_path).features
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert Pipeline(plain_run.model, plain_run.text, tmp_path).features() == 0
+    assert features() == 0
     out, err = capfd.readouterr()
     assert "the environment says RANK 0 of WORLD_SIZE 2: it records its share, and the others must be started" in err
     assert "`unset RANK WORLD_SIZE` if this process is to do all" in err
     assert "(2 of 5 parts still missing, which the other processes of WORLD_SIZE 2 make)" in out
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # of torchrun
-    assert Pipeline(plain_run.model, plain_run.text, tmp_path).features() == 0
+    assert features() == 0
     assert "environment" not in capfd.readouterr().err
     monkeypatch.setenv("RANK", "2")
-    assert Pipeline(plain_run.model, plain_run.text, tmp_path).features() == 2
-    assert "RANK 2, which is outside of WORLD_SIZE 2: start the processes with torchrun" in capfd.readouterr().err
+    refuses(features, "RANK 2, which is outside of WORLD_SIZE 2: start the processes with torchrun")
     monkeypatch.setenv("RANK", "")  # as good as unset
     monkeypatch.setenv("WORLD_SIZE", "")
-    assert Pipeline(plain_run.model, plain_run.text, tmp_path).features() == 0
+    assert features() == 0
 
 
 def test_runs_over_different_layers_fill_one_folder(plain_run, tmp_path, refuses, capfd, caplog):
@@ -184,9 +174,6 @@ def test_runs_over_different_layers_fill_one_folder(plain_run, tmp_path, refuses
     assert pipeline.select() == 0
     assert "the last of 3 layers is 2" in caplog.text
     assert contents(pipeline.select_folder) == contents(plain_run.select_folder)
-
-
-# ---------------------------------------------------------------------------------------------------- splits and gates
 
 
 def test_random_splits_differ_by_seed_and_layer(shared_run, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import quality_methods
 import quality_table
 import torch
-from conftest import SENTENCES, make_llama, write_jsonl
+from conftest import SENTENCES, assert_refused, make_llama, write_jsonl
 from quality_baselines import cmoe, masked, oracle
 from quality_table import compared, ratios, read_rows
 from transformers import LlamaForCausalLM
@@ -193,9 +193,7 @@ def test_what_makes_no_table_is_refused(rows, options, words, bench, tmp_path, r
     path = bench.folder / "quality.jsonl" if rows is None else tmp_path / "rows.jsonl"
     if rows is not None:
         path.write_text(rows)
-    status, out, err = run_script(quality_table.main, path, *options)
-    assert (status, out) == (2, "")
-    assert words in err
+    assert_refused(run_script(quality_table.main, path, *options), words)
 
 
 def test_rows_lie_one_a_line_and_none_is_measured_twice(bench, run_script):
@@ -220,6 +218,5 @@ def test_rows_lie_one_a_line_and_none_is_measured_twice(bench, run_script):
 def test_wrong_input_is_refused_before_any_work(option, value, words, bench, run_script):
     """Before the folder of --work, which is a new one here, is made."""
     new = bench.folder / "new"
-    status, _, err = run_script(bench_quality.main, *bench.arguments, "--work", new, option, value)
-    assert (status, new.exists()) == (2, False)
-    assert words in err
+    assert_refused(run_script(bench_quality.main, *bench.arguments, "--work", new, option, value), words)
+    assert not new.exists()
