@@ -5,8 +5,8 @@ Minimises over the map B of D features to K targets, with token weights w and a 
     sum_t w_t |x_t B - y_t|^2 + strength * mean(diag A) * |B - P|^2,   A = sum_t w_t x_t^T x_t
 """
 
-import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -72,16 +72,18 @@ def best_strength(
 ) -> tuple[float, float]:
     """The strength whose map, fitted to `train`, has the least error on held-out tokens; and that error.
 
-    The strengths, in ascending order, are tried until the error rises: it falls while they curb what fits only the
-    training tokens, and rises once they curb the rest.
+    The error falls while a strength curbs what fits the training tokens alone, and rises once it curbs the rest. So the
+    search starts in the middle of the strengths, which are in ascending order, and goes downhill.
     """
-    best, least = strengths[0], math.inf
-    for strength in strengths:
-        error = held_out.error(train.solve(strength, prior))
-        if error > least:
-            break
-        best, least = strength, error
-    return best, least
+
+    @cache
+    def error(index: int) -> float:
+        return held_out.error(train.solve(strengths[index], prior))
+
+    best, last = len(strengths) // 2, len(strengths) - 1
+    while (better := min((best, max(best - 1, 0), min(best + 1, last)), key=error)) != best:
+        best = better
+    return strengths[best], error(best)
 
 
 def low_rank_map(
