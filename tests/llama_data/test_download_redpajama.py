@@ -112,9 +112,6 @@ def one_line(result: tuple[int, str, str], status: int = 2) -> str:
     return result[2]
 
 
-# ---------------------------------------------------------------------------------------------------- what is written
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_document_of_every_domain(shape, tmp_path, run_script, often):
     make, options = SHAPES[shape]
@@ -190,9 +187,6 @@ def test_bad_records_are_skipped_and_counted(tmp_path, run_script):
     assert texts_of(tmp_path / "out" / "c4.jsonl") == ["good"]
     assert json.loads((tmp_path / "out" / "redpajama.json").read_text())["skipped"]["c4"] == len(bad)
     assert next(line for line in printed.splitlines() if line.startswith("c4")).split()[5] == str(len(bad))
-
-
-# ---------------------------------------------------------------------------------------------------- interruption
 
 
 class Interruption:
@@ -291,9 +285,6 @@ def test_from_a_hub_that_fails_and_comes_back(hub, tmp_path):
     assert all(document["source"].startswith(f"owner/set@{COMMIT} RedPajama") for document in documents)
 
 
-# ---------------------------------------------------------------------------------------------------- the folder
-
-
 @pytest.fixture
 def finished(dataset, tmp_path, run_script) -> list:
     """The options of a finished download in `tmp_path / "out"`, where the sample data's manifest is no hindrance."""
@@ -350,8 +341,6 @@ def test_changed_files_are_refused_and_lost_ones_are_said(finished, tmp_path, ru
     assert run_script(main, *finished, "--overwrite")[0] == 0
     assert path.exists()
 
-
-# ---------------------------------------------------------------------------------------------------- wrong input
 
 WRONG = {
     "unknown domain": (["--domain_names", "news=News"], "'news=News' is not domain=name"),

@@ -61,9 +61,6 @@ def manifest(sample_data) -> dict:
     return json.loads((sample_data / "manifest.json").read_text())
 
 
-# ------------------------------------------------------------------------------------------------ the real data
-
-
 def test_lines_have_their_fields(everything):
     for domain, halves in everything.items():
         for document in [*halves[0], *halves[1]]:
@@ -152,9 +149,6 @@ def test_manifest_and_licences_name_every_source(sample_data, everything, manife
         section = text.partition(f"## {domain}\n")[2].partition("\n## ")[0]
         assert all(f"| {package} |" in section for package in used)
         assert [len(half) for half in halves] == [entry[name]["documents"] for name in ("train", "heldout")]
-
-
-# ------------------------------------------------------------------------------------------------ small builds
 
 
 @pytest.fixture(scope="session")
@@ -265,9 +259,6 @@ def test_files_of_an_earlier_version_go_unless_changed(small, tmp_path, run):
     assert run(tmp_path)[0] == 0
     assert contents(tmp_path) == {**contents(small), "README.md": b"mine"}
     assert outside.read_text() == "old"
-
-
-# ------------------------------------------------------------------------------------------------ its parts
 
 
 def test_repetitions_are_found():

@@ -79,9 +79,6 @@ def assert_same_logits(folder: Path, model: LlamaForCausalLM) -> LlamaForCausalL
     return loaded
 
 
-# ---------------------------------------------------------------------------------------------------- the same model
-
-
 @pytest.mark.parametrize(
     ("num_shards", "kv_heads", "embedding_axis"),
     [(1, 16, 1), (2, 8, 0), (4, 16, 0), (4, 8, 1), (8, 8, 0), (8, 16, 1)],
@@ -181,9 +178,6 @@ def test_dtype_is_that_of_the_source_unless_told_otherwise(convert, tmp_path, wr
         assert torch.equal(wide.state_dict()[name], tensor.float())
 
 
-# ---------------------------------------------------------------------------------------------------- finding things
-
-
 @pytest.mark.parametrize("given", ["llama", "llama/7B"])
 def test_the_layout_of_the_download_is_found(convert, tmp_path, tokenizer_file, monkeypatch, given):
     """TARGET_FOLDER or the folder of the size below it, the tokenizer beside the sizes."""
@@ -233,9 +227,6 @@ def test_an_incomplete_checkpoint_is_not_taken_for_finished(convert, meta_folder
     assert (status, "has lost or changed files: --overwrite" in err) == (2, True)
     assert convert(meta_folder, tmp_path / "out", "--overwrite")[0] == 0
     assert_same_logits(tmp_path / "out", small_llama())
-
-
-# ---------------------------------------------------------------------------------------------------- wrong input
 
 
 class Bomb:
@@ -341,9 +332,6 @@ def test_values_beyond_the_new_dtype_are_refused(convert, meta_folder, tmp_path)
     assert contents(tmp_path) == before
 
 
-# ---------------------------------------------------------------------------------------------------- interruptions
-
-
 def start(folder: Path, output: Path) -> subprocess.Popen:
     command = [sys.executable, script.__file__, "--input_dir", folder, "--model_size", "auto", "--output_dir", output]
     return subprocess.Popen([*command, "--max_shard_size", "1KB"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -374,9 +362,6 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
     ):
         raise AssertionError("entered twice")
     assert not partial.exists()
-
-
-# ---------------------------------------------------------------------------------------------------- memory
 
 
 ANONYMOUS_PEAK = """

@@ -71,9 +71,6 @@ def rope(theta: float | None = None, **scaling: Any) -> dict[str, Any]:
     return {"rope_parameters": LEFT_OUT} | {name: value for name, value in fields.items() if value}
 
 
-# ---------------------------------------------------------------------------------------------------- files
-
-
 def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     """`change` works on the dict of the tensors."""
     return lambda folder: change_weights(folder, change)
@@ -125,8 +122,6 @@ def consolidated(folder: Path) -> None:
     """Mistral's own file of the same weights, beside those of transformers."""
     shutil.copy(folder / WEIGHTS, folder / "consolidated.safetensors")
 
-
-# ---------------------------------------------------------------------------------------------------- the shapes
 
 SHAPES = {
     "LLaMA 1": Shape(

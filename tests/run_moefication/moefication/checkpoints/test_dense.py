@@ -100,9 +100,6 @@ def test_name_is_the_last_part_of_the_path(tiny_llama, tmp_path, monkeypatch):
     assert DenseCheckpoint("..").name == "llama"
 
 
-# ---------------------------------------------------------------------------------------------------- refusals
-
-
 def change_state(change):
     return lambda folder: change_weights(folder, change)
 

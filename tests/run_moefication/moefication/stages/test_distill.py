@@ -99,8 +99,6 @@ def blocks_of(pipeline: Pipeline, **options: int) -> tuple[list[torch.Tensor], l
     return blocks[:num_trained_on], blocks[num_trained_on:]
 
 
-# ---------------------------------------------------------------------------------------------------- the blocks
-
 KINDS = {
     "top_k": {"num_experts_per_tok": 3},
     "threshold": {"routing": "threshold"},
@@ -238,9 +236,6 @@ def test_a_text_too_large_to_hold_is_read_in_part(monkeypatch):
     assert [layer.mlp.gate.threshold.item() for layer in model.model.layers] == expected
 
 
-# ---------------------------------------------------------------------------------------------------- the stage
-
-
 def kl(pipeline: Pipeline, folder: Path, blocks: list[torch.Tensor]) -> float:
     """Of a checkpoint to the dense model."""
     return divergence(load(folder), load(pipeline.model), blocks)
@@ -324,9 +319,6 @@ def test_the_summary_says_what_was_gained(finished, short, run_script):
     assert f"held out: {metrics['loss_before']:.4f} before, {metrics['loss_after']:.4f} after" in out
     assert "already finished" in out
     assert f"{metrics['loss_after']:.4f} after it" in (short / "README.md").read_text()
-
-
-# ---------------------------------------------------------------------------------------------------- the same bytes
 
 
 def test_progress_counts_the_steps(finished, short, tmp_path, capsys, monkeypatch):
@@ -467,8 +459,6 @@ def test_two_processes_share_the_work(finished, short, tmp_path):
     assert metrics["active_share"] == pytest.approx([3 / 7] * 3, rel=0.01)
     assert contents(folder).keys() == contents(short).keys()
 
-
-# ---------------------------------------------------------------------------------------------------- bad inputs
 
 WRONG = [
     ({"moe_path": "{save}/nowhere"}, "nowhere is not a folder; run llama_convert.py first"),

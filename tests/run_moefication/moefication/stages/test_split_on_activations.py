@@ -159,9 +159,6 @@ def test_dead_neurons_and_ties_still_give_equal_experts(num_shared):
     assert (split_of(statistics_of(ties), 6, num_shared)[: 4 * num_shared] >= 6 - num_shared).all()
 
 
-# ---------------------------------------------------------------------------------------------------- the stage
-
-
 @pytest.fixture(scope="module")
 def corpus(checkpoint, text_folder) -> Corpus:
     corpus = corpus_of(checkpoint, text_folder, None, block_size=16, max_tokens=500)

@@ -54,9 +54,6 @@ def finished(tmp_path) -> Path:
     return tmp_path / "folder"
 
 
-# ---------------------------------------------------------------------------------------------------- a folder's life
-
-
 def test_manifest_appears_with_the_last_part(tmp_path):
     writer = ArtifactWriter(tmp_path / "folder", SPEC, PARTS)
     assert writer.missing() == PARTS
@@ -122,9 +119,6 @@ def test_an_exclusive_folder_has_one_writer_at_a_time(tmp_path):
     assert second.finish()
     assert {path.name for path in tmp_path.iterdir()} == {"folder"}
     assert {path.name for path in folder.iterdir()} == {"files", "manifest.json"}
-
-
-# ---------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -347,9 +341,6 @@ def test_bad_manifests_are_refused(content, words, finished):
     for use in (lambda: open_finished(finished, "split"), lambda: ArtifactWriter(finished, SPEC, PARTS)):
         with pytest.raises(MoEficationError, match=re.escape(f"manifest.json {words}")):
             use()
-
-
-# ---------------------------------------------------------------------------------------------------- reading
 
 
 def test_load_checks_size_and_sum(finished):
