@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,6 @@ from llama_data.make_sample_data import make
 from llama_data.sources import DOMAINS, PACKAGES, SOURCES
 from llama_download.download_smollm2 import load_tokenizer
 from llama_download.registry import fetch
-from run_moefication import command_line
 from run_moefication.moefication.storage.files import file_sha256
 
 CACHE = make_sample_data.REPOSITORY / ".cache" / "wheels"
@@ -178,10 +178,10 @@ def small(small_cache, tmp_path_factory) -> Path:
 def run(small_cache, tokenizer, monkeypatch, run_script) -> Callable[..., tuple[int, str, list[str]]]:
     """`run(folder)` makes the text of SMALL there: status, stdout, lines of stderr."""
     monkeypatch.setattr(make_sample_data, "load_tokenizer", lambda cache_dir: tokenizer)
+    monkeypatch.setattr(make_sample_data, "make", partial(make, sources=SMALL))
 
     def run(folder: Path, cache: Path = small_cache) -> tuple[int, str, list[str]]:
-        parser = make_sample_data.build_parser()
-        status, out, err = run_script(lambda _: command_line.run(parser, lambda _: make(folder, cache, SMALL), []))
+        status, out, err = run_script(make_sample_data.main, "--output_dir", folder, "--cache_dir", cache)
         return status, out, err.splitlines()
 
     return run
