@@ -21,7 +21,6 @@ from run_moefication.moefication.checkpoints.tokenizers import MARKUP_TEXTS, PLA
 from run_moefication.moefication.errors import MoEficationError
 
 Piece = TypeVar("Piece", str, bytes)
-
 LLAMA3_PATTERN = TikTokenConverter().pattern  # Llama 3 cuts text by this before it merges bytes
 NUM_SPECIAL_TOKENS = 256
 # Llama 3's special tokens that have a meaning, by their place after the ordinary ones; 3.1 named some reserved ones.

@@ -29,8 +29,7 @@ from run_moefication import command_line
 SHAPES = {"7B": (4096, 11008), "SmolLM2": (576, 1536), "1B": (2048, 8192)}  # hidden and intermediate size
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # transformers' own
 COLUMNS = ("routing", "tokens", "active", "dense_ms", "bound", "ours", *IMPLEMENTATIONS, "ours_over_best")
-# batched_mm copies the weights of every slot: cases beyond this many bytes are left out.
-MOST_COPIED_BYTES = 4 * 2**30
+MOST_COPIED_BYTES = 4 * 2**30  # batched_mm, which copies the weights of every slot, is left out beyond these
 
 
 def main(argv: list[str] | None = None) -> int:
