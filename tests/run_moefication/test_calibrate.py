@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VARIANTS, make_llama
+from conftest import LLAMA3_ROPE, make_llama
 from pipeline import (
     LINEAR,
     Killed,
@@ -135,7 +135,7 @@ FITS = {
     "bounds": ({"tie_word_embeddings": True}, 1, [*THRESHOLD, "--min_selects", 3, "--max_selects", 5], []),
     "top_k": ({"head_dim": 16, "attention_bias": True}, 2, [], ["--refit_gates"]),
     "mlp gates and biases": ({"mlp_bias": True, "num_key_value_heads": 4}, None, [], []),
-    "one layer": (VARIANTS["llama3_rope"] | {"num_hidden_layers": 1, "hidden_size": 40}, 0, THRESHOLD, []),
+    "one layer": ({"rope_parameters": LLAMA3_ROPE, "num_hidden_layers": 1, "hidden_size": 40}, 0, THRESHOLD, []),
 }
 
 
