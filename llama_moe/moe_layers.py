@@ -132,9 +132,9 @@ class RoutingStatistics:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[list[RoutingStatistics]]:
-    """Within the context, every gate of the model is counted: one `RoutingStatistics` per layer, in order. Padding
-    tokens count like others. A compiled model notices the recorder only if the context is entered before its first
-    call."""
+    """Within the context, every gate of the model is counted: one `RoutingStatistics` per layer, in order. Outside
+    of it nothing costs time. Padding tokens count like others. A compiled model notices the recorder only if the
+    context is entered before its first call."""
     gates = [module for module in model.modules() if isinstance(module, Gate)]
     statistics = [RoutingStatistics(gate.num_experts) for gate in gates]
     with ExitStack() as hooks:
