@@ -34,8 +34,8 @@ MANIFEST = "redpajama.json"
 CHARACTERS_PER_TOKEN = 4  # where no tokenizer counts
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path(__file__).resolve().parent, help="folder of the files")
@@ -54,12 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--label_field", default="meta.redpajama_set_name", help=label)
     names = ",".join(f"{domain}={name}" for domain, (name, _) in DOMAINS.items())
     add("--domain_names", default=names, help="the domains to get, and their names there")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and download; returns the exit status."""
-    return run(build_parser(), download, argv)
+    return run(parser, download, argv)
 
 
 def download(args: argparse.Namespace) -> None:

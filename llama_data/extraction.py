@@ -34,9 +34,6 @@ class Document(NamedTuple):
     text: str
 
 
-# ------------------------------------------------------------------------------------------------ web pages
-
-
 def clean_pages(members: Members) -> Iterator[Document]:
     """The pages of C4, one a line, without those that escaped its cleaning."""
     return (page for page in _pages(members) if not is_uncleaned(page.text))
@@ -77,9 +74,6 @@ def _mails(members: Members, text_of: Callable[[mail.Mail], str]) -> Iterator[Do
             yield from _parts(message.sender or message.thread, text)
 
 
-# ------------------------------------------------------------------------------------------------ code
-
-
 def marked_files(members: Members) -> Iterator[Document]:
     """The files between `// ===== BEGIN language` and `// ===== END`; text outside has no known borders."""
     marked = re.compile(r"^// ===== BEGIN [^\n]*\n(.*?)^// ===== END ", re.DOTALL | re.MULTILINE)
@@ -94,9 +88,6 @@ def code_files(members: Members) -> Iterator[Document]:
         text = tidy(decode(content))
         if text and max(map(len, text.split("\n"))) <= 400:
             yield from _parts("", text)
-
-
-# ------------------------------------------------------------------------------------------------ Wikipedia
 
 
 def wikipedia_dump(members: Members) -> Iterator[Document]:
@@ -121,14 +112,9 @@ def _article(title: str, text: str) -> Iterator[Document]:
         yield from _parts(title, text)
 
 
-# ------------------------------------------------------------------------------------------------ books
-
-
 def r_novels(members: Members) -> Iterator[Document]:
-    """Novels in an R data base (.rdb): a character vector each, a line of the book per string, the title first.
-
-    Each object is 4 bytes (a length) and zlib data. R writes before a string its encoding, its type (9) and its length.
-    """
+    """Novels in an R data base (.rdb): a character vector each, a line of the book per string, the title first. Each
+    object is 4 bytes (a length) and zlib data. R writes before a string its encoding, its type (9) and its length."""
     for rdb in members.values():
         while rdb:
             decompressor = zlib.decompressobj()
@@ -160,9 +146,6 @@ def _chapters(work: str, text: str, heading: str) -> Iterator[Document]:
     starts = [match.start() for match in re.finditer(heading, text, re.MULTILINE)]
     for start, end in zip([0, *starts], [*starts, len(text)], strict=True):
         yield from _parts(work, re.sub(r"^#+ ", "", text[start:end], flags=re.MULTILINE))
-
-
-# ------------------------------------------------------------------------------------------------ papers, questions
 
 
 def vignettes(members: Members) -> Iterator[Document]:

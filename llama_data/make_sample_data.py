@@ -8,7 +8,6 @@ Packages come by pip, and by npm and apt-get where a machine has these; what can
 Exit status: 2 for a wrong argument or a full disk, 3 where the Python package registry cannot be reached.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -30,17 +29,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 MANIFEST, LICENCES = "manifest.json", "LICENCES.md"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = new_parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "llama_data", help="folder of the text")
     parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="folder that keeps downloaded packages")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and write the sample data; returns the exit status."""
-    return run(build_parser(), lambda args: make(args.output_dir, args.cache_dir), argv)
+    return run(parser, lambda args: make(args.output_dir, args.cache_dir), argv)
 
 
 def make(output_dir: Path, cache_dir: Path, sources: Sequence[Source] = SOURCES) -> None:

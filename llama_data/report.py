@@ -69,8 +69,7 @@ def licences(sources: Iterable[Source]) -> str:
 
 def table(manifest: Mapping) -> str:
     """Documents and tokens of each domain, and what is short."""
-    head = f"{'domain':<15}{'documents':>10}{'works':>8}{'tokens':>10}{'held out: documents':>24}{'tokens':>10}"
-    lines = [head]
+    lines = [f"{'domain':<15}{'documents':>10}{'works':>8}{'tokens':>10}{'held out: documents':>24}{'tokens':>10}"]
     for domain in DOMAINS:
         entry = manifest["domains"].get(domain)
         if entry is None:

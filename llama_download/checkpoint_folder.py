@@ -15,9 +15,7 @@ RECORD = "source.json"  # what the folder was made from, and its files with thei
 
 def is_complete(folder: Path, source: dict[str, Any], overwrite: bool = False) -> bool:
     """Whether the folder was made from just this source, and has every file in its full size; never if to `overwrite`.
-
-    Raises MoEficationError where it holds anything else; with `overwrite`, anything that `new_folder` did not make.
-    """
+    Raises MoEficationError where it holds anything else; with `overwrite`, anything that `new_folder` did not make."""
     record = _read_record(folder)
     files = record.pop("files", {})
     is_whole = files == file_sizes(folder, files)
@@ -36,9 +34,7 @@ def is_complete(folder: Path, source: dict[str, Any], overwrite: bool = False) -
 @contextlib.contextmanager
 def new_folder(folder: Path, source: dict[str, Any]) -> Iterator[Path]:
     """Gives an empty folder to fill, which then gets its record and, synced, the name `folder`; removed if that fails.
-
-    `is_complete` comes first. Raises MoEficationError where another process is making the same folder.
-    """
+    `is_complete` comes first. Raises MoEficationError where another process is making the same folder."""
     writer = FolderWriter(folder, _own_files)
     partial = writer.partial
     with writer.locked(timeout=0):

@@ -94,7 +94,8 @@ def convert(arguments: argparse.Namespace) -> None:
     with new_folder(output_dir, source) as partial:
         shutil.copyfile(tokenizer_path, partial / tokenizer_path.name)  # other tools look for the original
         tokenizer.save_pretrained(partial)
-        model.write(partial, arguments.dtype, arguments.max_shard_size, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+        model.write(partial, arguments.dtype, arguments.max_shard_size, ids)
     print(f"written: {output_dir}")
     print(f"next: MODEL_PATH={shlex.quote(str(output_dir))} bash run_moefication/1_split.sh")
 

@@ -67,18 +67,8 @@ class MetaTensor:
 
 
 class MetaCheckpoint:
-    """A validated checkpoint in Meta's format.
-
-    Attributes:
-        folder: of `params.json` and the shards.
-        params: `params.json` as it stands.
-        family: "LLaMA 1" to "Llama 3.2", as far as `params.json` and the tensors tell.
-        config: what transformers calls the same model.
-        dtype: of the weights.
-
-    Raises:
-        MoEficationError: names the file that is missing, surplus, cut short or at odds with `params.json`.
-    """
+    """A checkpoint in Meta's format, validated, and its `config` in transformers'. Raises MoEficationError, which names
+    the file that is missing, surplus, cut short or at odds with `params.json`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -109,13 +99,10 @@ class MetaCheckpoint:
                 members.append([[member.filename, member.file_size, member.CRC] for member in archive.infolist()])
         return {"params": self.params, "weights": digest(members)}
 
-    def write(
-        self, folder: Path, dtype: str | None, max_shard_bytes: int, bos_token_id: int, eos_token_id: int
-    ) -> None:
+    def write(self, folder: Path, dtype: str | None, max_shard_bytes: int, ids: dict[str, int]) -> None:
         """Write config and weights as transformers has them, one shard in memory at a time, in `dtype` or that of the
-        source, and check that the whole is a LLaMA."""
+        source, and check that the whole is a LLaMA. `ids` are the tokenizer's: `bos_token_id` and `eos_token_id`."""
         new_dtype = getattr(torch, dtype) if dtype else self.dtype
-        ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         self.config.update(ids | {"dtype": new_dtype})
         self.config.save_pretrained(folder)
         GenerationConfig(**ids).save_pretrained(folder)
@@ -191,7 +178,8 @@ def _read_params(path: Path) -> dict[str, Any]:
 
 
 def _family(params: dict[str, Any], tied: bool) -> str:
-    """The generation; only the number of positions and the scaling of their angles depend on it."""
+    """The generation, as far as `params.json` and the tensors tell; only the number of positions and the scaling of
+    their angles depend on it."""
     if params.get("use_scaled_rope"):
         return "Llama 3.2" if tied else "Llama 3.1"
     if params.get("rope_theta") == 500_000:

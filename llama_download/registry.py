@@ -73,10 +73,8 @@ class Package:
 
 
 def fetch(package: Package, cache_dir: Path) -> Path:
-    """Path of the package's file in `cache_dir`, downloaded unless an undamaged copy lies there already.
-
-    Raises RegistryError where it cannot be had, and MoEficationError where the registry's file is not the pinned one.
-    """
+    """Path of the package's file in `cache_dir`, downloaded unless an undamaged copy lies there already. Raises
+    RegistryError where it cannot be had, and MoEficationError where the registry's file is not the pinned one."""
     if not package.is_in(cache_dir):
         client = COMMANDS[package.registry][0]
         if shutil.which(client) is None:
@@ -91,10 +89,8 @@ def fetch(package: Package, cache_dir: Path) -> Path:
 
 
 def prefetch(packages: Iterable[Package], cache_dir: Path) -> None:
-    """Bring the packages into `cache_dir` with one call of each client, which are slow to start.
-
-    Where such a call fails, nothing is said: `fetch` then tries each package alone.
-    """
+    """Bring the packages into `cache_dir` with one call of each client, which are slow to start. Where such a call
+    fails, nothing is said: `fetch` then tries each package alone."""
     missing = [package for package in dict.fromkeys(packages) if not package.is_in(cache_dir)]
     for registry, command in COMMANDS.items():
         group = [package for package in missing if package.registry == registry]

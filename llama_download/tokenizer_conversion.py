@@ -21,7 +21,6 @@ from run_moefication.moefication.checkpoints.tokenizers import MARKUP_TEXTS, PLA
 from run_moefication.moefication.errors import MoEficationError
 
 Piece = TypeVar("Piece", str, bytes)
-
 LLAMA3_PATTERN = TikTokenConverter().pattern  # Llama 3 cuts text by this before it merges bytes
 NUM_SPECIAL_TOKENS = 256
 # Llama 3's special tokens that have a meaning, by their place after the ordinary ones; 3.1 named some reserved ones.
@@ -30,11 +29,8 @@ LLAMA31_TOKENS = LLAMA3_TOKENS | {4: "finetune_right_pad_id", 8: "eom_id", 10: "
 
 
 def convert_tokenizer(path: Path, family: str, max_positions: int) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a `tokenizer.model`, adding BOS as the original does for a prompt.
-
-    `family` is the model's, such as "Llama 3.1"; `max_positions` is recorded as `model_max_length`. Raises
-    MoEficationError where the file is neither a sentencepiece BPE model nor a tiktoken file.
-    """
+    """The fast tokenizer of a `tokenizer.model`, adding BOS as the original does for a prompt. `family` is the model's,
+    such as "Llama 3.1". Raises MoEficationError where the file is neither a sentencepiece BPE nor a tiktoken model."""
     content = path.read_bytes()
     if ranks := _tiktoken_ranks(content):
         names = LLAMA3_TOKENS if family == "Llama 3" else LLAMA31_TOKENS

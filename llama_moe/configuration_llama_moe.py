@@ -107,14 +107,11 @@ class LlamaMoEConfig(LlamaConfig):
         self.num_experts_per_tok = value - self.num_shared_experts
 
     def experts_per_tok_of(self, layer: int) -> int | float:
-        """Routed experts that run per token in this layer; with threshold routing, on average.
-
-        Layers' own averages count only while `num_experts_per_tok` is their mean: older checkpoints whose budget was
-        changed kept the averages of the budget before it, and then all layers get `num_experts_per_tok`.
-        """
+        """Routed experts that run per token in this layer; with threshold routing, on average."""
         budgets = self.layer_num_experts_per_tok
         if budgets is None:
             return self.num_experts_per_tok
+        # Older checkpoints whose budget was changed kept the layers' averages of the budget before it.
         if self.routing == "threshold" and round(sum(budgets) / len(budgets)) != self.num_experts_per_tok:
             return self.num_experts_per_tok
         return budgets[layer]
@@ -127,9 +124,8 @@ class LlamaMoEConfig(LlamaConfig):
     def check_experts(self) -> None:
         """Raise `ValueError` unless the fields fit together. Models ask too: `from_pretrained(..., field=value)` sets
         fields after the config was made."""
-        lowest = dict(
-            num_experts=1, num_shared_experts=0, moe_intermediate_size=1, gate_noise=0, router_aux_loss_coef=0
-        )
+        lowest = {"num_experts": 1, "num_shared_experts": 0, "moe_intermediate_size": 1}
+        lowest |= {"gate_noise": 0, "router_aux_loss_coef": 0}
         for field, least in lowest.items():
             self._require(field, least <= getattr(self, field) < math.inf, f"at least {least}")
         for field, choices in (("gate_network", GATE_NETWORKS), ("routing", ROUTINGS)):
@@ -171,10 +167,8 @@ class LlamaMoEConfig(LlamaConfig):
             fits = all(0 <= k <= self.num_experts for k in budgets)
         else:
             wanted = f"{whole}, the largest num_experts_per_tok"
-            fits = (
-                all(isinstance(k, int) and k >= 1 for k in budgets)
-                and max(budgets, default=0) == self.num_experts_per_tok
-            )
+            are_counts = all(isinstance(k, int) and k >= 1 for k in budgets)
+            fits = are_counts and max(budgets, default=0) == self.num_experts_per_tok
         self._require("layer_num_experts_per_tok", len(budgets) == layers and fits, f"{layers} numbers of {wanted}")
 
     def _require(self, field: str, holds: bool, wanted: str) -> None:

@@ -11,11 +11,8 @@ from torch.nn import functional as F
 
 class Gate(nn.Module):
     """Scores every expert for every token and selects those that run. Subclasses give `score`; the arguments are as in
-    `LlamaMoEConfig`.
-
-    Gates hold raw parameters, not `nn.Linear`: tools that quantise or adapt "all linear layers" must leave the
-    routing alone.
-    """
+    `LlamaMoEConfig`. Gates hold raw parameters, not `nn.Linear`: tools that quantise or adapt "all linear layers" must
+    leave the routing alone."""
 
     NUM_QUANTILES = 1025  # score quantiles kept for `set_active_share`, at levels 0, 1/1024, ..., 1
     # All experts run. Stands for minus infinity, which float16 makes of it, but tools can subtract it.
@@ -192,12 +189,8 @@ def make_gate(config, layer_idx: int = 0) -> Gate:
 def load_balancing_loss(scores: list[Tensor], selected: list[Tensor], attention_mask: Tensor | None = None) -> Tensor:
     """How unevenly experts are used, over all layers at once: their number times the sum over experts of the share of
     tokens that ran it times its mean softmax score (Switch Transformer, Fedus et al. 2021, equations 4 to 6). Equals
-    the mean number of experts per token when balanced.
-
-    Args:
-        scores, selected: per layer `[T, E]`, floating and bool.
-        attention_mask: `[batch, sequence]` with batch x sequence = T, 0 for tokens that do not count.
-    """
+    the mean number of experts per token when balanced. `scores` and `selected` are `[T, E]` by layer, floating and
+    bool; the `attention_mask [batch, sequence]`, of T entries, is 0 for tokens that do not count."""
     device, num_experts = scores[0].device, scores[0].shape[-1]
     counts = torch.ones(scores[0].shape[0], device=device) if attention_mask is None else attention_mask.flatten()
     counts = counts.to(device, torch.float32)  # [T]

@@ -57,7 +57,7 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (Experts, Gate)):
+        if isinstance(module, (Experts, Gate, MoEBlock)):
             for name, parameter in module.named_parameters(recurse=False):
                 if name.endswith("bias"):
                     init.zeros_(parameter)
@@ -66,8 +66,6 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         if isinstance(module, Gate) and module.routing == "threshold":
             init.constant_(module.threshold, module.LOWEST_THRESHOLD)
             init.zeros_(module.score_quantiles)
-        elif isinstance(module, MoEBlock) and module.output_bias is not None:
-            init.zeros_(module.output_bias)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

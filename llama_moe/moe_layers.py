@@ -102,20 +102,13 @@ class MoEBlock(nn.Module):
 
 
 class RoutingStatistics:
-    """What a gate did while `record_routing` was on. An expert ran for a token if its weight was not 0.
-
-    Attributes:
-        num_tokens: tokens that the gate has seen (twice each where gradient checkpointing runs layers again).
-        runs: int64 `[E]`, tokens that each expert ran for.
-        tokens_by_cost: int64 `[E + 1]`, tokens that ran 0, 1, ... E routed experts.
-        score_sum: float64 `[E]`, sums of the gate's scores.
-    """
+    """What a gate did while `record_routing` was on. An expert ran for a token if its weight was not 0."""
 
     def __init__(self, num_experts: int):
-        self.num_tokens = 0
-        self.runs = torch.zeros(num_experts, dtype=torch.int64)
-        self.tokens_by_cost = torch.zeros(num_experts + 1, dtype=torch.int64)
-        self.score_sum = torch.zeros(num_experts, dtype=torch.float64)
+        self.num_tokens = 0  # that the gate has seen, twice each where gradient checkpointing runs layers again
+        self.runs = torch.zeros(num_experts, dtype=torch.int64)  # tokens that each expert ran for
+        self.tokens_by_cost = torch.zeros(num_experts + 1, dtype=torch.int64)  # that ran 0, 1, ... E routed experts
+        self.score_sum = torch.zeros(num_experts, dtype=torch.float64)  # over tokens, of each expert
 
     def add(self, scores: Tensor, weights: Tensor, index: Tensor) -> None:
         """Count one forward pass, given the gate's output."""
@@ -139,11 +132,9 @@ class RoutingStatistics:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[list[RoutingStatistics]]:
-    """Within the context, every gate of the model is counted: one `RoutingStatistics` per layer, in order.
-
-    Outside of it nothing is counted and nothing costs time. Padding tokens count like others. A compiled model notices
-    the recorder only if the context is entered before its first call.
-    """
+    """Within the context, every gate of the model is counted: one `RoutingStatistics` per layer, in order. Outside
+    of it nothing costs time. Padding tokens count like others. A compiled model notices the recorder only if the
+    context is entered before its first call."""
     gates = [module for module in model.modules() if isinstance(module, Gate)]
     statistics = [RoutingStatistics(gate.num_experts) for gate in gates]
     with ExitStack() as hooks:

@@ -84,7 +84,6 @@ def make_models(arguments: argparse.Namespace, prompt: torch.Tensor, dtype: torc
         num_hidden_layers=arguments.layers,
         num_attention_heads=32,
         num_key_value_heads=8,
-        head_dim=64,
         vocab_size=32000,
         max_position_embeddings=8192,
     )

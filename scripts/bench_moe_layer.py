@@ -29,8 +29,7 @@ from run_moefication import command_line
 SHAPES = {"7B": (4096, 11008), "SmolLM2": (576, 1536), "1B": (2048, 8192)}  # hidden and intermediate size
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # transformers' own
 COLUMNS = ("routing", "tokens", "active", "dense_ms", "bound", "ours", *IMPLEMENTATIONS, "ours_over_best")
-# batched_mm copies the weights of every slot: cases beyond this many bytes are left out.
-MOST_COPIED_BYTES = 4 * 2**30
+MOST_COPIED_BYTES = 4 * 2**30  # batched_mm, which copies the weights of every slot, is left out beyond these
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,10 +96,7 @@ def cost_bounds(num_experts: int) -> tuple[int, int]:
 
 def spread_costs(gate: LinearGate, x: Tensor, budget: int) -> None:
     """Set the threshold to 0, and move the tokens `x [T, H]` so that they run from 5 to 95 % of the experts with the
-    budget as average (one token: just it).
-
-    Adding a multiple of d, where the gate's weight times d is all ones, to a token shifts all its scores alike.
-    """
+    budget as average (one token: just it)."""
     low, high = cost_bounds(gate.num_experts)
     high = max(high, budget)
     counts = torch.tensor([budget])
@@ -108,6 +104,7 @@ def spread_costs(gate: LinearGate, x: Tensor, budget: int) -> None:
         # A curve low + (high - low) u^p between the ends, whose mean low + (high - low) / (p + 1) is the budget.
         places = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
         counts = (low + (high - low) * places ** ((high - low) / (budget - low) - 1)).round().long()
+    # The gate's weight times this is all ones: a multiple of it, added to a token, shifts all its scores alike.
     direction = torch.linalg.pinv(gate.weight.float()).sum(-1)  # [H]
     scores = gate.score(x).float().sort(dim=-1, descending=True).values
     counts = counts.to(x.device)[:, None]  # [T, 1]

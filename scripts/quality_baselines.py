@@ -22,10 +22,8 @@ JITTER = 1e-6  # on the diagonal, over its mean, so that rounding leaves the mat
 
 @contextmanager
 def masked(model: LlamaForCausalLM, choices: list[Choice]) -> Iterator[list[torch.Tensor]]:
-    """Within the context the MLPs run only the neurons that their choice names.
-
-    Yields a list that collects, for each layer and forward pass, the share of neurons that ran for each token `[T]`.
-    """
+    """Within the context the MLPs run only the neurons that their choice names. It gives a list that collects, for each
+    layer and forward pass, the share of neurons that ran for each token `[T]`."""
     shares: list[torch.Tensor] = []
 
     def mask(choice: Choice, _: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

@@ -41,23 +41,18 @@ STEPS: dict[str, dict[str, Any]] = {
 
 
 class Bench:
-    """The dense model, the texts to measure on, and the options.
-
-    Attributes:
-        run: how stages run.
-        work: the folder of what is made with these tokens and this seed.
-        texts: blocks of tokens of each held-out file, and of "WikiText-2".
-    """
+    """The dense model, the texts to measure on, and the options."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
         self.dense = rm.DenseCheckpoint(arguments.model_path)
-        self.run = {"device": pick_device(arguments.device)}
+        self.run = {"device": pick_device(arguments.device)}  # how stages run
+        # What is made with these tokens and this seed.
         self.work = arguments.work / f"{arguments.calibration_tokens}-tokens-seed-{arguments.seed}"
         files = sorted(Path(arguments.heldout_path).glob("*.jsonl"))
         if not files:
             raise MoEficationError(f"--heldout_path {arguments.heldout_path} holds no .jsonl file")
-        self.texts = {path.stem: self._blocks(path, arguments.heldout_tokens) for path in files}
+        self.texts = {path.stem: self._blocks(path, arguments.heldout_tokens) for path in files}  # blocks of tokens
         if arguments.wikitext_path:
             self.texts["WikiText-2"] = self._blocks(Path(arguments.wikitext_path), arguments.wikitext_tokens)
 
@@ -156,13 +151,8 @@ def measure_moe(
     is_static: bool = False,
     has_dense_norm: bool = False,
 ) -> dict[str, Any]:
-    """A LlamaMoE checkpoint, made first.
-
-    Args:
-        num_selects: the budget, if not its own.
-        is_static: its shared experts run alone, for which no gate is needed.
-        has_dense_norm: it gets the dense model's final norm.
-    """
+    """A LlamaMoE checkpoint, made first, at the budget `num_selects` or its own; if `is_static`, its shared experts run
+    alone, for which no gate is needed; if `has_dense_norm`, it gets the dense model's final norm."""
     model = make().load(torch.float32).to(bench.run["device"])
     config, gate = model.config, 0.0
     if has_dense_norm:

@@ -145,7 +145,8 @@ def table(rows: list[Row], seed: int, *, short: bool = False) -> str:
         cells = [("budget", f"{100 * row['budget']:.0f} %"), ("method", row["method"])]
         for group, names in groups(rows[0]).items():
             active, neurons = mean_share(row, names, "active"), mean_share(row, names, "neurons")
-            ratio, low, high = map(_ratio, ratios(row, names, seed))
+            numbers = ratios(row, names, seed)
+            ratio, low, high = (f"{number:#.4g}" if number < 1000 else f"{number:,.0f}" for number in numbers)
             cells.append(("active", f"{100 * active:.1f} %" + "*" * (active > row["budget"] + 1e-9)))
             if short:
                 cells.append((group, ratio))
@@ -156,10 +157,6 @@ def table(rows: list[Row], seed: int, *, short: bool = False) -> str:
         columns, texts = zip(*cells, strict=True)
         lines.append(f"| {' | '.join(texts)} |")
     return "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *lines])
-
-
-def _ratio(ratio: float) -> str:
-    return f"{ratio:#.4g}" if ratio < 1000 else f"{ratio:,.0f}"
 
 
 def plot(rows: list[Row], seed: int, path: Path) -> None:

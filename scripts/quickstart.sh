@@ -52,7 +52,6 @@ if [ -z "${DATA:-}" ] || [ -z "${TEXT:-}" ]; then
 fi
 DATA="${DATA:-$SAMPLE}"
 TEXT="${TEXT:-$SAMPLE/heldout/wikipedia.jsonl}"
-
 PREPARED="$SECONDS"
 
 NAME="$(basename "$(in_full "$MODEL")")"

@@ -22,9 +22,8 @@ fetch() {
     return "$status"
 }
 
-# compat PYTEST_ARGUMENT...: the same tests with each of two releases of transformers, in environments of their own.
-compat() {
-    local release name
+if [ "${1-}" = compat ]; then # the same tests with each of two releases of transformers, in their own environments
+    shift
     for release in "transformers==$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).*" transformers; do
         name="${release//[^a-z0-9.]/}"
         use_environment "$REPOSITORY/.venv-compat/${name%.}"
@@ -33,11 +32,6 @@ compat() {
         echo "== $("$VENV_PYTHON" -c 'import transformers; print("transformers", transformers.__version__)')"
         HF_HUB_OFFLINE=1 "$VENV_PYTHON" -m pytest -n auto --dist loadfile "$@"
     done
-}
-
-if [ "${1-}" = compat ]; then
-    shift
-    compat "$@"
     exit
 fi
 

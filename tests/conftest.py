@@ -33,26 +33,13 @@ TINY = {
     "eos_token_id": 2,
     "initializer_range": 0.2,  # large enough that no layer's contribution drowns in rounding
 }
-# Models that differ in what matters to a conversion.
-VARIANTS = {
-    "grouped_query": {},
-    "multi_head": {"num_key_value_heads": 4},
-    "tied": {"tie_word_embeddings": True},
-    "mlp_bias": {"mlp_bias": True},
-    "attention_bias": {"attention_bias": True},
-    "llama3_rope": {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-    },
-    "one_layer": {"num_hidden_layers": 1},
-    "head_dim": {"head_dim": 16},
-    "hidden_size": {"hidden_size": 40},  # no multiple of a LlamaConfig's default number of heads
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
 }
 SENTENCES = [
     "The cat sat on the mat and looked at the moon.",
@@ -229,6 +216,16 @@ def refuses(capfd) -> Callable[..., None]:
         assert_refused((stage(), *capfd.readouterr()), *words)
 
     return refuses
+
+
+class Bomb:
+    """Unpickled by a reader that runs code, it makes the file `marker`."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
 
 
 @pytest.fixture(scope="session")

@@ -244,16 +244,16 @@ class Killed(BaseException):
 
 
 @contextmanager
-def renames(fatal: int | str | None = None) -> Iterator[list[str]]:
+def renames(fatal: int | str | None = None, error: type[BaseException] = Killed) -> Iterator[list[str]]:
     """The names that files are renamed to while it lasts. The rename of this number (from 1), or to this name, does not
-    happen: the process ends instead."""
+    happen: the process ends instead, or gets the `error`."""
     names: list[str] = []
 
     def watched(real: Callable) -> Callable:
         def rename(source: Any, target: Any, **options: Any) -> None:
             names.append(Path(target).name)
             if fatal in (len(names), names[-1]):
-                raise Killed
+                raise error
             real(source, target, **options)
 
         return rename

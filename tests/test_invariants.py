@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VARIANTS, assert_refused, make_llama, make_tokenizer
+from conftest import LLAMA3_ROPE, assert_refused, make_llama, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pipeline import (
@@ -62,7 +62,7 @@ KINDS = {
         },
     ),
     "linear gates by Adam": (
-        VARIANTS["llama3_rope"],
+        {"rope_parameters": LLAMA3_ROPE},
         None,
         {"select_options": ["--gate_network", "linear", "--gate_fit", "adam", "--select_criterion", "plain"]},
     ),

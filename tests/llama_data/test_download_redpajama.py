@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import SENTENCES, make_tokenizer, write_jsonl
 from local_server import LocalServer, Reply
-from pipeline import contents
+from pipeline import contents, renames
 
 pytest.importorskip("datasets")
 zstandard = pytest.importorskip("zstandard")
@@ -112,9 +112,6 @@ def one_line(result: tuple[int, str, str], status: int = 2) -> str:
     return result[2]
 
 
-# ---------------------------------------------------------------------------------------------------- what is written
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_document_of_every_domain(shape, tmp_path, run_script, often):
     make, options = SHAPES[shape]
@@ -192,38 +189,19 @@ def test_bad_records_are_skipped_and_counted(tmp_path, run_script):
     assert next(line for line in printed.splitlines() if line.startswith("c4")).split()[5] == str(len(bad))
 
 
-# ---------------------------------------------------------------------------------------------------- interruption
-
-
-class Interruption:
-    """Wraps a function; the call of a given number does not happen, as if the user had pressed Ctrl-C."""
-
-    def __init__(self, function, at: int | None = None):
-        self.function, self.at, self.calls = function, at, 0
-
-    def __call__(self, *arguments, **options):
-        self.calls += 1
-        if self.calls == self.at:
-            raise KeyboardInterrupt
-        return self.function(*arguments, **options)
-
-
 @pytest.mark.parametrize("shape", ["label", "folders"])
-def test_interrupted_before_any_renaming_it_ends_in_the_same_bytes(shape, tmp_path, run_script, often, monkeypatch):
-    """The renamings of a run: commits of the state, then the files' final names, then the manifest."""
+def test_interrupted_before_any_renaming_it_ends_in_the_same_bytes(shape, tmp_path, run_script, often):
+    """By Ctrl-C. The renamings of a run: commits of the state, then the files' final names, then the manifest."""
     make, options = SHAPES[shape]
-    names = ["--domain_names", "c4=RedPajamaC4,books=RedPajamaBook"]
+    domains = ["--domain_names", "c4=RedPajamaC4,books=RedPajamaBook"]
     dataset = make(tmp_path / "set", make_texts())
-    options = ["--dataset", dataset, *options, *names, "--tokens_per_domain", 800, "--output_dir"]
-    with monkeypatch.context() as patch:
-        counter = Interruption(os.replace)
-        patch.setattr(os, "replace", counter)
+    options = ["--dataset", dataset, *options, *domains, "--tokens_per_domain", 800, "--output_dir"]
+    with renames() as names:
         assert run_script(main, *options, tmp_path / "whole")[0] == 0
-    assert counter.calls > 8
-    for at in range(1, counter.calls + 1):
+    assert len(names) > 8
+    for at in range(1, len(names) + 1):
         out = tmp_path / str(at)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", Interruption(os.replace, at))
+        with renames(at, KeyboardInterrupt):
             assert run_script(main, *options, out)[0] == 130
         assert run_script(main, *options, out)[0] == 0
         assert contents(out) == contents(tmp_path / "whole"), at
@@ -291,9 +269,6 @@ def test_from_a_hub_that_fails_and_comes_back(hub, tmp_path):
     assert all(document["source"].startswith(f"owner/set@{COMMIT} RedPajama") for document in documents)
 
 
-# ---------------------------------------------------------------------------------------------------- the folder
-
-
 @pytest.fixture
 def finished(dataset, tmp_path, run_script) -> list:
     """The options of a finished download in `tmp_path / "out"`, where the sample data's manifest is no hindrance."""
@@ -311,17 +286,14 @@ def test_finished_there_is_nothing_to_do(finished, tmp_path, run_script):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_other_options_are_refused_and_overwrite_replaces_when_all_is_complete(
-    finished, tmp_path, run_script, monkeypatch
-):
+def test_other_options_are_refused_and_overwrite_replaces_when_all_is_complete(finished, tmp_path, run_script):
     out = tmp_path / "out"
     (out / "mine.jsonl").write_text("mine")
     before = contents(out)
     other = [*finished, "--tokens_per_domain", 80, "--domain_names", "c4=RedPajamaC4"]
     assert "another --tokens_per_domain, --domain_names: --overwrite" in one_line(run_script(main, *other))
     assert contents(out) == before
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", Interruption(os.replace, 2))
+    with renames(2, KeyboardInterrupt):
         assert run_script(main, *other, "--overwrite")[0] == 130
     assert contents(out).items() >= before.items()
     assert "another --tokens_per_domain" in one_line(run_script(main, *finished))  # than the unfinished one
@@ -350,8 +322,6 @@ def test_changed_files_are_refused_and_lost_ones_are_said(finished, tmp_path, ru
     assert run_script(main, *finished, "--overwrite")[0] == 0
     assert path.exists()
 
-
-# ---------------------------------------------------------------------------------------------------- wrong input
 
 WRONG = {
     "unknown domain": (["--domain_names", "news=News"], "'news=News' is not domain=name"),
@@ -393,6 +363,5 @@ def test_help_imports_nothing_heavy():
     result = subprocess.run([sys.executable, "-X", "importtime", SCRIPT, "--help"], capture_output=True, text=True)
     assert result.returncode == 0
     assert "--tokens_per_domain" in result.stdout
-    assert not {"torch", "datasets", "transformers"} & {
-        line.split("|")[-1].strip() for line in result.stderr.splitlines()
-    }
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert not {"torch", "datasets", "transformers"} & imported

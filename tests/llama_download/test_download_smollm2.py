@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import assert_refused
 from pipeline import contents
 from transformers import AutoTokenizer
 
@@ -36,9 +37,8 @@ def test_a_second_run_does_nothing(smollm2):
 def test_foreign_folder_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     result = download(tmp_path)
-    assert result.returncode == 2
-    assert "holds something else (notes.txt): choose another folder" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    words = "holds something else (notes.txt): choose another folder"
+    assert_refused((result.returncode, result.stdout, result.stderr), words)
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 

@@ -14,7 +14,6 @@ from run_moefication.moefication.storage.files import file_sha256
 
 MS = Package("npm", "ms", "2.1.3", "f6616e15e530ed552f9daa2d3ce71963947c6bc7c98c9b64fd3e673fd02622c6")
 FAQ = Package("Debian", "debian-faq", "11.1", "427426e0cfa6888622fc1d72631071cb4b5a1f86ccde722e7820bcef284de5d0")
-
 LUNR = PACKAGES["lunr"]
 
 

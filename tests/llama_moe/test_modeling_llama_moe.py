@@ -63,9 +63,6 @@ def realigned(model):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------- config
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -122,9 +119,6 @@ def test_config_round_trip(tmp_path):
     assert again.to_dict() | {"_name_or_path": ""} == config.to_dict()
     assert (again.num_selects, again.moe_intermediate_size) == (2, 16)
     assert set(again.auto_map) == {"AutoConfig", *(auto.__name__ for auto in CLASSES.values())}
-
-
-# ---------------------------------------------------------------------------------------------------- models
 
 
 @pytest.mark.parametrize(
@@ -258,9 +252,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(config):
         assert torch.equal(plain, checkpointed)
 
 
-# ---------------------------------------------------------------------------------------------------- experts
-
-
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch._dynamo.reset()  # it counts recompilations over all models of a process
@@ -323,9 +314,6 @@ def test_compiled_decoding_with_a_static_cache_gives_the_same_text(config):
     expected = model.generate(tokens, **options)
     model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     assert torch.equal(model.generate(tokens, **options, cache_implementation="static"), expected)
-
-
-# ---------------------------------------------------------------------------------------------------- budgets
 
 
 def experts_per_tok(model, tokens):
@@ -440,9 +428,6 @@ def test_layers_averages_count_while_their_mean_is_the_budget():
     assert (model.config.num_experts_per_tok, model.config.layer_num_experts_per_tok) == (3, None)
 
 
-# ---------------------------------------------------------------------------------------------------- balancing
-
-
 def test_aux_loss_is_mixtrals_and_off_by_default():
     model, tokens = make_moe(), some_tokens()
     mask = torch.ones_like(tokens)
@@ -484,8 +469,6 @@ def test_router_logits_can_stay_on_while_generating():
     assert torch.equal(model.generate(tokens, **options), expected)
     assert len(model(tokens).router_logits) == len(model.model(tokens).router_logits) == 3
 
-
-# ---------------------------------------------------------------------------------------------------- carried code
 
 FRESH_PROCESS = """
 import json, sys

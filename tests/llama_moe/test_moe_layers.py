@@ -231,9 +231,6 @@ def test_no_tokens_give_no_rows(implementation):
     assert output.shape == (0, 16)
 
 
-# ---------------------------------------------------------------------------------------------------- gates
-
-
 def random_gate(gate_class=LinearGate, num_experts_per_tok=1, **routing):
     return fill(gate_class(16, 6, num_experts_per_tok=num_experts_per_tok, **routing), 1)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VARIANTS, make_llama
+from conftest import LLAMA3_ROPE, make_llama
 from pipeline import (
     LINEAR,
     Killed,
@@ -74,9 +74,6 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-# ---------------------------------------------------------------------------------------------------- one layer's fit
-
-
 def seen(dense, moe, layer: int, blocks: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of a layer of the calibrated model, `[tokens, ...]`: what enters its MLP, what that should add to make the
     residual stream the dense model's, and the weight of each token."""
@@ -138,7 +135,7 @@ FITS = {
     "bounds": ({"tie_word_embeddings": True}, 1, [*THRESHOLD, "--min_selects", 3, "--max_selects", 5], []),
     "top_k": ({"head_dim": 16, "attention_bias": True}, 2, [], ["--refit_gates"]),
     "mlp gates and biases": ({"mlp_bias": True, "num_key_value_heads": 4}, None, [], []),
-    "one layer": (VARIANTS["llama3_rope"] | {"num_hidden_layers": 1, "hidden_size": 40}, 0, THRESHOLD, []),
+    "one layer": ({"rope_parameters": LLAMA3_ROPE, "num_hidden_layers": 1, "hidden_size": 40}, 0, THRESHOLD, []),
 }
 
 
@@ -227,9 +224,6 @@ def test_a_final_norm_that_does_worse_on_other_tokens_is_not_kept(finished, tmp_
     assert metrics["divergence_after"] == metrics["divergence_before"]
 
 
-# ---------------------------------------------------------------------------------------------------- the whole model
-
-
 @pytest.mark.parametrize("options", [[], ["--refit_gates", "--output_bias"]])
 def test_with_all_experts_on_the_dense_model_stays(options, finished, corpus, tmp_path):
     folder = recalibrated(finished, tmp_path / "all", "--num_selects", 8, *options).calibrated
@@ -303,9 +297,6 @@ def test_shared_experts_alone_can_be_calibrated(finished, corpus, tmp_path, run_
     assert shares_on(load(again), corpus.blocks) == [0, 0, 0]
 
 
-# ---------------------------------------------------------------------------------------------------- kinds of models
-
-
 def test_gates_without_a_bias_get_one(finished, tmp_path):
     """Gates trained by Adam, in closed form afterwards."""
     gates = replace(finished, save=tmp_path, select_options=[*LINEAR, "--gate_fit", "adam", "--epochs", 1])
@@ -352,9 +343,6 @@ def test_a_calibrated_model_can_be_calibrated_again(finished, corpus, tmp_path):
     assert second < 1.02 * first
 
 
-# ---------------------------------------------------------------------------------------------------- what is written
-
-
 def test_the_folder_holds_a_checkpoint_and_nothing_else(finished, corpus):
     folder = finished.calibrated
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -374,9 +362,6 @@ def test_the_folder_holds_a_checkpoint_and_nothing_else(finished, corpus):
     codes = [{name: data for name, data in contents(f).items() if ".py" in name} for f in (finished.moe, folder)]
     assert codes[0] == codes[1] != {}
     assert len({json.dumps(load(f).config.auto_map) for f in (finished.moe, folder)}) == 1
-
-
-# ---------------------------------------------------------------------------------------------------- the same bytes
 
 
 def test_the_same_bytes_whether_activations_are_kept_or_not(finished, tmp_path, monkeypatch):

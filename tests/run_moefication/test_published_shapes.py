@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import (
+    LLAMA3_ROPE,
     TINY,
-    VARIANTS,
     assert_refused,
     change_config,
     change_weights,
@@ -32,7 +32,7 @@ from run_moefication.moefication.checkpoints.tokenizers import MARKUP_TEXTS, PLA
 
 VOCABULARY = 640  # more than any of the tokenizers has
 HALF_HEAD = TINY["hidden_size"] // TINY["num_attention_heads"] // 2
-LLAMA3_ROPE = {k: v for k, v in VARIANTS["llama3_rope"]["rope_parameters"].items() if k != "rope_theta"}
+LLAMA3_SCALING = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_theta"}
 NUM_LAYERS = 2
 WEIGHTS, HEAD = "model.safetensors", "lm_head.weight"
 NOT_READ = [f"model.layers.1.self_attn.rotary_emb.{name}_cached" for name in ("cos", "sin")]
@@ -41,23 +41,15 @@ NOT_READ += ["model.rotary_emb.inv_freq", "v_head.summary.weight"]
 
 @dataclass
 class Shape:
-    """How a published checkpoint differs from the tiny LLaMA.
+    """How a published checkpoint differs from the tiny LLaMA."""
 
-    Attributes:
-        built: fields of the config that the weights are made for.
-        written: fields of config.json as the file has them; LEFT_OUT takes one out.
-        tokenizer: writes its files.
-        files: changes the folder at the end.
-        said: words of a line that each stage says, and goes on.
-    """
-
-    built: dict[str, Any] = field(default_factory=dict)
-    written: dict[str, Any] = field(default_factory=dict)
-    tokenizer: Callable[[Path], None] = save_sentencepiece
+    built: dict[str, Any] = field(default_factory=dict)  # fields of the config that the weights are made for
+    written: dict[str, Any] = field(default_factory=dict)  # those of the file; LEFT_OUT takes one out
+    tokenizer: Callable[[Path], None] = save_sentencepiece  # writes its files
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
-    files: Callable[[Path], None] = lambda folder: None
-    said: str | None = None
+    files: Callable[[Path], None] = lambda folder: None  # changes the folder at the end
+    said: str | None = None  # words of a line that each stage says, and goes on
 
 
 LEFT_OUT = object()  # of config.json
@@ -69,9 +61,6 @@ def rope(theta: float | None = None, **scaling: Any) -> dict[str, Any]:
     """rope_theta and rope_scaling in config.json itself, as before 2025."""
     fields = {"rope_theta": theta, "rope_scaling": scaling}
     return {"rope_parameters": LEFT_OUT} | {name: value for name, value in fields.items() if value}
-
-
-# ---------------------------------------------------------------------------------------------------- files
 
 
 def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
@@ -107,10 +96,6 @@ def more_chat_templates(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def only_tokenizer_model(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-
-
 def stale_index(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
@@ -126,8 +111,6 @@ def consolidated(folder: Path) -> None:
     shutil.copy(folder / WEIGHTS, folder / "consolidated.safetensors")
 
 
-# ---------------------------------------------------------------------------------------------------- the shapes
-
 SHAPES = {
     "LLaMA 1": Shape(
         {"num_key_value_heads": 4},
@@ -140,7 +123,7 @@ SHAPES = {
         {}, {"pretraining_tp": 1, "rope_scaling": None}, tokenizer_config=LLAMA2, dtype=torch.float16, files=to_shards
     ),
     "Llama 3": Shape({}, rope(500000.0), save_tiktoken, dtype=torch.bfloat16),
-    "Llama 3.1": Shape({}, rope(500000.0, **LLAMA3_ROPE) | {"eos_token_id": [2, 3, 4]}, save_tiktoken),
+    "Llama 3.1": Shape({}, rope(500000.0, **LLAMA3_SCALING) | {"eos_token_id": [2, 3, 4]}, save_tiktoken),
     "Llama 3.2": Shape({"tie_word_embeddings": True, "head_dim": 16}, {}, save_tiktoken, dtype=torch.bfloat16),
     "Code Llama": Shape({}, rope(1000000), tokenizer_config={"tokenizer_class": "CodeLlamaTokenizer"}),
     "Yi": Shape({}, rope(5000000.0), tokenizer_config=LLAMA2 | {"add_bos_token": False}),
@@ -163,7 +146,9 @@ SHAPES = {
         MISTRAL | {"num_key_value_heads": LEFT_OUT, "max_position_embeddings": LEFT_OUT},
     ),
     "Mistral, a bias that it ignores": Shape({}, MISTRAL | {"attention_bias": True}),
-    "Mistral with tokenizer.model alone": Shape({}, MISTRAL, tokenizer_config=LLAMA2, files=only_tokenizer_model),
+    "Mistral with tokenizer.model alone": Shape(
+        {}, MISTRAL, tokenizer_config=LLAMA2, files=lambda folder: (folder / "tokenizer.json").unlink()
+    ),
     "Devstral": Shape({"head_dim": 16}, MISTRAL, save_tekken, dtype=torch.bfloat16),
     "rope linear": Shape({}, rope(type="linear", factor=4.0)),
     "rope dynamic": Shape({"max_position_embeddings": 32}, rope(type="dynamic", factor=2.0)),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, VARIANTS, as_bin, change_config, change_weights, make_llama, to_bin
+from conftest import LLAMA3_ROPE, TINY, Bomb, as_bin, change_config, change_weights, make_llama, to_bin
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
@@ -41,10 +41,17 @@ def test_tied_and_base_models_and_classifiers(tmp_path):
     assert assert_reads(classifier, state_of(classifier)).tensors["score.weight"].shape == (3, TINY["hidden_size"])
 
 
-@pytest.mark.parametrize("variant", ["mlp_bias", "llama3_rope", "base", "classifier"])
-def test_loaded_model_computes_what_transformers_does(variant, tmp_path):
-    model_class = {"base": LlamaModel, "classifier": LlamaForSequenceClassification}.get(variant, LlamaForCausalLM)
-    folder = make_llama(tmp_path / "llama", model_class=model_class, **VARIANTS.get(variant, {}))
+@pytest.mark.parametrize(
+    ("model_class", "fields"),
+    [
+        (LlamaForCausalLM, {"mlp_bias": True}),
+        (LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE}),
+        (LlamaModel, {}),
+        (LlamaForSequenceClassification, {}),
+    ],
+)
+def test_loaded_model_computes_what_transformers_does(model_class, fields, tmp_path):
+    folder = make_llama(tmp_path / "llama", model_class=model_class, **fields)
     tokens = torch.arange(40).view(2, 20)
     with torch.no_grad():
         hidden = DenseCheckpoint(str(folder)).load_model("cpu", torch.float32)(tokens).last_hidden_state
@@ -98,9 +105,6 @@ def test_name_is_the_last_part_of_the_path(tiny_llama, tmp_path, monkeypatch):
     below.mkdir()
     monkeypatch.chdir(below)
     assert DenseCheckpoint("..").name == "llama"
-
-
-# ---------------------------------------------------------------------------------------------------- refusals
 
 
 def change_state(change):
@@ -252,12 +256,8 @@ def test_what_is_no_folder_is_refused(tmp_path):
 
 
 def test_code_in_a_bin_is_never_run(tiny_llama, tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "exploded",)
-
     folder = as_bin(tiny_llama, tmp_path / "bin")
-    torch.save({"model.embed_tokens.weight": Bomb()}, folder / "pytorch_model.bin")
+    torch.save({"model.embed_tokens.weight": Bomb(tmp_path / "exploded")}, folder / "pytorch_model.bin")
     with pytest.raises(MoEficationError, match="not a whole file of plain tensors, refused"):
         DenseCheckpoint(str(folder))
     assert not (tmp_path / "exploded").exists()

@@ -101,9 +101,6 @@ def test_wrong_arguments_are_refused():
         balanced_kmeans(torch.zeros(8, 3), 2, distance="l1")
 
 
-# ---------------------------------------------------------------------------------------------------- clustering
-
-
 def blobs(clusters: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Well separated groups of rows, shuffled, and the group of each."""
     generator = torch.Generator().manual_seed(seed)

@@ -3,9 +3,7 @@
 import json
 import os
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, make_llama
+from conftest import TINY, assert_refused, make_llama
 from pipeline import (
     Killed,
     Pipeline,
     contents,
     corpus_of,
     divergence,
+    limited_files,
     load,
     make_moe,
     renames,
@@ -98,8 +97,6 @@ def blocks_of(pipeline: Pipeline, **options: int) -> tuple[list[torch.Tensor], l
     num_trained_on = len(blocks) * 15 // 16
     return blocks[:num_trained_on], blocks[num_trained_on:]
 
-
-# ---------------------------------------------------------------------------------------------------- the blocks
 
 KINDS = {
     "top_k": {"num_experts_per_tok": 3},
@@ -238,9 +235,6 @@ def test_a_text_too_large_to_hold_is_read_in_part(monkeypatch):
     assert [layer.mlp.gate.threshold.item() for layer in model.model.layers] == expected
 
 
-# ---------------------------------------------------------------------------------------------------- the stage
-
-
 def kl(pipeline: Pipeline, folder: Path, blocks: list[torch.Tensor]) -> float:
     """Of a checkpoint to the dense model."""
     return divergence(load(folder), load(pipeline.model), blocks)
@@ -326,9 +320,6 @@ def test_the_summary_says_what_was_gained(finished, short, run_script):
     assert f"{metrics['loss_after']:.4f} after it" in (short / "README.md").read_text()
 
 
-# ---------------------------------------------------------------------------------------------------- the same bytes
-
-
 def test_progress_counts_the_steps(finished, short, tmp_path, capsys, monkeypatch):
     checkpoint = DenseCheckpoint(str(finished.model))
     corpus = corpus_of(checkpoint, finished.text, None, block_size=32, max_tokens=SHORT["max_tokens"])
@@ -396,14 +387,8 @@ def test_a_damaged_saved_step_is_not_gone_on_from(harm, finished, short, tmp_pat
 def test_a_step_that_cannot_be_saved_is_one_line(finished, short, tmp_path, run_script):
     """A full disk, as far as files larger than 20 kB go; with room again, it goes on to the same bytes."""
     folder = tmp_path / "moe"
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
-    try:
+    with limited_files(20_000):
         status, _, err = run_script(llama_distill.main, *arguments_of(finished, folder, **SHORT))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-        signal.signal(signal.SIGXFSZ, previous)
     assert status == 2
     assert "/checkpoint-5 cannot be saved (" in err.splitlines()[-1]
     assert contents(distilled_to(folder, finished, **SHORT)) == contents(short)
@@ -468,8 +453,6 @@ def test_two_processes_share_the_work(finished, short, tmp_path):
     assert contents(folder).keys() == contents(short).keys()
 
 
-# ---------------------------------------------------------------------------------------------------- bad inputs
-
 WRONG = [
     ({"moe_path": "{save}/nowhere"}, "nowhere is not a folder; run llama_convert.py first"),
     ({"moe_path": "{model}"}, "has no manifest.json: not a folder written by llama_convert.py"),
@@ -506,10 +489,7 @@ def test_wrong_input_is_refused(changes, words, finished, places, run_script):
         changes = changes | SHORT | {"lr": 2e-3}
     changes = {name: str(value).format(**places) for name, value in changes.items()}
     before = {name: contents(path) for name, path in places.items()}
-    status, out, err = run_script(llama_distill.main, *arguments_of(finished, places["save"], **changes))
-    assert (status, out) == (2, "")
-    assert words in err
-    assert len(err.splitlines()) == 1, err
+    assert_refused(run_script(llama_distill.main, *arguments_of(finished, places["save"], **changes)), words)
     assert {name: contents(path) for name, path in places.items()} == before
 
 

@@ -19,11 +19,6 @@ RELATIVE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def moe(plain_run) -> Path:
-    return plain_run.moe
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(" ".join(SENTENCES * 3))
@@ -54,7 +49,8 @@ def test_perplexity_is_the_straight_computation(block_size, batch_size, tiny_lla
     assert row.expert_load is None
 
 
-def test_budgets_of_one_checkpoint(tiny_llama, moe, text):
+def test_budgets_of_one_checkpoint(tiny_llama, plain_run, text):
+    moe = plain_run.moe
     dense, *budgets = evaluate([str(tiny_llama), str(moe)], text, num_selects=[4, 1, 2], block_size=32)
     ids = make_tokenizer()(text.read_text())["input_ids"]
     assert [row.num_selects for row in budgets] == [4, 1, 2]
@@ -112,16 +108,14 @@ def test_documents_of_a_jsonl_are_joined_with_eos(tiny_llama, tmp_path):
     assert row.perplexity == pytest.approx(naive_perplexity(load(tiny_llama), ids, 64), rel=RELATIVE)
 
 
-def test_table_and_json(tiny_llama, moe, text, run_script, tmp_path):
-    arguments = ["--model_path", tiny_llama, moe, "--text_path", text, "--block_size", 32, "--num_selects", 4, 2]
+def test_table_and_json(tiny_llama, plain_run, text, run_script, tmp_path):
+    arguments = ["--model_path", tiny_llama, plain_run.moe, "--num_selects", 4, 2, "--text_path", text]
+    arguments += ["--block_size", 32]
     status, out, _ = run_script(llama_evaluate.main, *arguments, "--json", tmp_path / "rows.json")
     assert status == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(row["model"], row["num_selects"]) for row in rows] == [
-        ("tiny-llama", None),
-        ("tiny-llama-MoE", 4),
-        ("tiny-llama-MoE", 2),
-    ]
+    made = [("tiny-llama", None), ("tiny-llama-MoE", 4), ("tiny-llama-MoE", 2)]
+    assert [(row["model"], row["num_selects"]) for row in rows] == made
     table = out.splitlines()[-3:]
     labels = ["tiny-llama", "tiny-llama-MoE, 4 of 4", "tiny-llama-MoE, 2 of 4"]
     assert [line.rsplit(maxsplit=4)[0] for line in table] == labels

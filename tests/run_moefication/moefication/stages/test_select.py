@@ -23,9 +23,6 @@ SETTINGS = GateSettings(
 )
 
 
-# ---------------------------------------------------------------------------------------------------- recall
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 20), st.integers(0, 2**31), st.data())
 def test_quality_is_the_straight_computation_and_perfect_is_one(experts, tokens, seed, data):
@@ -49,9 +46,6 @@ def test_tokens_without_any_score_count_as_right():
     assert routing_quality(torch.tensor([[0.0, 1, 0], [1, 0, 0]]), scores, 1)["mass_recall"] == (1 + 1 / 3) / 2
     nothing = torch.zeros(5, 4)
     assert routing_quality(top_k_mask(nothing, 2), nothing, 2) == {"recall": 1.0, "mass_recall": 1.0}
-
-
-# ---------------------------------------------------------------------------------------------------- gates
 
 
 def problem(tokens: int = 1500, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -173,9 +167,6 @@ def test_training_stops_early_and_keeps_the_best():
 def test_another_seed_gives_another_gate():
     first, other = (fit(problem(), seed=seed)["loss"]["train"] for seed in (0, 1))
     assert first[-1] != other[-1]
-
-
-# ---------------------------------------------------------------------------------------------------- options
 
 
 @pytest.mark.parametrize(

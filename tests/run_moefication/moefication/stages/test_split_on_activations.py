@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VARIANTS, make_llama
+from conftest import LLAMA3_ROPE, make_llama
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pipeline import GATE, UP, Killed, contents, corpus_of, inputs_to, load, renames
@@ -159,9 +159,6 @@ def test_dead_neurons_and_ties_still_give_equal_experts(num_shared):
     assert (split_of(statistics_of(ties), 6, num_shared)[: 4 * num_shared] >= 6 - num_shared).all()
 
 
-# ---------------------------------------------------------------------------------------------------- the stage
-
-
 @pytest.fixture(scope="module")
 def corpus(checkpoint, text_folder) -> Corpus:
     corpus = corpus_of(checkpoint, text_folder, None, block_size=16, max_tokens=500)
@@ -182,18 +179,18 @@ def finished(checkpoint, corpus, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("variant", "source", "num_shared", "batch_size"),
+    ("fields", "source", "num_shared", "batch_size"),
     [
-        ("grouped_query", "corpus", 2, 1),
-        ("mlp_bias", "corpus", 2, 5),
-        ("llama3_rope", "corpus", 4, 5),
-        ("grouped_query", "full", 2, 1),
-        ("grouped_query", "inputs", 0, 1),
+        ({}, "corpus", 2, 1),
+        ({"mlp_bias": True}, "corpus", 2, 5),
+        ({"rope_parameters": LLAMA3_ROPE}, "corpus", 4, 5),
+        ({}, "full", 2, 1),
+        ({}, "inputs", 0, 1),
     ],
 )
-def test_shared_experts_are_the_neurons_that_add_most(variant, source, num_shared, batch_size, corpus, tmp_path):
+def test_shared_experts_are_the_neurons_that_add_most(fields, source, num_shared, batch_size, corpus, tmp_path):
     """To what the dense model itself computes on the corpus, or as stage 2 recorded it; the others share the rest."""
-    checkpoint = DenseCheckpoint(str(make_llama(tmp_path / "llama", **VARIANTS[variant])))
+    checkpoint = DenseCheckpoint(str(make_llama(tmp_path / "llama", **fields)))
     text = corpus
     if source != "corpus":
         extract_features(checkpoint, corpus, tmp_path, FeatureSettings(feature_format=source, dtype="float32"))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Bomb
 from pipeline import Killed, contents
 
 from run_moefication.moefication.errors import MoEficationError
@@ -52,9 +53,6 @@ def made(folder: Path, spec: ArtifactSpec = SPEC, parts: list[str] = PARTS, **op
 def finished(tmp_path) -> Path:
     made(tmp_path / "folder")
     return tmp_path / "folder"
-
-
-# ---------------------------------------------------------------------------------------------------- a folder's life
 
 
 def test_manifest_appears_with_the_last_part(tmp_path):
@@ -122,9 +120,6 @@ def test_an_exclusive_folder_has_one_writer_at_a_time(tmp_path):
     assert second.finish()
     assert {path.name for path in tmp_path.iterdir()} == {"folder"}
     assert {path.name for path in folder.iterdir()} == {"files", "manifest.json"}
-
-
-# ---------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -253,9 +248,6 @@ def test_processes_that_overwrite_at_the_same_time(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"expected", *map(str, range(8))}
 
 
-OPERATIONS = ("replace", "rename", "unlink", "rmdir", "mkdir")
-
-
 @contextlib.contextmanager
 def killed_at(number: int):
     """The process dies at its `number`-th change of a folder. Gives a list, which says whether it did."""
@@ -268,7 +260,7 @@ def killed_at(number: int):
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in OPERATIONS:
+        for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
             patch.setattr(os, name, functools.partial(operate, getattr(os, name)))
         with contextlib.suppress(Killed):
             yield died
@@ -349,9 +341,6 @@ def test_bad_manifests_are_refused(content, words, finished):
             use()
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-
-
 def test_load_checks_size_and_sum(finished):
     artifact = open_finished(finished, "split")
     path = finished / "files" / "layer.1"
@@ -400,14 +389,6 @@ def test_digest_stands_for_the_files_alone(finished, tmp_path):
         made(tmp_path / name, OTHER, parts)
     digest, same, fewer = (open_finished(tmp_path / name, "split").digest for name in ("folder", "same", "fewer"))
     assert digest == same != fewer
-
-
-class Bomb:
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
