@@ -109,9 +109,6 @@ def _squared_distances(rows: torch.Tensor, row_squares: torch.Tensor, centres: t
     return (squares - 2 * (rows @ centres.T).double()).clamp(min=0).cpu().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------- assignment
-
-
 def balanced_assignment(costs: np.ndarray, prices: np.ndarray | None = None) -> Assignment:
     """The cheapest assignment of N rows to E clusters with exactly N/E rows in each.
 

@@ -216,9 +216,6 @@ class ArtifactWriter(FolderWriter):
         }
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-
-
 @dataclass(frozen=True)
 class Artifact:
     """A finished folder, opened by `open_finished`."""

@@ -104,10 +104,7 @@ def parse_domain_weights(given: Mapping[str, float] | str | None) -> dict[str, f
 
 
 def training_corpus(
-    checkpoint: DenseCheckpoint,
-    data_path: str | Path,
-    cache_path: str | Path | None,
-    settings: CorpusSettings,
+    checkpoint: DenseCheckpoint, data_path: str | Path, cache_path: str | Path | None, settings: CorpusSettings
 ) -> Corpus:
     """Blocks of the domains in a folder, in their proportions: as many tokens as the scarcest domain allows.
 
