@@ -68,18 +68,12 @@ class ArtifactWriter(FolderWriter):
     Nothing is touched before the first write, so that a stage may still refuse its input after asking what is missing.
 
     Args:
-        folder: made if absent; may exist empty.
-        spec: what the folder will be.
         parts: names of all the units the finished folder will consist of.
         overwrite: make anew what an earlier run of the same stage left; what it finished stays until then.
         shared: other processes of this run fill the same folder: an unfinished folder with the same spec is theirs,
             and is joined rather than made anew.
         exclusive: no other process may fill this folder meanwhile: the stage has temporary files, which two would
             share.
-
-    Attributes:
-        spec: the spec in force, with the facts of the run that began the folder.
-        was_finished: whether there was nothing to do from the start.
 
     Raises:
         MoEficationError: the folder holds something else, or was begun with other options, model or inputs; at the
@@ -102,8 +96,8 @@ class ArtifactWriter(FolderWriter):
         self._held = contextlib.ExitStack()  # the lock of an exclusive writer
         existing = self._existing()
         self._begun, self._may_write = existing is not None, False
-        self.spec = existing or self._wanted
-        self.was_finished = self.finished
+        self.spec = existing or self._wanted  # the one in force, with the facts of the run that began the folder
+        self.was_finished = self.finished  # there was nothing to do from the start
 
     @property
     def finished(self) -> bool:
@@ -287,11 +281,7 @@ class Artifact:
 
 
 def open_finished(folder: str | Path, *stages: str) -> Artifact:
-    """Open a folder that one of the stages has finished.
-
-    Raises:
-        MoEficationError: absent, unfinished (says what is missing where that is known), or of another stage.
-    """
+    """Open a folder that one of the stages has finished; the error about one that is unfinished says how far it is."""
     folder = Path(folder)
     script = STAGE_SCRIPTS[stages[0]]
     if not (folder / MANIFEST).exists():
