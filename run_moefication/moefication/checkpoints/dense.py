@@ -1,7 +1,6 @@
 """Dense LLaMA checkpoints, read tensor by tensor: safetensors or .bin, sharded or not, with or without a head.
 
-Everything is checked when a checkpoint is opened, before any work: config, index, headers, names and shapes of all
-tensors.
+All is checked when a checkpoint is opened, before any work: config, index, headers, names and shapes of all tensors.
 """
 
 import logging
@@ -60,15 +59,12 @@ def resolve_model_path(model_path: str | Path) -> Path:
 
 
 class DenseCheckpoint(StoredTensors):
-    """A validated dense LLaMA checkpoint.
+    """A validated dense LLaMA checkpoint: those of its tensors that today's LLaMA uses, and its config.
 
     Attributes:
         name: last part of the path as it was given; artifact folders are named after it.
-        path: the folder.
         raw_config: config.json as it stands.
-        config: the same as a `LlamaConfig` (Mistral's without sliding window is the same architecture), with the tied
-            or untied head that the tensors have.
-        tensors, files: as in `StoredTensors`, of the tensors that today's LLaMA uses.
+        config: the same as a `LlamaConfig`, with the tied or untied head that the tensors have.
     """
 
     def __init__(self, model_path: str | Path):

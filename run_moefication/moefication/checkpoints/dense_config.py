@@ -35,10 +35,8 @@ SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention
 def read_dense_config(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
     """config.json in a folder as it stands, and as a `LlamaConfig`: a Mistral without sliding window is a LLaMA.
 
-    What the file leaves out is what the model's own class says, for Mistral and LLaMA differ there.
-
-    Raises:
-        MoEficationError: another architecture, a model that cannot be built, or code that would have to be run.
+    What the file leaves out is what the model's own class says, for Mistral and LLaMA differ there. Refused: another
+    architecture, a model that cannot be built, and code that would have to be run.
     """
     file = path / "config.json"
     raw = read_json_object(file, "is this the folder of a transformers checkpoint?")
@@ -97,10 +95,8 @@ def _built(config_class: type, file: Path, fields: dict[str, Any]) -> Any:
 def expected_shapes(path: Path, config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names (without `model.`) and shapes of a LLaMA of this config, from transformers itself.
 
-    One layer is built on the meta device and repeated lazily, so that an absurd layer count costs nothing.
-
-    Raises:
-        MoEficationError: no model can be built of this config, or one that would fail on its first token.
+    One layer is built on the meta device and repeated lazily, so that an absurd layer count costs nothing. Refused: a
+    config of which no model can be built, or one that would fail on its first token.
     """
     heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
     try:

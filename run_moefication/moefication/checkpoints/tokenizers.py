@@ -53,11 +53,7 @@ MOE_TYPE = LlamaMoEConfig.model_type
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder; if it brings code of its own, it is refused.
-
-    Raises:
-        MoEficationError: there is none, or none that the installed libraries read.
-    """
+    """The tokenizer of a checkpoint folder; refused if the libraries cannot read it without code of its own."""
     if not any((path / name).is_file() for name in VOCABULARY_FILES):  # some releases make an empty one
         raise MoEficationError(f"{path} has no usable tokenizer (none of {', '.join(VOCABULARY_FILES)} is there)")
     file = path / "tokenizer_config.json"
@@ -124,10 +120,7 @@ def carried_over(source: Path) -> dict[str, bytes]:
     """The files by name that make, beside a LlamaMoE model, the tokenizer of the checkpoint folder `source`.
 
     They are the source's own, as they are, if these behave the same there; else the tokenizer as it was resolved, saved
-    anew, beside the other files or alone. None, where the source has no tokenizer.
-
-    Raises:
-        MoEficationError: the tokenizer cannot be loaded, or neither way gives its ids.
+    anew, beside the other files or alone; refused if neither gives its ids. None, where the source has no tokenizer.
     """
     copies = tokenizer_files(source)
     if not copies.keys() & set(VOCABULARY_FILES):
