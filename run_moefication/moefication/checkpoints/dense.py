@@ -32,8 +32,7 @@ FINGERPRINT_SAMPLES = 16
 # Fields of config.json that say nothing about what the weights compute.
 CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
 EMBEDDING = "embed_tokens.weight"
-# Older releases stored tables of rotary embeddings, which today's compute from the config. Reinforcement learning adds
-# a value head, which reads the hidden states and changes none.
+# Logits do not depend on the stored rotary tables of older releases, nor on the value head of reinforcement learning.
 UNUSED_TENSORS = re.compile(
     r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|(v_head|value_head)\..+"
 )
@@ -53,9 +52,8 @@ def resolve_model_path(model_path: str | Path) -> Path:
     try:
         return Path(snapshot_download(model_path, ignore_patterns=["*.gguf", "*.pth", "original/*", "onnx/*"]))
     except HUB_ERRORS as error:
-        raise SettingError(
-            f"model_path {model_path} is no folder here and the hub has no answer ({first_line(error)})"
-        ) from error
+        reason = first_line(error)
+        raise SettingError(f"model_path {model_path} is no folder here and the hub has no answer ({reason})") from error
 
 
 class DenseCheckpoint(StoredTensors):
@@ -221,9 +219,8 @@ class DenseCheckpoint(StoredTensors):
                 missing = self.stored_name(name)
                 raise MoEficationError(f"{self.path} lacks the tensor {missing}, which its config.json calls for")
             if tensor.shape != shape:
-                raise MoEficationError(
-                    f"{self.path}: {name} has shape {list(tensor.shape)}, its config.json calls for {list(shape)}"
-                )
+                found, wanted = list(tensor.shape), list(shape)
+                raise MoEficationError(f"{self.path}: {name} has shape {found}, its config.json calls for {wanted}")
             if tensor.dtype not in DTYPES.values():
                 raise MoEficationError(f"{self.path}: {name} is {tensor.dtype}; {', '.join(DTYPES)} are read")
         self._refuse_surplus(self.tensors.keys() - expected)

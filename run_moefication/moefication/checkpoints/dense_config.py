@@ -12,8 +12,7 @@ from ..errors import MoEficationError
 from ..storage.files import read_json_object
 from .transformers_library import CONFIG_ERRORS, first_line, last_line, quiet_transformers
 
-# These fields of config.json describe the weights. All others steer the library (what it returns, how it computes), and
-# would steer the new model, too.
+# These fields of config.json describe the weights. All others steer the library, and would steer the new model, too.
 DESCRIPTION = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "initializer_range", "attention_dropout"),
@@ -109,9 +108,8 @@ def expected_shapes(path: Path, config: LlamaConfig) -> Iterator[tuple[str, tupl
             raise ValueError(f"its rope turns {rotary_width} of the {config.head_dim} dimensions of a head")
     # The config has sizes that no tensor can have (2^63, -1, no key-value heads), or rope fields that contradict.
     except (RuntimeError, *CONFIG_ERRORS) as error:
-        raise MoEficationError(
-            f"{path / 'config.json'} describes no model that can be built ({first_line(error)})"
-        ) from error
+        file = path / "config.json"
+        raise MoEficationError(f"{file} describes no model that can be built ({first_line(error)})") from error
     for name, tensor in model.state_dict().items():
         name = name.removeprefix("model.")
         for layer in range(config.num_hidden_layers if name.startswith("layers.0.") else 1):

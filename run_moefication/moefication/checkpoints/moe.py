@@ -95,8 +95,7 @@ class MoECheckpoint(StoredTensors):
         return experts_per_tok(self.config, lambda layer: self.tensor(f"layers.{layer}.mlp.gate.threshold").item())
 
     def _verify(self, file: str) -> None:
-        if file not in self._verified and file_sha256(self.path / file) != self.artifact.files[file]["sha256"]:
-            raise MoEficationError(
-                f"{self.path / file} is damaged: its checksum is not the manifest's; make the folder anew"
-            )
+        path = self.path / file
+        if file not in self._verified and file_sha256(path) != self.artifact.files[file]["sha256"]:
+            raise MoEficationError(f"{path} is damaged: its checksum is not the manifest's; make the folder anew")
         self._verified.add(file)

@@ -72,8 +72,7 @@ class ArtifactWriter(FolderWriter):
         overwrite: make anew what an earlier run of the same stage left; what it finished stays until then.
         shared: other processes of this run fill the same folder: an unfinished folder with the same spec is theirs,
             and is joined rather than made anew.
-        exclusive: no other process may fill this folder meanwhile: the stage has temporary files, which two would
-            share.
+        exclusive: no other process may fill this folder meanwhile, for two would share the stage's temporary files.
 
     Raises:
         MoEficationError: the folder holds something else, or was begun with other options, model or inputs; at the
@@ -232,18 +231,15 @@ class Artifact:
 
     def require_source(self, fingerprint: str, name: str) -> None:
         """Refuse a folder made from another dense model than `name`."""
-        if self.manifest["source"].get("fingerprint") != fingerprint:
-            raise MoEficationError(
-                f"{self.folder} was made from another model ({self.manifest['source'].get('name')}) than {name}"
-            )
+        source = self.manifest["source"]
+        if source.get("fingerprint") != fingerprint:
+            raise MoEficationError(f"{self.folder} was made from another model ({source.get('name')}) than {name}")
 
     def require_option(self, name: str, wanted: Any) -> None:
         """Refuse a folder made with another value of an option than this stage asks for."""
         if self.options.get(name) != wanted:
-            raise SettingError(
-                f"{self.folder} was made for {name} {self.options.get(name)} "
-                f"of {self.manifest['source'].get('name')}, this run asks for {wanted}"
-            )
+            found = f"{name} {self.options.get(name)} of {self.manifest['source'].get('name')}"
+            raise SettingError(f"{self.folder} was made for {found}, this run asks for {wanted}")
 
     def load(self, relative: str) -> Any:
         """A torch file of this folder, its size and sha256 checked against the manifest."""
@@ -268,10 +264,8 @@ class Artifact:
             raise SettingError(f"{self.folder} has no {relative}; {self.cure}")
         if not path.is_file():
             raise SettingError(f"{path} is missing although the manifest lists it; {self.cure}")
-        if path.stat().st_size != entry["size"]:
-            raise SettingError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}; {self.cure}"
-            )
+        if (size := path.stat().st_size) != entry["size"]:
+            raise SettingError(f"{path} has {size} bytes, the manifest says {entry['size']}; {self.cure}")
         return path
 
     @property
