@@ -68,7 +68,6 @@ def setting(
 
     Args:
         default: None where the stage finds a value of its own; without one the setting must be given.
-        help: what it means, with its unit.
         only: "field value", or "field value or value": the values of a field above with which this one has an effect.
             With other values it is None.
         is_recorded: whether it shapes the result, so that manifests name it.
@@ -94,8 +93,7 @@ def seed(what: str, **rules: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Checks every field by its own rule when it is made, and then, by `check`, what fields say together: a
-    SettingError names the field and the cure."""
+    """Checks each field by its own rule when it is made, and then, by `check`, what fields say together."""
 
     def __post_init__(self) -> None:
         for one in fields(self):

@@ -15,8 +15,7 @@ from .split import Split
 
 
 def new_gate(gate_network: str, hidden_size: int, num_experts: int, **of_ridge: Any) -> Gate:
-    """A gate without values, and without a budget, which conversion sets; it has room for score quantiles. `of_ridge`:
-    `rank` and `has_bias` of one that is fitted in closed form."""
+    """A gate without values or a budget, with room for score quantiles; `of_ridge` are `rank` and `has_bias`."""
     budget = {"num_experts_per_tok": num_experts, "routing": "threshold"}
     return GATE_CLASSES[GATE_NETWORKS[gate_network]](hidden_size, num_experts, **budget, **of_ridge)
 

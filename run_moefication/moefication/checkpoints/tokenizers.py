@@ -69,8 +69,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(path, config=_config_beside(path), trust_remote_code=False)
         tokenizer([*PLAIN_TEXTS])
     except Exception as error:
-        # The tokenizers library raises plain Exceptions. The others mean that a file lacks something, a class does not
-        # exist, or a package that it needs is missing.
+        # The tokenizers library raises plain Exceptions; the others mean that a file, a class or a package is missing.
         if type(error) is Exception or isinstance(error, (OSError, RuntimeError, ImportError, *CONFIG_ERRORS)):
             raise MoEficationError(f"{path} has no usable tokenizer ({first_line(error)})") from error
         raise

@@ -100,8 +100,7 @@ def write_checkpoint_files(
     tokenizer: dict[str, bytes],
     metrics: Any = None,
 ) -> None:
-    """Write index, config, code, model card and the tokenizer's files, and copy licences and the like from `source`;
-    record them as the finished part of this name."""
+    """Write index, config, code, card and tokenizer, and copy licences and the like from `source`, as one part."""
     contents = {file: (resources.files(llama_moe) / file).read_bytes() for file in CODE_FILES}
     if len(shards) > 1:
         contents[WEIGHTS_INDEX] = (json.dumps(shard_index(shards), indent=2) + "\n").encode()

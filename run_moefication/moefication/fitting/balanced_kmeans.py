@@ -83,9 +83,8 @@ def balanced_kmeans(rows: torch.Tensor, num_clusters: int, distance: str = "l2",
 def seed_rows(rows: torch.Tensor, row_squares: torch.Tensor, num_clusters: int, seed: int) -> list[int]:
     """Rows that are the first centres, by k-means++ (Arthur and Vassilvitskii, 2007).
 
-    Of a few rows that are drawn for each centre, the one that lowers the sum of distances most is taken. The draws are
-    those of scikit-learn's `kmeans_plusplus`, which takes five times as long on 1,344 rows of as many columns, since it
-    converts them to float64 at every step.
+    The draws are those of scikit-learn's `kmeans_plusplus`, which takes five times as long on 1,344 rows of as many
+    columns, since it converts them to float64 at every step.
     """
     generator, num_trials = np.random.RandomState(seed), 2 + int(np.log(num_clusters))
     chosen = [int(generator.uniform() * len(rows))]
@@ -110,8 +109,7 @@ def balanced_assignment(costs: np.ndarray, prices: np.ndarray | None = None) -> 
     """The cheapest assignment of N rows to E clusters with exactly N/E rows in each, at costs float64 `[N, E]`.
 
     Exact up to float64 rounding, and proved by its own prices: `lower_bound` is the value of the dual problem, which no
-    balanced assignment undercuts. Ties go by row and cluster order. The `prices [E]` of a similar problem, to start
-    from, change the time, not the cost.
+    balanced assignment undercuts. Ties go by row and cluster order. `prices [E]` to start from change time, not cost.
     """
     num_rows, num_clusters = costs.shape
     if num_rows % num_clusters:

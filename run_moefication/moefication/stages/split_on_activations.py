@@ -3,8 +3,7 @@
 What counts is the need that a gate can foresee: a linear map of low rank, fitted to how much each neuron adds to the
 MLP's output, predicts it from the MLP's inputs, and a token needs the neurons whose prediction is among the
 `keep_fraction` of all that are largest. That is a row of bits per neuron. Neurons that are needed together belong into
-one expert. Only the Gram matrix of these rows is kept, `[intermediate_size, intermediate_size]`, and the importance of
-each neuron.
+one expert. Only the Gram matrix of these rows, `[I, I]`, and the importance of each neuron are kept.
 
 Axes: T tokens, I neurons of the MLP, H hidden size.
 """

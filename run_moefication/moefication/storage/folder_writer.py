@@ -25,8 +25,7 @@ class FolderWriter:
     moves into the new one's `WORKSPACE`, the new one gets the name, `sweep` carries files that are not ours over and
     removes the rest. A run killed in between is completed by the next `publish` or `sweep`, or undone by `discard`.
 
-    NAME may be absent, or a link to a folder. `own_files` gives the names of files in a folder of this kind that may be
-    removed, its record last; without a record, none.
+    NAME may be a link. `own_files` names the files that may be removed there, its record last; without one, none.
     """
 
     def __init__(self, folder: Path, own_files: Callable[[Path], list[str]]):
