@@ -64,12 +64,8 @@ SEVERAL_TEMPLATES = {
 def stage_script(doc: str, settings: type, *more: Callable, **options: dict[str, Any]) -> Callable[..., Callable]:
     """Turns a function of a `Run`, which calls a stage and prints a summary, into the `main` of a script.
 
-    Args:
-        doc: the script's docstring.
-        settings: the stage's settings, which become options.
-        more: functions that add further options.
-        options: by name, as argparse takes them. `--model_path` is there without being named, and `--overwrite` beside
-            `--save_path`.
+    Its options are the fields of `settings`, those that the functions `more` add, and `options`, by name, as argparse
+    takes them. `--model_path` is there without being named, and `--overwrite` beside `--save_path`.
     """
 
     def build_parser() -> Parser:
@@ -94,9 +90,8 @@ def stage_script(doc: str, settings: type, *more: Callable, **options: dict[str,
 class Run:
     """One run of a stage's script: what its options name, checked before any model or text is opened.
 
-    Attributes:
-        process: this process; one of several only where the script has the option of `add_local_rank`.
-        options: `device` and `overwrite`, for the stage's function, where they are options.
+    `process` is one of several only where the script has the option of `add_local_rank`; `options` holds `device` and
+    `overwrite`, for the stage's function, where they are options.
     """
 
     def __init__(self, arguments: argparse.Namespace, settings: type):

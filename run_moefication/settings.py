@@ -68,7 +68,6 @@ def setting(
 
     Args:
         default: None where the stage finds a value of its own; without one the setting must be given.
-        help: what it means, with its unit.
         only: "field value", or "field value or value": the values of a field above with which this one has an effect.
             With other values it is None.
         is_recorded: whether it shapes the result, so that manifests name it.
@@ -94,8 +93,7 @@ def seed(what: str, **rules: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Checks every field by its own rule when it is made, and then, by `check`, what fields say together: a
-    SettingError names the field and the cure."""
+    """Checks each field by its own rule when it is made, and then, by `check`, what fields say together."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -315,40 +313,30 @@ class EvaluateSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Which settings belong together, as rules over the number of experts; the defaults are the calibrated recipe.
-
-    Attributes:
-        num_experts: experts per layer, if no other number is asked for.
-        selects: how many of them run per token if no other number is asked for, shared ones included: a number, or a
-            fraction of all.
-        shared: `(above, share)` pairs: the first whose fraction `above` of all experts is exceeded by those that run
-            has the fraction `share` of all experts shared; without one, half of those that run are. None: none are.
-        gate_rank, rank_from: gates have this rank where a layer has `rank_from` experts or more; others have full rank.
-        split_tokens, feature_tokens, calibration_tokens, distillation_tokens: how much text each stage reads.
-        domain_weights: the mix of domains that every stage reads; None for that of LLaMA's pretraining.
-        is_calibrated: whether stage 5 belongs to it.
-    """
+    """Which settings belong together, as rules over the number of experts; the defaults are the calibrated recipe."""
 
     name: str = "calibrated"
-    num_experts: int = 256
-    selects: int | Fraction = Fraction(1, 2)
+    num_experts: int = 256  # per layer, if no other number is asked for
+    selects: int | Fraction = Fraction(1, 2)  # that run per token, shared ones included: a number, or a fraction of all
     cluster_on: str = "activations"
+    # Pairs (above, share): the first whose fraction `above` of all experts is exceeded by those that run has the
+    # fraction `share` of all experts shared; without one, half of those that run are. None: none are.
     shared: tuple[tuple[Fraction, Fraction], ...] | None = (
         (Fraction(2, 5), Fraction(1, 8)),
         (Fraction(1, 8), Fraction(1, 16)),
     )
     select_criterion: str = "output_norm"
     gate_network: str = "linear"
-    gate_rank: int | None = 64
+    gate_rank: int | None = 64  # where a layer has `rank_from` experts or more; other gates have full rank
     rank_from: int = 256
     routing: str = "threshold"
     output_bias: bool = True
-    is_calibrated: bool = True
-    split_tokens: int = 32_768
+    is_calibrated: bool = True  # whether stage 5 belongs to it
+    split_tokens: int = 32_768  # how much text each stage reads
     feature_tokens: int = 65_536
     calibration_tokens: int = 131_072
     distillation_tokens: int = 131_072
-    domain_weights: str | None = EQUAL
+    domain_weights: str | None = EQUAL  # the mix that every stage reads; None for that of LLaMA's pretraining
 
     def at(self, active: float) -> "Recipe":
         """The same for another budget: this share of the experts runs per token, shared ones included."""

@@ -2,13 +2,9 @@
 
 
 class MoEficationError(ValueError):
-    """Wrong input: the message is one line that names the thing and the cure.
+    """Wrong input: the message is one line that names the thing and the cure."""
 
-    Attributes:
-        exit_status: of a script that ends with this error.
-    """
-
-    exit_status = 2
+    exit_status = 2  # of a script that ends with this error
 
 
 class SettingError(MoEficationError):

@@ -18,8 +18,7 @@ class Process:
 
 
 def this_process(local_rank: int | None = None) -> Process:
-    """Which process this is by RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; `local_rank` stands in for the
-    last."""
+    """Which process this is by RANK, WORLD_SIZE and LOCAL_RANK (else `local_rank`), which torchrun sets."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": local_rank or 0}
     cure = "start the processes with torchrun, or unset RANK and WORLD_SIZE"
     try:

@@ -53,7 +53,6 @@ class Features:
             if not isinstance(tensor, torch.Tensor) or tensor.shape != shape or not tensor.is_contiguous():
                 raise MoEficationError(f"{path} has no tensor of shape {list(shape)} for layer {layer}")
             if tensor_sha256(tensor) != entry["layers"][str(layer)]:
-                raise SettingError(
-                    f"{path} is damaged: the checksum of layer {layer} is not the manifest's; {self.artifact.cure}"
-                )
+                why = f"the checksum of layer {layer} is not the manifest's"
+                raise SettingError(f"{path} is damaged: {why}; {self.artifact.cure}")
             yield tensor

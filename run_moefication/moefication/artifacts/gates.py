@@ -15,12 +15,7 @@ from .split import Split
 
 
 def new_gate(gate_network: str, hidden_size: int, num_experts: int, **of_ridge: Any) -> Gate:
-    """A gate without values, and without a budget, which conversion sets. It has room for score quantiles.
-
-    Args:
-        gate_network: as `GateSettings` has it.
-        of_ridge: `rank` and `has_bias` of one that is fitted in closed form.
-    """
+    """A gate without values or a budget, with room for score quantiles; `of_ridge` are `rank` and `has_bias`."""
     budget = {"num_experts_per_tok": num_experts, "routing": "threshold"}
     return GATE_CLASSES[GATE_NETWORKS[gate_network]](hidden_size, num_experts, **budget, **of_ridge)
 
@@ -28,9 +23,7 @@ def new_gate(gate_network: str, hidden_size: int, num_experts: int, **of_ridge: 
 class TrainedGates:
     """A finished select folder, checked against the model and the split its gates were trained for.
 
-    Attributes:
-        config_fields: how a `LlamaMoEConfig` describes these gates.
-        shapes: of each gate's tensors by name: its parameters, and the quantiles of its scores.
+    `config_fields` describes these gates in a `LlamaMoEConfig`; `shapes` are those of each gate's tensors, by name.
     """
 
     def __init__(self, folder: str | Path, checkpoint: DenseCheckpoint, split: Split):

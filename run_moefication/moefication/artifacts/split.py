@@ -44,9 +44,7 @@ def split_writer(
 ) -> ArtifactWriter:
     """The writer of a split's folder, with a part for each template and layer.
 
-    Args:
-        options: the settings, as manifests record them; `inputs`: digests of the text they were used on.
-        how: `overwrite` and `exclusive`, as `ArtifactWriter` takes them.
+    `inputs`: digests of the text that was read; `how`: `overwrite` and `exclusive`, as `ArtifactWriter` takes them.
     """
     checkpoint.require_experts(options["num_experts"])
     options = options | {"templates": templates}

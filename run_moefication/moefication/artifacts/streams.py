@@ -1,8 +1,7 @@
 """Residual streams of models that are run layer by layer, kept on the disk between layers.
 
-A mapped file holds the streams of every token before a layer: 4 * hidden_size bytes a token and model, whatever the
-number of layers. The streams before a layer stay there until the layer's results are written, so an interrupted walk
-goes on with the layer it was at.
+A mapped file holds the streams of every token before a layer, 4 * hidden_size bytes a token and model. They stay there
+until the layer's results are written, so an interrupted walk goes on with the layer it was at.
 """
 
 import os

@@ -1,7 +1,6 @@
 """Dense LLaMA checkpoints, read tensor by tensor: safetensors or .bin, sharded or not, with or without a head.
 
-Everything is checked when a checkpoint is opened, before any work: config, index, headers, names and shapes of all
-tensors.
+All is checked when a checkpoint is opened, before any work: config, index, headers, names and shapes of all tensors.
 """
 
 import logging
@@ -33,8 +32,7 @@ FINGERPRINT_SAMPLES = 16
 # Fields of config.json that say nothing about what the weights compute.
 CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
 EMBEDDING = "embed_tokens.weight"
-# Older releases stored tables of rotary embeddings, which today's compute from the config. Reinforcement learning adds
-# a value head, which reads the hidden states and changes none.
+# Logits do not depend on the stored rotary tables of older releases, nor on the value head of reinforcement learning.
 UNUSED_TENSORS = re.compile(
     r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|(v_head|value_head)\..+"
 )
@@ -54,21 +52,17 @@ def resolve_model_path(model_path: str | Path) -> Path:
     try:
         return Path(snapshot_download(model_path, ignore_patterns=["*.gguf", "*.pth", "original/*", "onnx/*"]))
     except HUB_ERRORS as error:
-        raise SettingError(
-            f"model_path {model_path} is no folder here and the hub has no answer ({first_line(error)})"
-        ) from error
+        reason = first_line(error)
+        raise SettingError(f"model_path {model_path} is no folder here and the hub has no answer ({reason})") from error
 
 
 class DenseCheckpoint(StoredTensors):
-    """A validated dense LLaMA checkpoint.
+    """A validated dense LLaMA checkpoint: those of its tensors that today's LLaMA uses, and its config.
 
     Attributes:
         name: last part of the path as it was given; artifact folders are named after it.
-        path: the folder.
         raw_config: config.json as it stands.
-        config: the same as a `LlamaConfig` (Mistral's without sliding window is the same architecture), with the tied
-            or untied head that the tensors have.
-        tensors, files: as in `StoredTensors`, of the tensors that today's LLaMA uses.
+        config: the same as a `LlamaConfig`, with the tied or untied head that the tensors have.
     """
 
     def __init__(self, model_path: str | Path):
@@ -225,9 +219,8 @@ class DenseCheckpoint(StoredTensors):
                 missing = self.stored_name(name)
                 raise MoEficationError(f"{self.path} lacks the tensor {missing}, which its config.json calls for")
             if tensor.shape != shape:
-                raise MoEficationError(
-                    f"{self.path}: {name} has shape {list(tensor.shape)}, its config.json calls for {list(shape)}"
-                )
+                found, wanted = list(tensor.shape), list(shape)
+                raise MoEficationError(f"{self.path}: {name} has shape {found}, its config.json calls for {wanted}")
             if tensor.dtype not in DTYPES.values():
                 raise MoEficationError(f"{self.path}: {name} is {tensor.dtype}; {', '.join(DTYPES)} are read")
         self._refuse_surplus(self.tensors.keys() - expected)

@@ -12,8 +12,7 @@ from ..errors import MoEficationError
 from ..storage.files import read_json_object
 from .transformers_library import CONFIG_ERRORS, first_line, last_line, quiet_transformers
 
-# These fields of config.json describe the weights. All others steer the library (what it returns, how it computes), and
-# would steer the new model, too.
+# These fields of config.json describe the weights. All others steer the library, and would steer the new model, too.
 DESCRIPTION = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "initializer_range", "attention_dropout"),
@@ -35,10 +34,8 @@ SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention
 def read_dense_config(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
     """config.json in a folder as it stands, and as a `LlamaConfig`: a Mistral without sliding window is a LLaMA.
 
-    What the file leaves out is what the model's own class says, for Mistral and LLaMA differ there.
-
-    Raises:
-        MoEficationError: another architecture, a model that cannot be built, or code that would have to be run.
+    What the file leaves out is what the model's own class says, for Mistral and LLaMA differ there. Refused: another
+    architecture, a model that cannot be built, and code that would have to be run.
     """
     file = path / "config.json"
     raw = read_json_object(file, "is this the folder of a transformers checkpoint?")
@@ -97,10 +94,8 @@ def _built(config_class: type, file: Path, fields: dict[str, Any]) -> Any:
 def expected_shapes(path: Path, config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names (without `model.`) and shapes of a LLaMA of this config, from transformers itself.
 
-    One layer is built on the meta device and repeated lazily, so that an absurd layer count costs nothing.
-
-    Raises:
-        MoEficationError: no model can be built of this config, or one that would fail on its first token.
+    One layer is built on the meta device and repeated lazily, so that an absurd layer count costs nothing. Refused: a
+    config of which no model can be built, or one that would fail on its first token.
     """
     heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
     try:
@@ -113,9 +108,8 @@ def expected_shapes(path: Path, config: LlamaConfig) -> Iterator[tuple[str, tupl
             raise ValueError(f"its rope turns {rotary_width} of the {config.head_dim} dimensions of a head")
     # The config has sizes that no tensor can have (2^63, -1, no key-value heads), or rope fields that contradict.
     except (RuntimeError, *CONFIG_ERRORS) as error:
-        raise MoEficationError(
-            f"{path / 'config.json'} describes no model that can be built ({first_line(error)})"
-        ) from error
+        file = path / "config.json"
+        raise MoEficationError(f"{file} describes no model that can be built ({first_line(error)})") from error
     for name, tensor in model.state_dict().items():
         name = name.removeprefix("model.")
         for layer in range(config.num_hidden_layers if name.startswith("layers.0.") else 1):

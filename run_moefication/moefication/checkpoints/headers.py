@@ -20,10 +20,7 @@ MERGE_ADAPTER = "merge it into its base model first (peft: merge_and_unload, the
 class StoredTensors:
     """The tensors of a checkpoint, memory-mapped, so that their values are read from the disk when they are used.
 
-    Attributes:
-        path: the folder.
-        tensors: name without the `model.` prefix -> the tensor, not to be written to.
-        files: the same names -> the name of the file that holds the tensor.
+    By name without the prefix `model.`: `tensors`, not to be written to, and `files`, the name of the file of each.
     """
 
     def __init__(self, path: Path, tensors: dict[str, torch.Tensor], files: dict[str, str], prefix: str):
@@ -43,10 +40,7 @@ class StoredTensors:
 
 def map_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors in a folder's weight files, memory-mapped but for torch's old format, and the file of each by name.
-
-    Raises:
-        MoEficationError: a file is missing or damaged, or the index and the files disagree.
-    """
+    Refused if a file is missing or damaged, or the index and the files disagree."""
     for single in WEIGHT_FILES:
         index = path / f"{single}.index.json"
         if (path / single).exists():

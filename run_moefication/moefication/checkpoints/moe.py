@@ -24,8 +24,7 @@ from .transformers_library import CONFIG_ERRORS, first_line, quiet_transformers
 
 def experts_per_tok(config: LlamaMoEConfig, threshold_of: Callable[[int], float]) -> list[float]:
     """Routed experts that run per token, by layer; `threshold_of(layer)` is asked where models of version 0.1 may say 1
-    for none: there the threshold is out of every score's reach.
-    """
+    for none: there the threshold is out of every score's reach."""
     counts = [float(config.experts_per_tok_of(layer)) for layer in range(config.num_hidden_layers)]
     if config.routing != "threshold" or config.num_experts_per_tok != 1:
         return counts
@@ -52,12 +51,7 @@ class MoECheckpoint(StoredTensors):
     """A finished LlamaMoE checkpoint, checked against the dense model it was made from.
 
     A file's checksum is compared with the manifest's before its first tensor is read; `verify` does that for all.
-
-    Attributes:
-        artifact: the folder as the manifest describes it.
-        config: its `LlamaMoEConfig`.
-        model_class: the name of its class in `llama_moe`.
-        path, tensors: as in `StoredTensors`.
+    `artifact` is the folder as the manifest describes it, `model_class` the name of the model's class in `llama_moe`.
     """
 
     def __init__(self, folder: str | Path, checkpoint: DenseCheckpoint):
@@ -101,8 +95,7 @@ class MoECheckpoint(StoredTensors):
         return experts_per_tok(self.config, lambda layer: self.tensor(f"layers.{layer}.mlp.gate.threshold").item())
 
     def _verify(self, file: str) -> None:
-        if file not in self._verified and file_sha256(self.path / file) != self.artifact.files[file]["sha256"]:
-            raise MoEficationError(
-                f"{self.path / file} is damaged: its checksum is not the manifest's; make the folder anew"
-            )
+        path = self.path / file
+        if file not in self._verified and file_sha256(path) != self.artifact.files[file]["sha256"]:
+            raise MoEficationError(f"{path} is damaged: its checksum is not the manifest's; make the folder anew")
         self._verified.add(file)

@@ -53,11 +53,7 @@ MOE_TYPE = LlamaMoEConfig.model_type
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder; if it brings code of its own, it is refused.
-
-    Raises:
-        MoEficationError: there is none, or none that the installed libraries read.
-    """
+    """The tokenizer of a checkpoint folder; refused if the libraries cannot read it without code of its own."""
     if not any((path / name).is_file() for name in VOCABULARY_FILES):  # some releases make an empty one
         raise MoEficationError(f"{path} has no usable tokenizer (none of {', '.join(VOCABULARY_FILES)} is there)")
     file = path / "tokenizer_config.json"
@@ -73,8 +69,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(path, config=_config_beside(path), trust_remote_code=False)
         tokenizer([*PLAIN_TEXTS])
     except Exception as error:
-        # The tokenizers library raises plain Exceptions. The others mean that a file lacks something, a class does not
-        # exist, or a package that it needs is missing.
+        # The tokenizers library raises plain Exceptions; the others mean that a file, a class or a package is missing.
         if type(error) is Exception or isinstance(error, (OSError, RuntimeError, ImportError, *CONFIG_ERRORS)):
             raise MoEficationError(f"{path} has no usable tokenizer ({first_line(error)})") from error
         raise
@@ -124,10 +119,7 @@ def carried_over(source: Path) -> dict[str, bytes]:
     """The files by name that make, beside a LlamaMoE model, the tokenizer of the checkpoint folder `source`.
 
     They are the source's own, as they are, if these behave the same there; else the tokenizer as it was resolved, saved
-    anew, beside the other files or alone. None, where the source has no tokenizer.
-
-    Raises:
-        MoEficationError: the tokenizer cannot be loaded, or neither way gives its ids.
+    anew, beside the other files or alone; refused if neither gives its ids. None, where the source has no tokenizer.
     """
     copies = tokenizer_files(source)
     if not copies.keys() & set(VOCABULARY_FILES):

@@ -31,10 +31,8 @@ COPIED_FILES = ("chat_template.json", "generation_config.json", *LICENCES)
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the new checkpoint: known by name, shape and dtype before its values are.
-
-    `make` gives the values; where it is None, they are handed to `write_shard`.
-    """
+    """A tensor of the new checkpoint: known by name, shape and dtype before its values are. `make` gives these; where
+    it is None, `write_shard` is handed them."""
 
     name: str
     shape: tuple[int, ...]
@@ -84,11 +82,8 @@ def write_shard(
     values: Mapping[str, torch.Tensor] = MappingProxyType({}),
     metrics: Any = None,
 ) -> None:
-    """Make the tensors of one safetensors file, write it, and record it as a finished part.
-
-    Args:
-        values: of the tensors that are planned without `make`, by name; exactly these, or it is an error.
-    """
+    """Make the tensors of one safetensors file, write it, and record it as a finished part. `values`: of exactly those
+    tensors that are planned without `make`, by name."""
     if unplanned := values.keys() ^ {tensor.name for tensor in planned if tensor.make is None}:
         raise KeyError(f"{file}: planned or given, but not both: {', '.join(sorted(unplanned))}")
     tensors = {tensor.name: tensor.made(values) for tensor in planned}
@@ -105,8 +100,7 @@ def write_checkpoint_files(
     tokenizer: dict[str, bytes],
     metrics: Any = None,
 ) -> None:
-    """Write index, config, code, model card and the tokenizer's files, and copy licences and the like from `source`;
-    record them as the finished part of this name."""
+    """Write index, config, code, card and tokenizer, and copy licences and the like from `source`, as one part."""
     contents = {file: (resources.files(llama_moe) / file).read_bytes() for file in CODE_FILES}
     if len(shards) > 1:
         contents[WEIGHTS_INDEX] = (json.dumps(shard_index(shards), indent=2) + "\n").encode()

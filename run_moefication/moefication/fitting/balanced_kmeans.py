@@ -47,9 +47,8 @@ class Clustering:
 def balanced_kmeans(rows: torch.Tensor, num_clusters: int, distance: str = "l2", seed: int = 0) -> Clustering:
     """Cluster rows into equal parts, seeded by k-means++ (Arthur and Vassilvitskii, 2007).
 
-    Args:
-        rows: float `[N, D]`; N must be a multiple of `num_clusters`. Normalising them is the caller's choice.
-        distance: "l2", squared Euclidean to the mean; "cos", one minus the cosine to the normalised mean.
+    `rows`: float `[N, D]`, which the caller may have normalised. `distance`: "l2", squared Euclidean to the mean, or
+    "cos", one minus the cosine to the normalised mean.
     """
     if distance not in DISTANCES:
         raise SettingError(f"distance {distance!r} is not one of {', '.join(DISTANCES)}")
@@ -86,9 +85,6 @@ def balanced_kmeans(rows: torch.Tensor, num_clusters: int, distance: str = "l2",
 def seed_rows(rows: torch.Tensor, row_squares: torch.Tensor, num_clusters: int, seed: int) -> list[int]:
     """Rows that are the first centres, by k-means++ (Arthur and Vassilvitskii, 2007).
 
-    For each centre a few rows are drawn in proportion to their squared distance from the nearest centre so far; the one
-    that lowers the sum of these distances most is taken.
-
     The draws are those of scikit-learn's `kmeans_plusplus`, which takes five times as long on 1,344 rows of as many
     columns, since it converts them to float64 at every step.
     """
@@ -111,18 +107,11 @@ def _squared_distances(rows: torch.Tensor, row_squares: torch.Tensor, centres: t
     return (squares - 2 * (rows @ centres.T).double()).clamp(min=0).cpu().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------- assignment
-
-
 def balanced_assignment(costs: np.ndarray, prices: np.ndarray | None = None) -> Assignment:
-    """The cheapest assignment of N rows to E clusters with exactly N/E rows in each.
+    """The cheapest assignment of N rows to E clusters with exactly N/E rows in each, at costs float64 `[N, E]`.
 
     Exact up to float64 rounding, and proved by its own prices: `lower_bound` is the value of the dual problem, which no
-    balanced assignment undercuts. Ties go by row and cluster order.
-
-    Args:
-        costs: float64 `[N, E]`, finite.
-        prices: `[E]` to start from, those of a similar problem; they change the time, not the cost.
+    balanced assignment undercuts. Ties go by row and cluster order. `prices [E]` to start from change time, not cost.
     """
     num_rows, num_clusters = costs.shape
     if num_rows % num_clusters:

@@ -48,8 +48,7 @@ class Divergence:
 
 
 def fit_final_norm(divergence: Divergence, weight: torch.Tensor) -> torch.Tensor:
-    """The weight `[H]` of least divergence, pulled a little to the given one, by L-BFGS from there (Liu and Nocedal
-    1989)."""
+    """The weight `[H]` of least divergence, pulled a little to the given one, by L-BFGS (Liu and Nocedal 1989)."""
     curvature = divergence.curvature(weight)
     pull = curvature.mean() * PRIOR_TOKENS / divergence.num_tokens
     # The unknowns are factors of the weight, in units in which every channel curves alike: plain factors, of which few

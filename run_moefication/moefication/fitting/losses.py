@@ -11,8 +11,7 @@ TOKENS_OF_LOGITS = 512
 
 @torch.no_grad()
 def next_token_nll(states: torch.Tensor, tokens: torch.Tensor, head: torch.Tensor) -> float:
-    """Negative log-likelihood of a block's tokens, int64 `[T]`, from the second on, summed, in nats; `states [T, H]`
-    enter the `head [V, H]`."""
+    """Negative log-likelihood of a block's tokens `[T]` but the first, in nats; `states [T, H]` enter `head [V, H]`."""
     chunks = zip(states[:-1].split(TOKENS_OF_LOGITS), tokens[1:].split(TOKENS_OF_LOGITS), strict=True)
     return sum(
         F.cross_entropy(F.linear(before, head).float(), targets, reduction="sum").item() for before, targets in chunks
@@ -30,8 +29,7 @@ class TeacherKL:
 
     @torch.no_grad()
     def __init__(self, states: torch.Tensor, teacher_head: torch.Tensor, head: torch.Tensor):
-        """`states [T, H]`: what enters the teacher's head; `teacher_head` and the student's `head`: `[V, H]`, no
-        gradient goes to either."""
+        """`states [T, H]` enter the teacher's head; both heads are `[V, H]`, and no gradient goes to either."""
         device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
         teacher_head, self._head = teacher_head.to(dtype), head.to(dtype)  # once, not in each chunk

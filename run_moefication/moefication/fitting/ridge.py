@@ -16,8 +16,7 @@ GRAM_BLOCKS = 4  # stripes of a Gram matrix; more save little, and make the prod
 
 
 class NormalEquations:
-    """A `[D, D]`, C = sum_t w_t x_t^T y_t `[D, K]`, and the sum of w_t |y_t|^2: float32 products of chunks, summed in
-    float64.
+    """A `[D, D]`, sum_t w_t x_t^T y_t `[D, K]`, and sum_t w_t |y_t|^2: float32 products of chunks, summed in float64.
 
     Memory: 8 bytes for each of D * (D + K) sums, whatever the number of tokens, and once more while a chunk is added.
     """
@@ -113,8 +112,7 @@ def low_rank_map(
 def token_weights(squares: torch.Tensor) -> torch.Tensor:
     """Weights `[T]`: 1 over a token's squared magnitude `[T]`, at most 4 times the median.
 
-    A few tokens carry massive activations (Sun et al. 2024, "Massive activations in large language models"); with equal
-    weights they own every fit.
+    With equal weights few tokens own every fit (Sun et al. 2024, "Massive activations in large language models").
     """
     weights = 1 / squares.clamp(min=LEAST_SQUARES)
     return weights.clamp(max=LARGEST_WEIGHT * weights.median())

@@ -51,8 +51,7 @@ class GateEquations:
 
 
 def fit_ridge_gate(gate: LinearGate, inputs: torch.Tensor, scores: torch.Tensor, num_valid: int) -> dict[str, float]:
-    """`GateEquations.fit` to inputs `[tokens, hidden]` in any float dtype and scores, float32 `[tokens, experts]`, of
-    which the last `num_valid` are held out."""
+    """`GateEquations.fit` to inputs `[tokens, hidden]` and scores `[tokens, experts]`; the last `num_valid` test it."""
     weights = token_weights(scores.square().mean(dim=1))
     equations = GateEquations(inputs.shape[1], scores.shape[1], inputs.device)
     num_train = len(inputs) - num_valid

@@ -53,8 +53,7 @@ class GatedMLP:
 
 
 class MoEMLP(GatedMLP):
-    """The experts of one layer as a single MLP: the routed experts' neurons first, the shared ones' last. `gate` is a
-    copy of the block's, in float32."""
+    """A layer's experts as one MLP, routed experts' neurons first, shared ones' last; `gate` is a copy in float32."""
 
     def __init__(self, config: LlamaMoEConfig, layer: int, tensor: Callable[[str], torch.Tensor], device: str):
         """`tensor(name)`: the block's tensors by their names within it, such as `experts.down_proj`."""

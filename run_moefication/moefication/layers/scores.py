@@ -61,8 +61,7 @@ def top_k_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def routing_quality(selected: torch.Tensor, scores: torch.Tensor, k: int) -> dict[str, float]:
-    """How good a choice of k experts per token is: `selected` (ones) against the true `scores` (none negative), both
-    `[tokens, experts]`.
+    """How good a choice of k experts per token is: `selected` (ones) against true `scores` >= 0, `[tokens, experts]`.
 
     Returns: means over tokens of `recall`, the share of the true top-k set found, and `mass_recall`, the score captured
     over the score of the best k. The true top k themselves give exactly 1.

@@ -30,9 +30,6 @@ class StraightThroughBlock(nn.Module):
     around the boundary between running and not would, where the boundary moves with the scores to stay on budget. So a
     gate learns what an expert that did not run would have given (`Experts` leaves those out). While training it also
     notes which threshold the text would have called for. The gate's noise is left out.
-
-    Attributes:
-        kept: bool `[B, N]`, which positions of the next batch are text; None: all.
     """
 
     def __init__(self, block: MoEBlock, share: float):
@@ -41,7 +38,7 @@ class StraightThroughBlock(nn.Module):
         self.gate, self.experts, self.shared_experts = block.gate, block.experts, block.shared_experts
         self.register_parameter("output_bias", block.output_bias)
         self.train(block.training)
-        self.kept: torch.Tensor | None = None
+        self.kept: torch.Tensor | None = None  # bool `[B, N]`: positions of the next batch that are text; None: all
         self._tracks = self.gate.routing == "threshold" and 0 < share < 1
         self._share = share
         self._wanted: list[torch.Tensor] = []

@@ -72,9 +72,6 @@ def convert(
     return writer
 
 
-# ---------------------------------------------------------------------------------------------------- tensors
-
-
 def _plan(
     checkpoint: DenseCheckpoint, split: Split, gates: TrainedGates, config: LlamaMoEConfig, settings: ConvertSettings
 ) -> list[PlannedTensor]:
@@ -114,9 +111,6 @@ def _expert_makers(checkpoint: DenseCheckpoint, split: Split, config: LlamaMoECo
         neurons = split.routed_neurons(layer)
         return torch.cat([source(f"gate_proj.{kind}")[neurons], source(f"up_proj.{kind}")[neurons]], dim=1)
 
-    def shared_rows(projection: str) -> torch.Tensor:
-        return source(projection)[split.shared_neurons(layer)]
-
     makers: dict[str, Maker] = {
         "experts.gate_up_proj": partial(gate_up, "weight"),
         "experts.down_proj": lambda: source("down_proj.weight").T[split.routed_neurons(layer)].transpose(1, 2),
@@ -127,8 +121,9 @@ def _expert_makers(checkpoint: DenseCheckpoint, split: Split, config: LlamaMoECo
     if config.num_shared_experts:
         kinds = ("weight", "bias") if config.mlp_bias else ("weight",)
         names = [f"{projection}.{kind}" for projection in ("gate_proj", "up_proj") for kind in kinds]
-        makers |= {f"shared_experts.{name}": partial(shared_rows, name) for name in names}
-        makers["shared_experts.down_proj.weight"] = lambda: source("down_proj.weight")[:, split.shared_neurons(layer)]
+        shared = split.shared_neurons
+        makers |= {f"shared_experts.{name}": lambda n=name: source(n)[shared(layer)] for name in names}
+        makers["shared_experts.down_proj.weight"] = lambda: source("down_proj.weight")[:, shared(layer)]
     return makers
 
 
@@ -144,9 +139,6 @@ def _gate_makers(gates: TrainedGates, config: LlamaMoEConfig, layer: int) -> dic
     except ValueError as error:
         raise MoEficationError(f"{gates.artifact.folder}: layer {layer}: {error}") from error
     return makers | {"gate.threshold": lambda: threshold}
-
-
-# ---------------------------------------------------------------------------------------------------- config
 
 
 def _num_labels(checkpoint: DenseCheckpoint, settings: ConvertSettings) -> int | None:

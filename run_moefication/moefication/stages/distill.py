@@ -94,9 +94,6 @@ def distill(
     return writer
 
 
-# ---------------------------------------------------------------------------------------------------- before
-
-
 def _check(checkpoint: DenseCheckpoint, moe: MoECheckpoint, save_path: str | Path, settings: DistillSettings) -> None:
     """Refuse what cannot be distilled, before any work."""
     folder, config = moe.artifact.folder, moe.config
@@ -129,9 +126,6 @@ def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(TRAINED[settings.train](name))
     return model
-
-
-# ---------------------------------------------------------------------------------------------------- the training
 
 
 def _train(

@@ -36,23 +36,16 @@ from ..text.tokens import tokenize
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One row of the table.
-
-    Attributes:
-        num_experts, num_selects: shared experts included; None for dense models.
-        active: parameters of the MLP blocks that ran per token, over those of the dense model.
-        expert_load: by layer, the share of tokens that each routed expert ran for; None for dense models.
-        block_losses: mean negative log-likelihood of each block, in nats.
-    """
+    """One row of the table."""
 
     model: str
-    num_experts: int | None
-    num_selects: int | None
+    num_experts: int | None  # shared ones included; None for dense models, as below
+    num_selects: int | None  # of these, per token
     perplexity: float
     predicted_tokens: int
-    active: float
-    expert_load: list[list[float]] | None
-    block_losses: list[float]
+    active: float  # parameters of the MLP blocks that ran per token, over those of the dense model
+    expert_load: list[list[float]] | None  # by layer, the share of tokens that each routed expert ran for
+    block_losses: list[float]  # mean negative log-likelihood of each block, in nats
 
     @property
     def label(self) -> str:

@@ -106,8 +106,7 @@ class _Recorder:
 
     @torch.inference_mode()
     def record(self, blocks: list[torch.Tensor], batch_size: int, first_block: int) -> dict[str, list[torch.Tensor]]:
-        """Kind -> by layer, `[tokens, width]` over the blocks, without padding; values that are not finite in the
-        stored dtype are refused."""
+        """Kind -> by layer, `[tokens, width]` without padding; what is not finite in the stored dtype is refused."""
         tokens = torch.cat(blocks).long().to(self._model.device)
         self._features = {
             kind: [torch.empty(len(tokens), width, dtype=self._dtype) for _ in self._model.layers]

@@ -55,9 +55,6 @@ def parse_layers(texts: list[str], num_layers: int) -> list[int]:
     return sorted(layers)
 
 
-# ---------------------------------------------------------------------------------------------------- the stage
-
-
 def train_gates(
     checkpoint: DenseCheckpoint,
     split_path: str | Path,
@@ -129,9 +126,6 @@ def _layer_data(
         folder = features.artifact.folder
         raise MoEficationError(f"the features of layer {layer} in {folder} hold NaN or infinite values")
     return inputs, scores
-
-
-# ---------------------------------------------------------------------------------------------------- one gate
 
 
 def initial_gate(gate_network: str, rows: torch.Tensor, neurons: torch.Tensor) -> Gate:

@@ -25,8 +25,7 @@ def split_by_weights(
 ) -> ArtifactWriter:
     """Cluster the neurons of every layer by the direction of their weight rows (MoEfication, section 3.1).
 
-    Writes per template and layer an int64 tensor `[intermediate_size]`, the expert of each neuron, and records the
-    assignment cost beside the lower bound that proves it. Holds one weight in float32 at a time.
+    Writes per template and layer an int64 tensor `[intermediate_size]`. Memory: one weight at a time, in float32.
     """
     options = settings.recorded()
     writer = split_writer(checkpoint, save_path, templates, options, device=device, overwrite=overwrite)

@@ -3,8 +3,7 @@
 What counts is the need that a gate can foresee: a linear map of low rank, fitted to how much each neuron adds to the
 MLP's output, predicts it from the MLP's inputs, and a token needs the neurons whose prediction is among the
 `keep_fraction` of all that are largest. That is a row of bits per neuron. Neurons that are needed together belong into
-one expert. Only the Gram matrix of these rows is kept, `[intermediate_size, intermediate_size]`, and the importance of
-each neuron.
+one expert. Only the Gram matrix of these rows, `[I, I]`, and the importance of each neuron are kept.
 
 Axes: T tokens, I neurons of the MLP, H hidden size.
 """
@@ -69,15 +68,21 @@ class NeuronStatistics:
         """Tokens that need both neurons, float32 `[I, I]` (exact up to 2^24)."""
         solution = self._equations.solve(RIDGE_STRENGTH)
         rank = min(PREDICTION_RANK, len(solution) - 1, len(self.importance))
-        factors = [part.float() for part in low_rank_map(self._equations, solution, RIDGE_STRENGTH, rank)]
+        factors = low_rank_map(self._equations, solution, RIDGE_STRENGTH, rank)
+        output_weight, input_weight, bias = (factor.float() for factor in factors)
+
+        def predicted(inputs: torch.Tensor) -> torch.Tensor:
+            """What each neuron is expected to add, `[T, H]` -> `[T, I]`."""
+            return F.linear(F.linear(inputs.to(bias), input_weight), output_weight, bias)
+
         stride = token_stride(sum(map(len, self._inputs)) * len(self.importance))
         # The sample comes from the same products as below, so that the least score that counts is one of those.
-        sample = torch.cat([_predicted(part, *factors)[::stride] for part in self._inputs]).flatten().cpu().numpy()
+        sample = torch.cat([predicted(part)[::stride] for part in self._inputs]).flatten().cpu().numpy()
         rank_of_least = int((1 - keep_fraction) * (len(sample) - 1))
         least = float(np.partition(sample, rank_of_least)[rank_of_least])  # PyTorch's kthvalue takes ten times as long
         together = torch.zeros(2 * self.importance.shape, device=self.importance.device)
         for part in self._inputs:
-            added = _predicted(part, *factors)
+            added = predicted(part)
             needed = ((added >= least) & (added > 0)).float()
             together += gram(needed)
         return together
@@ -198,10 +203,3 @@ def _of_text(
         statistics.add(inputs, activations, weights[batch.rows])
         after[batch.rows] = (stream + mlp.output(activations)).cpu()
     return statistics
-
-
-def _predicted(
-    inputs: torch.Tensor, output_weight: torch.Tensor, input_weight: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
-    """What each neuron is expected to add, `[T, H]` -> `[T, I]`."""
-    return F.linear(F.linear(inputs.to(bias), input_weight), output_weight, bias)

@@ -31,9 +31,7 @@ def sync(path: Path) -> None:
 def locked(lock: FileLock, timeout: float = -1, what: Path | None = None) -> Iterator[None]:
     """Hold a lock, whose file is there only meanwhile. It may be nested, and dies with its process.
 
-    Raises:
-        MoEficationError: another process still holds it after `timeout` seconds (-1: any time); says that it writes
-            `what`.
+    If another process holds it after `timeout` seconds (-1: any time), a MoEficationError says that it writes `what`.
     """
     path = Path(lock.lock_file)
     new_folders = [folder for folder in path.parents if not folder.exists()]
@@ -54,10 +52,8 @@ def locked(lock: FileLock, timeout: float = -1, what: Path | None = None) -> Ite
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> dict[str, Any]:
-    """Make `path` by `write(file)`: under its final name it is whole, whatever interrupts.
-
-    Returns: `{"size", "sha256"}` of the file, for its manifest.
-    """
+    """Make `path` by `write(file)`: under its final name it is whole, whatever interrupts. Returns its entry for a
+    manifest, `{"size", "sha256"}`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

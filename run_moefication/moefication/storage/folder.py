@@ -68,18 +68,11 @@ class ArtifactWriter(FolderWriter):
     Nothing is touched before the first write, so that a stage may still refuse its input after asking what is missing.
 
     Args:
-        folder: made if absent; may exist empty.
-        spec: what the folder will be.
         parts: names of all the units the finished folder will consist of.
         overwrite: make anew what an earlier run of the same stage left; what it finished stays until then.
         shared: other processes of this run fill the same folder: an unfinished folder with the same spec is theirs,
             and is joined rather than made anew.
-        exclusive: no other process may fill this folder meanwhile: the stage has temporary files, which two would
-            share.
-
-    Attributes:
-        spec: the spec in force, with the facts of the run that began the folder.
-        was_finished: whether there was nothing to do from the start.
+        exclusive: no other process may fill this folder meanwhile, for two would share the stage's temporary files.
 
     Raises:
         MoEficationError: the folder holds something else, or was begun with other options, model or inputs; at the
@@ -102,8 +95,8 @@ class ArtifactWriter(FolderWriter):
         self._held = contextlib.ExitStack()  # the lock of an exclusive writer
         existing = self._existing()
         self._begun, self._may_write = existing is not None, False
-        self.spec = existing or self._wanted
-        self.was_finished = self.finished
+        self.spec = existing or self._wanted  # the one in force, with the facts of the run that began the folder
+        self.was_finished = self.finished  # there was nothing to do from the start
 
     @property
     def finished(self) -> bool:
@@ -216,9 +209,6 @@ class ArtifactWriter(FolderWriter):
         }
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-
-
 @dataclass(frozen=True)
 class Artifact:
     """A finished folder, opened by `open_finished`."""
@@ -241,18 +231,15 @@ class Artifact:
 
     def require_source(self, fingerprint: str, name: str) -> None:
         """Refuse a folder made from another dense model than `name`."""
-        if self.manifest["source"].get("fingerprint") != fingerprint:
-            raise MoEficationError(
-                f"{self.folder} was made from another model ({self.manifest['source'].get('name')}) than {name}"
-            )
+        source = self.manifest["source"]
+        if source.get("fingerprint") != fingerprint:
+            raise MoEficationError(f"{self.folder} was made from another model ({source.get('name')}) than {name}")
 
     def require_option(self, name: str, wanted: Any) -> None:
         """Refuse a folder made with another value of an option than this stage asks for."""
         if self.options.get(name) != wanted:
-            raise SettingError(
-                f"{self.folder} was made for {name} {self.options.get(name)} "
-                f"of {self.manifest['source'].get('name')}, this run asks for {wanted}"
-            )
+            found = f"{name} {self.options.get(name)} of {self.manifest['source'].get('name')}"
+            raise SettingError(f"{self.folder} was made for {found}, this run asks for {wanted}")
 
     def load(self, relative: str) -> Any:
         """A torch file of this folder, its size and sha256 checked against the manifest."""
@@ -277,10 +264,8 @@ class Artifact:
             raise SettingError(f"{self.folder} has no {relative}; {self.cure}")
         if not path.is_file():
             raise SettingError(f"{path} is missing although the manifest lists it; {self.cure}")
-        if path.stat().st_size != entry["size"]:
-            raise SettingError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}; {self.cure}"
-            )
+        if (size := path.stat().st_size) != entry["size"]:
+            raise SettingError(f"{path} has {size} bytes, the manifest says {entry['size']}; {self.cure}")
         return path
 
     @property
@@ -290,11 +275,7 @@ class Artifact:
 
 
 def open_finished(folder: str | Path, *stages: str) -> Artifact:
-    """Open a folder that one of the stages has finished.
-
-    Raises:
-        MoEficationError: absent, unfinished (says what is missing where that is known), or of another stage.
-    """
+    """Open a folder that one of the stages has finished; the error about one that is unfinished says how far it is."""
     folder = Path(folder)
     script = STAGE_SCRIPTS[stages[0]]
     if not (folder / MANIFEST).exists():

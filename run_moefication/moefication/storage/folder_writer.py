@@ -12,7 +12,7 @@ from filelock import FileLock
 from ..errors import MoEficationError
 from .files import locked, sync
 
-WORKSPACE = "manifest.parts"  # in the partial folder: what the finished one does not keep
+WORKSPACE = "manifest.parts"  # in the partial folder, which is ours if it has one: what the finished one does not keep
 REPLACED = "replaced"  # in WORKSPACE: the folder whose place the new one takes
 LOCK_TIMEOUT = 60.0  # seconds; all but exclusive runs hold the lock for moments
 
@@ -25,14 +25,7 @@ class FolderWriter:
     moves into the new one's `WORKSPACE`, the new one gets the name, `sweep` carries files that are not ours over and
     removes the rest. A run killed in between is completed by the next `publish` or `sweep`, or undone by `discard`.
 
-    Args:
-        folder: NAME; it may be absent, or a link to a folder.
-        own_files: the names of files in a folder of this kind that may be removed, its record last. Without a record
-            it gives none.
-
-    Attributes:
-        partial: the folder to fill.
-        workspace: a folder in it for what is needed until then; where it exists, `partial` is ours.
+    NAME may be a link. `own_files` names the files that may be removed there, its record last; without one, none.
     """
 
     def __init__(self, folder: Path, own_files: Callable[[Path], list[str]]):

@@ -38,9 +38,8 @@ def environment(device: str) -> dict[str, str]:
 class ArtifactSpec:
     """What a folder is: the stage, every option that shapes its content, and what it is made from.
 
-    `source` describes the dense model (see `DenseCheckpoint.source`), `inputs` maps the name of each artifact read to
-    its digest, `environment` is compared only while the folder is unfinished, `facts` are kept from the run that began
-    the folder and never compared.
+    `source` is the dense model's (see `DenseCheckpoint.source`), `inputs` maps the name of each artifact read to its
+    digest. `environment` is compared only while the folder is unfinished, `facts` of the run that began it never are.
     """
 
     stage: str
@@ -90,10 +89,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = parse_json_object(path, CURE_OF_DAMAGE)
     if manifest.get("stage") not in STAGE_SCRIPTS:
         raise MoEficationError(f"{path} is not a manifest of this toolkit")
-    if manifest.get("format") != FORMAT_VERSION:
-        raise MoEficationError(
-            f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT_VERSION}; remake the folder"
-        )
+    if (found := manifest.get("format")) != FORMAT_VERSION:
+        raise MoEficationError(f"{path} has format {found!r}, this version reads {FORMAT_VERSION}; remake the folder")
     for name in ("options", "source", "inputs", "environment", "facts"):
         if not isinstance(manifest.get(name), dict):
             raise MoEficationError(f"{path} is damaged (no {name}); {CURE_OF_DAMAGE}")

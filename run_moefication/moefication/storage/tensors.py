@@ -17,14 +17,8 @@ UNPICKLING_ERRORS = (
 
 
 def load_tensors(path: Path, mmap: bool = True) -> Any:
-    """A torch file, memory-mapped; nothing in it is ever executed.
-
-    Args:
-        mmap: False also reads the format of torch before 1.6, all of it into memory.
-
-    Raises:
-        MoEficationError: not a regular file, cut short, or holding anything but tensors and plain containers.
-    """
+    """A torch file, memory-mapped; without `mmap`, the format of torch before 1.6 is read, too, all of it into memory.
+    Refused: what is cut short, or holds anything but tensors and plain containers."""
     if not path.is_file():
         raise MoEficationError(f"{path} is not a file")
     try:

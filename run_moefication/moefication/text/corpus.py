@@ -104,16 +104,12 @@ def parse_domain_weights(given: Mapping[str, float] | str | None) -> dict[str, f
 
 
 def training_corpus(
-    checkpoint: DenseCheckpoint,
-    data_path: str | Path,
-    cache_path: str | Path | None,
-    settings: CorpusSettings,
+    checkpoint: DenseCheckpoint, data_path: str | Path, cache_path: str | Path | None, settings: CorpusSettings
 ) -> Corpus:
     """Blocks of the domains in a folder, in their proportions: as many tokens as the scarcest domain allows.
 
     Blocks are drawn at random within each domain, the last one cut so that the shares are exact, and shuffled across
-    domains. They are views of the tokens (4 bytes each) in a file of the folder `cache_path`, or else a temporary one;
-    in memory are a few batches of text.
+    domains. They are views of a file of all tokens, 4 bytes each, in the folder `cache_path`, or else a temporary one.
     """
     positions, weights = checkpoint.config.max_position_embeddings, parse_domain_weights(settings.domain_weights)
     block_size = require_block_size(settings.block_size, positions, checkpoint.name)

@@ -42,8 +42,7 @@ class DocumentReader:
     """Iterates over the non-empty documents of files: the "text" of each line of a .jsonl, other files as plain text.
 
     A line that holds no document (no JSON object with a string "text" in UTF-8) raises MoEficationError, or with
-    `skip_bad_lines` is counted in `skipped`. None is False for callers without such an option, which errors then do not
-    mention.
+    `skip_bad_lines` is counted in `skipped`. None is False for callers without that option: errors do not mention it.
     """
 
     def __init__(self, files: list[TextFile], skip_bad_lines: bool | None = None):

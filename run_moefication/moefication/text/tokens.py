@@ -34,10 +34,7 @@ class TokenStream(NamedTuple):
 
 
 def tokenize(
-    documents: Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    bad: Callable[[str, str], None],
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, vocab_size: int, bad: Callable[[str, str], None]
 ) -> Iterator[np.ndarray]:
     """The documents as one token stream, int32, piece by piece, with EOS between documents (without one: nothing).
 
@@ -78,11 +75,7 @@ def encode(batch: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[in
 
 
 def token_stream(
-    checkpoint: DenseCheckpoint,
-    domain: str,
-    files: list[TextFile],
-    cache_path: str | Path | None,
-    skip_bad_lines: bool,
+    checkpoint: DenseCheckpoint, domain: str, files: list[TextFile], cache_path: str | Path | None, skip_bad_lines: bool
 ) -> TokenStream:
     """The tokens of a domain, from the cache if it holds just this text as this tokenizer cuts it; without a cache in a
     temporary file. Processes that need the same text make it one after the other: all but the first find it there."""
