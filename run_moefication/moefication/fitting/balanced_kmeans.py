@@ -15,7 +15,6 @@ import torch
 
 from ...settings import DISTANCES
 from ..errors import MoEficationError, SettingError
-from ..precision import bfloat16_products
 
 MAX_ITERATIONS = 300
 # Passes that bring the prices near their optimum before the exact repair. Any number gives the same assignment cost;
@@ -81,7 +80,6 @@ def balanced_kmeans(rows: torch.Tensor, num_clusters: int, distance: str = "l2",
     )
 
 
-@bfloat16_products()
 def seed_rows(rows: torch.Tensor, row_squares: torch.Tensor, num_clusters: int, seed: int) -> list[int]:
     """Rows that are the first centres, by k-means++ (Arthur and Vassilvitskii, 2007).
 
