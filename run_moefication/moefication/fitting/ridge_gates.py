@@ -5,6 +5,7 @@ import torch
 from llama_moe.gates import LinearGate
 
 from ..layers.scores import TOKENS_PER_CHUNK
+from ..precision import bfloat16_products
 from .ridge import NormalEquations, best_strength, low_rank_map, token_weights
 
 # Ridge strengths, in units of the mean diagonal of the Gram matrix.
@@ -50,6 +51,7 @@ class GateEquations:
         return {"ridge_strength": strength, "explained_variance": 1 - error / unexplained if unexplained else 0.0}
 
 
+@bfloat16_products()
 def fit_ridge_gate(gate: LinearGate, inputs: torch.Tensor, scores: torch.Tensor, num_valid: int) -> dict[str, float]:
     """`GateEquations.fit` to inputs `[tokens, hidden]` and scores `[tokens, experts]`; the last `num_valid` test it."""
     weights = token_weights(scores.square().mean(dim=1))

@@ -18,6 +18,7 @@ from ..artifacts.features import GATE_OUTPUTS, INPUTS, shard_file
 from ..checkpoints.dense import DTYPES, DenseCheckpoint
 from ..errors import MoEficationError, SettingError
 from ..names import features_folder
+from ..precision import bfloat16_products
 from ..progress import progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
@@ -104,6 +105,7 @@ class _Recorder:
             elif template is not None:
                 mlp.act_fn.register_forward_hook(lambda _, __, output, i=layer: self._keep(GATE_OUTPUTS, i, output))
 
+    @bfloat16_products()
     @torch.inference_mode()
     def record(self, blocks: list[torch.Tensor], batch_size: int, first_block: int) -> dict[str, list[torch.Tensor]]:
         """Kind -> by layer, `[tokens, width]` without padding; what is not finite in the stored dtype is refused."""

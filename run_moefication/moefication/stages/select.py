@@ -26,6 +26,7 @@ from ..fitting.ridge_gates import fit_ridge_gate
 from ..layers.mlp import GatedMLP
 from ..layers.scores import TOKENS_PER_CHUNK, ExpertScorer, OutputNorms, routing_quality, top_k_mask
 from ..names import select_folder
+from ..precision import bfloat16_products
 from ..progress import progress
 from ..storage.folder import ArtifactWriter
 from ..storage.manifest import ArtifactSpec, environment
@@ -107,6 +108,7 @@ def train_gates(
     return writer
 
 
+@bfloat16_products()
 def _layer_data(
     checkpoint: DenseCheckpoint, split: Split, features: Features, layer: int, settings: GateSettings, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
