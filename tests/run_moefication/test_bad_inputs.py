@@ -174,6 +174,7 @@ WRONG = [
     ("calibrate", {"layer_budgets": "sensitivity"}, "unrecognized arguments: --layer_budgets"),
     ("evaluate", {"text_path": "{tmp}/nowhere"}, "nowhere is not a file"),
     ("evaluate", {"text_path": "{tmp}/no_text/c4.jsonl"}, "holds fewer than 2 tokens"),
+    ("evaluate", {"model_path": "{tmp}/damaged_moe"}, "is damaged: its checksum is not the manifest's"),
     ("evaluate", {"num_selects": 5}, "--num_selects 5 is outside of 1 to 4"),
     ("evaluate", {"model_path": "{model}", "num_selects": 2}, "--num_selects is for MoE checkpoints"),
     ("evaluate", {"block_size": 129}, "--block_size 129 is outside"),

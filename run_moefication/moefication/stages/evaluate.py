@@ -20,7 +20,7 @@ from ...settings import EvaluateSettings
 from ..checkpoints.dense import DTYPES, DenseCheckpoint, resolve_model_path
 from ..checkpoints.dense_config import is_convertible, read_dense_config
 from ..checkpoints.headers import ADAPTER, MERGE_ADAPTER
-from ..checkpoints.moe import experts_per_tok, require_num_selects, set_num_selects
+from ..checkpoints.moe import experts_per_tok, require_num_selects, set_num_selects, verify_weights
 from ..checkpoints.tokenizers import load_tokenizer
 from ..checkpoints.transformers_library import CONFIG_ERRORS, first_line, last_line, plain_config, quiet_transformers
 from ..errors import MoEficationError, SettingError
@@ -78,6 +78,9 @@ def evaluate(
     blocks = [block for block in pack(tokens, block_size) if len(block) > 1]
     if not blocks:
         raise MoEficationError(f"{text_path} holds fewer than 2 tokens")
+    for path, config in zip(paths, configs, strict=True):
+        if config.model_type == "llama_moe":
+            verify_weights(path)
 
     results = []
     for path, name, config, model_budgets in zip(paths, model_paths, configs, budgets, strict=True):

@@ -241,12 +241,16 @@ class Artifact:
             found = f"{name} {self.options.get(name)} of {self.manifest['source'].get('name')}"
             raise SettingError(f"{self.folder} was made for {found}, this run asks for {wanted}")
 
-    def load(self, relative: str) -> Any:
-        """A torch file of this folder, its size and sha256 checked against the manifest."""
+    def verified(self, relative: str) -> Path:
+        """The path of a file, its size and sha256 checked against the manifest."""
         path = self._checked_path(relative)
         if file_sha256(path) != self.files[relative]["sha256"]:
             raise SettingError(f"{path} is damaged: its checksum is not the manifest's; {self.cure}")
-        return load_tensors(path)
+        return path
+
+    def load(self, relative: str) -> Any:
+        """A torch file of this folder, verified."""
+        return load_tensors(self.verified(relative))
 
     def map(self, relative: str) -> Any:
         """A torch file of this folder, memory-mapped: only its size is checked, tensors are the reader's to check."""

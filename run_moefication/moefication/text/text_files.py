@@ -104,7 +104,7 @@ def find_text_files(path: Path) -> list[TextFile]:
             raise MoEficationError(f"{path} is not read: {cure}")
         return zip_members(path) if path.suffix.lower() == ".zip" else [TextFile(path)]
     if not path.is_dir():
-        raise MoEficationError(f"{path} does not exist")
+        raise MoEficationError(f"{path} does not exist; name a folder or a file of text")
     files = sorted(filter(Path.is_file, path.iterdir()))
     names: dict[str, TextFile] = {}
     for file in map(TextFile, sorted(files, key=lambda file: file.suffix.lower() in COMPRESSED)):
