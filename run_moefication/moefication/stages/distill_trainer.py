@@ -163,6 +163,7 @@ class Steps(TrainerCallback):
         self._bar.close()
 
     def on_save(self, args, state, control, **kwargs):
+        """Mark the saved step as whole once every process has written its file, and remove the older ones."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # each process writes a file of its own
         if not state.is_world_process_zero:
