@@ -119,6 +119,13 @@ class Run:
         paths = self.arguments.train_data_path, self.arguments.train_data_cache_path
         return training_corpus(self.checkpoint, *paths, settings_of(self.arguments, CorpusSettings))
 
+    def refuse_unread_text_options(self) -> None:
+        """Refuse options that say how text is read where none is."""
+        given, default = self.arguments, CorpusSettings(seed=self.arguments.seed)
+        for name in (*vars(default), "batch_size", "train_data_cache_path"):
+            if not given.train_data_path and getattr(given, name) != getattr(default, name, None):
+                raise SettingError(f"{name} is for train_data_path")
+
     def warn_if_not_started_together(self, what_alone: str) -> None:
         """Warn where RANK and WORLD_SIZE may be left over from another run, since torchrun did not set them."""
         if self.process.world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -176,13 +183,6 @@ def new_parser(doc: str) -> Parser:
     return Parser(description=doc.strip(), formatter_class=HelpFormatter, allow_abbrev=False)
 
 
-def seed_number(text: str) -> int:
-    """The type of `--seed`: what every generator used here takes."""
-    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 2^32 - 1")
-    return int(text)
-
-
 def add_settings(parser: Any, settings: type) -> None:
     """An option for each field of a stage's settings (see `run_moefication.settings`) that has none yet."""
     taken = {action.dest for action in parser._actions}  # argparse has no public list of them
@@ -197,7 +197,7 @@ def add_settings(parser: Any, settings: type) -> None:
         if kind is bool:
             options |= {"action": "store_true"}
         else:
-            options |= {"type": seed_number if one.name == "seed" else kind, "choices": one.metadata["choices"]}
+            options |= {"type": kind, "choices": one.metadata["choices"]}
             options |= {"nargs": "+"} if items else {}
         parser.add_argument(f"--{one.name}", **options)
 

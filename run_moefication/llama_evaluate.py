@@ -11,7 +11,6 @@ import json
 import sys
 from dataclasses import asdict
 from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 
 from run_moefication.command_line import DEVICE, Run, path_option, stage_script
@@ -42,7 +41,7 @@ def main(run: Run) -> None:
         return
     if file:
         file.write_text(as_json + "\n")
-    for name, rows in groupby((row for row in results if row.expert_load), attrgetter("model")):
+    for name, rows in groupby((row for row in results if row.expert_load), lambda row: row.model):
         print_load(name, list(rows))
     width = max(len(row.label) for row in results)
     print(f"\n{'model':<{width}} {'active':>7} {'perplexity':>12} {'ratio':>9} {'tokens':>9}")
@@ -56,8 +55,7 @@ def print_load(name: str, rows: list) -> None:
     print(f"\n{name}: share of tokens that each layer's least and most used expert ran for (experts never used)")
     print("layer" + "".join(f"{f'{row.num_selects} of {row.num_experts}':>20}" for row in rows))
     for layer, loads in enumerate(zip(*(row.expert_load for row in rows), strict=True)):
-        cells = (f"{min(load):.3f} {max(load):.3f} ({load.count(0)})" for load in loads)
-        print(f"{layer:>5}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{layer:>5}" + "".join(f"{f'{min(load):.3f} {max(load):.3f} ({load.count(0)})':>20}" for load in loads))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ from functools import partial
 
 from run_moefication.command_line import DEVICE, SEVERAL_TEMPLATES, Run, add_corpus, path_option, stage_script
 from run_moefication.moefication.errors import SettingError
-from run_moefication.settings import CorpusSettings, SplitSettings
-
-RECORDED = "activations that llama_get_hidden_features.py recorded, instead of --train_data_path"
+from run_moefication.settings import SplitSettings
 
 
 @stage_script(
@@ -25,7 +23,7 @@ RECORDED = "activations that llama_get_hidden_features.py recorded, instead of -
     save_path=path_option("folder in which NAME-nExpert-Split-Clustering is made"),
     device=DEVICE,
     templates=SEVERAL_TEMPLATES,
-    hidden_features_path=path_option(RECORDED, required=False),
+    hidden_features_path=path_option("what stage 2 recorded, instead of --train_data_path", required=False),
 )
 def main(run: Run) -> None:
     """Run the stage and print the balance of what came out."""
@@ -35,41 +33,27 @@ def main(run: Run) -> None:
     from run_moefication.moefication.stages.split_on_activations import split_by_activations
 
     given, settings, templates = run.arguments, run.settings, parse_templates(run.arguments.templates)
-    _check_source(run, templates)
-    if settings.cluster_on == "weights":
+    features, on_weights = given.hidden_features_path, settings.cluster_on == "weights"
+    if bool(given.train_data_path) + bool(features) != (not on_weights):
+        raise SettingError("cluster_on activations needs either train_data_path or hidden_features_path; else neither")
+    run.refuse_unread_text_options()
+    if on_weights:
         writer = split_by_weights(run.checkpoint, given.save_path, templates, settings, **run.options)
+    elif len(templates) > 1:
+        raise SettingError("cluster_on activations takes one of templates: the split is the same for both")
     else:
-        (template,), features = templates, given.hidden_features_path
-        text = Features(features, run.checkpoint, template) if features else run.corpus
-        writer = split_by_activations(run.checkpoint, text, given.save_path, template, settings, **run.options)
-        if not features:
-            run.print_mix()
+        text = Features(features, run.checkpoint, templates[0]) if features else run.corpus
+        writer = split_by_activations(run.checkpoint, text, given.save_path, templates[0], settings, **run.options)
+    if given.train_data_path:
+        run.print_mix()
     num_layers, neurons = run.checkpoint.config.num_hidden_layers, run.checkpoint.config.intermediate_size
-    width = neurons // settings.num_experts
-    shared = f", {settings.num_shared_experts} of them shared" if settings.num_shared_experts else ""
-    print(f"{run.checkpoint.name}: {num_layers} layers, {settings.num_experts} experts of {width} neurons{shared}")
-    metrics, routed = writer.metrics(), neurons - settings.num_shared_experts * width
+    num_experts, num_shared, width = settings.num_experts, settings.num_shared_experts, neurons // settings.num_experts
+    print(f"{num_layers} layers, {num_experts} experts of {width} neurons, {num_shared} of them shared")
     for template in templates:
+        metrics, routed = writer.metrics(), neurons - num_shared * width
         costs = [metrics[template.format(layer)]["cost"] / routed for layer in range(num_layers)]
         print(f"{template}: mean {settings.distance} distance to the centre {min(costs):.3f} to {max(costs):.3f}")
     run.report(writer, "llama_get_hidden_features.py (2_get_hidden_features.sh)")
-
-
-def _check_source(run: Run, templates: list[str]) -> None:
-    """Refuse a source of activations that is missing or not used, and options of one that is not used."""
-    given = run.arguments
-    sources = [name for name in ("train_data_path", "hidden_features_path") if getattr(given, name)]
-    if given.cluster_on == "weights" and sources:
-        raise SettingError(f"{sources[0]} is for cluster_on activations")
-    if given.cluster_on == "activations" and len(sources) != 1:
-        raise SettingError("cluster_on activations needs either train_data_path or hidden_features_path")
-    if given.cluster_on == "activations" and len(templates) > 1:
-        raise SettingError("cluster_on activations takes one of templates: the split is the same for both")
-    if not given.train_data_path:
-        default = CorpusSettings(seed=given.seed)
-        for name in (*vars(default), "batch_size", "train_data_cache_path"):
-            if getattr(given, name) != getattr(default, name, None):
-                raise SettingError(f"{name} is for train_data_path")
 
 
 if __name__ == "__main__":
