@@ -35,9 +35,9 @@ class TeacherKL:
         teacher_head, self._head = teacher_head.to(dtype), head.to(dtype)  # once, not in each chunk
         rows, negative_entropies = [], []
         for chunk in states.split(TOKENS_OF_LOGITS):
-            log_p = _logits(chunk, teacher_head).log_softmax(-1)
+            log_p = logits_of(chunk, teacher_head).log_softmax(-1)
             p = log_p.exp()
-            rows.append(_mean_rows(p, self._head))
+            rows.append(mean_rows(p, self._head))
             negative_entropies.append((p * log_p).sum(1))
         self._rows, self._negative_entropies = torch.cat(rows), torch.cat(negative_entropies)
 
@@ -57,11 +57,11 @@ class _StudentKL(torch.autograd.Function):
         kl = torch.empty_like(negative_entropies)
         for start in range(0, len(states), TOKENS_OF_LOGITS):
             chunk = slice(start, start + TOKENS_OF_LOGITS)
-            logits = _logits(states[chunk], head)
+            logits = logits_of(states[chunk], head)
             log_total = logits.logsumexp(1)
             kl[chunk] = negative_entropies[chunk] - (states[chunk] * rows[chunk]).sum(1) + log_total
             if gradient is not None:
-                gradient[chunk] = _mean_rows(logits.sub_(log_total[:, None]).exp_(), head) - rows[chunk]
+                gradient[chunk] = mean_rows(logits.sub_(log_total[:, None]).exp_(), head) - rows[chunk]
         ctx.save_for_backward(gradient)
         ctx.dtype = states.dtype
         return kl
@@ -72,12 +72,12 @@ class _StudentKL(torch.autograd.Function):
         return (kl_gradient[:, None] * gradient).to(ctx.dtype), None, None, None
 
 
-def _logits(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+def logits_of(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """`[T, H]` -> `[T, V]`, multiplied in the head's dtype, at least float32 from there on."""
     logits = F.linear(states.to(head.dtype), head)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _mean_rows(weights: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+def mean_rows(weights: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """The mean of the head's rows under distributions `[T, V]` -> `[T, H]`, in the dtype of the distributions."""
     return (weights.to(head.dtype) @ head).to(weights.dtype)
