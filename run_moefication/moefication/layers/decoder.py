@@ -5,12 +5,14 @@ Axes: B blocks of a batch, N positions, T tokens of the batch, H hidden size.
 
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from ..checkpoints.dense import DenseCheckpoint
+from ..precision import linear, product_dtype
 from ..text.batches import Batch
 
 
@@ -30,6 +32,9 @@ class PreMLP:
             state = {key: tensor(f"{name}.{key}").to(device, torch.float32) for key in module.state_dict()}
             module.load_state_dict(state, assign=True)
             module.eval()
+        for projection in self._attention.children():
+            projection.to(product_dtype(device))
+            projection.forward = partial(linear, weight=projection.weight, bias=projection.bias)
         self._rotary = LlamaRotaryEmbedding(config).to(device)
 
     @classmethod

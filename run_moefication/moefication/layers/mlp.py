@@ -13,6 +13,7 @@ from llama_moe.gates import Gate, make_gate
 
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.moe import MoECheckpoint
+from ..precision import linear, product_dtype
 
 
 class GatedMLP:
@@ -26,7 +27,7 @@ class GatedMLP:
         bias: torch.Tensor | None,
     ):
         """`weights`: those of gate_proj and up_proj, `[I, H]` each; `biases`: theirs, `[I]` or None."""
-        self._weights, self._biases = weights, biases
+        self._weights, self._biases = [weight.to(product_dtype(weight.device)) for weight in weights], biases
         self.down, self.bias = down, bias
 
     @classmethod
@@ -41,15 +42,15 @@ class GatedMLP:
 
     def gate_activations(self, inputs: torch.Tensor) -> torch.Tensor:
         """SiLU(gate_proj x), `[T, I]`, of the MLP's inputs `[T, H]`, not normalised."""
-        return F.silu(F.linear(inputs.float(), self._weights[0], self._biases[0]))
+        return F.silu(linear(inputs, self._weights[0], self._biases[0]))
 
     def activations(self, inputs: torch.Tensor) -> torch.Tensor:
         """What enters down_proj, `[T, I]`, of the MLP's inputs `[T, H]`, not normalised."""
-        return self.gate_activations(inputs) * F.linear(inputs.float(), self._weights[1], self._biases[1])
+        return self.gate_activations(inputs) * linear(inputs, self._weights[1], self._biases[1])
 
     def output(self, activations: torch.Tensor) -> torch.Tensor:
         """The output `[T, H]` from the activations `[T, I]`."""
-        return F.linear(activations, self.down.T, self.bias)
+        return linear(activations, self.down.T.to(product_dtype(self.down.device)), self.bias)
 
 
 class MoEMLP(GatedMLP):

@@ -26,7 +26,7 @@ from ..checkpoints.writer import PlannedTensor, write_checkpoint_files, write_sh
 from ..errors import MoEficationError, SettingError
 from ..fitting.final_norm import Divergence, fit_final_norm
 from ..layers.decoder import embed
-from ..precision import bfloat16_products
+from ..precision import bfloat16_products, product_dtype
 from ..progress import progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
@@ -165,7 +165,7 @@ def _fit_final_norm(
     num_tokens = min(max(streams.shape[1] // 8, LEAST_FINAL_TOKENS), MOST_FINAL_TOKENS)
     order = torch.randperm(streams.shape[1], generator=torch.Generator().manual_seed(seed))
     fit_to, measured_on = order[:num_tokens].chunk(2)
-    head = checkpoint.finite_tensor(checkpoint.lm_head).to(device, torch.float32)
+    head = checkpoint.finite_tensor(checkpoint.lm_head).to(device, product_dtype(device))
     dense_weight = checkpoint.finite_tensor(FINAL_NORM).to(device, torch.float32)
 
     def divergence(tokens: torch.Tensor) -> Divergence:
