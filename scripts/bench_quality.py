@@ -26,10 +26,11 @@ from run_moefication import command_line
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.settings import CALIBRATED
 
-METHODS = ("plain", "cmoe", "oracle", "static", "steps", "top_k", "calibrated", "dialled")
+METHODS = ("plain", "cmoe", "oracle", "sparse", "quantized", "hqq", "static", "steps", "top_k", "calibrated", "dialled")
 METHODS_HELP = (
     "rows to measure (plain, calibrated: the recipes; top_k: the calibrated one with that routing; steps: what each "
-    "part of it adds; dialled: calibrated at one of --budgets and run at the others; the rest are other methods)"
+    "part of it adds; dialled: calibrated at one of --budgets and run at the others; quantized and hqq: dense and "
+    "calibrated models of fewer bits, the latter by torchao; the rest are other methods)"
 )
 
 
@@ -49,7 +50,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="shares of the experts")
     help_of_experts = "of our models; static, steps, dialled and --distill take the first"
     parser.add_argument("--experts", type=positive, nargs="+", default=experts, help=help_of_experts)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help=METHODS_HELP)
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=[method for method in METHODS if method != "hqq"],
+        help=METHODS_HELP,
+    )
     parser.add_argument("--distill", action="store_true", help="distil the calibrated model, and the static mask alike")
     tokens = CALIBRATED.distillation_tokens
     parser.add_argument("--distillation_tokens", type=positive, default=tokens, help="one pass over so many")

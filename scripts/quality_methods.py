@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from quality_baselines import Choice, all_neurons, cmoe, masked, oracle
+from quality_baselines import Mask, cats, cmoe, masked, oracle, quantize_mlps, quantized_share, teal
 from transformers import PreTrainedModel
 
 import run_moefication as rm
@@ -38,6 +38,10 @@ STEPS: dict[str, dict[str, Any]] = {
     KEPT_GATES: {},  # of the model above
     "and gates refitted": {},
 }
+
+
+# Bits a weight and quantiser, by method.
+QUANTIZED = {"quantized": ((8, ""), (4, "")), "hqq": ((4, " by HQQ"),)}
 
 
 class Bench:
@@ -89,20 +93,29 @@ def rows(bench: Bench) -> Iterator[Row]:
     def recipe_at(budget: float, num_experts: int = experts[0], **changes: Any) -> Recipe:
         return replace(CALIBRATED.at(budget), num_experts=num_experts, calibration_tokens=tokens, **changes)
 
-    def masked_row(method: str, budget: float, make: Callable[[PreTrainedModel], list[Choice]]) -> Row:
-        return Row(method, budget, partial(measure_masked, bench, make), {})
+    def masked_row(method: str, budget: float, make: Callable[[PreTrainedModel], list[Mask]], **how: Any) -> Row:
+        return Row(method, budget, partial(measure_dense, bench, make, **how), how)
 
     def row(method: str, recipe: Recipe, make: Callable[..., rm.MoECheckpoint], *inputs: Any, **how: Any) -> Row:
         settings = {"recipe": as_data(recipe)} | (distillation if make is make_distilled else {})
         return Row(method, budget, partial(measure_moe, bench, partial(make, bench, recipe, *inputs), **how), settings)
 
-    yield masked_row("dense", 1.0, all_neurons)
+    yield masked_row("dense", 1.0, lambda model: [])
+    quantized = [pair for method, pairs in QUANTIZED.items() if method in methods for pair in pairs]
+    for bits, quantizer in quantized:
+        yield masked_row(f"dense, {bits} bits{quantizer}", 1.0, lambda model: [], bits=bits, quantizer=quantizer)
     for budget in arguments.budgets:
         chosen, name = recipe_at(budget), f"calibrated, {experts[0]} experts"
         if "plain" in methods:
             yield row("plain recipe", PLAIN.at(budget), make_model)
         if "cmoe" in methods:
             yield masked_row("CMoE's recipe", budget, partial(cmoe, bench.text(tokens).blocks, budget))
+        if "sparse" in methods:
+            blocks = bench.text(tokens).blocks
+            yield masked_row("TEAL", budget, partial(teal, blocks, budget))
+            yield masked_row("WINA", budget, partial(teal, blocks, budget, weighed=True))
+            if budget > 1 / 3:
+                yield masked_row("CATS", budget, partial(cats, blocks, budget))
         if "static" in methods:
             yield row("static mask", chosen, make_static, is_static=True)
             yield row("static mask, refitted", chosen, make_refitted_static, is_static=True)
@@ -113,6 +126,8 @@ def rows(bench: Bench) -> Iterator[Row]:
             yield row(f"calibrated, {number} experts, top_k", recipe, make_model)
         for number in experts if "calibrated" in methods else ():
             yield row(f"calibrated, {number} experts", recipe_at(budget, number), make_model)
+        for bits, quantizer in quantized if "calibrated" in methods else ():
+            yield row(f"{name}, {bits} bits{quantizer}", chosen, make_model, bits=bits, quantizer=quantizer)
         for other in arguments.budgets if "dialled" in methods else ():
             if other != budget:
                 num_selects = chosen.num_selects(chosen.num_experts)
@@ -131,15 +146,21 @@ def as_data(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(recipe), default=str))
 
 
-def measure_masked(bench: Bench, make: Callable[[PreTrainedModel], list[Choice]]) -> dict[str, Any]:
-    """The dense model with masks on its MLPs; what the choice itself costs is not counted."""
+def measure_dense(
+    bench: Bench, make: Callable[[PreTrainedModel], list[Mask]], bits: int = 16, quantizer: str = ""
+) -> dict[str, Any]:
+    """The dense model with masks on its MLPs, or with fewer bits a weight, which count as so much less that is read;
+    what the choice itself costs is not counted."""
     model = bench.dense.load_causal_lm(bench.run["device"], torch.float32)
-    choices, numbers = make(model), {}
+    if bits < 16:
+        quantize_mlps(model, bits, quantizer)
+    masks, numbers = make(model), {}
     for name, blocks in bench.texts.items():
-        with masked(model, choices) as shares:
+        with masked(model, masks) as unread:
             row = evaluate_model(model, name, blocks)
-        active = torch.cat(shares).mean().item()
-        numbers[name] = numbers_of(row, active, active)
+        tokens = sum(map(len, blocks)) * model.config.num_hidden_layers
+        read = 1 - sum(part.sum().item() for part in unread) / tokens
+        numbers[name] = numbers_of(row, read * (quantized_share(bits) if bits < 16 else 1), read)
     return numbers
 
 
@@ -150,9 +171,12 @@ def measure_moe(
     num_selects: int | None = None,
     is_static: bool = False,
     has_dense_norm: bool = False,
+    bits: int = 16,
+    quantizer: str = "",
 ) -> dict[str, Any]:
     """A LlamaMoE checkpoint, made first, at the budget `num_selects` or its own; if `is_static`, its shared experts run
-    alone, for which no gate is needed; if `has_dense_norm`, it gets the dense model's final norm."""
+    alone, for which no gate is needed; if `has_dense_norm`, it gets the dense model's final norm; with fewer `bits`,
+    those of its experts count as so much less that runs."""
     model = make().load(torch.float32).to(bench.run["device"])
     config, gate = model.config, 0.0
     if has_dense_norm:
@@ -162,11 +186,15 @@ def measure_moe(
             layer.mlp.gate.set_active_share(0)
         gate = sum(weights.numel() for weights in model.model.layers[0].mlp.gate.parameters())
         gate /= 3 * config.hidden_size * config.intermediate_size
+    if bits < 16:
+        quantize_mlps(model, bits, quantizer)
     numbers = {name: getattr(config, name) for name in ("num_selects", "num_shared_experts", "gate_rank")}
     for name, blocks in bench.texts.items():
         row = evaluate_model(model, name, blocks, num_selects)
         routed = sum(map(sum, row.expert_load)) / len(row.expert_load)
-        numbers[name] = numbers_of(row, row.active - gate, (routed + config.num_shared_experts) / row.num_experts)
+        neurons = (routed + config.num_shared_experts) / row.num_experts
+        saved = neurons * (1 - quantized_share(bits)) if bits < 16 else 0
+        numbers[name] = numbers_of(row, row.active - gate - saved, neurons)
     return numbers
 
 

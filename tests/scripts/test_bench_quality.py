@@ -2,6 +2,7 @@
 
 import math
 import re
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -13,7 +14,7 @@ import quality_methods
 import quality_table
 import torch
 from conftest import SENTENCES, assert_refused, make_llama, write_jsonl
-from quality_baselines import cmoe, masked, oracle
+from quality_baselines import cats, cmoe, masked, oracle, quantize_mlps, quantized_share, teal
 from quality_table import compared, ratios, read_rows
 from transformers import LlamaForCausalLM
 
@@ -22,6 +23,7 @@ from run_moefication.settings import CALIBRATED, PLAIN
 
 RESULTS = Path(bench_quality.__file__).parent / "results"
 BLOCKS = 3
+FEW_BITS = (", 8 bits", ", 4 bits")
 STATIC = ("", ", refitted", ", refitted and distilled")
 
 
@@ -42,19 +44,69 @@ def test_masks_run_their_budget_and_all_neurons_are_the_dense_model(make, dense,
         return evaluate_model(dense, "", blocks).block_losses
 
     whole = losses()
-    with masked(dense, make(dense, blocks, 1.0)) as shares:
+    with masked(dense, make(dense, blocks, 1.0)) as unread:
         assert losses() == pytest.approx(whole, rel=1e-6)
-    assert torch.cat(shares).tolist() == [1.0] * BLOCKS * 40 * dense.config.num_hidden_layers
-    with masked(dense, make(dense, blocks, 0.5)) as shares:
+    assert torch.cat(unread).tolist() == [0.0] * BLOCKS * 40 * dense.config.num_hidden_layers
+    with masked(dense, make(dense, blocks, 0.5)) as unread:
         assert losses() != pytest.approx(whole, rel=1e-3)
-    assert torch.cat(shares).tolist() == pytest.approx([0.5] * BLOCKS * 40 * dense.config.num_hidden_layers)
+    assert torch.cat(unread).tolist() == pytest.approx([0.5] * BLOCKS * 40 * dense.config.num_hidden_layers)
     assert losses() == whole  # the hooks are gone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["TEAL", "WINA", "CATS"])
+def test_sparse_activations_keep_the_largest_that_the_budget_has_room_for(method, dense, blocks):
+    """In the first layer, whose inputs no mask has changed, against a straight computation."""
+    seen, mlp, tokens = [], dense.model.layers[0].mlp, torch.stack(blocks)
+    gate, up, down = (part.weight for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    with mlp.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output))):
+        dense.model(tokens)
+        inputs = seen.pop()[0]
+        make = {"TEAL": teal, "WINA": lambda *given: teal(*given, weighed=True), "CATS": cats}[method]
+        with masked(dense, make(blocks, 0.5, dense)) as unread:
+            dense.model(tokens)
+    of_neurons, of_inputs = (down.norm(dim=0), torch.cat([gate, up]).norm(dim=0)) if method == "WINA" else (1, 1)
+    activated = torch.nn.functional.silu(inputs @ gate.T)
+    if method == "CATS":
+        masks = [activated.abs() >= activated.abs().quantile(0.75)]
+        hidden, shares = activated * masks[0] * (inputs @ up.T), [2 / 3]
+    else:
+        sizes = (activated * (inputs @ up.T)).abs() * of_neurons
+        least = sizes.flatten().sort().values[sizes.numel() // 2]  # of the dense model's activations
+        masks = [inputs.abs() * of_inputs >= (inputs.abs() * of_inputs).quantile(0.5)]
+        inputs = inputs * masks[0]
+        hidden, shares = torch.nn.functional.silu(inputs @ gate.T) * (inputs @ up.T), [2 / 3, 1 / 3]
+        masks.append(hidden.abs() * of_neurons >= least)
+        hidden = hidden * masks[1]
+    torch.testing.assert_close(seen[-1][1], hidden @ down.T)
+    of_layer = zip(unread, masks, shares, strict=False)
+    assert all(
+        part.tolist() == pytest.approx((share * (~mask).float().mean(-1)).flatten().tolist())
+        for part, mask, share in of_layer
+    )
+
+
+@pytest.mark.parametrize("quantizer", ["", " by HQQ"])
+def test_weights_of_few_bits_are_near_and_take_few_values(quantizer, dense):
+    if quantizer:
+        pytest.importorskip("torchao")
+    model = deepcopy(dense)
+    quantize_mlps(model, 4, quantizer)
+    (old, new), others = ((m.model.layers[1].mlp.up_proj.weight.detach() for m in (dense, model)), dense.state_dict())
+    groups, rounded = old.unflatten(1, (-1, 32)), new.unflatten(1, (-1, 32))
+    step = groups.abs().amax(2, keepdim=True) / 7
+    # To the nearest of 15 values, nothing is off by more than half a step; a better scale may cut off the largest.
+    assert ((groups - rounded).abs() <= (2 if quantizer else 0.501) * step).all()
+    assert max(len(group.unique()) for group in rounded.flatten(0, 1)) <= 16
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, others[name])}
+    assert changed == {name for name in others if ".mlp." in name}
+    assert quantized_share(4) == 4.5 / 16  # a scale of 16 bits for 32 weights
 
 
 def test_the_oracle_loses_less_of_each_output_than_any_other_choice(dense):
     hidden = torch.randn(9, 128, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        chosen = oracle(0.25, dense)[0](hidden)
+        chosen = oracle(0.25, dense)[0].choose(hidden)
         added = hidden.abs() * dense.model.layers[0].mlp.down_proj.weight.norm(dim=0)
     assert (chosen.sum(dim=1) == 32).all()
     assert (added.masked_fill(~chosen, math.inf).amin(1) >= added.masked_fill(chosen, 0).amax(1)).all()
@@ -113,13 +165,18 @@ def bench(tmp_path_factory):
 def test_the_bench_measures_every_method(bench):
     assert [numbers["method"] for numbers in bench.rows.values() if numbers["budget"] != 0.75] == [
         "dense",
+        *(f"dense{bits}" for bits in FEW_BITS),
         "plain recipe",
         "CMoE's recipe",
+        "TEAL",
+        "WINA",
+        "CATS",
         "static mask",
         "static mask, refitted",
         *(f"step: {step}" for step in quality_methods.STEPS),
         "calibrated, 16 experts, top_k",
         "calibrated, 16 experts",
+        *(f"calibrated, 16 experts{bits}" for bits in FEW_BITS),
         "calibrated, 16 experts, made for 75%",
         "static mask, refitted and distilled",
         "calibrated, 16 experts, distilled",
@@ -157,6 +214,12 @@ def test_budgets_count_experts_and_active_shares_gates_and_biases_too(bench):
     assert shares == [1 / 2, *[pytest.approx(1 / 2 + 1 / (3 * 128))] * 2]
     ours = bench.rows["calibrated, 16 experts, top_k at 0.5"]["c4"]
     assert ours["neurons"] == 0.5 < ours["active"]
+    fewer = bench.rows["calibrated, 16 experts, 4 bits at 0.5"]["c4"]
+    whole = bench.rows["calibrated, 16 experts at 0.5"]["c4"]
+    assert whole["active"] - fewer["active"] == pytest.approx(
+        whole["neurons"] * (1 - 4.5 / 16), abs=0.01
+    )  # gates stay as they are
+    assert bench.rows["dense, 4 bits at 1"]["c4"]["active"] == 4.5 / 16
     dialled, own = (bench.rows[f"calibrated, 16 experts{row}"]["c4"] for row in (", made for 75% at 0.5", " at 0.75"))
     assert dialled["neurons"] < own["neurons"]
 
@@ -185,8 +248,12 @@ def test_the_rows_of_a_file_make_a_table_and_a_plot(bench, tmp_path, run_script)
     [
         ('{"method": "x", "budget": 0.5}\n', (), "a file without the dense model's row"),
         ('{"method": "x", "budget": 0.5}\n{"method": "y"}\n', (), "rows.jsonl: line 2 is not a row; give files of"),
-        (None, ("--methods", "ours"), "--methods 'ours': there are plain recipe"),
-        (None, ("--budgets", 0.6), "--budgets 0.6: there are 0.75, 0.5"),
+        (
+            None,
+            ("--methods", "ours"),
+            "--methods 'ours': there are dense, 8 bits, dense, 4 bits, plain recipe",
+        ),
+        (None, ("--budgets", 0.6), "--budgets 0.6: there are 1.0, 0.75, 0.5"),
     ],
 )
 def test_what_makes_no_table_is_refused(rows, options, words, bench, tmp_path, run_script):
