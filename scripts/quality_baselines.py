@@ -168,12 +168,12 @@ def _cmoe_choice(together: torch.Tensor, num_shared: int, active: int) -> Choice
 # ---------------------------------------------------------------------------------------------------- fewer bits
 
 GROUP = 32  # weights that share a scale
-SCALE_BITS = 16
+SCALE_BITS = 16  # of a scale, and of a zero point
 
 
-def quantized_share(bits: int) -> float:
+def quantized_share(bits: int, quantizer: str = "") -> float:
     """Bytes of quantised weights over those of bfloat16."""
-    return (bits + SCALE_BITS / GROUP) / 16
+    return (bits + (2 if quantizer else 1) * SCALE_BITS / GROUP) / 16
 
 
 def to_nearest(rows: torch.Tensor, bits: int) -> torch.Tensor:
@@ -184,12 +184,13 @@ def to_nearest(rows: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def by_hqq(rows: torch.Tensor, bits: int) -> torch.Tensor:
-    """The same with scales of half-quadratic quantization (Badri and Shaji 2023), by torchao."""
-    from torchao.quantization import IntxUnpackedToInt8Tensor
-    from torchao.quantization.quantize_.workflows.intx.intx_choose_qparams_algorithm import IntxChooseQParamsAlgorithm
+    """The same by half-quadratic quantization (Badri and Shaji 2023), which gives each group a zero point as well, by
+    torchao."""
+    from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq as hqq
 
-    how = dict(intx_choose_qparams_algorithm=IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY)
-    return IntxUnpackedToInt8Tensor.from_hp(rows, (1, GROUP), getattr(torch, f"int{bits}"), **how).dequantize()
+    how = dict(nbits=bits, group_size=GROUP, compute_dtype=torch.float32, device=rows.device, raw_output=True)
+    steps, scales, zeros, _ = hqq(rows.clone(), **how)
+    return ((steps.unflatten(1, (-1, GROUP)) - zeros[..., None]) * scales[..., None]).flatten(1)
 
 
 QUANTIZERS = {"": to_nearest, " by HQQ": by_hqq}  # by what a row's name says of them
@@ -197,11 +198,12 @@ QUANTIZERS = {"": to_nearest, " by HQQ": by_hqq}  # by what a row's name says of
 
 @torch.no_grad()
 def quantize_mlps(model: PreTrainedModel, bits: int, quantizer: str = "") -> None:
-    """Round the weights of the MLPs, or of the experts, to so many bits, in place, by one of `QUANTIZERS`, with a scale
-    for each `GROUP` of a row. Gates, norms and biases stay as they are."""
+    """Round the weights of the MLPs, or of the experts, to so many bits by one of `QUANTIZERS`, with a scale for each
+    `GROUP` of a row. Gates, norms and biases stay as they are, and so do the tensors that the weights were, which may
+    be the checkpoint's own."""
     for name, weight in model.named_parameters():
         if ".mlp." in name and ".gate." not in name and weight.ndim > 1:
             # A row for each neuron of down_proj, too: an expert's part of its own rows is shorter than a group.
             neurons = weight.transpose(-1, -2) if "down_proj" in name else weight
-            rows = neurons.reshape(-1, neurons.shape[-1])
-            neurons.copy_(QUANTIZERS[quantizer](rows, bits).view(neurons.shape))
+            rounded = QUANTIZERS[quantizer](neurons.reshape(-1, neurons.shape[-1]), bits).view(neurons.shape)
+            weight.data = rounded.transpose(-1, -2).contiguous() if "down_proj" in name else rounded

@@ -90,16 +90,18 @@ def test_sparse_activations_keep_the_largest_that_the_budget_has_room_for(method
 def test_weights_of_few_bits_are_near_and_take_few_values(quantizer, dense):
     if quantizer:
         pytest.importorskip("torchao")
-    model = deepcopy(dense)
+    model, before = LlamaForCausalLM(dense.config), deepcopy(dense.state_dict())
+    model.load_state_dict(dense.state_dict(), assign=True)  # the very tensors
     quantize_mlps(model, 4, quantizer)
-    (old, new), others = ((m.model.layers[1].mlp.up_proj.weight.detach() for m in (dense, model)), dense.state_dict())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
+    old, new = (m.model.layers[1].mlp.up_proj.weight.detach() for m in (dense, model))
     groups, rounded = old.unflatten(1, (-1, 32)), new.unflatten(1, (-1, 32))
     step = groups.abs().amax(2, keepdim=True) / 7
     # To the nearest of 15 values, nothing is off by more than half a step; a better scale may cut off the largest.
     assert ((groups - rounded).abs() <= (2 if quantizer else 0.501) * step).all()
     assert max(len(group.unique()) for group in rounded.flatten(0, 1)) <= 16
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, others[name])}
-    assert changed == {name for name in others if ".mlp." in name}
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if ".mlp." in name}
     assert quantized_share(4) == 4.5 / 16  # a scale of 16 bits for 32 weights
 
 
