@@ -3,13 +3,11 @@ r"""Perplexity of checkpoints, dense or MoE, on one text.
   python llama_evaluate.py --model_path MODEL NAME-MoE --num_selects 8 6 4 2 \
     --text_path ../llama_data/heldout/wikipedia.jsonl
 
-Prints one table with ratios to the first row, and how evenly each layer of an MoE uses its experts. Active: the share
-of the MLPs' parameters that ran, gates included.
+Prints ratios to the first row, and how evenly an MoE uses its experts. Active: share of the MLPs that ran, with gates.
 """
 
 import json
 import sys
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
@@ -35,7 +33,7 @@ def main(run: Run) -> None:
     if file and (file.is_dir() or not file.parent.is_dir()):
         raise SettingError(f"json {file} cannot be written: name a file in a folder that exists")
     results = stage.evaluate(given.model_path, given.text_path, **vars(run.settings), **run.options)
-    as_json = json.dumps([asdict(row) for row in results], indent=1)
+    as_json = json.dumps([vars(row) for row in results], indent=1)
     if given.json == "-":
         print(as_json)
         return
