@@ -18,7 +18,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin
 
 from .moefication.errors import MoEficationError, SettingError
-from .settings import TEMPLATES, CorpusSettings
+from .settings import SEED, TEMPLATES, CorpusSettings
 
 if TYPE_CHECKING:
     from .moefication.checkpoints.dense import DenseCheckpoint
@@ -181,6 +181,13 @@ class Parser(argparse.ArgumentParser):
 def new_parser(doc: str) -> Parser:
     """A parser described by its script's docstring."""
     return Parser(description=doc.strip(), formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def seed_number(text: str) -> int:
+    """The type of a `--seed` that belongs to no stage's settings."""
+    if not text.isascii() or not text.isdigit() or not SEED.is_right(int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} {SEED.otherwise}")
+    return int(text)
 
 
 def add_settings(parser: Any, settings: type) -> None:

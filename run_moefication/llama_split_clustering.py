@@ -33,11 +33,14 @@ def main(run: Run) -> None:
     from run_moefication.moefication.stages.split_on_activations import split_by_activations
 
     given, settings, templates = run.arguments, run.settings, parse_templates(run.arguments.templates)
-    features, on_weights = given.hidden_features_path, settings.cluster_on == "weights"
-    if bool(given.train_data_path) + bool(features) != (not on_weights):
-        raise SettingError("cluster_on activations needs either train_data_path or hidden_features_path; else neither")
+    features = given.hidden_features_path
+    sources = [name for name in ("train_data_path", "hidden_features_path") if getattr(given, name)]
+    if settings.cluster_on == "weights" and sources:
+        raise SettingError(f"{sources[0]} is for cluster_on activations")
+    if settings.cluster_on == "activations" and len(sources) != 1:
+        raise SettingError("cluster_on activations needs either train_data_path or hidden_features_path")
     run.refuse_unread_text_options()
-    if on_weights:
+    if settings.cluster_on == "weights":
         writer = split_by_weights(run.checkpoint, given.save_path, templates, settings, **run.options)
     elif len(templates) > 1:
         raise SettingError("cluster_on activations takes one of templates: the split is the same for both")
@@ -47,10 +50,11 @@ def main(run: Run) -> None:
     if given.train_data_path:
         run.print_mix()
     num_layers, neurons = run.checkpoint.config.num_hidden_layers, run.checkpoint.config.intermediate_size
-    num_experts, num_shared, width = settings.num_experts, settings.num_shared_experts, neurons // settings.num_experts
-    print(f"{num_layers} layers, {num_experts} experts of {width} neurons, {num_shared} of them shared")
+    width, num_shared = neurons // settings.num_experts, settings.num_shared_experts
+    shared = f", {num_shared} of them shared" if num_shared else ""
+    print(f"{run.checkpoint.name}: {num_layers} layers, {settings.num_experts} experts of {width} neurons{shared}")
+    metrics, routed = writer.metrics(), neurons - num_shared * width
     for template in templates:
-        metrics, routed = writer.metrics(), neurons - num_shared * width
         costs = [metrics[template.format(layer)]["cost"] / routed for layer in range(num_layers)]
         print(f"{template}: mean {settings.distance} distance to the centre {min(costs):.3f} to {max(costs):.3f}")
     run.report(writer, "llama_get_hidden_features.py (2_get_hidden_features.sh)")

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bf16", action="store_true", help="distil in bfloat16")
     parser.add_argument("--device", **command_line.DEVICE)
     parser.add_argument("--json", type=Path, help="JSON lines, one row each (default: rows.jsonl in --work)")
-    parser.add_argument("--seed", type=int, default=0, help="of blocks, clustering and bootstrap")
+    parser.add_argument("--seed", type=command_line.seed_number, default=0, help="of blocks, clustering and bootstrap")
     return command_line.run(parser, bench, argv)
 
 

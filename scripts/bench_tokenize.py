@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text_path", type=command_line.path, required=True, help="folder or file of documents")
     parser.add_argument("--rounds", type=timing.positive, default=5, help="rounds, of which the median counts")
     parser.add_argument("--gigabytes", type=float, help="size of a generated file to measure memory on (default: none)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order of documents")
+    parser.add_argument("--seed", type=command_line.seed_number, default=0, help="seed of the order of documents")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return command_line.run(parser, bench, argv)
 

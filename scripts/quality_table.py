@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budgets", type=float, nargs="+", help="budgets to show (default: all)")
     parser.add_argument("--short", action="store_true", help="no intervals, shares of neurons and minutes in the table")
     parser.add_argument("--plot", type=Path, help="draw perplexity against active fraction into this file")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--seed", type=command_line.seed_number, default=0, help="of the bootstrap")
     return command_line.run(parser, show, argv)
 
 
