@@ -15,6 +15,7 @@ import datetime
 import sys
 import time
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -72,6 +73,8 @@ def bench(arguments: argparse.Namespace) -> None:
     for budget in arguments.budgets:
         if not 0.05 <= budget < 1:
             raise MoEficationError(f"--budgets {budget:g}: shares from 0.05 to below 1 are measured")
+    if "hqq" in arguments.methods and find_spec("torchao") is None:
+        raise MoEficationError("--methods hqq needs the package torchao: pip install torchao")
     path = arguments.json or arguments.work / "rows.jsonl"
     if arguments.json and not path.absolute().parent.is_dir():
         raise MoEficationError(f"--json {path}: there is no folder {path.parent}")

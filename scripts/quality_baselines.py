@@ -173,7 +173,7 @@ SCALE_BITS = 16  # of a scale, and of a zero point
 
 def quantized_share(bits: int, quantizer: str = "") -> float:
     """Bytes of quantised weights over those of bfloat16."""
-    return (bits + (2 if quantizer else 1) * SCALE_BITS / GROUP) / 16
+    return 1.0 if bits == 16 else (bits + (2 if quantizer else 1) * SCALE_BITS / GROUP) / 16
 
 
 def to_nearest(rows: torch.Tensor, bits: int) -> torch.Tensor:

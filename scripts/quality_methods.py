@@ -160,7 +160,7 @@ def measure_dense(
             row = evaluate_model(model, name, blocks)
         tokens = sum(map(len, blocks)) * model.config.num_hidden_layers
         read = 1 - sum(part.sum().item() for part in unread) / tokens
-        numbers[name] = numbers_of(row, read * (quantized_share(bits, quantizer) if bits < 16 else 1), read)
+        numbers[name] = numbers_of(row, read * quantized_share(bits, quantizer), read)
     return numbers
 
 
@@ -193,7 +193,7 @@ def measure_moe(
         row = evaluate_model(model, name, blocks, num_selects)
         routed = sum(map(sum, row.expert_load)) / len(row.expert_load)
         neurons = (routed + config.num_shared_experts) / row.num_experts
-        saved = neurons * (1 - quantized_share(bits, quantizer)) if bits < 16 else 0
+        saved = neurons * (1 - quantized_share(bits, quantizer))
         numbers[name] = numbers_of(row, row.active - gate - saved, neurons)
     return numbers
 

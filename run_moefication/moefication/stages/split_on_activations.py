@@ -98,7 +98,7 @@ class NeuronStatistics:
         cosines /= norms[:, None] * norms
         cosines.diagonal().add_(JITTER)
         # The rows of the Cholesky factor have the Gram matrix of the rows of bits, which is all that k-means sees.
-        rows = torch.linalg.cholesky(cosines).float().contiguous()  # its columns lie together
+        rows = torch.linalg.cholesky(cosines).float().contiguous()  # stored by columns, seeds take six times as long
         num_routed = num_experts - num_shared_experts
         clusters = balanced_kmeans(rows, num_routed, settings.distance, settings.seed)
         labels = torch.empty(len(self.importance), dtype=torch.long)
