@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Stage 5, calibrate: refine gates, set thresholds and refit down_proj of the converted checkpoint, in closed form.
+# Stage 5, calibrate: refine gates, set thresholds and refit down_proj of the converted checkpoint, in closed form; then
+# fit norms, biases and a factor for each expert to the dense model's predictions.
 #     MODEL_PATH=/models/llama_7B MAX_TOKENS=262144 bash 5_calibrate.sh
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -8,7 +9,9 @@ stage_settings # MODEL_PATH, MOE_PATH, CALIBRATED_PATH (the new one), SEED, NUM_
 MAX_TOKENS="${MAX_TOKENS:-$CALIBRATION_TOKENS}"                          # more is better, and longer
 BATCH_SIZE="${BATCH_SIZE:-4}"                                            # blocks at a time
 REFIT_GATES="${REFIT_GATES-$([ "$GATE_NETWORK" != linear ] || echo 1)}" # empty: gates stay as they are
+FIT_LOGITS="${FIT_LOGITS-1}"                                            # empty: no fit of all layers together
 
 options TRAIN_DATA_PATH TRAIN_DATA_CACHE_PATH DOMAIN_WEIGHTS MAX_TOKENS BLOCK_SIZE BATCH_SIZE SEED
 "$PYTHON" "$HERE/llama_calibrate.py" --model_path "$MODEL_PATH" --moe_path "$MOE_PATH" --save_path "$CALIBRATED_PATH" \
-    "${OPTIONS[@]}" ${BUDGET:+--num_selects "$BUDGET"} ${REFIT_GATES:+--refit_gates} ${OUTPUT_BIAS:+--output_bias} "$@"
+    "${OPTIONS[@]}" ${BUDGET:+--num_selects "$BUDGET"} ${REFIT_GATES:+--refit_gates} ${OUTPUT_BIAS:+--output_bias} \
+    ${FIT_LOGITS:+--fit_logits} "$@"

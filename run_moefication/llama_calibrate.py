@@ -1,8 +1,8 @@
 r"""Stage 5, calibrate: refine gates, set thresholds and refit down_proj of a converted model, layer by layer in closed
-form, and the final norm.
+form; then fit a few parameters of all layers together to the dense model's predictions.
 
   python llama_calibrate.py --model_path MODEL --moe_path NAME-MoE --save_path NAME-MoE-Calibrated \
-    --train_data_path ../llama_data --max_tokens 131072 --refit_gates
+    --train_data_path ../llama_data --max_tokens 131072 --refit_gates --fit_logits
 
 Writes a LlamaMoE checkpoint like the one it read. Memory: a layer of each model, five matrices of its neurons squared
 (LLaMA-7B: 6.5 GB together), and up to 2 GB of activations; disk, until it is done: 16 bytes a token for each of
@@ -30,7 +30,7 @@ def main(run: Run) -> None:
         print(f"{layer:>5} {m['active_share']:>17.1%} {errors} {m['strength']:>9g}")
     if final:
         before, after = final["divergence_before"], final["divergence_after"]
-        print(f"divergence from the dense model: {before:.4f} nats a token, {after:.4f} with the final norm fitted")
+        print(f"divergence from the dense model: {before:.4f} nats a token, {after:.4f} with all layers fitted together")
     run.report(writer, "llama_distill.py (6_distill.sh), or llama_evaluate.py (evaluate.sh)")
 
 

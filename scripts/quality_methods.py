@@ -27,16 +27,17 @@ from run_moefication.moefication.text.corpus import Corpus
 from run_moefication.settings import CALIBRATED, PLAIN, TEMPLATES, RandomSplitSettings, Recipe
 
 # What each part of the recipe adds: changes that leave out the parts after it. The recipe itself adds a last one, the
-# fit of the final norm.
-RANDOM_EXPERTS, THRESHOLD, KEPT_GATES = "random experts, top_k", "and a threshold", "and down_proj refitted"
+# fit of all layers together.
+RANDOM_EXPERTS, THRESHOLD = "random experts, top_k", "and a threshold"
+KEPT_GATES, REFINED_GATES = "and down_proj refitted", "and gates refitted"
 STEPS: dict[str, dict[str, Any]] = {
     RANDOM_EXPERTS: dict(cluster_on="random", shared=None, routing="top_k", is_calibrated=False),
     "split on weights": dict(cluster_on="weights", shared=None, routing="top_k", is_calibrated=False),
     "split on activations": dict(shared=None, routing="top_k", is_calibrated=False),
     "and shared experts": dict(routing="top_k", is_calibrated=False),
     THRESHOLD: dict(is_calibrated=False),
-    KEPT_GATES: {},  # of the model above
-    "and gates refitted": {},
+    KEPT_GATES: {},  # these two are of the model above
+    REFINED_GATES: {},
 }
 
 
@@ -120,7 +121,7 @@ def rows(bench: Bench) -> Iterator[Row]:
             yield row("static mask", chosen, make_static, is_static=True)
             yield row("static mask, refitted", chosen, make_refitted_static, is_static=True)
         for step in STEPS if "steps" in methods else ():
-            yield row(f"step: {step}", chosen, make_step, step, has_dense_norm=True)
+            yield row(f"step: {step}", chosen, make_step, step)
         for number in experts if "top_k" in methods else ():
             recipe = recipe_at(budget, number, name="top_k", routing="top_k")
             yield row(f"calibrated, {number} experts, top_k", recipe, make_model)
@@ -170,17 +171,13 @@ def measure_moe(
     *,
     num_selects: int | None = None,
     is_static: bool = False,
-    has_dense_norm: bool = False,
     bits: int = 16,
     quantizer: str = "",
 ) -> dict[str, Any]:
     """A LlamaMoE checkpoint, made first, at the budget `num_selects` or its own; if `is_static`, its shared experts run
-    alone, for which no gate is needed; if `has_dense_norm`, it gets the dense model's final norm; with fewer `bits`,
-    those of its experts count as so much less that runs."""
+    alone, for which no gate is needed; with fewer `bits`, those of its experts count as so much less that runs."""
     model = make().load(torch.float32).to(bench.run["device"])
     config, gate = model.config, 0.0
-    if has_dense_norm:
-        model.model.norm.weight.data.copy_(bench.dense.tensor("norm.weight"))
     if is_static:
         for layer in model.model.layers:
             layer.mlp.gate.set_active_share(0)
@@ -222,10 +219,10 @@ def make_model(bench: Bench, recipe: Recipe, experts: Split | None = None) -> rm
 
 def make_step(bench: Bench, recipe: Recipe, step: str) -> rm.MoECheckpoint:
     """The recipe's model up to a step of `STEPS`."""
-    if step == KEPT_GATES:
-        return refit(bench, make_step(bench, recipe, THRESHOLD), recipe)
-    if STEPS[step]:
-        recipe = replace(recipe, name=step, **STEPS[step])
+    if step in (KEPT_GATES, REFINED_GATES):
+        moe = make_step(bench, recipe, THRESHOLD)
+        return refit(bench, moe, recipe, step, refit_gates=step == REFINED_GATES)
+    recipe = replace(recipe, name=step, **STEPS[step])
     experts = None
     if step == RANDOM_EXPERTS:
         settings = RandomSplitSettings(num_experts=recipe.num_experts, seed=bench.arguments.seed)
@@ -245,14 +242,15 @@ def make_static(bench: Bench, recipe: Recipe) -> rm.MoECheckpoint:
 
 def make_refitted_static(bench: Bench, recipe: Recipe) -> rm.MoECheckpoint:
     """The same, calibrated as our models are."""
-    return refit(bench, make_static(bench, recipe), recipe, recipe.num_selects(recipe.num_experts))
+    how = dict(num_selects=recipe.num_selects(recipe.num_experts), fit_logits=True)
+    return refit(bench, make_static(bench, recipe), recipe, "Refitted", **how)
 
 
-def refit(bench: Bench, moe: rm.MoECheckpoint, recipe: Recipe, num_selects: int | None = None) -> rm.MoECheckpoint:
-    """A model calibrated with the gates that it has, at this budget or its own."""
-    settings = rm.CalibrateSettings(num_selects=num_selects, output_bias=recipe.output_bias)
+def refit(bench: Bench, moe: rm.MoECheckpoint, recipe: Recipe, name: str, **settings: Any) -> rm.MoECheckpoint:
+    """A model calibrated with these settings into a folder of this name beside it."""
+    how = rm.CalibrateSettings(output_bias=recipe.output_bias, **settings)
     text = bench.text(recipe.calibration_tokens)
-    return rm.calibrate(bench.dense, moe, text, moe.path.with_name("Refitted"), settings, **bench.run)
+    return rm.calibrate(bench.dense, moe, text, moe.path.with_name(name), how, **bench.run)
 
 
 def make_distilled(bench: Bench, recipe: Recipe, make: Callable[[Bench, Recipe], rm.MoECheckpoint]) -> rm.MoECheckpoint:

@@ -32,7 +32,7 @@ def calibration_card(
     metrics: list[dict[str, Any]],
     final_metrics: dict[str, float] | None,
 ) -> str:
-    """The card of a checkpoint that calibrate wrote, with what each layer's fit gained and that of the final norm."""
+    """The card of a checkpoint that calibrate wrote, with what each layer's fit gained, and that of all together."""
     fitted = "Gates and `down_proj` were" if "gate" in metrics[0] else "`down_proj` was"
     thresholds = [f"{m['threshold']:.4g}" if config.routing == "threshold" else "none" for m in metrics]
     rows = [
@@ -44,8 +44,9 @@ def calibration_card(
     final = ""
     if final_metrics is not None:
         final = f"""
-The weight of the final norm was fitted to the dense model's predictions: KL divergence of
-{final_metrics["divergence_before"]:.4f} nats a token before, {final_metrics["divergence_after"]:.4f} after it.
+Then the norms, the output biases and a factor for each expert were fitted to the dense model's predictions, all layers
+together. KL divergence on tokens that nothing was fitted to: {final_metrics["divergence_before"]:.4f} nats a token
+before, {final_metrics["divergence_after"]:.4f} after it.
 """
     return model_card(
         name,

@@ -23,11 +23,11 @@ class GateEquations:
         features = torch.cat([inputs.float(), inputs.new_ones(len(inputs), 1, dtype=torch.float32)], dim=1)
         (self._held_out if held_out else self._train).add(features, scores, weights)
 
-    def fit(self, gate: LinearGate, *, refines: bool) -> dict[str, float]:
+    def fit(self, gate: LinearGate, *, refines: bool, spares: bool = True) -> dict[str, float]:
         """Fit weight and bias in place, with the strength that does best on the held-out tokens.
 
         A gate with a rank gets the nearest map of that rank. One that `refines` is pulled to its values instead of to
-        zero, and fitted to held-out tokens as well, once the strength is chosen.
+        zero. Unless it `spares` the held-out tokens, it is fitted to them as well, once the strength is chosen.
 
         Returns: the strength, and the share of the held-out scores' (weighted) variance that the map explains when
         fitted without them, and before its rank is cut.
@@ -37,7 +37,7 @@ class GateEquations:
         constant[-1] = self._train.cross[-1] / self._train.gram[-1, -1]  # the weighted mean of each score
         unexplained = self._held_out.error(constant)
         strength, error = best_strength(self._train, self._held_out, GATE_STRENGTHS, prior)
-        if refines:
+        if not spares:
             self._train += self._held_out
         solution = self._train.solve(strength, prior)
         with torch.no_grad():

@@ -33,7 +33,7 @@ class PreMLP:
             module.load_state_dict(state, assign=True)
             module.eval()
         for projection in self._attention.children():
-            projection.to(product_dtype(device))
+            projection.requires_grad_(False).to(product_dtype(device))
             projection.forward = partial(linear, weight=projection.weight, bias=projection.bias)
         self._rotary = LlamaRotaryEmbedding(config).to(device)
 

@@ -2,9 +2,10 @@
 
 The dense and the converted model read the same text, a layer of each at a time. A layer is fitted on what the layers
 before it, already calibrated, really produce, and towards the residual stream of the dense model after it: so later
-layers repair what earlier ones lost. The final norm comes last.
+layers repair what earlier ones lost. Then a few parameters of all layers are fitted together.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from llama_moe import LlamaMoEConfig
 
 from ...settings import CalibrateSettings
+from ..artifacts.fits import Fits
 from ..artifacts.streams import Streams
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.model_card import calibration_card
@@ -24,21 +25,18 @@ from ..checkpoints.moe import MoECheckpoint, require_num_selects
 from ..checkpoints.tokenizers import tokenizer_files
 from ..checkpoints.writer import PlannedTensor, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
-from ..fitting.final_norm import Divergence, fit_final_norm
 from ..layers.decoder import embed
-from ..precision import bfloat16_products, product_dtype
+from ..precision import bfloat16_products
 from ..progress import progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
 from ..text.batches import batches_of
 from ..text.corpus import Corpus, require_held_out_block
 from .calibrate_layer import LayerCalibration, is_fitted
+from .calibrate_logits import fit_to_logits, with_factors
 
 HELD_OUT_EVERY_NTH_BLOCK = 6  # one block of this many is held out to choose strengths on
-FINAL_NORM = "norm.weight"
-# The final norm is fitted to and measured on an eighth of all tokens, within these bounds, half of them each. They come
-# from all blocks, for a few documents are too special.
-LEAST_FINAL_TOKENS, MOST_FINAL_TOKENS = 8192, 16384
+TOGETHER = "together"  # the fit of all layers
 
 
 @bfloat16_products()
@@ -74,34 +72,21 @@ def calibrate(
         inputs={"moe_path": moe.artifact.digest, "train_data_path": corpus.digest},
         facts={"tokens": corpus.num_tokens, "mix": [asdict(share) for share in corpus.mix]},
     )
-    shards = _plan(moe, config)
-    *layer_files, rest = shards
+    shards = _plan(moe, config, settings)
     writer = ArtifactWriter(Path(save_path), spec, [*shards, "config"], overwrite=overwrite, exclusive=True)
     missing = writer.missing()
+    fits = Fits(writer)
     if missing:
         checkpoint.check_finite()  # before anything is written
-    streams = Streams(writer, (2, corpus.num_tokens, config.hidden_size))
-    batches = batches_of(corpus.blocks, settings.batch_size, -(-len(corpus.blocks) // HELD_OUT_EVERY_NTH_BLOCK))
-    layers = streams.layers_to_walk([i for i, file in enumerate(layer_files) if file in missing], len(layer_files))
-    if layers and layers[0] == 0 and not streams.has(0):
-        with streams.filling(0) as first:
-            for stream, model in zip(first, (checkpoint, moe), strict=True):
-                embed(stream, corpus.blocks, batches, model.tensor("embed_tokens.weight"))
-    for layer in progress(layers, "calibrate", "layer"):
-        calibration = LayerCalibration(checkpoint, moe, config, layer, device=device)
-        with streams.filling(layer + 1) as after:
-            before = streams.before(layer)
-            metrics = calibration.run(batches, before, after, refit_gate=settings.refit_gates)
-        values = {moe.stored_name(name): tensor for name, tensor in calibration.tensors().items()}
-        write_shard(writer, layer_files[layer], shards[layer_files[layer]], values, metrics)
-        streams.remove(layer)
-    if rest in missing:
-        values, metrics = {}, None
-        if moe.model_class == "LlamaMoEForCausalLM":
-            last = streams.before(config.num_hidden_layers)
-            weight, metrics = _fit_final_norm(checkpoint, moe, last, corpus.options["seed"], device)
-            values = {moe.stored_name(FINAL_NORM): weight}
-        write_shard(writer, rest, shards[rest], values, metrics)
+        together, tensor = _fit(checkpoint, moe, config, corpus, settings, writer, fits, device)
+        for index, (file, fit) in enumerate(zip(shards, [*_layer_fits(config), TOGETHER], strict=True)):
+            if file in missing:
+                to_make = [planned.name for planned in shards[file] if planned.make is None]
+                values = {name: with_factors(together, tensor, name.removeprefix("model.")) for name in to_make}
+                metrics = fits.metrics(fit) if fits.has(fit) else None
+                if (moved := together.get(f"layers.{index}.mlp.gate.threshold")) is not None:
+                    metrics["threshold"] = moved.item()
+                write_shard(writer, file, shards[file], values, metrics)
     if "config" in missing:
         card = calibration_card(checkpoint.name, config, moe.model_class, corpus.num_tokens, *gains(writer))
         write_checkpoint_files(writer, "config", moe.path, shards, config, card, tokenizer_files(moe.path))
@@ -109,8 +94,56 @@ def calibrate(
     return writer
 
 
+def _layer_fits(config: LlamaMoEConfig) -> list[str]:
+    """The names of the layers' fits."""
+    return [f"layer.{layer}" for layer in range(config.num_hidden_layers)]
+
+
+def _fit(
+    checkpoint: DenseCheckpoint,
+    moe: MoECheckpoint,
+    config: LlamaMoEConfig,
+    corpus: Corpus,
+    settings: CalibrateSettings,
+    writer: ArtifactWriter,
+    fits: Fits,
+    device: str,
+) -> tuple[dict[str, torch.Tensor], Callable[[str], torch.Tensor]]:
+    """Do the fits that are missing. Returns the tensors of the fit of all layers together (none, if it is not asked
+    for), and what gives the other tensors by their names, as the layers' fits left them."""
+    names = _layer_fits(config)
+    num_held_out = -(-len(corpus.blocks) // HELD_OUT_EVERY_NTH_BLOCK)
+    batches = batches_of(corpus.blocks, settings.batch_size, num_held_out)
+    streams = Streams(writer, (2, corpus.num_tokens, config.hidden_size))
+    layers = streams.layers_to_walk([i for i, name in enumerate(names) if not fits.has(name)], len(names))
+    if layers and layers[0] == 0 and not streams.has(0):
+        with streams.filling(0) as first:
+            for stream, model in zip(first, (checkpoint, moe), strict=True):
+                embed(stream, corpus.blocks, batches, model.tensor("embed_tokens.weight"))
+    how = dict(refit_gate=settings.refit_gates, spares=settings.fit_logits)
+    for layer in progress(layers, "calibrate", "layer"):
+        calibration = LayerCalibration(checkpoint, moe, config, layer, device=device)
+        with streams.filling(layer + 1) as after:
+            metrics = calibration.run(batches, streams.before(layer), after, **how)
+        fits.save(names[layer], calibration.tensors(), metrics)
+        streams.remove(layer)
+    fitted = {name: tensor for fit in names for name, tensor in fits.tensors(fit).items()}
+
+    def tensor(name: str) -> torch.Tensor:
+        return fitted[name] if name in fitted else moe.tensor(name)
+
+    if not settings.fit_logits:
+        return {}, tensor
+    if not fits.has(TOGETHER):
+        blocks = corpus.blocks[-num_held_out:]
+        dense = streams.before(len(names))[0, -sum(map(len, blocks)) :]
+        how = dict(batch_size=settings.batch_size, device=device)
+        fits.save(TOGETHER, *fit_to_logits(checkpoint, config, tensor, blocks, dense, **how))
+    return fits.tensors(TOGETHER), tensor
+
+
 def gains(writer: ArtifactWriter) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
-    """The metrics of the layers, in order, and of the final norm; None for a model that predicts no tokens."""
+    """The metrics of the layers, in order, and of the fit of all together (None: there was none)."""
     *layer_files, rest, _ = writer.parts
     metrics = writer.metrics()
     return [metrics[file] for file in layer_files], metrics.get(rest)
@@ -137,7 +170,7 @@ def _new_config(moe: MoECheckpoint, settings: CalibrateSettings) -> LlamaMoEConf
     )
 
 
-def _plan(moe: MoECheckpoint, config: LlamaMoEConfig) -> dict[str, list[PlannedTensor]]:
+def _plan(moe: MoECheckpoint, config: LlamaMoEConfig, settings: CalibrateSettings) -> dict[str, list[PlannedTensor]]:
     """File name -> its tensors: a file for each layer, then one of what lies outside. Fitted ones have no maker."""
     num_layers = config.num_hidden_layers
     new = {"gate.bias": (config.num_experts,)} if config.gate_bias else {}
@@ -148,32 +181,9 @@ def _plan(moe: MoECheckpoint, config: LlamaMoEConfig) -> dict[str, list[PlannedT
         infos.setdefault(f"layers.{layer}.mlp.{name}", (shape, weight_dtype))
     groups: list[list[PlannedTensor]] = [[] for _ in range(num_layers + 1)]
     for name, (shape, dtype) in infos.items():
-        has_fit = moe.model_class == "LlamaMoEForCausalLM" if name == FINAL_NORM else is_fitted(name)
+        has_fit = is_fitted(name) or (settings.fit_logits and name.endswith("norm.weight"))
         make = None if has_fit else partial(moe.tensor, name)
         group = int(name.split(".")[1]) if name.startswith("layers.") else num_layers
         groups[group].append(PlannedTensor(moe.stored_name(name), shape, dtype, make))
     names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
     return dict(zip(names, groups, strict=True))
-
-
-def _fit_final_norm(
-    checkpoint: DenseCheckpoint, moe: MoECheckpoint, streams: torch.Tensor, seed: int, device: str
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The final norm's weight, and the divergence from the dense model before and after, in nats a token, on tokens
-    that it is not fitted to. `streams`: those after the last layer, float32 `[2, tokens, H]`."""
-    config, weight = checkpoint.config, moe.tensor(FINAL_NORM)
-    num_tokens = min(max(streams.shape[1] // 8, LEAST_FINAL_TOKENS), MOST_FINAL_TOKENS)
-    order = torch.randperm(streams.shape[1], generator=torch.Generator().manual_seed(seed))
-    fit_to, measured_on = order[:num_tokens].chunk(2)
-    head = checkpoint.finite_tensor(checkpoint.lm_head).to(device, product_dtype(device))
-    dense_weight = checkpoint.finite_tensor(FINAL_NORM).to(device, torch.float32)
-
-    def divergence(tokens: torch.Tensor) -> Divergence:
-        dense, normed = F.rms_norm(streams[:, tokens].to(device), [config.hidden_size], eps=config.rms_norm_eps)
-        return Divergence(head, dense * dense_weight, normed)
-
-    found = fit_final_norm(divergence(fit_to), weight.to(device, torch.float32)).to(weight.dtype).cpu()
-    measure = divergence(measured_on)
-    before, after = (measure(w.to(device, torch.float32)).item() for w in (weight, found))
-    metrics = {"divergence_before": before, "divergence_after": min(before, after)}
-    return found if after < before else weight, metrics

@@ -13,7 +13,7 @@ from ..fitting.ridge import NormalEquations, best_strength, token_weights
 from ..fitting.ridge_gates import GateEquations
 from ..layers.decoder import PreMLP
 from ..layers.mlp import GatedMLP, MoEMLP
-from ..layers.scores import TOKENS_PER_CHUNK, OutputNorms, token_stride
+from ..layers.scores import OutputNorms, set_threshold
 from ..text.batches import Batch
 
 # Strengths of the pull to the original down_proj, in mean diagonals of the Gram matrix.
@@ -46,30 +46,38 @@ class LayerCalibration:
 
     @torch.no_grad()
     def run(
-        self, batches: list[Batch], before: torch.Tensor, after: torch.Tensor, *, refit_gate: bool
+        self, batches: list[Batch], before: torch.Tensor, after: torch.Tensor, *, refit_gate: bool, spares: bool
     ) -> dict[str, Any]:
-        """Fit the layer, and fill `after` with the streams after it, given those before it. Returns the metrics."""
+        """Fit the layer, and fill `after` with the streams after it, given those before it. Returns the metrics.
+
+        `spares`: held-out batches choose strengths only, since a later fit needs text that no layer was fitted to.
+        """
         weights = self._attend(batches, before, after)
-        metrics: dict[str, Any] = {"gate": self._refine_gate(batches, after, weights)} if refit_gate else {}
+        metrics: dict[str, Any] = {}
+        if refit_gate:
+            metrics["gate"] = self._refine_gate(batches, after, weights, spares)
         scores = torch.cat([self._gate.score(self._inputs(batch, after)) for batch in batches])  # [tokens, E]
+        runs = set_threshold(self._gate, scores, self._share)
         if self._gate.routing == "threshold":
-            self._gate.store_score_quantiles(scores[:: token_stride(scores.numel())])
-            self._gate.set_active_share(self._share)
             metrics["threshold"] = self._gate.threshold.item()
-        runs = torch.cat([self._gate.mask(chunk) for chunk in scores.split(TOKENS_PER_CHUNK)])  # bool [tokens, E]
         metrics["active_share"] = runs.mean(dtype=torch.float64).item()
-        metrics |= self._refit_down(batches, after, weights, runs)
+        metrics |= self._refit_down(batches, after, weights, runs, spares)
         for batch in batches:
             hidden = self._mlp.masked(self._activations(batch, after), runs[batch.rows])
             after[1, batch.rows] += self._mlp.output(hidden).cpu()
         return metrics
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors for which `is_fitted` holds, by name."""
-        tensors = self._mlp.down_tensors() | {f"gate.{name}": t for name, t in self._gate.state_dict().items()}
+        """The tensors for which `is_fitted` holds, by name, in the dtype that the checkpoint holds."""
+        tensors = self._mlp.down_tensors() | {f"gate.{name}": t for name, t in self._gate.named_parameters()}
         if self._mlp.bias is not None:
             tensors["output_bias"] = self._mlp.bias
-        return {f"{self._prefix}mlp.{name}": tensor.cpu() for name, tensor in tensors.items()}
+        stored = {name: tensor.detach().to(self._dtype) for name, tensor in tensors.items()}
+        stored |= {f"gate.{name}": tensor for name, tensor in self._gate.named_buffers()}
+        return {
+            f"{self._prefix}mlp.{name}": tensor.cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in stored.items()
+        }
 
     def _attend(self, batches: list[Batch], before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """Fill `after` as far as the MLP of the model that is fitted. Returns the tokens' weights `[tokens]`."""
@@ -84,20 +92,22 @@ class LayerCalibration:
             squares[batch.rows] = torch.maximum(dense.square().sum(dim=1), stream.square().sum(dim=1))
         return token_weights(squares)
 
-    def _refine_gate(self, batches: list[Batch], after: torch.Tensor, weights: torch.Tensor) -> dict[str, float]:
+    def _refine_gate(
+        self, batches: list[Batch], after: torch.Tensor, weights: torch.Tensor, spares: bool
+    ) -> dict[str, float]:
         """Fit the gate, in place, to the scores of its experts on what the layers before really produce."""
         equations = GateEquations(after.shape[2], self._gate.num_experts, self._device)
         norms = OutputNorms(self._mlp.down, self._mlp.routed_neurons)
         for batch in batches:
             scores = norms(self._activations(batch, after))
             equations.add(self._inputs(batch, after), scores, weights[batch.rows], held_out=batch.held_out)
-        metrics = equations.fit(self._gate, refines=True)
+        metrics = equations.fit(self._gate, refines=True, spares=spares)
         for parameter in self._gate.parameters():
             parameter.copy_(self._as_stored(parameter))
         return metrics
 
     def _refit_down(
-        self, batches: list[Batch], after: torch.Tensor, weights: torch.Tensor, runs: torch.Tensor
+        self, batches: list[Batch], after: torch.Tensor, weights: torch.Tensor, runs: torch.Tensor, spares: bool
     ) -> dict[str, float]:
         """Fit down_proj, and the output bias if there is one, given which experts run, bool `[tokens, E]`."""
         has_bias = self._mlp.bias is not None
@@ -111,7 +121,8 @@ class LayerCalibration:
             (held_out if batch.held_out else train).add(features, target, weights[batch.rows])
         before = held_out.error(prior)
         strength, error = best_strength(train, held_out, DOWN_STRENGTHS, prior)
-        train += held_out
+        if not spares:
+            train += held_out
         solution = self._as_stored(train.solve(strength, prior))
         self._mlp.down = solution[: len(self._mlp.down)]
         if has_bias:

@@ -168,5 +168,6 @@ def moefy(
     moe = convert(dense, experts, gates, converted, settings, overwrite=run.get("overwrite", False))
     if not recipe.is_calibrated:
         return moe
-    settings = CalibrateSettings(refit_gates=recipe.gate_network == "linear", output_bias=recipe.output_bias)
+    how = dict(refit_gates=recipe.gate_network == "linear", output_bias=recipe.output_bias)
+    settings = CalibrateSettings(**how, fit_logits=True)
     return calibrate(dense, moe, text(recipe.calibration_tokens), save_path, settings, **run)

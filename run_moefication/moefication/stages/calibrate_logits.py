@@ -1,0 +1,196 @@
+"""The last part of calibration: a few parameters of all layers, fitted together to the dense model's predictions.
+
+They are the norms, the output biases, and a factor for each routed expert, which its part of `down_proj` takes up; all
+matrices stay as the layers' fits left them. Routing is the true one, and thresholds follow. (A bias fitted on logits is
+worth far more than one fitted layer by layer: "SPON", arXiv 2512.12744; a scale for each unit that is kept: "GRASPrune",
+ACL 2026.) The text is what the layers were not fitted to: there their errors are as large as on any other.
+
+Axes: T tokens of a batch, E routed experts, H hidden size.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from itertools import accumulate
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
+from transformers import get_cosine_schedule_with_warmup
+
+from llama_moe import LlamaMoEConfig
+
+from ..checkpoints.dense import DenseCheckpoint
+from ..fitting.losses import TeacherKL
+from ..layers.decoder import PreMLP, embed
+from ..layers.mlp import MoEMLP
+from ..layers.scores import set_threshold
+from ..precision import product_dtype
+from ..progress import progress
+from ..text.batches import Batch, batches_of
+from .calibrate_layer import MOST_KEPT_BYTES
+
+# Of Adam, at the top of its cosine, by the root mean square of each parameter.
+LEARNING_RATE = 0.005
+BIAS_RATE = 3.0  # times that, for output biases
+BETAS = (0.9, 0.99)
+WARMUP = 0.05  # share of the steps
+THRESHOLD_STEP = 0.3  # how far a threshold moves, each step, to where the step's text would have it
+MEASURED_EVERY_NTH_BLOCK = 8  # is not fitted to: there the divergence is measured
+FINAL_NORM = "norm.weight"
+FACTORS = "layers.{}.mlp.factors"  # `[E]`
+
+Tensors = Callable[[str], torch.Tensor]
+
+
+class WholeModel:
+    """All layers of an MoE, in float32, `tensor(name)` giving its tensors; routed experts count by a factor each.
+
+    Memory: the whole model, if it has at most MOST_KEPT_BYTES, or else a layer at a time, which is made anew whenever
+    it is needed.
+    """
+
+    def __init__(self, config: LlamaMoEConfig, tensor: Tensors, device: str, factors: Mapping[str, torch.Tensor]):
+        self.config, self._tensor, self._device, self._factors = config, tensor, device, factors
+        layer_size = config.hidden_size * (3 * config.intermediate_size + 4 * config.hidden_size)
+        self._is_kept = 4 * layer_size * config.num_hidden_layers <= MOST_KEPT_BYTES
+        self._layer = cache(self._load) if self._is_kept else self._load
+        self.thresholds: dict[int, torch.Tensor] = {}  # that have moved, by layer, `[1]` each
+        self.wanted: dict[int, torch.Tensor] = {}  # by layer, `[1]`: what the last text would have had
+
+    def _load(self, layer: int) -> tuple[PreMLP, MoEMLP]:
+        """A layer whose small parameters, if they have gradients, are those that `tensor` gives themselves."""
+        name = f"layers.{layer}."
+        half = PreMLP(self.config, lambda inner: self._tensor(name + inner), self._device)
+        return half, MoEMLP(self.config, layer, lambda inner: self._tensor(f"{name}mlp.{inner}"), self._device)
+
+    def share(self, layer: int) -> float:
+        """Of its routed experts that a layer runs per token, on average."""
+        return self.config.experts_per_tok_of(layer) / self.config.num_experts
+
+    def states(self, blocks: list[torch.Tensor]) -> torch.Tensor:
+        """What leaves the last layer on these blocks, `[T, H]`, with gradients for the small parameters."""
+        (batch,) = batches_of(blocks, len(blocks))
+        stream = torch.empty(sum(map(len, blocks)), self.config.hidden_size)
+        embed(stream, blocks, [batch], self._tensor("embed_tokens.weight"))
+        stream = stream.to(self._device)
+        for layer in range(self.config.num_hidden_layers):
+            run = partial(self._run, layer, batch)
+            stream = run(stream) if self._is_kept else recomputed(run, stream, use_reentrant=False)
+        return stream
+
+    def _run(self, layer: int, batch: Batch, stream: torch.Tensor) -> torch.Tensor:
+        half, mlp = self._layer(layer)
+        gate = mlp.gate
+        stream, inputs = half(stream, batch)
+        with torch.no_grad():
+            scores = gate.score(inputs)
+            if gate.routing == "threshold":
+                gate.threshold = self.thresholds.setdefault(layer, gate.threshold)
+                candidates = gate.within_bounds(scores).flatten()
+                below = round((1 - self.share(layer)) * len(candidates))  # so many do not reach the threshold
+                self.wanted[layer] = candidates.kthvalue(min(len(candidates), below + 1)).values[None]
+            runs = gate.mask(scores)
+        factors = self._factors.get(FACTORS.format(layer))
+        hidden = mlp.masked(mlp.activations(inputs), runs if factors is None else runs * factors)
+        return stream + mlp.output(hidden)
+
+    def move_thresholds(self) -> None:
+        """Towards those that the last text would have had; thresholds that run all or none stay."""
+        for layer, wanted in self.wanted.items():
+            if 0 < self.share(layer) < 1:
+                self.thresholds[layer].lerp_(wanted, THRESHOLD_STEP)
+
+    @torch.no_grad()
+    def routed(self, blocks: list[torch.Tensor], batch_size: int) -> dict[str, torch.Tensor]:
+        """Set every threshold by a text, on what the layers before it, already set, produce. Returns the tensors of the
+        gates that this changes. Memory: the text's residual stream, and its scores of a layer."""
+        batches, tensors = batches_of(blocks, batch_size), {}
+        stream = torch.empty(sum(map(len, blocks)), self.config.hidden_size)
+        embed(stream, blocks, batches, self._tensor("embed_tokens.weight"))
+        for layer in progress(range(self.config.num_hidden_layers), "thresholds", "layer"):
+            half, mlp = self._layer(layer)
+            scores = []
+            for batch in batches:
+                attended, inputs = half(stream[batch.rows].to(self._device), batch)
+                stream[batch.rows] = attended.cpu()
+                scores.append(mlp.gate.score(inputs))
+            runs = set_threshold(mlp.gate, torch.cat(scores), self.share(layer))
+            for batch in batches:
+                attended = stream[batch.rows].to(self._device)
+                activations = mlp.activations(half.mlp_norm(attended))
+                stream[batch.rows] = (attended + mlp.output(mlp.masked(activations, runs[batch.rows]))).cpu()
+            state = {name: mlp.gate.get_buffer(name).cpu() for name, _ in mlp.gate.named_buffers()}
+            tensors |= {f"layers.{layer}.mlp.gate.{name}": tensor for name, tensor in state.items()}
+        return tensors
+
+
+def fit_to_logits(
+    checkpoint: DenseCheckpoint,
+    config: LlamaMoEConfig,
+    tensor: Tensors,
+    blocks: list[torch.Tensor],
+    dense_states: torch.Tensor,
+    *,
+    batch_size: int,
+    device: str,
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Fit the small parameters, a block a step, and set the thresholds anew by all blocks.
+
+    Args:
+        tensor: gives the MoE's tensors as the layers' fits left them, by name.
+        blocks: of tokens; those at the end are measured on.
+        dense_states: what leaves the dense model's last layer on these blocks, float32 `[tokens, H]`.
+
+    Returns: the tensors with new values, in their dtypes, and `FACTORS`, for `with_factors`; and the divergence from
+    the dense model before and after, in nats a token. Where it does not fall, no tensor is new.
+    """
+    layers, shape = range(config.num_hidden_layers), [config.hidden_size]
+    names = [f"layers.{i}.{norm}_layernorm.weight" for i in layers for norm in ("input", "post_attention")]
+    names += [f"layers.{i}.mlp.output_bias" for i in layers if config.output_bias or config.mlp_bias] + [FINAL_NORM]
+    small = {name: nn.Parameter(tensor(name).to(device, torch.float32, copy=True)) for name in names}
+    factors = {FACTORS.format(i): nn.Parameter(torch.ones(config.num_experts, device=device)) for i in layers}
+    head = checkpoint.finite_tensor(checkpoint.lm_head).to(device, product_dtype(device))
+    dense_norm = checkpoint.finite_tensor(FINAL_NORM).to(device, torch.float32)
+    ends = list(accumulate(map(len, blocks)))
+    num_measured = -(-len(blocks) // MEASURED_EVERY_NTH_BLOCK)
+
+    def divergence(model: WholeModel, index: int, norm: torch.Tensor) -> torch.Tensor:
+        dense = dense_states[ends[index] - len(blocks[index]) : ends[index]].to(device)
+        teacher = TeacherKL(F.rms_norm(dense, shape, dense_norm, config.rms_norm_eps), head, head)
+        return teacher(F.rms_norm(model.states([blocks[index]]), shape, norm, config.rms_norm_eps))
+
+    @torch.no_grad()
+    def measured(model: WholeModel, norm: torch.Tensor) -> float:
+        parts = [divergence(model, index, norm) for index in range(len(blocks) - num_measured, len(blocks))]
+        return torch.cat(parts).mean(dtype=torch.float64).item()
+
+    model = WholeModel(config, lambda name: small[name] if name in small else tensor(name), device, factors)
+    before = measured(model, small[FINAL_NORM])
+    num_steps = max(1, len(blocks) - num_measured)
+    parameters = small | factors
+    rates = {name: LEARNING_RATE * (BIAS_RATE if "bias" in name else 1) for name in parameters}
+    groups = [dict(params=[p], lr=rates[name] * p.detach().square().mean().sqrt()) for name, p in parameters.items()]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * num_steps), num_steps)
+    for index in progress(range(num_steps), "fit logits", "step"):
+        optimizer.zero_grad()
+        divergence(model, index, small[FINAL_NORM]).mean().backward()
+        optimizer.step()
+        schedule.step()
+        model.move_thresholds()
+    found = {name: p.detach().to(tensor(name).dtype).cpu() for name, p in small.items()}
+    found |= {name: p.detach().cpu() for name, p in factors.items()}
+    model = WholeModel(config, partial(with_factors, found, tensor), device, {})
+    found |= model.routed(blocks, batch_size)
+    after = measured(model, found[FINAL_NORM].to(device, torch.float32))
+    metrics = {"divergence_before": before, "divergence_after": min(before, after)}
+    return found if after < before else {}, metrics
+
+
+def with_factors(found: Mapping[str, torch.Tensor], tensor: Tensors, name: str) -> torch.Tensor:
+    """A tensor of the fitted model: `found` is what `fit_to_logits` returned, `tensor` was its argument."""
+    if name in found:
+        return found[name]
+    values, factors = tensor(name), found.get(name.replace("experts.down_proj", "factors"))
+    return values if factors is None else (values.float() * factors[:, None, None]).to(values.dtype)
