@@ -6,7 +6,7 @@ Axes: T tokens, H hidden size, V vocabulary.
 import torch
 from torch.nn import functional as F
 
-TOKENS_OF_LOGITS = 512
+TOKENS_OF_LOGITS = 128  # of larger chunks the memory is new each time, which takes longer than the sums
 
 
 @torch.no_grad()
@@ -22,23 +22,25 @@ class TeacherKL:
     """KL(teacher || student) of next-token distributions, as a function of the states that enter the student's head.
 
     With p the teacher's distribution and z = head x the student's logits, KL = sum p log p - sum p z + logsumexp(z),
-    and sum p z = x (p head). So the teacher's logits are needed once, and H of their V numbers a token are kept.
+    and sum p z = x (p head). So the teacher's logits are needed once, and H of their V numbers a token are kept. The
+    same formula gives sum p log p, so that equal states have no divergence, however products are rounded.
 
     Memory: beside the heads, a few times TOKENS_OF_LOGITS * V numbers.
     """
 
     @torch.no_grad()
-    def __init__(self, states: torch.Tensor, teacher_head: torch.Tensor, head: torch.Tensor):
-        """`states [T, H]` enter the teacher's head; both heads are `[V, H]`, and no gradient goes to either."""
+    def __init__(self, states: torch.Tensor, head: torch.Tensor):
+        """`states [T, H]` enter the head in the teacher; `head [V, H]` is that of both, and no gradient goes to it."""
         device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
-        teacher_head, self._head = teacher_head.to(dtype), head.to(dtype)  # once, not in each chunk
+        self._head = head.to(dtype)  # once, not in each chunk
         rows, negative_entropies = [], []
         for chunk in states.split(TOKENS_OF_LOGITS):
-            log_p = logits_of(chunk, teacher_head).log_softmax(-1)
-            p = log_p.exp()
+            logits = logits_of(chunk, self._head)
+            log_total = logits.logsumexp(1)
+            p = logits.sub_(log_total[:, None]).exp_()
             rows.append(mean_rows(p, self._head))
-            negative_entropies.append((p * log_p).sum(1))
+            negative_entropies.append((chunk * rows[-1]).sum(1) - log_total)
         self._rows, self._negative_entropies = torch.cat(rows), torch.cat(negative_entropies)
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:

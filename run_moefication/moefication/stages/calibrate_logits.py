@@ -157,7 +157,7 @@ def fit_to_logits(
 
     def divergence(model: WholeModel, index: int, norm: torch.Tensor) -> torch.Tensor:
         dense = dense_states[ends[index] - len(blocks[index]) : ends[index]].to(device)
-        teacher = TeacherKL(F.rms_norm(dense, shape, dense_norm, config.rms_norm_eps), head, head)
+        teacher = TeacherKL(F.rms_norm(dense, shape, dense_norm, config.rms_norm_eps), head)
         return teacher(F.rms_norm(model.states([blocks[index]]), shape, norm, config.rms_norm_eps))
 
     @torch.no_grad()
@@ -166,19 +166,8 @@ def fit_to_logits(
         return torch.cat(parts).mean(dtype=torch.float64).item()
 
     model = WholeModel(config, lambda name: small[name] if name in small else tensor(name), device, factors)
-    before = measured(model, small[FINAL_NORM])
-    num_steps = max(1, len(blocks) - num_measured)
-    parameters = small | factors
-    rates = {name: LEARNING_RATE * (BIAS_RATE if "bias" in name else 1) for name in parameters}
-    groups = [dict(params=[p], lr=rates[name] * p.detach().square().mean().sqrt()) for name, p in parameters.items()]
-    optimizer = torch.optim.Adam(groups, betas=BETAS)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * num_steps), num_steps)
-    for index in progress(range(num_steps), "fit logits", "step"):
-        optimizer.zero_grad()
-        divergence(model, index, small[FINAL_NORM]).mean().backward()
-        optimizer.step()
-        schedule.step()
-        model.move_thresholds()
+    before, num_steps = measured(model, small[FINAL_NORM]), max(1, len(blocks) - num_measured)
+    _train(small | factors, lambda step: divergence(model, step, small[FINAL_NORM]).mean(), model, num_steps)
     found = {name: p.detach().to(tensor(name).dtype).cpu() for name, p in small.items()}
     found |= {name: p.detach().cpu() for name, p in factors.items()}
     model = WholeModel(config, partial(with_factors, found, tensor), device, {})
@@ -186,6 +175,22 @@ def fit_to_logits(
     after = measured(model, found[FINAL_NORM].to(device, torch.float32))
     metrics = {"divergence_before": before, "divergence_after": min(before, after)}
     return found if after < before else {}, metrics
+
+
+def _train(
+    parameters: Mapping[str, nn.Parameter], loss: Callable[[int], torch.Tensor], model: WholeModel, num_steps: int
+) -> None:
+    """Minimise `loss(step)`, each parameter at a rate of its own size, while thresholds follow."""
+    rates = {name: LEARNING_RATE * (BIAS_RATE if "bias" in name else 1) for name in parameters}
+    groups = [dict(params=[p], lr=rates[name] * p.detach().square().mean().sqrt()) for name, p in parameters.items()]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * num_steps), num_steps)
+    for step in progress(range(num_steps), "fit logits", "step"):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+        schedule.step()
+        model.move_thresholds()
 
 
 def with_factors(found: Mapping[str, torch.Tensor], tensor: Tensors, name: str) -> torch.Tensor:

@@ -53,7 +53,7 @@ def mean_kl(model: LlamaMoEForCausalLM, teacher: PreTrainedModel, blocks: list[t
     total = 0.0
     for index in range(0, len(blocks), batch_size):
         batch = [tensor.to(model.device) for tensor in collate(blocks[index : index + batch_size]).values()]
-        kl = TeacherKL(final_states(teacher, *batch), teacher.lm_head.weight, model.lm_head.weight)
+        kl = TeacherKL(final_states(teacher, *batch), model.lm_head.weight)
         total += kl(final_states(model, *batch)).sum(dtype=torch.float64).item()
     return total / sum(map(len, blocks))
 
@@ -132,7 +132,7 @@ class DistillationTrainer(Trainer):
         # Calling the wrapped model (DDP, autocast) makes logits too; here, of the last token only.
         outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
         states = final_states(self._teacher, tokens, kept)
-        kl = TeacherKL(states, self._teacher.lm_head.weight, self.model.lm_head.weight)
+        kl = TeacherKL(states, self.model.lm_head.weight)
         return kl(outputs.hidden_states[-1][kept]).mean()
 
     def _save_checkpoint(self, *args, **kwargs):
