@@ -55,7 +55,7 @@ before, {final_metrics["divergence_after"]:.4f} after it.
         f"{fitted} fitted in closed form, layer by layer, on {num_tokens:,} tokens.",
         f"""\
 What each layer's output lacks of the dense model's, as a share of its square, with the original `down_proj` and with
-the fitted one, on the sixth of the calibration text that is held out to choose the strength.
+the fitted one, on the quarter of the calibration text that is held out to choose the strength.
 
 | layer | threshold | routed experts that run | before | after | ridge strength |
 |---|---|---|---|---|---|

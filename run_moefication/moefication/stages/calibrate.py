@@ -33,9 +33,9 @@ from ..storage.manifest import ArtifactSpec, environment
 from ..text.batches import batches_of
 from ..text.corpus import Corpus, require_held_out_block
 from .calibrate_layer import LayerCalibration, is_fitted
-from .calibrate_logits import fit_to_logits, with_factors
+from .calibrate_logits import MOST_STEP_TOKENS, fit_to_logits, with_factors
 
-HELD_OUT_EVERY_NTH_BLOCK = 6  # one block of this many is held out to choose strengths on
+HELD_OUT_EVERY_NTH_BLOCK = 4  # one block of this many is held out to choose strengths on, and for the last fit
 TOGETHER = "together"  # the fit of all layers
 
 
@@ -113,13 +113,17 @@ def _fit(
     for), and what gives the other tensors by their names, as the layers' fits left them."""
     names = _layer_fits(config)
     num_held_out = -(-len(corpus.blocks) // HELD_OUT_EVERY_NTH_BLOCK)
-    batches = batches_of(corpus.blocks, settings.batch_size, num_held_out)
+    held_out = corpus.blocks[-num_held_out:]
+    if settings.fit_logits:  # which takes a step for each
+        held_out = [piece for block in held_out for piece in block.split(MOST_STEP_TOKENS)]
+    blocks = corpus.blocks[:-num_held_out] + held_out
+    batches = batches_of(blocks, settings.batch_size, len(held_out))
     streams = Streams(writer, (2, corpus.num_tokens, config.hidden_size))
     layers = streams.layers_to_walk([i for i, name in enumerate(names) if not fits.has(name)], len(names))
     if layers and layers[0] == 0 and not streams.has(0):
         with streams.filling(0) as first:
             for stream, model in zip(first, (checkpoint, moe), strict=True):
-                embed(stream, corpus.blocks, batches, model.tensor("embed_tokens.weight"))
+                embed(stream, blocks, batches, model.tensor("embed_tokens.weight"))
     how = dict(refit_gate=settings.refit_gates, spares=settings.fit_logits)
     for layer in progress(layers, "calibrate", "layer"):
         calibration = LayerCalibration(checkpoint, moe, config, layer, device=device)
@@ -135,10 +139,9 @@ def _fit(
     if not settings.fit_logits:
         return {}, tensor
     if not fits.has(TOGETHER):
-        blocks = corpus.blocks[-num_held_out:]
-        dense = streams.before(len(names))[0, -sum(map(len, blocks)) :]
+        dense = streams.before(len(names))[0, -sum(map(len, held_out)) :]
         how = dict(batch_size=settings.batch_size, device=device)
-        fits.save(TOGETHER, *fit_to_logits(checkpoint, config, tensor, blocks, dense, **how))
+        fits.save(TOGETHER, *fit_to_logits(checkpoint, config, tensor, held_out, dense, **how))
     return fits.tensors(TOGETHER), tensor
 
 

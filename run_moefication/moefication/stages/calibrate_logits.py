@@ -8,7 +8,7 @@ ACL 2026.) The text is what the layers were not fitted to: there their errors ar
 Axes: T tokens of a batch, E routed experts, H hidden size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from itertools import accumulate
 
@@ -31,10 +31,12 @@ from ..text.batches import Batch, batches_of
 from .calibrate_layer import MOST_KEPT_BYTES
 
 # Of Adam, at the top of its cosine, by the root mean square of each parameter.
-LEARNING_RATE = 0.005
+LEARNING_RATE = 0.003
 BIAS_RATE = 3.0  # times that, for output biases
 BETAS = (0.9, 0.99)
 WARMUP = 0.05  # share of the steps
+PASSES = 2  # over the blocks
+MOST_STEP_TOKENS = 512  # of longer blocks there are too few steps
 THRESHOLD_STEP = 0.3  # how far a threshold moves, each step, to where the step's text would have it
 MEASURED_EVERY_NTH_BLOCK = 8  # is not fitted to: there the divergence is measured
 FINAL_NORM = "norm.weight"
@@ -166,8 +168,9 @@ def fit_to_logits(
         return torch.cat(parts).mean(dtype=torch.float64).item()
 
     model = WholeModel(config, lambda name: small[name] if name in small else tensor(name), device, factors)
-    before, num_steps = measured(model, small[FINAL_NORM]), max(1, len(blocks) - num_measured)
-    _train(small | factors, lambda step: divergence(model, step, small[FINAL_NORM]).mean(), model, num_steps)
+    before, num_fitted = measured(model, small[FINAL_NORM]), max(1, len(blocks) - num_measured)
+    losses = (divergence(model, index, small[FINAL_NORM]).mean() for index in [*range(num_fitted)] * PASSES)
+    _train(small | factors, losses, PASSES * num_fitted, model)
     found = {name: p.detach().to(tensor(name).dtype).cpu() for name, p in small.items()}
     found |= {name: p.detach().cpu() for name, p in factors.items()}
     model = WholeModel(config, partial(with_factors, found, tensor), device, {})
@@ -178,16 +181,16 @@ def fit_to_logits(
 
 
 def _train(
-    parameters: Mapping[str, nn.Parameter], loss: Callable[[int], torch.Tensor], model: WholeModel, num_steps: int
+    parameters: Mapping[str, nn.Parameter], losses: Iterator[torch.Tensor], num_steps: int, model: WholeModel
 ) -> None:
-    """Minimise `loss(step)`, each parameter at a rate of its own size, while thresholds follow."""
+    """Minimise the losses, a step each, every parameter at a rate of its own size, while thresholds follow."""
     rates = {name: LEARNING_RATE * (BIAS_RATE if "bias" in name else 1) for name in parameters}
     groups = [dict(params=[p], lr=rates[name] * p.detach().square().mean().sqrt()) for name, p in parameters.items()]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * num_steps), num_steps)
-    for step in progress(range(num_steps), "fit logits", "step"):
+    for _ in progress(range(num_steps), "fit logits", "step"):
         optimizer.zero_grad()
-        loss(step).backward()
+        next(losses).backward()
         optimizer.step()
         schedule.step()
         model.move_thresholds()
