@@ -24,6 +24,9 @@ PRICE_PASSES = 30
 # First centres are chosen among so many rows a cluster, drawn at random: a group of a cluster's size is next to never
 # without one, and to read all rows for every centre takes as long as some iterations.
 SEED_ROWS = 16
+# Prices to start from are estimated anew if they leave more than this share of the rows to repair, as those do that are
+# of the first centres, single rows. Else the estimate takes longer than the repair that it saves.
+MOST_SURPLUS = 0.02
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,7 @@ def balanced_kmeans(rows: torch.Tensor, num_clusters: int, distance: str = "l2",
     labels, assignment, iterations = None, None, 0
     while iterations < MAX_ITERATIONS:
         iterations += 1
-        # The first centres are single rows: what they cost says nothing about the means that follow.
-        prices = assignment.prices if iterations > 2 else None
+        prices = None if assignment is None else assignment.prices
         if distance == "cos":
             centres = F.normalize(centres)
         assignment = balanced_assignment(_squared_distances(rows, row_squares, centres) * scale, prices)
@@ -127,9 +129,12 @@ def balanced_assignment(costs: np.ndarray, prices: np.ndarray | None = None) -> 
     if not np.isfinite(costs).all():
         raise MoEficationError("assignment costs hold NaN or infinite values")
     capacity = num_rows // num_clusters
-    if prices is None:
-        prices = _estimate_prices(costs, capacity)
+    prices = np.zeros(num_clusters) if prices is None else prices
     labels = (costs + prices).argmin(axis=1)
+    surplus = np.maximum(np.bincount(labels, minlength=num_clusters) - capacity, 0).sum()
+    if surplus > MOST_SURPLUS * num_rows:
+        prices = _estimate_prices(costs, capacity)
+        labels = (costs + prices).argmin(axis=1)
     prices = _repair(costs, labels, prices, capacity)
     cost = costs[np.arange(num_rows), labels].sum()
     lower_bound = (costs + prices).min(axis=1).sum() - capacity * prices.sum()
