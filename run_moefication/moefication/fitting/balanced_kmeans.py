@@ -63,21 +63,22 @@ def balanced_kmeans(rows: torch.Tensor, num_clusters: int, distance: str = "l2",
     rows = rows.float()
     if distance == "cos":
         rows = F.normalize(rows)
-    row_squares = rows.square().sum(1, dtype=torch.float64)
+    row_squares = _square_lengths(rows)
     centres = rows[seed_rows(rows, row_squares, num_clusters, seed)]
     scale = 0.5 if distance == "cos" else 1.0  # between unit vectors, |x - c|^2 = 2 (1 - cos)
-    labels, assignment, iterations = None, None, 0
+    labels, assignment, iterations = np.full(len(rows), -1), None, 0
+    sums = rows.new_zeros(num_clusters, rows.shape[1], dtype=torch.float64)
     while iterations < MAX_ITERATIONS:
         iterations += 1
         prices = None if assignment is None else assignment.prices
         if distance == "cos":
             centres = F.normalize(centres)
         assignment = balanced_assignment(_squared_distances(rows, row_squares, centres) * scale, prices)
-        if labels is not None and np.array_equal(assignment.labels, labels):
+        moved = np.flatnonzero(assignment.labels != labels)
+        if not len(moved):
             break
-        labels = assignment.labels
-        by_cluster = torch.from_numpy(labels).to(rows.device).argsort(stable=True).view(num_clusters, -1)
-        centres = F.embedding_bag(by_cluster, rows, mode="mean")  # means of sets of rows, which are not copied
+        sums += _change(rows, moved, labels[moved], assignment.labels[moved], num_clusters)
+        labels, centres = assignment.labels, (sums * (num_clusters / len(rows))).float()
     return Clustering(
         labels=torch.from_numpy(labels),
         cost=assignment.cost,
@@ -110,11 +111,29 @@ def seed_rows(rows: torch.Tensor, row_squares: torch.Tensor, num_clusters: int, 
     return sample[chosen].tolist()
 
 
+def _square_lengths(rows: torch.Tensor) -> torch.Tensor:
+    """Squared Euclidean lengths, float64 `[N]`; a sum of squares would write them all down first."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+
+
 def _squared_distances(rows: torch.Tensor, row_squares: torch.Tensor, centres: torch.Tensor) -> np.ndarray:
     """Squared Euclidean distances, float64 `[N, E]`."""
     products = (rows @ centres.T).double()
-    distances = products.mul_(-2).add_(row_squares[:, None]).add_(centres.square().sum(1, dtype=torch.float64))
+    distances = products.mul_(-2).add_(row_squares[:, None]).add_(_square_lengths(centres))
     return distances.clamp_(min=0).cpu().numpy()
+
+
+def _change(
+    rows: torch.Tensor, moved: np.ndarray, before: np.ndarray, after: np.ndarray, num_clusters: int
+) -> torch.Tensor:
+    """What moving rows from clusters `before` (-1: from none) to `after` adds to the sums of clusters, `[E, D]`."""
+    clusters = np.concatenate([before, after]) + 1
+    order = clusters.argsort(kind="stable")
+    starts = np.searchsorted(clusters[order], np.arange(num_clusters + 1))
+    moved, signs = np.tile(moved, 2)[order], np.where(order < len(moved), -1, 1)
+    moved, starts, signs = (torch.from_numpy(part).to(rows.device) for part in (moved, starts, signs))
+    # Sums of sets of rows, which are not copied.
+    return F.embedding_bag(moved, rows, starts, mode="sum", per_sample_weights=signs.to(rows.dtype))[1:]
 
 
 def balanced_assignment(costs: np.ndarray, prices: np.ndarray | None = None) -> Assignment:
