@@ -1,12 +1,15 @@
 """The benchmarks measure what they say they measure."""
 
 import json
+import sys
 from itertools import product
 from types import SimpleNamespace
 
 import bench_generate
 import bench_moe_layer
+import bench_stages
 import bench_tokenize
+import numpy as np
 import pytest
 import torch
 from conftest import assert_refused
@@ -132,3 +135,44 @@ def test_tokenize_bench_counts_the_same_tokens_every_way(tiny_llama, text_folder
     assert memory["bytes"] >= 1_000_000
     assert memory["tokens"] > ways[0]["tokens"]
     assert memory["peak"] >= memory["before"] > 0
+
+
+class InOrder:
+    """In place of k-means-constrained: clusters of consecutive rows."""
+
+    def __init__(self, n_clusters, *, size_min, size_max, init, n_init):
+        assert (len(init), size_min, n_init) == (n_clusters, size_max, 1)
+        self.labels_, self.n_iter_ = np.arange(n_clusters).repeat(size_min), 1
+
+    def fit(self, rows):
+        assert len(rows) == len(self.labels_)
+        return self
+
+
+def test_stages_bench_writes_its_numbers(tiny_llama, text_folder, tmp_path, run_script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "k_means_constrained", SimpleNamespace(KMeansConstrained=InOrder))
+    options = ["--shape", 96, 8, "--clusters", 2, 4, "--rounds", 1, "--tokens", 256, "--block_size", 32]
+    options += ["--model_path", tiny_llama, "--train_data_path", text_folder, "--num_experts", 16]
+    status, out, _ = run_script(bench_stages.main, *options, "--json", tmp_path / "out.json")
+    assert (status, "balanced k-means, 96 x 8" in out) == (0, True)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    kmeans, features, profile = ([row for row in rows if row["part"] == part] for part in bench_stages.PARTS)
+    assert [row["clusters"] for row in kmeans] == [2, 4]
+    assert all(0 < row["inertia_ratio"] < 1 and 0 < row["products"] < 1 for row in kmeans)
+    assert [row["way"] for row in features] == ["forward", "inputs", "full"]
+    assert features[0]["of_forward"] == 1
+    shares = {row["function"]: row["share"] for row in profile}
+    stages = ("split_on_activations: split_by_activations", "features: extract_features", "calibrate: calibrate")
+    parts = [shares[f"stages/{stage.replace(':', '.py:')}"] for stage in stages]
+    assert 0 < sum(parts) <= shares["stages/moefy.py: moefy"] == 1
+
+
+def test_inertia_is_of_the_means():
+    rows = torch.tensor([[0.0], [2.0], [10.0], [14.0]])
+    assert bench_stages.inertia(rows, torch.tensor([0, 0, 1, 1])) == 2 + 8
+
+
+def test_stages_bench_names_the_package_it_lacks(run_script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "k_means_constrained", None)
+    assert_refused(run_script(bench_stages.main, "--parts", "kmeans"), "pip install k-means-constrained==0.9.1")
+    assert_refused(run_script(bench_stages.main, "--parts", "features"), "need --model_path and --train_data_path")

@@ -12,14 +12,21 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from ...settings import DISTANCES
 from ..errors import MoEficationError, SettingError
 
 MAX_ITERATIONS = 300
 # Passes that bring the prices near their optimum before the exact repair. Any number gives the same assignment cost;
-# these keep the repair to a few per cent of the rows.
+# these keep the repair to about one per cent of the rows.
 PRICE_PASSES = 30
+# First centres are chosen among so many rows a cluster, drawn at random: a group of a cluster's size is next to never
+# without one, and to read all rows for every centre takes as long as some iterations.
+SEED_ROWS = 16
+# Prices to start from are estimated anew if they leave more than this share of the rows to repair, as those do that are
+# of the first centres, single rows. Else the estimate takes longer than the repair that it saves.
+MOST_SURPLUS = 0.02
 
 
 @dataclass(frozen=True)
@@ -55,22 +62,23 @@ def balanced_kmeans(rows: torch.Tensor, num_clusters: int, distance: str = "l2",
         raise MoEficationError(f"{len(rows)} rows cannot be cut into {num_clusters} equal clusters")
     rows = rows.float()
     if distance == "cos":
-        rows = torch.nn.functional.normalize(rows)
-    row_squares = rows.square().sum(1, dtype=torch.float64)
+        rows = F.normalize(rows)
+    row_squares = _square_lengths(rows)
     centres = rows[seed_rows(rows, row_squares, num_clusters, seed)]
     scale = 0.5 if distance == "cos" else 1.0  # between unit vectors, |x - c|^2 = 2 (1 - cos)
-    labels, assignment, iterations = None, None, 0
+    labels, assignment, iterations = np.full(len(rows), -1), None, 0
+    sums = rows.new_zeros(num_clusters, rows.shape[1], dtype=torch.float64)
     while iterations < MAX_ITERATIONS:
         iterations += 1
         prices = None if assignment is None else assignment.prices
         if distance == "cos":
-            centres = torch.nn.functional.normalize(centres)
+            centres = F.normalize(centres)
         assignment = balanced_assignment(_squared_distances(rows, row_squares, centres) * scale, prices)
-        if labels is not None and np.array_equal(assignment.labels, labels):
+        moved = np.flatnonzero(assignment.labels != labels)
+        if not len(moved):
             break
-        labels = assignment.labels
-        by_cluster = torch.from_numpy(labels).to(rows.device).argsort(stable=True)
-        centres = rows[by_cluster].view(num_clusters, -1, rows.shape[1]).mean(dim=1)
+        sums += _change(rows, moved, labels[moved], assignment.labels[moved], num_clusters)
+        labels, centres = assignment.labels, (sums * (num_clusters / len(rows))).float()
     return Clustering(
         labels=torch.from_numpy(labels),
         cost=assignment.cost,
@@ -81,12 +89,16 @@ def balanced_kmeans(rows: torch.Tensor, num_clusters: int, distance: str = "l2",
 
 
 def seed_rows(rows: torch.Tensor, row_squares: torch.Tensor, num_clusters: int, seed: int) -> list[int]:
-    """Rows that are the first centres, by k-means++ (Arthur and Vassilvitskii, 2007).
+    """Rows that are the first centres, by k-means++ (Arthur and Vassilvitskii, 2007) on a sample of the rows.
 
-    The draws are those of scikit-learn's `kmeans_plusplus`, which takes five times as long on 1,344 rows of as many
-    columns, since it converts them to float64 at every step.
+    On it, the draws are those of scikit-learn's `kmeans_plusplus`, which takes five times as long on 1,344 rows of as
+    many columns, since it converts them to float64 at every step.
     """
     generator, num_trials = np.random.RandomState(seed), 2 + int(np.log(num_clusters))
+    sample = np.arange(len(rows))
+    if len(rows) > SEED_ROWS * num_clusters:
+        sample = generator.permutation(sample)[: SEED_ROWS * num_clusters]
+        rows, row_squares = rows[sample], row_squares[sample]
     chosen = [int(generator.uniform() * len(rows))]
     nearest = _squared_distances(rows, row_squares, rows[chosen])[:, 0]
     while len(chosen) < num_clusters:
@@ -96,13 +108,32 @@ def seed_rows(rows: torch.Tensor, row_squares: torch.Tensor, num_clusters: int, 
         best = distances.sum(axis=0).argmin()
         chosen.append(int(candidates[best]))
         nearest = distances[:, best]
-    return chosen
+    return sample[chosen].tolist()
+
+
+def _square_lengths(rows: torch.Tensor) -> torch.Tensor:
+    """Squared Euclidean lengths, float64 `[N]`; a sum of squares would write them all down first."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
 
 
 def _squared_distances(rows: torch.Tensor, row_squares: torch.Tensor, centres: torch.Tensor) -> np.ndarray:
     """Squared Euclidean distances, float64 `[N, E]`."""
-    squares = row_squares[:, None] + centres.square().sum(1, dtype=torch.float64)
-    return (squares - 2 * (rows @ centres.T).double()).clamp(min=0).cpu().numpy()
+    products = (rows @ centres.T).double()
+    distances = products.mul_(-2).add_(row_squares[:, None]).add_(_square_lengths(centres))
+    return distances.clamp_(min=0).cpu().numpy()
+
+
+def _change(
+    rows: torch.Tensor, moved: np.ndarray, before: np.ndarray, after: np.ndarray, num_clusters: int
+) -> torch.Tensor:
+    """What moving rows from clusters `before` (-1: from none) to `after` adds to the sums of clusters, `[E, D]`."""
+    clusters = np.concatenate([before, after]) + 1
+    order = clusters.argsort(kind="stable")
+    starts = np.searchsorted(clusters[order], np.arange(num_clusters + 1))
+    moved, signs = np.tile(moved, 2)[order], np.where(order < len(moved), -1, 1)
+    moved, starts, signs = (torch.from_numpy(part).to(rows.device) for part in (moved, starts, signs))
+    # Sums of sets of rows, which are not copied.
+    return F.embedding_bag(moved, rows, starts, mode="sum", per_sample_weights=signs.to(rows.dtype))[1:]
 
 
 def balanced_assignment(costs: np.ndarray, prices: np.ndarray | None = None) -> Assignment:
@@ -117,36 +148,32 @@ def balanced_assignment(costs: np.ndarray, prices: np.ndarray | None = None) -> 
     if not np.isfinite(costs).all():
         raise MoEficationError("assignment costs hold NaN or infinite values")
     capacity = num_rows // num_clusters
-    prices = _estimate_prices(costs, capacity, prices)
+    prices = np.zeros(num_clusters) if prices is None else prices
     labels = (costs + prices).argmin(axis=1)
+    surplus = np.maximum(np.bincount(labels, minlength=num_clusters) - capacity, 0).sum()
+    if surplus > MOST_SURPLUS * num_rows:
+        prices = _estimate_prices(costs, capacity)
+        labels = (costs + prices).argmin(axis=1)
     prices = _repair(costs, labels, prices, capacity)
     cost = costs[np.arange(num_rows), labels].sum()
     lower_bound = (costs + prices).min(axis=1).sum() - capacity * prices.sum()
     return Assignment(labels, prices, float(cost), float(lower_bound))
 
 
-def _estimate_prices(costs: np.ndarray, capacity: int, prices: np.ndarray | None) -> np.ndarray:
+def _estimate_prices(costs: np.ndarray, capacity: int) -> np.ndarray:
     """Prices `[E]` at which each cluster attracts about `capacity` rows.
 
     Sinkhorn scaling of the smoothed problem, the smoothing cooled from the spread of the costs downwards.
     """
-    num_clusters = costs.shape[1]
     costs = costs - costs.min(axis=1, keepdims=True)
-    spread = costs.mean()
-    if spread == 0 or num_clusters == 1:
-        return np.zeros(num_clusters)
-    costs = (costs / spread).astype(np.float32)  # twice as fast as float64, and exact enough to start from
-    if prices is None:
-        prices, temperatures = np.zeros(num_clusters), np.geomspace(1, 1e-3, PRICE_PASSES)
-    else:
-        prices, temperatures = prices / spread, np.geomspace(1e-2, 1e-3, PRICE_PASSES // 3)
-    prices = prices.astype(np.float32)
-    for temperature in temperatures.tolist():
-        logits = -(costs + prices) / temperature
-        share = np.exp(logits - logits.max(axis=1, keepdims=True))
-        share /= share.sum(axis=1, keepdims=True)
-        prices = prices + temperature * np.log(np.maximum(share.sum(axis=0), 1e-9) / capacity)
-    return prices.astype(np.float64) * spread
+    prices, spread = torch.zeros(costs.shape[1], 1), costs.mean()
+    if spread > 0:
+        # float32 is exact enough to start from. Short rows would be slow: clusters lie along the first axis.
+        costs = torch.from_numpy((costs / spread).astype(np.float32).T.copy())
+        for temperature in np.geomspace(1, 1e-3, PRICE_PASSES).tolist():
+            share = torch.softmax((costs + prices) / -temperature, dim=0).sum(dim=1, keepdim=True)
+            prices += temperature * (share.clamp(min=1e-9) / capacity).log()
+    return prices[:, 0].double().numpy() * spread
 
 
 def _repair(costs: np.ndarray, labels: np.ndarray, prices: np.ndarray, capacity: int) -> np.ndarray:
