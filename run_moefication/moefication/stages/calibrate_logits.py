@@ -157,10 +157,14 @@ def fit_to_logits(
     ends = list(accumulate(map(len, blocks)))
     num_measured = -(-len(blocks) // MEASURED_EVERY_NTH_BLOCK)
 
-    def divergence(model: WholeModel, index: int, norm: torch.Tensor) -> torch.Tensor:
+    def teacher_of(index: int) -> TeacherKL:
         dense = dense_states[ends[index] - len(blocks[index]) : ends[index]].to(device)
-        teacher = TeacherKL(F.rms_norm(dense, shape, dense_norm, config.rms_norm_eps), head)
-        return teacher(F.rms_norm(model.states([blocks[index]]), shape, norm, config.rms_norm_eps))
+        return TeacherKL(F.rms_norm(dense, shape, dense_norm, config.rms_norm_eps), head)
+
+    teacher = cache(teacher_of) if dense_states.nbytes <= MOST_KEPT_BYTES else teacher_of
+
+    def divergence(model: WholeModel, index: int, norm: torch.Tensor) -> torch.Tensor:
+        return teacher(index)(F.rms_norm(model.states([blocks[index]]), shape, norm, config.rms_norm_eps))
 
     @torch.no_grad()
     def measured(model: WholeModel, norm: torch.Tensor) -> float:
@@ -173,6 +177,8 @@ def fit_to_logits(
     _train(small | factors, losses, PASSES * num_fitted, model)
     found = {name: p.detach().to(tensor(name).dtype).cpu() for name, p in small.items()}
     found |= {name: p.detach().cpu() for name, p in factors.items()}
+    if not all(values.isfinite().all() for values in found.values()):
+        return {}, {"divergence_before": before, "divergence_after": before}
     model = WholeModel(config, partial(with_factors, found, tensor), device, {})
     found |= model.routed(blocks, batch_size)
     after = measured(model, found[FINAL_NORM].to(device, torch.float32))
