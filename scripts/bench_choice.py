@@ -66,8 +66,7 @@ def bench(arguments: argparse.Namespace) -> None:
         moe.verify()
         model = moe.load(torch.float32).to(device)
         for budget in arguments.num_selects:
-            row = setup.measure(model, moe.path.name, budget)
-            rows[row["model"]] = row
+            rows[f"{moe.path}, {budget}"] = setup.measure(model, moe.path.name, budget)
             if arguments.json:  # what is measured is kept, whatever comes after
                 write_rows(arguments.json, rows)
     print(table([*rows.values()]))
@@ -77,7 +76,7 @@ class Bench:
     """The texts, prompts and tasks, and what the first model, the dense one, says of them."""
 
     def __init__(self, arguments: argparse.Namespace, dense: rm.DenseCheckpoint, device: str):
-        self.device, tokenizer = device, load_tokenizer(dense.path)
+        tokenizer = load_tokenizer(dense.path)
         self.tasks = {
             name: [(example, encode(example, tokenizer, device)) for example in examples]
             for name, examples in make_tasks(arguments.heldout_path, arguments.examples).items()

@@ -67,6 +67,9 @@ def make_tasks(heldout_path: str | Path, count: int) -> dict[str, list[Example]]
         documents = [WORD.findall(document.text) for document in DocumentReader(find_text_files(path))]
         for name, questions, order in (("continuation", *continuations(documents)), ("cloze", *cloze(documents))):
             tasks[name] += [example | {"domain": path.stem} for example in choose(questions, order, count)]
+    for name, examples in tasks.items():
+        if not examples:
+            raise MoEficationError(f"--heldout_path {heldout_path} holds too little prose for the task {name}")
     return tasks
 
 

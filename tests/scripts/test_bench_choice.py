@@ -164,10 +164,13 @@ def test_intervals_hold_the_mean_and_narrow_with_more_examples():
     [
         (("--num_selects", 5), "--num_selects 5 is outside of 1 to 4"),
         (("--heldout_path", "nowhere"), "--heldout_path nowhere holds no .jsonl file"),
+        (("--heldout_path", "{short}"), "holds too little prose for the task continuation"),
         (("--heldout_tokens", 100), "no file holds 512 tokens"),
     ],
 )
-def test_wrong_input_is_refused(options, words, arguments, run_script):
+def test_wrong_input_is_refused(options, words, arguments, run_script, tmp_path):
+    write_jsonl(tmp_path / "c4.jsonl", ["Too short."])
+    options = [str(option).format(short=tmp_path) for option in options]
     assert_refused(run_script(bench_choice.main, *arguments, *options), words)
 
 
