@@ -1,9 +1,10 @@
-r"""Perplexity of checkpoints, dense or MoE, on one text.
+r"""Perplexity of checkpoints, dense or MoE, on one text, and how often they agree.
 
   python llama_evaluate.py --model_path MODEL NAME-MoE --num_selects 8 6 4 2 \
     --text_path ../llama_data/heldout/wikipedia.jsonl
 
 Prints ratios to the first row, and how evenly an MoE uses its experts. Active: share of the MLPs that ran, with gates.
+Agreement: share of tokens whose most likely successor is that of the first row, which should be the dense model's.
 """
 
 import json
@@ -33,7 +34,7 @@ def main(run: Run) -> None:
     if file and (file.is_dir() or not file.parent.is_dir()):
         raise SettingError(f"json {file} cannot be written: name a file in a folder that exists")
     results = stage.evaluate(given.model_path, given.text_path, **vars(run.settings), **run.options)
-    as_json = json.dumps([vars(row) for row in results], indent=1)
+    as_json = json.dumps([row.as_data() for row in results], indent=1)
     if given.json == "-":
         print(as_json)
         return
@@ -42,10 +43,10 @@ def main(run: Run) -> None:
     for name, rows in groupby((row for row in results if row.expert_load), lambda row: row.model):
         print_load(name, list(rows))
     width = max(len(row.label) for row in results)
-    print(f"\n{'model':<{width}} {'active':>7} {'perplexity':>12} {'ratio':>9} {'tokens':>9}")
+    print(f"\n{'model':<{width}} {'active':>7} {'perplexity':>12} {'ratio':>9} {'agreement':>9} {'tokens':>9}")
     for row in results:
         perplexity = f"{row.perplexity:>12.3f} {row.perplexity / results[0].perplexity:>9.4f}"
-        print(f"{row.label:<{width}} {row.active:>7.1%} {perplexity} {row.predicted_tokens:>9,}")
+        print(f"{row.label:<{width}} {row.active:>7.1%} {perplexity} {row.agreement:>9.1%} {row.predicted_tokens:>9,}")
 
 
 def print_load(name: str, rows: list) -> None:

@@ -10,12 +10,15 @@ TOKENS_OF_LOGITS = 128  # of larger chunks the memory is new each time, which ta
 
 
 @torch.no_grad()
-def next_token_nll(states: torch.Tensor, tokens: torch.Tensor, head: torch.Tensor) -> float:
-    """Negative log-likelihood of a block's tokens `[T]` but the first, in nats; `states [T, H]` enter `head [V, H]`."""
-    chunks = zip(states[:-1].split(TOKENS_OF_LOGITS), tokens[1:].split(TOKENS_OF_LOGITS), strict=True)
-    return sum(
-        F.cross_entropy(F.linear(before, head).float(), targets, reduction="sum").item() for before, targets in chunks
-    )
+def predicted(states: torch.Tensor, tokens: torch.Tensor, head: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Negative log-likelihood of a block's tokens `[T]` but the first, in nats, and the most likely token at the place
+    of each, `[T - 1]`; `states [T, H]` enter `head [V, H]`."""
+    nll, best = 0.0, []
+    for before, targets in zip(states[:-1].split(TOKENS_OF_LOGITS), tokens[1:].split(TOKENS_OF_LOGITS), strict=True):
+        logits = F.linear(before, head).float()
+        nll += F.cross_entropy(logits, targets, reduction="sum").item()
+        best.append(logits.argmax(1))
+    return nll, torch.cat(best)
 
 
 class TeacherKL:

@@ -1,8 +1,8 @@
-"""Perplexity of checkpoints, dense or MoE, and how evenly an MoE uses its experts."""
+"""Perplexity of checkpoints, dense or MoE, how often they agree, and how evenly an MoE uses its experts."""
 
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..checkpoints.moe import experts_per_tok, require_num_selects, set_num_sele
 from ..checkpoints.tokenizers import load_tokenizer
 from ..checkpoints.transformers_library import CONFIG_ERRORS, first_line, last_line, plain_config, quiet_transformers
 from ..errors import MoEficationError, SettingError
-from ..fitting.losses import next_token_nll
+from ..fitting.losses import predicted
 from ..precision import bfloat16_products
 from ..progress import progress
 from ..storage.files import read_json_object
@@ -43,20 +43,27 @@ class Evaluation:
     num_selects: int | None  # of these, per token
     perplexity: float
     predicted_tokens: int
+    agreement: float  # share of these for which the first row's model has the same most likely token; 1 for that row
     active: float  # parameters of the MLP blocks that ran per token, over those of the dense model
     expert_load: list[list[float]] | None  # by layer, the share of tokens that each routed expert ran for
     block_losses: list[float]  # mean negative log-likelihood of each block, in nats
+    best_tokens: torch.Tensor = field(repr=False)  # int32 [predicted_tokens]: the most likely ones
 
     @property
     def label(self) -> str:
         """Model and budget."""
         return f"{self.model}, {self.num_selects} of {self.num_experts}" if self.num_experts else self.model
 
+    def as_data(self) -> dict[str, Any]:
+        """All but the tokens, as JSON can hold it."""
+        return {name: value for name, value in vars(self).items() if name != "best_tokens"}
+
 
 def evaluate(
     model_paths: Sequence[str | Path], text_path: str | Path, *, device: str = "cpu", **settings: Any
 ) -> list[Evaluation]:
-    """Perplexity on a text: `exp` of the mean negative log-likelihood over non-overlapping blocks.
+    """Perplexity on a text: `exp` of the mean negative log-likelihood over non-overlapping blocks. Agreement: how often
+    the most likely next token is that of the first model, given the same text.
 
     Each block is read afresh, so its first token is context only. All models read the same blocks; a checkpoint is
     loaded once for all its budgets. `settings` are the fields of `EvaluateSettings`.
@@ -82,11 +89,12 @@ def evaluate(
         if config.model_type == "llama_moe":
             verify_weights(path)
 
-    results = []
+    results: list[Evaluation] = []
     for path, name, config, model_budgets in zip(paths, model_paths, configs, budgets, strict=True):
         model = _load(path, config, settings.dtype, device)
         for budget in model_budgets:
-            results.append(evaluate_model(model, Path(name).name, blocks, budget, settings.batch_size))
+            row = evaluate_model(model, Path(name).name, blocks, budget, settings.batch_size, *results[:1])
+            results.append(row)
         del model
     return results
 
@@ -164,10 +172,16 @@ def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) 
 @bfloat16_products()
 @torch.inference_mode()
 def evaluate_model(
-    model: PreTrainedModel, name: str, blocks: list[torch.Tensor], budget: int | None = None, batch_size: int = 4
+    model: PreTrainedModel,
+    name: str,
+    blocks: list[torch.Tensor],
+    budget: int | None = None,
+    batch_size: int = 4,
+    reference: Evaluation | None = None,
 ) -> Evaluation:
     """A loaded model on blocks of tokens, of which all but the last are equally long; `name` is for the row, `budget`
-    the experts to run per token, shared ones included (None: as the model is)."""
+    the experts to run per token, shared ones included (None: as the model is). `reference` is the row of the same
+    blocks that agreement is with; without one, a model agrees with itself."""
     num_experts = None
     if model.config.model_type == "llama_moe":
         num_experts = model.config.num_experts + model.config.num_shared_experts
@@ -182,28 +196,32 @@ def evaluate_model(
     with record_routing(model) as routing:
         what = f"evaluate {name}, {budget} of {num_experts}" if num_experts else f"evaluate {name}"
         work = progress(batches, what, "batch")
-        losses = [loss for batch in work for loss in _losses(model, batch.long().to(model.device))]
-    predicted = [len(block) - 1 for block in blocks]
+        rows = [row for batch in work for row in _predicted(model, batch.long().to(model.device))]
+    losses, best = zip(*rows, strict=True)
+    best = torch.cat(best).int().cpu()
+    counts = [len(block) - 1 for block in blocks]
     return Evaluation(
         model=name,
         num_experts=num_experts,
         num_selects=budget,
-        perplexity=float(torch.tensor(sum(losses) / sum(predicted), dtype=torch.float64).exp()),
-        predicted_tokens=sum(predicted),
+        perplexity=float(torch.tensor(sum(losses) / sum(counts), dtype=torch.float64).exp()),
+        predicted_tokens=sum(counts),
+        agreement=(best == reference.best_tokens).double().mean().item() if reference else 1.0,
         active=active_share(model, routing) if routing else 1.0,
         expert_load=[layer.expert_load.tolist() for layer in routing] or None,
-        block_losses=[loss / count for loss, count in zip(losses, predicted, strict=True)],
+        block_losses=[loss / count for loss, count in zip(losses, counts, strict=True)],
+        best_tokens=best,
     )
 
 
-def _losses(model: PreTrainedModel, tokens: torch.Tensor) -> list[float]:
-    """Negative log-likelihood of each of the blocks `[B, N]`, from its second token on, summed, in nats."""
+def _predicted(model: PreTrainedModel, tokens: torch.Tensor) -> list[tuple[float, torch.Tensor]]:
+    """For each of the blocks `[B, N]`, what `predicted` says of it."""
     if isinstance(model, LlamaForCausalLM):  # dense or MoE: its logits can be made for a few tokens at a time
         states = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-        return [next_token_nll(*block, model.lm_head.weight) for block in zip(states, tokens, strict=True)]
+        return [predicted(*block, model.lm_head.weight) for block in zip(states, tokens, strict=True)]
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     return [
-        F.cross_entropy(rows.float(), targets, reduction="sum").item()
+        (F.cross_entropy(rows.float(), targets, reduction="sum").item(), rows.argmax(1))
         for rows, targets in zip(logits, tokens[:, 1:], strict=True)
     ]
 

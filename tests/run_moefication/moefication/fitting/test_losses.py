@@ -4,17 +4,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from run_moefication.moefication.fitting.losses import TOKENS_OF_LOGITS, TeacherKL, next_token_nll
+from run_moefication.moefication.fitting.losses import TOKENS_OF_LOGITS, TeacherKL, predicted
 
 TOKENS, VOCABULARY = 2 * TOKENS_OF_LOGITS + 44, 50
 
 
-def test_the_nll_is_the_cross_entropy_of_the_next_tokens():
+def test_predictions_are_the_cross_entropy_and_the_greatest_logits():
     generator = torch.Generator().manual_seed(0)
     states, head = torch.randn(TOKENS, 24, generator=generator), torch.randn(VOCABULARY, 24, generator=generator)
     tokens = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
-    expected = F.cross_entropy(states[:-1] @ head.T, tokens[1:], reduction="sum")
-    assert next_token_nll(states, tokens, head) == pytest.approx(expected.item(), rel=1e-5)
+    logits = states[:-1] @ head.T
+    nll, best = predicted(states, tokens, head)
+    assert nll == pytest.approx(F.cross_entropy(logits, tokens[1:], reduction="sum").item(), rel=1e-5)
+    assert torch.equal(best, logits.argmax(1))
 
 
 def test_the_loss_is_the_divergence_of_the_logits_with_its_gradient():

@@ -62,6 +62,26 @@ def test_budgets_of_one_checkpoint(tiny_llama, plain_run, text):
     assert budgets[1].perplexity != pytest.approx(dense.perplexity, rel=0.01)
 
 
+@torch.no_grad()
+def naive_best_tokens(model, token_ids, block_size) -> list[int]:
+    """The most likely token at the place of every token but the first of each block, one block at a time."""
+    blocks = [token_ids[start : start + block_size] for start in range(0, len(token_ids), block_size)]
+    return [token for block in blocks for token in model(torch.tensor([block])).logits[0, :-1].argmax(-1).tolist()]
+
+
+def test_agreement_is_with_the_first_model_on_the_same_tokens(tiny_llama, plain_run, text):
+    dense, everything, half = evaluate([tiny_llama, plain_run.moe], text, num_selects=[4, 2], block_size=32)
+    ids = make_tokenizer()(text.read_text())["input_ids"]
+    first, second = (naive_best_tokens(model, ids, 32) for model in (load(tiny_llama), load(plain_run.moe, 2)))
+    assert half.best_tokens.tolist() == second
+    expected = sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
+    assert half.agreement == pytest.approx(expected)
+    assert 0.05 < expected < 0.95
+    assert dense.agreement == 1 == pytest.approx(everything.agreement, abs=0.01)
+    (alone,) = evaluate([plain_run.moe], text, num_selects=[2], block_size=32)
+    assert alone.agreement == 1
+
+
 def saved(model: LlamaMoEForCausalLM, folder: Path) -> str:
     """A model with a tokenizer, in a folder."""
     model.save_pretrained(folder)
@@ -118,8 +138,9 @@ def test_table_and_json(tiny_llama, plain_run, text, run_script, tmp_path):
     assert [(row["model"], row["num_selects"]) for row in rows] == made
     table = out.splitlines()[-3:]
     labels = ["tiny-llama", "tiny-llama-MoE, 4 of 4", "tiny-llama-MoE, 2 of 4"]
-    assert [line.rsplit(maxsplit=4)[0] for line in table] == labels
+    assert [line.rsplit(maxsplit=5)[0] for line in table] == labels
     for row, line in zip(rows, table, strict=True):
-        assert line.split()[-3:-1] == [f"{row['perplexity']:.3f}", f"{row['perplexity'] / rows[0]['perplexity']:.4f}"]
+        ratio = row["perplexity"] / rows[0]["perplexity"]
+        assert line.split()[-4:-1] == [f"{row['perplexity']:.3f}", f"{ratio:.4f}", f"{row['agreement']:.1%}"]
     _, out, _ = run_script(llama_evaluate.main, *arguments, "--json")
     assert json.loads(out) == rows
