@@ -6,14 +6,28 @@ Axes: B blocks of a batch, N positions, T tokens of the batch, H hidden size.
 from collections.abc import Callable
 from copy import copy
 from functools import partial
+from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from transformers import AttentionInterface, LlamaConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from ..checkpoints.dense import DenseCheckpoint
 from ..precision import linear, product_dtype
 from ..text.batches import Batch
+
+
+def rounded_attention(
+    module: LlamaAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """PyTorch's attention, its factors rounded as those of other products are."""
+    dtype = product_dtype(query.device)
+    output, _ = sdpa_attention_forward(module, query.to(dtype), key.to(dtype), value.to(dtype), *args, **options)
+    return output.to(query.dtype), None
+
+
+AttentionInterface.register(rounded_attention.__name__, rounded_attention)
 
 
 class PreMLP:
@@ -22,7 +36,7 @@ class PreMLP:
     def __init__(self, config: LlamaConfig, tensor: Callable[[str], torch.Tensor], device: str):
         """`tensor(name)`: the layer's tensors by their names within it, such as `self_attn.q_proj.weight`."""
         config = copy(config)
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = rounded_attention.__name__
         with torch.device("meta"):
             self._attention = LlamaAttention(config, layer_idx=0)
             self._norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

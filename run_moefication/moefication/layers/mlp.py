@@ -99,6 +99,11 @@ class MoEMLP(GatedMLP):
         """int64 `[E, W]`: places of each routed expert's neurons."""
         return torch.arange(self._num_routed).view(-1, self._width)
 
+    def by_neuron(self, of_experts: torch.Tensor) -> torch.Tensor:
+        """What holds for each routed expert, `[T, E]`, for each of its neurons, and 1 for shared ones': `[T, I]`."""
+        of_neurons = of_experts.float().repeat_interleave(self._width, dim=1)
+        return F.pad(of_neurons, (0, len(self.down) - self._num_routed), value=1.0)
+
     def masked(self, activations: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:
         """A copy of the activations `[T, I]`, zero for experts that do not run, given bool `[T, E]`."""
         masked = activations.clone()

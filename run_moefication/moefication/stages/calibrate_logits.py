@@ -64,7 +64,9 @@ class WholeModel:
         """A layer whose small parameters, if they have gradients, are those that `tensor` gives themselves."""
         name = f"layers.{layer}."
         half = PreMLP(self.config, lambda inner: self._tensor(name + inner), self._device)
-        return half, MoEMLP(self.config, layer, lambda inner: self._tensor(f"{name}mlp.{inner}"), self._device)
+        mlp = MoEMLP(self.config, layer, lambda inner: self._tensor(f"{name}mlp.{inner}"), self._device)
+        mlp.down = mlp.down.to(product_dtype(self._device))  # once, not at each use
+        return half, mlp
 
     def share(self, layer: int) -> float:
         """Of its routed experts that a layer runs per token, on average."""
@@ -94,8 +96,7 @@ class WholeModel:
                 self.wanted[layer] = candidates.kthvalue(min(len(candidates), below + 1)).values[None]
             runs = gate.mask(scores)
         factors = self._factors.get(FACTORS.format(layer))
-        hidden = mlp.masked(mlp.activations(inputs), runs if factors is None else runs * factors)
-        return stream + mlp.output(hidden)
+        return stream + mlp.output(mlp.activations(inputs) * mlp.by_neuron(runs if factors is None else runs * factors))
 
     def move_thresholds(self) -> None:
         """Towards those that the last text would have had; thresholds that run all or none stay."""
@@ -120,8 +121,8 @@ class WholeModel:
             runs = set_threshold(mlp.gate, torch.cat(scores), self.share(layer))
             for batch in batches:
                 attended = stream[batch.rows].to(self._device)
-                activations = mlp.activations(half.mlp_norm(attended))
-                stream[batch.rows] = (attended + mlp.output(mlp.masked(activations, runs[batch.rows]))).cpu()
+                hidden = mlp.activations(half.mlp_norm(attended)) * mlp.by_neuron(runs[batch.rows])
+                stream[batch.rows] = (attended + mlp.output(hidden)).cpu()
             state = {name: mlp.gate.get_buffer(name).cpu() for name, _ in mlp.gate.named_buffers()}
             tensors |= {f"layers.{layer}.mlp.gate.{name}": tensor for name, tensor in state.items()}
         return tensors
