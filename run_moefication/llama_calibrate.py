@@ -30,7 +30,9 @@ def main(run: Run) -> None:
         print(f"{layer:>5} {m['active_share']:>17.1%} {errors} {m['strength']:>9g}")
     if final:
         before, after = final["divergence_before"], final["divergence_after"]
-        print(f"divergence from the dense model: {before:.4f} nats a token, {after:.4f} with all layers fitted together")
+        print(
+            f"divergence from the dense model: {before:.4f} nats a token, {after:.4f} with all layers fitted together"
+        )
     run.report(writer, "llama_distill.py (6_distill.sh), or llama_evaluate.py (evaluate.sh)")
 
 

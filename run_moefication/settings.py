@@ -284,7 +284,8 @@ class CalibrateSettings(Settings):
     refit_gates: bool = setting(False, "refine linear gates on what the calibrated layers before them produce")
     output_bias: bool = setting(False, "fit a bias on each MLP's output, too, which engines for other MoEs cannot have")
     fit_logits: bool = setting(
-        False, "then fit norms, output biases and a factor for each expert to the dense model's predictions, all together"
+        False,
+        "then fit norms, output biases and a factor for each expert to the dense model's predictions, all together",
     )
     batch_size: int = setting(4, "blocks at a time", check=COUNT)
 

@@ -64,29 +64,30 @@ def cases(
     arguments: argparse.Namespace, shape: str, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[LlamaMLP, MoEBlock, Tensor]]:
     """The dense MLP, our block, and inputs, for every number of tokens and budget; threshold routing at the first."""
-
-    def filled(module: nn.Module) -> nn.Module:
-        for parameter in module.requires_grad_(False).parameters():
-            parameter.normal_(std=0.02)  # a trained layer's size
-        return module.to(dtype)
-
     torch.manual_seed(0)
     fields = dict(zip(("hidden_size", "intermediate_size"), SHAPES[shape], strict=True))
     with device:
-        dense = filled(LlamaMLP(LlamaConfig(**fields)))
+        dense = filled(LlamaMLP(LlamaConfig(**fields)), dtype)
     num_experts = arguments.num_experts
     fields |= dict(num_experts=num_experts, num_experts_per_tok=1, gate_network="linear")
     budgets = [round(active * num_experts) for active in arguments.active]
     spread = [budget for budget in budgets if cost_bounds(num_experts)[0] < budget < num_experts]
     for routing, budgets_of_routing in (("top_k", budgets), ("threshold", spread[:1])):
         with device:
-            block = filled(MoEBlock(LlamaMoEConfig(**fields, routing=routing)))
+            block = filled(MoEBlock(LlamaMoEConfig(**fields, routing=routing)), dtype)
         for tokens, budget in product(arguments.tokens, budgets_of_routing):
             block.gate.num_experts_per_tok = budget
             x = torch.randn(1, tokens, fields["hidden_size"], device=device, dtype=dtype)
             if routing == "threshold":
                 spread_costs(block.gate, x[0], budget)
             yield dense, block, x
+
+
+def filled(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module with random weights of a trained layer's size, without gradients."""
+    for parameter in module.requires_grad_(False).parameters():
+        parameter.normal_(std=0.02)
+    return module.to(dtype)
 
 
 def cost_bounds(num_experts: int) -> tuple[int, int]:
@@ -104,8 +105,9 @@ def spread_costs(gate: LinearGate, x: Tensor, budget: int) -> None:
         # A curve low + (high - low) u^p between the ends, whose mean low + (high - low) / (p + 1) is the budget.
         places = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
         counts = (low + (high - low) * places ** ((high - low) / (budget - low) - 1)).round().long()
-    # The gate's weight times this is all ones: a multiple of it, added to a token, shifts all its scores alike.
-    direction = torch.linalg.pinv(gate.weight.float()).sum(-1)  # [H]
+    # The gate's map times this is all ones: a multiple of it, added to a token, shifts all its scores alike.
+    weight = gate.weight if gate.rank is None else gate.output_weight @ gate.input_weight
+    direction = torch.linalg.pinv(weight.float()).sum(-1)  # [H]
     scores = gate.score(x).float().sort(dim=-1, descending=True).values
     counts = counts.to(x.device)[:, None]  # [T, 1]
     middles = (scores.gather(1, counts - 1) + scores.gather(1, counts)) / 2
