@@ -285,7 +285,7 @@ class CalibrateSettings(Settings):
     output_bias: bool = setting(False, "fit a bias on each MLP's output, too, which engines for other MoEs cannot have")
     fit_logits: bool = setting(
         False,
-        "then fit norms, output biases and a factor for each expert to the dense model's predictions, all together",
+        "then fit norms, output biases and a factor per expert, all layers together, to the dense model's logits",
     )
     batch_size: int = setting(4, "blocks at a time", check=COUNT)
 

@@ -206,7 +206,7 @@ TOGETHER = ["--refit_gates", "--output_bias", "--fit_logits"]
 
 def held_out(corpus: Corpus) -> list[torch.Tensor]:
     """What the layers are not fitted to: a quarter of the blocks, the last ones."""
-    return corpus.blocks[-(-(-len(corpus.blocks) // 4)) :]
+    return corpus.blocks[3 * len(corpus.blocks) // 4 :]
 
 
 def factors_of(folder: Path, before: Path) -> list[torch.Tensor]:

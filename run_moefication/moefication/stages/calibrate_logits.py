@@ -1,9 +1,9 @@
 """The last part of calibration: a few parameters of all layers, fitted together to the dense model's predictions.
 
 They are the norms, the output biases, and a factor for each routed expert, which its part of `down_proj` takes up; all
-matrices stay as the layers' fits left them. Routing is the true one, and thresholds follow. (A bias fitted on logits is
-worth far more than one fitted layer by layer: "SPON", arXiv 2512.12744; a scale for each unit that is kept: "GRASPrune",
-ACL 2026.) The text is what the layers were not fitted to: there their errors are as large as on any other.
+matrices stay as the layers' fits left them. Routing is the true one, and thresholds follow. (A bias fitted to logits is
+worth far more than one fitted layer by layer: SPON, arXiv 2512.12744. A scale for each unit: GRASPrune, ACL 2026.) The
+text is what the layers were not fitted to: there their errors are as large as on any other.
 
 Axes: T tokens of a batch, E routed experts, H hidden size.
 """
