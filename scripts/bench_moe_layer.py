@@ -2,6 +2,7 @@
 
 python scripts/bench_moe_layer.py --shapes SmolLM2 --rounds 3     # a minute
 python scripts/bench_moe_layer.py --json layer.json               # LLaMA-7B's layer and SmolLM2's, fp32 and bf16
+python scripts/bench_moe_layer.py --busy --shapes 7B --tokens 1 512    # while another process takes one of the cores
 python scripts/bench_moe_layer.py --device cuda --tokens 1 4096 --dtypes bf16 --shapes 7B
 
 Every number is a time over the dense MLP's, measured in turn in one process. `bound` is what the machine's arithmetic
@@ -11,6 +12,7 @@ and memory allow: the active fraction of the flops, or the share of experts whos
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from typing import Any
@@ -29,6 +31,7 @@ from run_moefication import command_line
 SHAPES = {"7B": (4096, 11008), "SmolLM2": (576, 1536), "1B": (2048, 8192)}  # hidden and intermediate size
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # transformers' own
 COLUMNS = ("routing", "tokens", "active", "dense_ms", "bound", "ours", *IMPLEMENTATIONS, "ours_over_best")
+BUSY_SECONDS = 0.3  # per measurement: many of the time slices, of some ms, that processes get in turn
 MOST_COPIED_BYTES = 4 * 2**30  # batched_mm, which copies the weights of every slot, is left out beyond these
 
 
@@ -38,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7B", "SmolLM2"], help="layers to measure")
     parser.add_argument("--dtypes", nargs="+", choices=timing.DTYPES, default=["fp32", "bf16"], help="of weights")
     parser.add_argument("--tokens", nargs="+", type=timing.positive, default=[1, 8, 64, 512], help="per forward pass")
+    parser.add_argument("--busy", action="store_true", help="measure while another process takes one of the cores")
     timing.add_options(parser)
     return command_line.run(parser, bench, argv)
 
@@ -55,7 +59,9 @@ def bench(arguments: argparse.Namespace) -> None:
             print(f"\n{shape} layer, {arguments.num_experts} experts, {dtype_name}: time over dense")
             print(timing.table_line(COLUMNS))
             for case in cases(arguments, shape, dtype, device):
-                rows.append({"shape": shape, "dtype": dtype_name} | measure(*case, arguments.rounds, rates))
+                with timing.busy_core() if arguments.busy else nullcontext():
+                    row = measure(*case, arguments.rounds, rates, at_least=BUSY_SECONDS if arguments.busy else 0.02)
+                rows.append({"shape": shape, "dtype": dtype_name, "busy": arguments.busy} | row)
                 print(timing.table_line(COLUMNS, rows[-1]), flush=True)
     timing.write_json(arguments.json, device, rows)
 
@@ -122,7 +128,9 @@ def run(block: MoEBlock, x: Tensor, implementation: str) -> Tensor:
 
 
 @torch.inference_mode()
-def measure(dense: LlamaMLP, block: MoEBlock, x: Tensor, rounds: int, rates: tuple[float, float]) -> dict[str, Any]:
+def measure(
+    dense: LlamaMLP, block: MoEBlock, x: Tensor, rounds: int, rates: tuple[float, float], at_least: float = 0.02
+) -> dict[str, Any]:
     """Times of one case, as ratios to the dense MLP's."""
     gate, num_tokens = block.gate, x.shape[1]
     expert_bytes = sum(parameter[0].nbytes for parameter in block.experts.parameters())
@@ -134,7 +142,7 @@ def measure(dense: LlamaMLP, block: MoEBlock, x: Tensor, rounds: int, rates: tup
         if block.experts.down_proj[0, 0].nbytes % 16:  # it wants rows of whole 16 bytes
             del alternatives["grouped_mm"]
     selected = gate.mask(gate.score(x[0]))
-    seconds = timing.median_seconds(alternatives, rounds=rounds, device=x.device)
+    seconds = timing.median_seconds(alternatives, rounds=rounds, device=x.device, at_least=at_least)
     active = selected.float().mean().item()
     touched = selected.any(dim=0).float().mean().item()
     weights = gate.num_experts * expert_bytes

@@ -2,9 +2,13 @@
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,16 @@ from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.processes import pick_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# It says that it runs, and ends with the process that started it, however that ends.
+SPIN = """
+import os, sys
+os.sched_setaffinity(0, {int(sys.argv[1])})
+parent = os.getppid()
+print(flush=True)
+while os.getppid() == parent:
+    for _ in range(1_000_000):
+        pass
+"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +69,20 @@ def write_json(path: Path | None, device: torch.device, rows: list[dict[str, Any
     """The numbers and the machine, if a file was asked for."""
     if path:
         path.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+
+
+@contextmanager
+def busy_core() -> Iterator[int]:
+    """Within the context another process (yields its id), of our priority, wants all the time of one core of ours."""
+    if not hasattr(os, "sched_getaffinity"):
+        raise MoEficationError("--busy pins a process to a core, which only Linux can do")
+    core = max(os.sched_getaffinity(0))
+    with subprocess.Popen([sys.executable, "-c", SPIN, str(core)], stdout=subprocess.PIPE) as spinning:
+        try:
+            spinning.stdout.readline()
+            yield spinning.pid
+        finally:
+            spinning.kill()
 
 
 def median_seconds(

@@ -1,8 +1,11 @@
 """The benchmarks measure what they say they measure."""
 
 import json
+import os
 import sys
+import time
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import bench_generate
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_refused
-from timing import median_seconds
+from timing import busy_core, median_seconds
 
 from llama_moe import record_routing
 from llama_moe.gates import LinearGate
@@ -63,6 +66,25 @@ def test_layer_bench_writes_its_numbers(tmp_path, capsys):
         assert row["ours"] > 0
         assert ("eager" in row) == (row["routing"] == "top_k")
     assert "SmolLM2 layer, 16 experts, fp32" in capsys.readouterr().out
+
+
+def test_a_busy_core_is_wanted_by_one_process_of_our_priority():
+    with busy_core() as process:
+        assert os.sched_getaffinity(process) < os.sched_getaffinity(0) or len(os.sched_getaffinity(0)) == 1
+        assert os.getpriority(os.PRIO_PROCESS, process) == os.getpriority(os.PRIO_PROCESS, 0)
+        time.sleep(0.2)
+        user, system = (int(ticks) for ticks in Path(f"/proc/{process}/stat").read_text().rsplit(")")[1].split()[11:13])
+        assert user + system > 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+def test_layer_bench_measures_beside_a_busy_core(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_moe_layer, "BUSY_SECONDS", 0.01)
+    options = ["--shapes", "SmolLM2", "--tokens", "1", "--active", "0.25", "--rounds", "1", "--dtypes", "fp32"]
+    assert bench_moe_layer.main([*options, "--busy", "--json", str(tmp_path / "layer.json")]) == 0
+    rows = json.loads((tmp_path / "layer.json").read_text())["rows"]
+    assert [(row["routing"], row["busy"]) for row in rows] == [("top_k", True), ("threshold", True)]
 
 
 def test_models_of_the_whole_bench_share_all_but_their_mlps():
