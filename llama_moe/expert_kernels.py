@@ -21,6 +21,8 @@ SMALL_LAYER_BYTES = 2**24  # such a layer stays in caches, so calls cost more th
 FEWEST_TOKENS, VERY_FEW_TOKENS, FEW_TOKENS = 8, 24, 128
 FEW_PAIRS = 1024
 TOKENS_PER_CHUNK = 512
+LONG_ROW = 256  # neurons: in 16 bits, shorter rows are faster to copy than to multiply one by one
+COPIED_BYTES = 24 * 2**20  # beyond 32 MiB, glibc fetches fresh memory at every call
 
 
 class PackedExperts(NamedTuple):
@@ -115,13 +117,37 @@ def one_by_one(packed: PackedExperts, hidden_states: Tensor, top_k_index: Tensor
 
 
 def one_token(packed: PackedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The used experts of one token, `hidden_states [1, H]`, without sorting and gathering. Gain: 1.2 to 1.4 times
-    `grouped` for SmolLM2's layer with 16 experts in float32."""
+    """The used experts of one token, `hidden_states [1, H]`, in a handful of parallel regions however many they are:
+    where a core is busy, each region waits for the thread that is not running there. Gain: 1.2 times a loop over a
+    quarter of the experts of LLaMA-7B's layer in float32, and 1.7 (16 experts) to 6.7 times (256) by a busy core."""
     slots = top_k_weights[0].nonzero()[:, 0]
+    experts = top_k_index[0, slots]
+    hidden = _products(packed.gate_up, experts, hidden_states.expand(len(experts), -1))  # [P, 2W]
+    if packed.gate_up_bias is not None:
+        hidden = hidden + packed.gate_up_bias[experts]
+    hidden = (packed.gated(hidden) * top_k_weights[0, slots, None]).to(packed.down.dtype)
+    if hidden.element_size() > 2 or hidden.shape[1] >= LONG_ROW:
+        outputs = _products(packed.down, experts, hidden)  # [P, H]
+        return (outputs.new_ones(1, len(experts)) @ outputs).to(hidden_states.dtype)
     output = torch.zeros_like(hidden_states)
-    for slot, expert in zip(slots.tolist(), top_k_index[0, slots].tolist(), strict=True):
-        output = output + packed.run_one(expert, hidden_states, top_k_weights[:, slot, None]).to(output.dtype)
+    num_copied = max(1, COPIED_BYTES // packed.down[0].nbytes)
+    for some, part in zip(experts.split(num_copied), hidden.split(num_copied), strict=True):
+        if len(some):
+            down = torch.cat([packed.down[expert] for expert in some.tolist()], dim=1)
+            output = output + F.linear(part.reshape(1, -1), down).to(output.dtype)
     return output
+
+
+def _products(matrices: Tensor, experts: Tensor, vectors: Tensor) -> Tensor:
+    """The matrix of each chosen expert, of `matrices [E, rows, n]`, times its vector, in one parallel region: `[P]`,
+    `[P, n]` -> `[P, rows]`. No other operation of PyTorch multiplies rows chosen by index without copying them."""
+    num_rows = matrices.shape[1]
+    rows = (experts[:, None] * num_rows + torch.arange(num_rows)).flatten()
+    owners = torch.arange(len(experts)).repeat_interleave(num_rows)
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        vectors.to(matrices.dtype), matrices.flatten(0, 1), rows, owners, owners, 0
+    )
+    return products.view(len(experts), num_rows)
 
 
 def masked_dense(packed: PackedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
