@@ -15,6 +15,7 @@ from llama_moe.expert_kernels import (
     FEW_TOKENS,
     FINE_WIDTH,
     LONG_ROW,
+    MANY_EXPERTS,
     TOKENS_PER_CHUNK,
     PackedExperts,
     choose_kernel,
@@ -37,7 +38,7 @@ SIZES = {
     one_by_one: [(5, 6, 1), (4, 16, 70), (3, 43, 5)],
     masked_dense: [(5, 6, 1), (4, 16, 5), (5, 6, 13), (4, 16, 70), (3, 5, TOKENS_PER_CHUNK + 9)],
     grouped: [(4, 16, 1), (4, 8, 70)],  # widths of whole 16 bytes only
-    one_token: [(5, 6, 1), (4, 16, 1), (3, LONG_ROW, 1)],
+    one_token: [(5, 6, 1), (4, 16, 1), (3 * MANY_EXPERTS, 6, 1), (3 * MANY_EXPERTS, LONG_ROW, 1)],
 }
 
 
@@ -173,15 +174,6 @@ def test_what_no_token_uses_is_never_read(kernel, tokens):
         assert torch.equal(kernel(PackedExperts.of(module), x, index, weights), expected)
 
 
-@torch.no_grad()
-def test_one_token_copies_as_many_experts_at_once_as_fit(monkeypatch):
-    module, x, routing = random_experts(7, 6, 16, dtype=torch.bfloat16), hidden_states(1), random_routing(1, 7, 5)
-    inputs = [x.bfloat16(), routing[0], routing[1].bfloat16()]
-    for experts in (1, 3):
-        monkeypatch.setattr("llama_moe.expert_kernels.COPIED_BYTES", experts * module.down_proj[0].nbytes)
-        require_naive(one_token(PackedExperts.of(module.bfloat16()), *inputs), module, *inputs, torch.bfloat16)
-
-
 @pytest.mark.parametrize("run", [Experts.__call__, *KERNELS])
 def test_slots_of_another_process_are_skipped(run):
     """Expert parallelism marks them with an index beyond the local experts and weight 0."""
@@ -194,17 +186,18 @@ def test_slots_of_another_process_are_skipped(run):
         torch.testing.assert_close(output, naive_experts(module, x, index, weights), **TOLERANCE)
 
 
-@pytest.mark.parametrize("run", [*IMPLEMENTATIONS, *(kernel for kernel in KERNELS if kernel is not one_token)])
+@pytest.mark.parametrize("run", [*IMPLEMENTATIONS, *KERNELS])
 def test_gradients_equal_the_naive_loops(run):
     single = run in ("grouped_mm", grouped)  # which know no float64
     dtype, bound = (torch.float32, 5e-6) if single else (torch.float64, 1e-13)
     module = random_experts(4, 8, 16, biased=True, implementation=run if isinstance(run, str) else "", dtype=dtype)
-    index, weights = random_routing(10, 4, 2, dtype)
+    tokens = 1 if run is one_token else 10
+    index, weights = random_routing(tokens, 4, 4 if run is one_token else 2, dtype)
     ours = module if isinstance(run, str) else lambda *inputs: run(PackedExperts.of(module), *inputs)
     gradients = []
     for forward in (ours, lambda *inputs: naive_experts(module, *inputs)):
         module.zero_grad()
-        x, w = hidden_states(10, dtype=dtype).requires_grad_(), weights.clone().requires_grad_()
+        x, w = hidden_states(tokens, dtype=dtype).requires_grad_(), weights.clone().requires_grad_()
         forward(x, index, w).square().sum().backward()
         gradients.append([x.grad, w.grad, *(p.grad.clone() for p in module.parameters())])
     for own, naive in zip(*gradients, strict=True):
