@@ -149,7 +149,7 @@ def _train(
     before = mean_kl(model, teacher, held_out, batch_size) if is_first else None
     last = last_whole_step(Path(arguments.output_dir))
     with quiet_transformers(), straight_through(model, shares) as soft:
-        trainer = DistillationTrainer(model, soft, teacher, blocks, arguments)
+        trainer = DistillationTrainer(model, soft, teacher, blocks, arguments, settings.clone_weight)
         steps = trainer.train(resume_from_checkpoint=last and str(last)).global_step
     del trainer
     leave_group()

@@ -16,6 +16,7 @@ from llama_moe import LlamaMoEForCausalLM
 from ...settings import DistillSettings
 from ..checkpoints.transformers_library import first_line
 from ..errors import MoEficationError, SettingError
+from ..fitting.clone import clone_loss, recorded_layers
 from ..fitting.losses import TeacherKL
 from ..layers.straight_through import StraightThroughBlock, update_thresholds
 from ..progress import progress
@@ -118,22 +119,27 @@ class DistillationTrainer(Trainer):
         teacher: PreTrainedModel,
         blocks: list[torch.Tensor],
         arguments: TrainingArguments,
+        clone_weight: float,
     ):
         super().__init__(model, arguments, data_collator=collate, train_dataset=blocks, callbacks=[Steps(moe_blocks)])
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # compute_loss gives each batch's mean, which the Trainer then averages
-        self._moe_blocks, self._teacher = moe_blocks, teacher
+        self._moe_blocks, self._teacher, self._clone_weight = moe_blocks, teacher, clone_weight
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """KL(dense || MoE), on average over the batch's tokens."""
+        """KL(dense || MoE), on average over the batch's tokens, and `clone_weight` times the clone loss."""
         tokens, kept = inputs["input_ids"], inputs["kept"]
         for block in self._moe_blocks:
             block.kept = kept
-        # Calling the wrapped model (DDP, autocast) makes logits too; here, of the last token only.
-        outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-        states = final_states(self._teacher, tokens, kept)
+        with recorded_layers(self.model) as student, recorded_layers(self._teacher) as teacher:
+            # Calling the wrapped model (DDP, autocast) makes logits too; here, of the last token only.
+            outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+            states = final_states(self._teacher, tokens, kept)
         kl = TeacherKL(states, self._teacher.lm_head.weight, self.model.lm_head.weight)
-        return kl(outputs.hidden_states[-1][kept]).mean()
+        loss = kl(outputs.hidden_states[-1][kept]).mean()
+        if self._clone_weight:
+            loss = loss + self._clone_weight * clone_loss(student, teacher, kept)
+        return loss
 
     def _save_checkpoint(self, *args, **kwargs):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
