@@ -32,6 +32,9 @@ def main(run: Run) -> None:
     metrics = writer.metrics()[stage.RESULT]
     shares = metrics["active_share"]
     print(f"KL to the dense model, held out: {metrics['loss_before']:.4f} before, {metrics['loss_after']:.4f} after")
+    for row in metrics.get("nested", ()):
+        losses = f"{row['loss_before']:.4f} before, {row['loss_after']:.4f} after"
+        print(f"with {row['num_selects']} experts per token instead: {losses}")
     limits = f"{min(shares):.1%} to {max(shares):.1%} in {len(shares)} layers"
     print(f"routed experts that run: {sum(shares) / len(shares):.1%} ({limits})")
     run.report(writer, "llama_evaluate.py (evaluate.sh)")

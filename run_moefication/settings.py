@@ -49,6 +49,7 @@ def at_least(minimum: int) -> Check:
 
 COUNT = at_least(1)
 POSITIVE = Check(lambda value: 0 < value < math.inf, "must be a positive number")
+NOT_NEGATIVE = Check(lambda value: 0 <= value < math.inf, "must be a number, 0 or more")
 FRACTION = Check(lambda value: 0 < value < 1, "is not a fraction between 0 and 1")
 SHARE = Check(lambda value: 0 < value <= 1, "is not a fraction in (0, 1]; one percent is 0.01")
 SEED = Check(lambda value: 0 <= value < 2**32, "is outside of 0 to 2^32 - 1")
@@ -118,7 +119,8 @@ class Settings:
     def recorded(self) -> dict[str, Any]:
         """The settings that shape the result, as manifests record them."""
         shaping = (one for one in fields(self) if one.metadata["is_recorded"] and self._has_effect(one))
-        return {one.name: getattr(self, one.name) for one in shaping}
+        values = {one.name: getattr(self, one.name) for one in shaping}
+        return {name: [*value] if isinstance(value, tuple) else value for name, value in values.items()}  # as JSON does
 
     def check(self) -> None:
         """Refuse fields that do not go together."""
@@ -295,7 +297,11 @@ class DistillSettings(Settings):
     """Stage 6: what is trained, and how long."""
 
     num_selects: int | None = setting(None, "experts per token, shared ones included, from now on (default: as given)")
+    nested_selects: Sequence[int] | None = setting(
+        None, "other such budgets; each step draws one of these and --num_selects, so that one model serves all"
+    )
     train: str = setting("all", "gates; experts, shared ones and output biases included; or both", choices=TRAINED)
+    clone_weight: float = setting(1.0, "weight of the layers' errors beside the KL divergence", check=NOT_NEGATIVE)
     lr: float = setting(1e-4, "learning rate of Adam, at the top of its cosine", check=POSITIVE)
     epochs: int = setting(1, "passes over the text", check=COUNT)
     batch_size: int = setting(2, "blocks at a time in each process", check=COUNT)

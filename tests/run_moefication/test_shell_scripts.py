@@ -153,6 +153,7 @@ UNTRAINED = {"use_softmax": None, "seed": None}
         ("3_select.sh", {"GATE_NETWORK": "similarity", "GATE_RANK": ""}, {"gate_fit": None} | UNTRAINED),
         ("2_get_hidden_features.sh", {"FEATURE_FORMAT": "full", "TEMPLATES": UP}, {"templates": UP}),
         ("6_distill.sh", {"TRAIN": "experts", "LR": "0.001"}, {"train": "experts", "lr": 0.001, "block_size": 32}),
+        ("6_distill.sh", {"NESTED_SELECTS": "6 2"}, {"nested_selects": [6, 2]}),
         # The budget stays unless it is given; paths follow from one another, and can be given.
         ("5_calibrate.sh", {}, {"num_selects": None, "save_path": "out/tiny-llama-MoE-Calibrated"}),
         ("6_distill.sh", {}, {"num_selects": None, "moe_path": "out/tiny-llama-MoE-Calibrated", "max_tokens": 512}),

@@ -69,7 +69,17 @@ def distillation_card(
 ) -> str:
     """The card of a checkpoint that distill wrote."""
     parts = {"gates": "Gates", "experts": "Experts", "all": "Gates and experts"}
-    shares = metrics["active_share"]
+    shares, nested = metrics["active_share"], ""
+    if "nested" in metrics:
+        rows = [f"| {m['num_selects']} | {m['loss_before']:.4f} | {m['loss_after']:.4f} |" for m in metrics["nested"]]
+        table = "\n".join(rows)
+        nested = f"""
+It was trained for other budgets as well, which `set_active_fraction` sets. The same divergence at these:
+
+| experts per token | before | after |
+|---|---|---|
+{table}
+"""
     return model_card(
         name,
         config,
@@ -79,7 +89,7 @@ def distillation_card(
 How far its predictions are from the dense model's, on held-out text of the same kind: KL divergence of
 {metrics["loss_before"]:.4f} nats a token before the distillation, {metrics["loss_after"]:.4f} after it. Of the routed
 experts {sum(shares) / len(shares):.3f} ran per token (mean over layers; {min(shares):.3f} to {max(shares):.3f}).
-""",
+{nested}""",
     )
 
 

@@ -30,12 +30,15 @@ def experts_per_tok(config: LlamaMoEConfig, threshold_of: Callable[[int], float]
     return [0.0 if threshold_of(layer) >= -Gate.LOWEST_THRESHOLD else count for layer, count in enumerate(counts)]
 
 
-def require_num_selects(num_selects: int, config: LlamaMoEConfig, least_routed: int = 1) -> None:
-    """Raise MoEficationError unless the model can run so many experts per token, shared ones included."""
+def require_num_selects(
+    num_selects: int, config: LlamaMoEConfig, least_routed: int = 1, name: str = "num_selects"
+) -> None:
+    """Raise MoEficationError unless the model can run so many experts per token, shared ones included; `name` is the
+    setting's."""
     least = config.num_shared_experts + max(least_routed, config.min_experts_per_tok)
     most = config.num_shared_experts + config.max_routed_experts
     if not least <= num_selects <= most:
-        raise SettingError(f"num_selects {num_selects} is outside of {least} to {most}, the model's experts")
+        raise SettingError(f"{name} {num_selects} is outside of {least} to {most}, the model's experts")
 
 
 def set_num_selects(model: PreTrainedModel, num_selects: int, name: str | Path) -> None:

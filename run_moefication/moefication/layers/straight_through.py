@@ -6,6 +6,7 @@ Axes: B blocks of a batch, N positions, T tokens, E routed experts, W width of a
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -32,16 +33,27 @@ class StraightThroughBlock(nn.Module):
     notes which threshold the text would have called for. The gate's noise is left out.
     """
 
-    def __init__(self, block: MoEBlock, share: float):
-        """`share`: of its routed experts that the block runs per token, on average."""
+    def __init__(self, block: MoEBlock, shares: list[float]):
+        """`shares`: the budgets that the block can be set to, of its routed experts that run per token, on average. It
+        runs the first as it is; those after it begin with the thresholds that its score quantiles say."""
         super().__init__()
         self.gate, self.experts, self.shared_experts = block.gate, block.experts, block.shared_experts
         self.register_parameter("output_bias", block.output_bias)
         self.train(block.training)
         self.kept: torch.Tensor | None = None  # bool `[B, N]`: positions of the next batch that are text; None: all
-        self._tracks = self.gate.routing == "threshold" and 0 < share < 1
-        self._share = share
+        self.shares, self._budget = shares, 0
+        if self.gate.routing == "threshold":
+            others = [self.gate.quantile_threshold(self.gate.score_quantiles, share) for share in shares[1:]]
+            self.register_buffer("thresholds", torch.cat([self.gate.threshold, self.gate.threshold.new_tensor(others)]))
         self._wanted: list[torch.Tensor] = []
+
+    def set_budget(self, index: int) -> None:
+        """Have the next batches run this one of `shares`."""
+        self._budget = index
+        if self.gate.routing == "threshold":
+            self.gate.threshold.copy_(self.thresholds[index])
+        else:
+            self.gate.num_experts_per_tok = round(self.shares[index] * self.gate.num_experts)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[B, N, H]` -> the same shape."""
@@ -65,9 +77,10 @@ class StraightThroughBlock(nn.Module):
         """1 for the experts that run, else 0, `[T, E]`, with the gradient of the sigmoid."""
         hard = scores.detach()
         of_text = hard if self.kept is None else hard[self.kept.flatten()]
-        if self.training and self._tracks:
+        share = self.shares[self._budget]
+        if self.training and self.gate.routing == "threshold" and 0 < share < 1:
             candidates = self.gate.within_bounds(of_text).flatten()
-            below = round((1 - self._share) * len(candidates))  # so many do not reach the threshold
+            below = round((1 - share) * len(candidates))  # so many do not reach the threshold
             self._wanted.append(candidates.kthvalue(min(len(candidates), below + 1)).values)
         selected = self.gate.mask(hard).to(scores.dtype)
         if not scores.requires_grad:
@@ -92,6 +105,11 @@ class StraightThroughBlock(nn.Module):
         self._wanted.clear()
         return wanted
 
+    def move_threshold(self, wanted: torch.Tensor) -> None:
+        """Move the budget's threshold towards the wanted one `[1]`."""
+        self.gate.threshold.lerp_(wanted, THRESHOLD_STEP)
+        self.thresholds[self._budget] = self.gate.threshold.squeeze()
+
 
 def _gate_and_up(packed: torch.Tensor) -> list[torch.Tensor]:
     """`[E, 2W, ...]` -> the gate's part and up's, `[W * E, ...]` each. Experts are the inner axis: the few neurons of a
@@ -100,9 +118,9 @@ def _gate_and_up(packed: torch.Tensor) -> list[torch.Tensor]:
 
 
 @contextmanager
-def straight_through(model: LlamaMoEForCausalLM, shares: list[float]) -> Iterator[list[StraightThroughBlock]]:
+def straight_through(model: LlamaMoEForCausalLM, shares: list[list[float]]) -> Iterator[list[StraightThroughBlock]]:
     """Within the context, a `StraightThroughBlock` stands in for every MoE block of the model. No weight is copied, and
-    their names stay; `shares`: by layer, of the routed experts that run."""
+    their names stay; `shares`: those of each layer's block."""
     layers = model.model.layers
     originals = [layer.mlp for layer in layers]
     blocks = [StraightThroughBlock(block, share) for block, share in zip(originals, shares, strict=True)]
@@ -113,6 +131,12 @@ def straight_through(model: LlamaMoEForCausalLM, shares: list[float]) -> Iterato
     finally:
         for layer, original in zip(layers, originals, strict=True):
             layer.mlp = original
+
+
+def set_budget(blocks: list[StraightThroughBlock], index: int) -> None:
+    """Have all blocks of a model run this budget of theirs."""
+    for block in blocks:
+        block.set_budget(index)
 
 
 @torch.no_grad()
@@ -126,7 +150,40 @@ def update_thresholds(blocks: list[StraightThroughBlock]) -> None:
         torch.distributed.all_reduce(wanted)
         wanted /= torch.distributed.get_world_size()
     for block, threshold in zip(blocks, wanted, strict=True):
-        block.gate.threshold.lerp_(threshold, THRESHOLD_STEP)
+        block.move_threshold(threshold)
+
+
+@torch.no_grad()
+def settle_thresholds(
+    model: LlamaMoEForCausalLM,
+    blocks: list[torch.Tensor],
+    shares: list[list[float]],
+    batch_size: int,
+    device: torch.device,
+) -> list[float]:
+    """Set thresholds by a text, for the first of each layer's `shares`, and score quantiles that are right for all of
+    them. What a layer sees depends on the budget of the layers before it, so the text is read at each budget. Returns
+    what `recalibrate_thresholds` does."""
+    gates = [layer.mlp.gate for layer in model.model.layers]
+    if model.config.routing == "top_k":
+        return recalibrate_thresholds(model, blocks, [layer[0] for layer in shares], batch_size, device)
+    quantiles = []  # by budget, the first last, at which the thresholds stay
+    for budget in reversed(list(zip(*shares, strict=True))):
+        active = recalibrate_thresholds(model, blocks, list(budget), batch_size, device)
+        quantiles.insert(0, torch.stack([gate.score_quantiles for gate in gates]))
+    for gate, layer_shares, layer_quantiles in zip(gates, shares, torch.stack(quantiles, 1), strict=True):
+        gate.score_quantiles.copy_(_blended(layer_quantiles, layer_shares))
+    return active
+
+
+def _blended(quantiles: torch.Tensor, shares: list[float]) -> torch.Tensor:
+    """Score quantiles at each of several budgets `[budgets, Q]` -> quantiles `[Q]` by which a threshold can be set for
+    any: those of a budget where it looks them up, and between two budgets a mean of theirs that moves over."""
+    order = np.argsort(shares)[::-1]  # so that the levels at which budgets look up their thresholds rise
+    levels, places = np.linspace(0, 1, quantiles.shape[1]), 1 - np.array(shares)[order]
+    weights = np.stack([np.interp(levels, places, row) for row in np.eye(len(shares))])  # [budgets, Q]
+    blended = (torch.from_numpy(weights) * quantiles.cpu()[order.copy()]).sum(0)
+    return blended.cummax(0).values  # quantiles do not fall, and where budgets differ much a mean may
 
 
 @torch.no_grad()
@@ -146,7 +203,8 @@ def recalibrate_thresholds(
     stream = torch.empty(sum(map(len, blocks)), config.hidden_size)
     embed(stream, blocks, batches, model.get_input_embeddings().weight.cpu())
     active = []
-    with straight_through(model, shares) as soft:  # which compute all experts at once, faster than one by one
+    # Its blocks compute all experts at once, faster than one by one.
+    with straight_through(model, [[share] for share in shares]) as soft:
         for layer, block, share in zip(model.model.layers, soft, shares, strict=True):
             half, gate = PreMLP(config, layer.state_dict().__getitem__, device), block.gate
             scores = []

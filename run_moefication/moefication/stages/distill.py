@@ -1,7 +1,8 @@
 """Stage 6: a LlamaMoE checkpoint trained to predict as its dense source does.
 
-The loss is KL(dense || MoE) of the final logits. Thresholds follow the training, and are set once more after it, by a
-walk through the layers, so that the model ends on its budget.
+The loss is KL(dense || MoE) of the final logits, and beside it how far each layer is from the dense model's. Thresholds
+follow the training, and are set once more after it, by a walk through the layers, so that the model ends on its budget.
+With nested budgets each step draws one, and thresholds follow at each.
 """
 
 import importlib.util
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from llama_moe import LlamaMoEForCausalLM
+from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
 
 from ...settings import DistillSettings
 from ..checkpoints.dense import DenseCheckpoint
@@ -23,7 +24,7 @@ from ..checkpoints.tokenizers import tokenizer_files
 from ..checkpoints.transformers_library import quiet_transformers
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
-from ..layers.straight_through import recalibrate_thresholds, straight_through
+from ..layers.straight_through import settle_thresholds, straight_through
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
 from ..text.corpus import Corpus, require_held_out_block
@@ -105,6 +106,8 @@ def _check(checkpoint: DenseCheckpoint, moe: MoECheckpoint, save_path: str | Pat
         raise MoEficationError(f"{folder} weighs its experts by gate scores; that is not distilled")
     if settings.num_selects is not None:
         require_num_selects(settings.num_selects, config)
+    for num_selects in settings.nested_selects or ():
+        require_num_selects(num_selects, config, name="nested_selects")
     if Path(save_path).resolve() in (checkpoint.path, folder.resolve()):
         raise SettingError(f"save_path {save_path} is one of the source checkpoints; choose another folder")
 
@@ -123,9 +126,27 @@ def _load(moe: MoECheckpoint, settings: DistillSettings) -> LlamaMoEForCausalLM:
     model = moe.load(torch.float32)
     if settings.num_selects is not None:
         set_num_selects(model, settings.num_selects, moe.path)
+    try:
+        with straight_through(model, _shares(model, settings)):
+            pass
+    except ValueError as error:  # its thresholds have no quantiles
+        raise SettingError(f"{moe.path} cannot run nested_selects {settings.nested_selects}: {error}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(TRAINED[settings.train](name))
     return model
+
+
+def _nested_selects(config: LlamaMoEConfig, settings: DistillSettings) -> list[int]:
+    """The budgets beside the model's own."""
+    return [num for num in dict.fromkeys(settings.nested_selects or ()) if num != config.num_selects]
+
+
+def _shares(model: LlamaMoEForCausalLM, settings: DistillSettings) -> list[list[float]]:
+    """By layer, of its routed experts that run: at the model's own budget, and at the nested ones."""
+    config, layers = model.config, model.model.layers
+    own = experts_per_tok(config, lambda layer: layers[layer].mlp.gate.threshold.item())
+    nested = [num_selects - config.num_shared_experts for num_selects in _nested_selects(config, settings)]
+    return [[count / config.num_experts for count in (first, *nested)] for first in own]
 
 
 def _train(
@@ -138,18 +159,16 @@ def _train(
 ) -> dict[str, Any]:
     """Train the model in place, as it will be stored. Returns the metrics (in the first process)."""
     device, is_first, batch_size = arguments.device, arguments.process_index == 0, settings.batch_size
-    config, gates = model.config, [layer.mlp.gate for layer in model.model.layers]
-    counts = experts_per_tok(config, lambda layer: gates[layer].threshold.item())
-    shares = [count / config.num_experts for count in counts]
+    shares = _shares(model, settings)
     num_held_out = -(-len(corpus.blocks) // MEASURED_EVERY_NTH_BLOCK)
     blocks, held_out = corpus.blocks[:-num_held_out], corpus.blocks[-num_held_out:]
     model.to(device)
     teacher_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     teacher = checkpoint.load_causal_lm(device, teacher_dtype).requires_grad_(False)
-    before = mean_kl(model, teacher, held_out, batch_size) if is_first else None
     last = last_whole_step(Path(arguments.output_dir))
     with quiet_transformers(), straight_through(model, shares) as soft:
-        trainer = DistillationTrainer(model, soft, teacher, blocks, arguments)
+        before = mean_kl(model, soft, teacher, held_out, batch_size) if is_first else []
+        trainer = DistillationTrainer(model, soft, teacher, blocks, arguments, settings.clone_weight)
         steps = trainer.train(resume_from_checkpoint=last and str(last)).global_step
     del trainer
     leave_group()
@@ -158,13 +177,17 @@ def _train(
     _round(model, moe)
     model.eval()
     try:
-        active = recalibrate_thresholds(model, blocks, shares, batch_size, device)
+        active = settle_thresholds(model, blocks, shares, batch_size, device)
     except ValueError as error:
         raise _diverged("a gate's scores are not finite, or all the same") from error
-    after = mean_kl(model, teacher, held_out, batch_size)
-    metrics = {"steps": steps, "loss_before": before, "loss_after": after, "active_share": active}
-    if config.routing == "threshold":
-        metrics["threshold"] = [gate.threshold.item() for gate in gates]
+    with straight_through(model, shares) as soft:
+        after = mean_kl(model, soft, teacher, held_out, batch_size)
+    losses = [{"loss_before": first, "loss_after": last} for first, last in zip(before, after, strict=True)]
+    metrics = {"steps": steps} | losses[0] | {"active_share": active}
+    if nested := _nested_selects(model.config, settings):
+        metrics["nested"] = [{"num_selects": num} | loss for num, loss in zip(nested, losses[1:], strict=True)]
+    if model.config.routing == "threshold":
+        metrics["threshold"] = [layer.mlp.gate.threshold.item() for layer in model.model.layers]
     return metrics
 
 

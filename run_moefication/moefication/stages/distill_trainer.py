@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -16,8 +17,9 @@ from llama_moe import LlamaMoEForCausalLM
 from ...settings import DistillSettings
 from ..checkpoints.transformers_library import first_line
 from ..errors import MoEficationError, SettingError
+from ..fitting.clone import clone_loss, recorded_layers
 from ..fitting.losses import TeacherKL
-from ..layers.straight_through import StraightThroughBlock, update_thresholds
+from ..layers.straight_through import StraightThroughBlock, set_budget, update_thresholds
 from ..progress import progress
 from ..storage.files import file_sizes, read_json_object, sync, write_json
 from ..storage.manifest import CURE_OF_DAMAGE
@@ -47,15 +49,24 @@ def final_states(model: PreTrainedModel, tokens: torch.Tensor, kept: torch.Tenso
 
 
 @torch.no_grad()
-def mean_kl(model: LlamaMoEForCausalLM, teacher: PreTrainedModel, blocks: list[torch.Tensor], batch_size: int) -> float:
-    """KL(dense || MoE) in nats, on average over the tokens of the blocks; the model runs in its own dtype."""
+def mean_kl(
+    model: LlamaMoEForCausalLM,
+    moe_blocks: list[StraightThroughBlock],
+    teacher: PreTrainedModel,
+    blocks: list[torch.Tensor],
+    batch_size: int,
+) -> list[float]:
+    """KL(dense || MoE) in nats at each budget of the model's `moe_blocks`, on average over the tokens of the blocks;
+    the model runs in its own dtype."""
     model.eval()
-    total = 0.0
+    totals = [0.0] * len(moe_blocks[0].shares)
     for index in range(0, len(blocks), batch_size):
         batch = [tensor.to(model.device) for tensor in collate(blocks[index : index + batch_size]).values()]
         kl = TeacherKL(final_states(teacher, *batch), model.lm_head.weight)
-        total += kl(final_states(model, *batch)).sum(dtype=torch.float64).item()
-    return total / sum(map(len, blocks))
+        for budget in reversed(range(len(totals))):  # the first last, which the model keeps
+            set_budget(moe_blocks, budget)
+            totals[budget] += kl(final_states(model, *batch)).sum(dtype=torch.float64).item()
+    return [total / sum(map(len, blocks)) for total in totals]
 
 
 def training_arguments(settings: DistillSettings, seed: int, device: str) -> TrainingArguments:
@@ -118,22 +129,29 @@ class DistillationTrainer(Trainer):
         teacher: PreTrainedModel,
         blocks: list[torch.Tensor],
         arguments: TrainingArguments,
+        clone_weight: float,
     ):
-        super().__init__(model, arguments, data_collator=collate, train_dataset=blocks, callbacks=[Steps(moe_blocks)])
+        self._steps = Steps(moe_blocks)
+        super().__init__(model, arguments, data_collator=collate, train_dataset=blocks, callbacks=[self._steps])
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # compute_loss gives each batch's mean, which the Trainer then averages
-        self._moe_blocks, self._teacher = moe_blocks, teacher
+        self._moe_blocks, self._teacher, self._clone_weight = moe_blocks, teacher, clone_weight
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """KL(dense || MoE), on average over the batch's tokens."""
+        """KL(dense || MoE), on average over the batch's tokens, and `clone_weight` times the clone loss."""
         tokens, kept = inputs["input_ids"], inputs["kept"]
         for block in self._moe_blocks:
             block.kept = kept
-        # Calling the wrapped model (DDP, autocast) makes logits too; here, of the last token only.
-        outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-        states = final_states(self._teacher, tokens, kept)
+        with recorded_layers(self.model) as student, recorded_layers(self._teacher) as teacher:
+            # Calling the wrapped model (DDP, autocast) makes logits too; here, of the last token only.
+            outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+            states = final_states(self._teacher, tokens, kept)
         kl = TeacherKL(states, self.model.lm_head.weight)
-        return kl(outputs.hidden_states[-1][kept]).mean()
+        loss = kl(outputs.hidden_states[-1][kept]).mean()
+        if self._clone_weight:
+            loss = loss + self._clone_weight * clone_loss(student, teacher, kept)
+        self._steps.loss = loss.detach()
+        return loss
 
     def _save_checkpoint(self, *args, **kwargs):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -146,20 +164,36 @@ class DistillationTrainer(Trainer):
             raise MoEficationError(f"{folder} cannot be saved ({reason})") from error
 
 
+def drawn_budget(seed: int, step: int, num_budgets: int) -> int:
+    """The number of the budget that a step runs at: each of them once in so many steps, in an order drawn anew. The
+    same for every process, whether the training was interrupted or not."""
+    order = np.random.default_rng([seed, step // num_budgets]).permutation(num_budgets)
+    return int(order[step % num_budgets])
+
+
 class Steps(TrainerCallback):
-    """Keeps thresholds on budget, shows how far the training is, and marks a saved step as whole, once it is."""
+    """Draws the budget of each step (nested models share weights: Matryoshka representations, Kusupati et al. 2022,
+    arXiv 2205.13147; FlexRank, 2026, arXiv 2602.02680), keeps thresholds on budget, shows how far the training is, and
+    marks a saved step as whole, once it is."""
 
     def __init__(self, moe_blocks: list[StraightThroughBlock]):
         self._moe_blocks = moe_blocks
+        self.loss: torch.Tensor | None = None  # of the last batch
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._bar = progress(range(state.global_step, state.max_steps), "distill", "step")
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        set_budget(self._moe_blocks, drawn_budget(args.seed, state.global_step, len(self._moe_blocks[0].shares)))
+
     def on_step_end(self, args, state, control, **kwargs):
         update_thresholds(self._moe_blocks)
+        if not self._bar.disable:  # to read the loss is to wait for the GPU
+            self._bar.set_postfix(loss=f"{self.loss.item():.3f}", refresh=False)
         self._bar.update()
 
     def on_train_end(self, args, state, control, **kwargs):
+        set_budget(self._moe_blocks, 0)
         self._bar.close()
 
     def on_save(self, args, state, control, **kwargs):

@@ -34,14 +34,18 @@ from safetensors.torch import load_file
 from llama_moe import LlamaMoEForCausalLM
 from run_moefication import llama_distill
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
+from run_moefication.moefication.checkpoints.moe import MoECheckpoint
 from run_moefication.moefication.layers.straight_through import (
     TEMPERATURE,
     THRESHOLD_STEP,
     recalibrate_thresholds,
+    set_budget,
+    settle_thresholds,
     straight_through,
     update_thresholds,
 )
 from run_moefication.moefication.stages.distill import distill
+from run_moefication.moefication.stages.distill_trainer import drawn_budget
 from run_moefication.settings import DistillSettings
 
 ALIKE = 1e-5  # float32 sums of the same terms in another order
@@ -68,7 +72,7 @@ def arguments_of(pipeline: Pipeline, save: Path, **changes: object) -> list[str]
         "block_size": 32,
         "lr": 1e-3,
     } | changes
-    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    return [part for name, value in options.items() for part in (f"--{name}", *str(value).split())]
 
 
 def distilled_to(folder: Path, pipeline: Pipeline, *flags: str, **changes: object) -> Path:
@@ -84,6 +88,15 @@ SHORT = {"max_tokens": 1200, "save_steps": 5}  # 37 blocks, 3 held out: 17 steps
 def short(finished, tmp_path_factory) -> Path:
     """A few steps, all parameters trained."""
     return distilled_to(tmp_path_factory.mktemp("short") / "moe", finished, **SHORT)
+
+
+NESTED = SHORT | {"nested_selects": "6 3"}
+
+
+@pytest.fixture(scope="module")
+def nested(finished, tmp_path_factory) -> Path:
+    """The same with steps at other budgets."""
+    return distilled_to(tmp_path_factory.mktemp("nested") / "moe", finished, **NESTED)
 
 
 def metrics_of(folder: Path) -> dict:
@@ -127,7 +140,7 @@ def test_training_computes_what_the_model_computes(kind):
         expected = model(tokens).logits
     assert all(0.1 < share < 0.9 for share in shares_on(model, list(tokens)))  # the choice matters
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
-    with straight_through(model, [0.5] * 3):
+    with straight_through(model, [[0.5]] * 3):
         model.train()
         assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
         logits = model(tokens).logits
@@ -146,7 +159,7 @@ def test_gates_hear_of_every_expert(kind):
     model = random_moe(**KINDS[kind])
     block, hidden = model.model.layers[1].mlp, TINY["hidden_size"]
     x, direction = torch.randn(1, 9, hidden), torch.randn(hidden)
-    with straight_through(model, [0.5] * 3) as soft:
+    with straight_through(model, [[0.5]] * 3) as soft:
         soft[1].train()
         (soft[1](x) @ direction).sum().backward()
     experts, gate = block.experts, block.gate
@@ -174,7 +187,7 @@ def test_padding_counts_neither_for_thresholds_nor_for_gradients():
     results = []
     for tokens, kept in [(cut, None), (whole, torch.arange(30)[None] < 11)]:
         model = random_moe(**KINDS["threshold"])
-        with straight_through(model, [0.3] * 3) as soft:
+        with straight_through(model, [[0.3]] * 3) as soft:
             for block in soft:
                 block.kept = kept
             model.train()
@@ -190,7 +203,7 @@ def test_thresholds_follow_the_text_of_each_step():
     model, batches = random_moe(**KINDS["threshold"]), some_tokens(4, 40).split(2)
     gate = model.model.layers[0].mlp.gate
     before, seen = gate.threshold.item(), []
-    with straight_through(model, [0.25] * 3) as soft:
+    with straight_through(model, [[0.25]] * 3) as soft:
         hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda _, x: seen.append(gate.score(x[0])))
         model.train()
         for batch in batches:  # two batches a step, as with gradient accumulation
@@ -207,7 +220,7 @@ def test_thresholds_follow_the_text_of_each_step():
 def test_the_text_of_a_step_knows_the_bounds_of_a_token():
     model = random_moe(**KINDS["threshold"] | {"min_experts_per_tok": 1, "max_experts_per_tok": 3})
     gate, seen = model.model.layers[0].mlp.gate, []
-    with straight_through(model, [0.4] * 3) as soft:
+    with straight_through(model, [[0.4]] * 3) as soft:
         hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda _, x: seen.append(gate.score(x[0])))
         model.train()
         model(some_tokens(4, 120))
@@ -216,6 +229,44 @@ def test_the_text_of_a_step_knows_the_bounds_of_a_token():
     ran = gate.mask(seen[0].detach().flatten(0, 1))
     assert ran.float().mean().item() == pytest.approx(0.4, abs=0.001)
     assert set(ran.sum(dim=1).tolist()) == {1, 2, 3}
+
+
+def test_each_budget_has_a_threshold_of_its_own():
+    model, gate_shares = random_moe(**KINDS["threshold"]), [0.5, 0.25, 0.75]
+    gate = model.model.layers[0].mlp.gate
+    with straight_through(model, [gate_shares] * 3) as soft:
+        model.train()
+        starts = soft[0].thresholds.tolist()
+        assert starts[1:] == [gate.quantile_threshold(gate.score_quantiles, share) for share in gate_shares[1:]]
+        set_budget(soft, 2)
+        assert gate.threshold.item() == starts[2]
+        model(some_tokens(2, 40).flip(1))
+        wanted = soft[0]._wanted[0].item()
+        update_thresholds(soft)
+        set_budget(soft, 0)
+        assert gate.threshold.item() == starts[0]
+        moved = starts[2] + THRESHOLD_STEP * (wanted - starts[2])
+        assert soft[0].thresholds.tolist() == pytest.approx([*starts[:2], moved], abs=1e-6)
+        assert moved != pytest.approx(starts[2], abs=1e-4)
+
+
+def test_settled_quantiles_serve_every_budget():
+    """Although what a layer sees depends on the budget of those before it; those of one budget alone do not."""
+    blocks, shares = list(some_tokens(30, 32).int()), [0.5, 0.25, 0.75]
+
+    def missed(trained_for: list[float]) -> float:
+        model = random_moe(**KINDS["no_shared"] | {"initializer_range": 0.5})
+        settle_thresholds(model, blocks, [trained_for] * 3, 4, torch.device("cpu"))
+        at_own = shares_on(model, blocks)
+        assert at_own == pytest.approx([0.5] * 3, abs=0.002)
+        ran = []
+        for share in shares:
+            model.set_active_fraction(share)
+            ran.append(shares_on(model, blocks))
+        return (torch.tensor(ran) - torch.tensor(shares)[:, None]).abs().max().item()
+
+    assert missed(shares) < 0.005
+    assert missed(shares[:1]) > 0.02
 
 
 def test_settled_thresholds_meet_the_budget_in_the_whole_model():
@@ -245,6 +296,34 @@ def test_predictions_come_nearer_to_the_dense_model(finished, short):
     before, after = kl(finished, finished.moe, held_out), kl(finished, short, held_out)
     assert (metrics["loss_before"], metrics["loss_after"]) == pytest.approx((before, after), rel=1e-4)
     assert after < 0.95 * before
+
+
+def test_every_nested_budget_comes_nearer_to_the_dense_model(finished, nested):
+    held_out, dense = blocks_of(finished, max_tokens=SHORT["max_tokens"])[1], load(finished.model)
+    metrics = metrics_of(nested)
+    rows = {row["num_selects"]: row for row in metrics["nested"]} | {4: metrics}
+    assert list(rows) == [6, 3, 4]
+    for num_selects, row in rows.items():
+        models = [load(folder, num_selects - 1) for folder in (finished.moe, nested)]  # one expert is shared
+        before, after = (divergence(model, dense, held_out) for model in models)
+        assert (row["loss_before"], row["loss_after"]) == pytest.approx((before, after), rel=1e-3)
+        assert after < before
+
+
+def test_a_nested_model_can_be_set_to_each_budget(finished, nested):
+    model, blocks = load(nested), blocks_of(finished, max_tokens=SHORT["max_tokens"])[0]
+    assert model.config.num_selects == 4
+    assert shares_on(model, blocks) == pytest.approx([3 / 7] * 3, rel=0.01)
+    for num_selects in (3, 4, 6):
+        model.set_active_fraction(num_selects / 8)
+        assert shares_on(model, blocks) == pytest.approx([(num_selects - 1) / 7] * 3, rel=0.02)
+
+
+def test_budgets_are_drawn_equally_often():
+    draws = [drawn_budget(7, step, 3) for step in range(300)]
+    assert {tuple(sorted(draws[start : start + 3])) for start in range(0, 300, 3)} == {(0, 1, 2)}
+    assert len({tuple(draws[start : start + 3]) for start in range(0, 300, 3)}) == 6  # in every order
+    assert draws != [drawn_budget(8, step, 3) for step in range(300)]
 
 
 @pytest.mark.parametrize("num_selects", [None, 6])
@@ -302,6 +381,19 @@ def test_other_models_are_distilled_too(fields, text_folder, tmp_path):
     assert metrics["loss_after"] == pytest.approx(stored, rel=1e-5)  # of the rounded weights
 
 
+def test_top_k_models_have_nested_budgets_too(tiny_llama, text_folder, tmp_path):
+    pipeline = make_pipeline(tiny_llama, text_folder, tmp_path / "out", convert_options=[])
+    folder = distilled_to(tmp_path / "moe", pipeline, **NESTED)
+    metrics = metrics_of(folder)
+    assert load(folder).config.num_experts_per_tok == 3
+    assert metrics["active_share"] == [3 / 7] * 3
+    held_out, dense = blocks_of(pipeline, max_tokens=SHORT["max_tokens"])[1], load(pipeline.model)
+    for row in (metrics | {"num_selects": 4}, *metrics["nested"]):
+        found = divergence(load(folder, row["num_selects"] - 1), dense, held_out)
+        assert row["loss_after"] == pytest.approx(found, rel=1e-4)
+        assert row["loss_after"] < row["loss_before"]
+
+
 def test_bfloat16_training_keeps_float32_weights(finished, short, tmp_path):
     folder = distilled_to(tmp_path / "moe", finished, "--bf16", **SHORT)
     in_float32, in_bfloat16 = (load_file(moe / "model.safetensors") for moe in (short, folder))
@@ -320,13 +412,22 @@ def test_the_summary_says_what_was_gained(finished, short, run_script):
     assert f"{metrics['loss_after']:.4f} after it" in (short / "README.md").read_text()
 
 
+def test_summary_and_card_name_the_nested_budgets(finished, nested, run_script):
+    _, out, _ = run_script(llama_distill.main, *arguments_of(finished, nested, **NESTED))
+    card = (nested / "README.md").read_text()
+    for row in metrics_of(nested)["nested"]:
+        losses = f"{row['loss_before']:.4f} before, {row['loss_after']:.4f} after"
+        assert f"with {row['num_selects']} experts per token instead: {losses}" in out
+        assert f"| {row['num_selects']} | {row['loss_before']:.4f} | {row['loss_after']:.4f} |" in card
+
+
 def test_progress_counts_the_steps(finished, short, tmp_path, capsys, monkeypatch):
     checkpoint = DenseCheckpoint(str(finished.model))
     corpus = corpus_of(checkpoint, finished.text, None, block_size=32, max_tokens=SHORT["max_tokens"])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert distill(checkpoint, finished.moe, corpus, tmp_path / "moe", DistillSettings(lr=1e-3)).finished
     steps = metrics_of(short)["steps"]
-    assert re.search(rf"distill: 100%.* {steps}/{steps} ", capsys.readouterr().err)
+    assert re.search(rf"distill: 100%.* {steps}/{steps} .*loss=\d", capsys.readouterr().err)
     assert contents(tmp_path / "moe") == contents(short)
 
 
@@ -346,10 +447,10 @@ def training_steps(fatal: int | None = None) -> Iterator[list[int]]:
         yield steps
 
 
-def interrupted(pipeline: Pipeline, folder: Path, step: int) -> Path:
+def interrupted(pipeline: Pipeline, folder: Path, step: int, **options: object) -> Path:
     """Training killed at a step; returns the newest of the saved ones."""
     with training_steps(fatal=step), pytest.raises(Killed):
-        llama_distill.main(arguments_of(pipeline, folder, **SHORT))
+        llama_distill.main(arguments_of(pipeline, folder, **(SHORT | options)))
     (saved,) = folder.parent.rglob("checkpoint-*")  # older ones are gone
     return saved
 
@@ -368,6 +469,16 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(finished, short, tmp_
     assert contents(folder) == contents(short)
     other = distilled_to(tmp_path / "other", finished, seed=1, **SHORT)
     assert (other / "model.safetensors").read_bytes() != (short / "model.safetensors").read_bytes()
+
+
+def test_an_interrupted_nested_training_goes_on_to_the_same_bytes(finished, nested, tmp_path):
+    """It draws the budgets it would have drawn, and the thresholds of those that wait are saved, too."""
+    folder = tmp_path / "moe"
+    interrupted(finished, folder, 13, **NESTED)
+    with training_steps() as steps:
+        distilled_to(folder, finished, **NESTED)
+    assert len(steps) == metrics_of(nested)["steps"] - 10
+    assert contents(folder) == contents(nested)
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone"])
@@ -438,7 +549,7 @@ def test_two_processes_share_the_work(finished, short, tmp_path):
     script.write_text(PARTING)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     result = subprocess.run(
-        [*launch, *arguments_of(finished, folder, device="cpu", **SHORT)],
+        [*launch, *arguments_of(finished, folder, device="cpu", **NESTED)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -448,7 +559,7 @@ def test_two_processes_share_the_work(finished, short, tmp_path):
     assert result.stdout.count("written: ") == 1
     metrics = metrics_of(folder)
     assert metrics["steps"] == -(-metrics_of(short)["steps"] // 2)
-    assert metrics["loss_after"] < metrics["loss_before"]
+    assert all(row["loss_after"] < row["loss_before"] for row in (metrics, *metrics["nested"]))
     assert metrics["active_share"] == pytest.approx([3 / 7] * 3, rel=0.01)
     assert contents(folder).keys() == contents(short).keys()
 
@@ -465,6 +576,8 @@ WRONG = [
     ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be at least 1"),
     ({"save_steps": 0}, "--save_steps 0 must be at least 1"),
     ({"num_selects": 1}, "--num_selects 1 is outside of 2 to 8, the model's experts"),
+    ({"nested_selects": "4 9"}, "--nested_selects 9 is outside of 2 to 8, the model's experts"),
+    ({"clone_weight": -1}, "--clone_weight -1.0 must be a number, 0 or more"),
     ({"max_tokens": 1}, "the corpus is a single block, and one is held out"),
     ({"save_path": "{model}"}, "is one of the source checkpoints; choose another folder"),
     ({"save_path": "{text}"}, "holds files but no manifest.json: not ours to fill"),
@@ -491,6 +604,20 @@ def test_wrong_input_is_refused(changes, words, finished, places, run_script):
     before = {name: contents(path) for name, path in places.items()}
     assert_refused(run_script(llama_distill.main, *arguments_of(finished, places["save"], **changes)), words)
     assert {name: contents(path) for name, path in places.items()} == before
+
+
+def test_thresholds_without_quantiles_have_no_nested_budgets(finished, tmp_path, run_script, monkeypatch):
+    def unset(self, *arguments):
+        model = real(self, *arguments)
+        for layer in model.model.layers:
+            layer.mlp.gate.score_quantiles.zero_()
+        return model
+
+    real = MoECheckpoint.load
+    monkeypatch.setattr(MoECheckpoint, "load", unset)
+    result = run_script(llama_distill.main, *arguments_of(finished, tmp_path / "moe", **NESTED))
+    assert_refused(result, "cannot run --nested_selects [6, 3]: no score quantiles are stored")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_training_that_diverges_is_refused(finished, tmp_path, run_script):
