@@ -16,7 +16,7 @@ from llama_moe.moe_layers import MoEBlock
 
 from ..text.batches import batches_of
 from .decoder import PreMLP, embed
-from .scores import TOKENS_PER_CHUNK
+from .scores import set_threshold
 
 TEMPERATURE = 0.5  # of the sigmoid that stands in for the choice, in standard deviations of the layer's scores
 THRESHOLD_STEP = 0.3  # how far a threshold moves, each step, to where the step's text would have it
@@ -212,12 +212,8 @@ def recalibrate_thresholds(
                 attended, inputs = half(stream[batch.rows].to(device), batch)
                 stream[batch.rows] = attended.cpu()
                 scores.append(gate.score(inputs))
-            scores = torch.cat(scores)  # [tokens, E]
-            if gate.routing == "threshold":
-                gate.store_score_quantiles(scores)
-                gate.set_active_share(share)
-            ran = sum(int(gate.mask(chunk).sum()) for chunk in scores.split(TOKENS_PER_CHUNK))
-            active.append(ran / scores.numel())
+            runs = set_threshold(gate, torch.cat(scores), share)
+            active.append(runs.mean(dtype=torch.float64).item())
             for batch in batches:
                 attended = stream[batch.rows].to(device)
                 stream[batch.rows] = (attended + block(half.mlp_norm(attended))).cpu()
