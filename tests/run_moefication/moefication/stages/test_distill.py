@@ -344,7 +344,8 @@ def test_a_model_that_runs_its_shared_experts_only_goes_on_doing_so(finished, tm
     options = ["--block_size", 32, "--max_tokens", 1200, "--num_selects", 1]
     run = replace(finished, calibrated=tmp_path / "calibrated", calibrate_options=options)
     assert run.calibrate() == 0
-    folder = distilled_to(tmp_path / "moe", finished, moe_path=run.calibrated, **SHORT)
+    # An eighth of a random model can come nearer to its predictions, but not to its layers as well.
+    folder = distilled_to(tmp_path / "moe", finished, moe_path=run.calibrated, clone_weight=0, **SHORT)
     metrics = metrics_of(folder)
     assert metrics["active_share"] == [0.0] * 3
     assert metrics["loss_after"] < metrics["loss_before"]
