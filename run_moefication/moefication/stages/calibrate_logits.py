@@ -28,7 +28,6 @@ from ..layers.scores import set_threshold
 from ..precision import product_dtype
 from ..progress import progress
 from ..text.batches import Batch, batches_of
-from .calibrate_layer import MOST_KEPT_BYTES
 
 # Of Adam, at the top of its cosine, by the root mean square of each parameter.
 LEARNING_RATE = 0.003
@@ -38,6 +37,8 @@ WARMUP = 0.05  # share of the steps
 PASSES = 2  # over the blocks
 MOST_STEP_TOKENS = 512  # of longer blocks there are too few steps
 THRESHOLD_STEP = 0.3  # how far a threshold moves, each step, to where the step's text would have it
+# The model, and what the dense one predicts, are kept in memory up to this size each; else they are made at each use.
+MOST_KEPT_BYTES = 2 << 30
 MEASURED_EVERY_NTH_BLOCK = 8  # is not fitted to: there the divergence is measured
 FINAL_NORM = "norm.weight"
 FACTORS = "layers.{}.mlp.factors"  # `[E]`
