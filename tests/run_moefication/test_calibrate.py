@@ -303,6 +303,16 @@ def test_the_fit_of_all_layers_leaves_every_matrix_but_for_a_factor_for_each_exp
         assert 0.01 < (factors - 1).abs().max() < 0.3
 
 
+def test_a_model_without_logits_is_calibrated_layer_by_layer(finished, tmp_path):
+    moe = finished.converted(tmp_path / "moe", "--convert_type", "LlamaMoEModel", "--routing", "threshold")
+    folders = [
+        recalibrated(finished, tmp_path / name, *options, moe=moe).calibrated
+        for name, options in (("layers", []), ("asked", ["--fit_logits"]))
+    ]
+    assert contents(folders[0]) == contents(folders[1])
+    assert metrics_of(folders[1], "divergence_after") == []
+
+
 def test_the_same_bytes_whether_layers_are_kept_or_loaded_anew(together, tmp_path, monkeypatch):
     monkeypatch.setattr(logit_calibration, "MOST_KEPT_BYTES", 0)
     assert contents(recalibrated(together, tmp_path / "moe", *TOGETHER).calibrated) == contents(together.calibrated)

@@ -6,7 +6,7 @@ layers repair what earlier ones lost. Then a few parameters of all layers are fi
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -57,6 +57,8 @@ def calibrate(
     16 * hidden_size bytes a token. Runs in float32, with `bfloat16_products`.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
+    if moe.model_class != "LlamaMoEForCausalLM":
+        settings = replace(settings, fit_logits=False)  # it has none
     config = _new_config(moe, settings)
     if Path(save_path).resolve() in (checkpoint.path, moe.artifact.folder.resolve()):
         raise SettingError(f"save_path {save_path} is one of the source checkpoints; choose another folder")

@@ -174,7 +174,7 @@ def fit_to_logits(
         return torch.cat(parts).mean(dtype=torch.float64).item()
 
     model = WholeModel(config, lambda name: small[name] if name in small else tensor(name), device, factors)
-    before, num_fitted = measured(model, small[FINAL_NORM]), max(1, len(blocks) - num_measured)
+    before, num_fitted = measured(model, small[FINAL_NORM]), len(blocks) - num_measured
     losses = (divergence(model, index, small[FINAL_NORM]).mean() for index in [*range(num_fitted)] * PASSES)
     _train(small | factors, losses, PASSES * num_fitted, model)
     found = {name: p.detach().to(tensor(name).dtype).cpu() for name, p in small.items()}
