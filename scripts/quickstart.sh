@@ -24,7 +24,7 @@ GIVEN_PYTHON="${PYTHON:-}" # to make the environment with
 # Less text than the stages read by themselves.
 SPLIT_TOKENS="${SPLIT_TOKENS:-16384}"
 FEATURE_TOKENS="${FEATURE_TOKENS:-$([ "${RECIPE:-calibrated}" = calibrated ] && echo 8192 || echo 16384)}"
-CALIBRATION_TOKENS="${CALIBRATION_TOKENS:-28672}"
+CALIBRATION_TOKENS="${CALIBRATION_TOKENS:-32768}"
 DISTILLATION_TOKENS="${DISTILLATION_TOKENS:-32768}"
 # shellcheck source=run_moefication/common.sh
 . "$STAGES/common.sh"
