@@ -6,7 +6,7 @@ form; then fit a few parameters of all layers together to the dense model's pred
 
 Writes a LlamaMoE checkpoint like the one it read. Memory: a layer of each model, five matrices of its neurons squared
 (LLaMA-7B: 6.5 GB together), and up to 2 GB of activations; disk, until it is done: 16 bytes a token for each of
-hidden_size (LLaMA-7B: 66 kB a token).
+hidden_size (LLaMA-7B: 66 kB a token), and down_proj once more.
 """
 
 import sys

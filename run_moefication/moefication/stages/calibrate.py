@@ -54,7 +54,7 @@ def calibrate(
 
     Memory: one layer of each model, five matrices of its neurons squared in float64, its activations on all tokens if
     they are at most MOST_KEPT_BYTES, and 5 bytes a token and expert. Disk, until the checkpoint is finished:
-    16 * hidden_size bytes a token. Runs in float32, with `bfloat16_products`.
+    16 * hidden_size bytes a token, and every fitted tensor once more. Runs in float32, with `bfloat16_products`.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
     if moe.model_class != "LlamaMoEForCausalLM":
