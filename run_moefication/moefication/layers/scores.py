@@ -2,8 +2,6 @@
 
 import torch
 
-from llama_moe.gates import Gate
-
 # What is summed over the activations a of an expert's neurons.
 ACTIVATION_CRITERIA = {
     "plain": lambda activations: activations,  # |sum a|
@@ -17,15 +15,6 @@ MOST_SORTED_SCORES = 1 << 24  # more than so many are thinned out, token by toke
 def token_stride(num_scores: int) -> int:
     """Stride over tokens that leaves at most `MOST_SORTED_SCORES` of `num_scores` scores to sort."""
     return max(1, -(-num_scores // MOST_SORTED_SCORES))
-
-
-def set_threshold(gate: Gate, scores: torch.Tensor, share: float) -> torch.Tensor:
-    """Which experts run, bool `[tokens, E]`, of a text's scores `[tokens, E]`. If the gate routes by a threshold, that
-    is set first, and the quantiles it comes from, so that this share of all scores reaches it."""
-    if gate.routing == "threshold":
-        gate.store_score_quantiles(scores[:: token_stride(scores.numel())])
-        gate.set_active_share(share)
-    return torch.cat([gate.mask(chunk) for chunk in scores.split(TOKENS_PER_CHUNK)])
 
 
 class ExpertScorer:

@@ -16,10 +16,9 @@ from llama_moe.moe_layers import MoEBlock
 
 from ..text.batches import batches_of
 from .decoder import PreMLP, embed
-from .scores import set_threshold
+from .thresholds import THRESHOLD_STEP, settle_layer, wanted_threshold
 
 TEMPERATURE = 0.5  # of the sigmoid that stands in for the choice, in standard deviations of the layer's scores
-THRESHOLD_STEP = 0.3  # how far a threshold moves, each step, to where the step's text would have it
 MOST_SCORES = 1 << 24  # of a layer, that its last threshold is set by: where the text has more, less text is read
 MOST_STREAM_BYTES = 1 << 30  # the same for the residual stream
 
@@ -79,9 +78,7 @@ class StraightThroughBlock(nn.Module):
         of_text = hard if self.kept is None else hard[self.kept.flatten()]
         share = self.shares[self._budget]
         if self.training and self.gate.routing == "threshold" and 0 < share < 1:
-            candidates = self.gate.within_bounds(of_text).flatten()
-            below = round((1 - share) * len(candidates))  # so many do not reach the threshold
-            self._wanted.append(candidates.kthvalue(min(len(candidates), below + 1)).values)
+            self._wanted.append(wanted_threshold(self.gate, of_text, share))
         selected = self.gate.mask(hard).to(scores.dtype)
         if not scores.requires_grad:
             return selected
@@ -206,15 +203,6 @@ def recalibrate_thresholds(
     # Its blocks compute all experts at once, faster than one by one.
     with straight_through(model, [[share] for share in shares]) as soft:
         for layer, block, share in zip(model.model.layers, soft, shares, strict=True):
-            half, gate = PreMLP(config, layer.state_dict().__getitem__, device), block.gate
-            scores = []
-            for batch in batches:
-                attended, inputs = half(stream[batch.rows].to(device), batch)
-                stream[batch.rows] = attended.cpu()
-                scores.append(gate.score(inputs))
-            runs = set_threshold(gate, torch.cat(scores), share)
-            active.append(runs.mean(dtype=torch.float64).item())
-            for batch in batches:
-                attended = stream[batch.rows].to(device)
-                stream[batch.rows] = (attended + block(half.mlp_norm(attended))).cpu()
+            half = PreMLP(config, layer.state_dict().__getitem__, device)
+            active.append(settle_layer(half, block.gate, block, stream, batches, share, device))
     return active

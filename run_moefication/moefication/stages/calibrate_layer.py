@@ -13,7 +13,8 @@ from ..fitting.ridge import NormalEquations, best_strength, token_weights
 from ..fitting.ridge_gates import GateEquations
 from ..layers.decoder import PreMLP
 from ..layers.mlp import GatedMLP, MoEMLP
-from ..layers.scores import OutputNorms, set_threshold
+from ..layers.scores import OutputNorms
+from ..layers.thresholds import set_threshold
 from ..text.batches import Batch
 
 # Strengths of the pull to the original down_proj, in mean diagonals of the Gram matrix.

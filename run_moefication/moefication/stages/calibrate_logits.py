@@ -24,7 +24,7 @@ from ..checkpoints.dense import DenseCheckpoint
 from ..fitting.losses import TeacherKL
 from ..layers.decoder import PreMLP, embed
 from ..layers.mlp import MoEMLP
-from ..layers.scores import set_threshold
+from ..layers.thresholds import THRESHOLD_STEP, settle_layer, wanted_threshold
 from ..precision import product_dtype
 from ..progress import progress
 from ..text.batches import Batch, batches_of
@@ -36,7 +36,6 @@ BETAS = (0.9, 0.99)
 WARMUP = 0.05  # share of the steps
 PASSES = 2  # over the blocks
 MOST_STEP_TOKENS = 512  # of longer blocks there are too few steps
-THRESHOLD_STEP = 0.3  # how far a threshold moves, each step, to where the step's text would have it
 # The model, and what the dense one predicts, are kept in memory up to this size each; else they are made at each use.
 MOST_KEPT_BYTES = 2 << 30
 MEASURED_EVERY_NTH_BLOCK = 8  # is not fitted to: there the divergence is measured
@@ -86,18 +85,21 @@ class WholeModel:
 
     def _run(self, layer: int, batch: Batch, stream: torch.Tensor) -> torch.Tensor:
         half, mlp = self._layer(layer)
-        gate = mlp.gate
         stream, inputs = half(stream, batch)
+        return stream + self._output(layer, mlp, inputs)
+
+    def _output(self, layer: int, mlp: MoEMLP, inputs: torch.Tensor) -> torch.Tensor:
+        """Of a layer's MoE block, from its inputs, `[T, H]` each; while training, its wanted threshold is noted."""
+        gate, trains = mlp.gate, torch.is_grad_enabled()
         with torch.no_grad():
             scores = gate.score(inputs)
             if gate.routing == "threshold":
                 gate.threshold = self.thresholds.setdefault(layer, gate.threshold)
-                candidates = gate.within_bounds(scores).flatten()
-                below = round((1 - self.share(layer)) * len(candidates))  # so many do not reach the threshold
-                self.wanted[layer] = candidates.kthvalue(min(len(candidates), below + 1)).values[None]
+                if trains:
+                    self.wanted[layer] = wanted_threshold(gate, scores, self.share(layer))[None]
             runs = gate.mask(scores)
         factors = self._factors.get(FACTORS.format(layer))
-        return stream + mlp.output(mlp.activations(inputs) * mlp.by_neuron(runs if factors is None else runs * factors))
+        return mlp.output(mlp.activations(inputs) * mlp.by_neuron(runs if factors is None else runs * factors))
 
     def move_thresholds(self) -> None:
         """Towards those that the last text would have had; thresholds that run all or none stay."""
@@ -114,16 +116,8 @@ class WholeModel:
         embed(stream, blocks, batches, self._tensor("embed_tokens.weight"))
         for layer in progress(range(self.config.num_hidden_layers), "thresholds", "layer"):
             half, mlp = self._layer(layer)
-            scores = []
-            for batch in batches:
-                attended, inputs = half(stream[batch.rows].to(self._device), batch)
-                stream[batch.rows] = attended.cpu()
-                scores.append(mlp.gate.score(inputs))
-            runs = set_threshold(mlp.gate, torch.cat(scores), self.share(layer))
-            for batch in batches:
-                attended = stream[batch.rows].to(self._device)
-                hidden = mlp.activations(half.mlp_norm(attended)) * mlp.by_neuron(runs[batch.rows])
-                stream[batch.rows] = (attended + mlp.output(hidden)).cpu()
+            output = partial(self._output, layer, mlp)
+            settle_layer(half, mlp.gate, output, stream, batches, self.share(layer), self._device)
             state = {name: mlp.gate.get_buffer(name).cpu() for name, _ in mlp.gate.named_buffers()}
             tensors |= {f"layers.{layer}.mlp.gate.{name}": tensor for name, tensor in state.items()}
         return tensors
