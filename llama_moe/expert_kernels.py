@@ -23,6 +23,8 @@ FEW_PAIRS = 1024
 TOKENS_PER_CHUNK = 512
 MANY_EXPERTS = 8  # of one token: fewer are as fast one by one, with each product in parallel
 LONG_ROW = 256  # neurons: in 16 bits, products of shorter rows are slow
+# PyTorch's own name for what `_products` calls, which has no gradients, is not one that it promises to keep.
+CAN_CHOOSE_ROWS = hasattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward")
 
 
 class PackedExperts(NamedTuple):
@@ -126,7 +128,7 @@ def one_token(packed: PackedExperts, hidden_states: Tensor, top_k_index: Tensor,
     slots = top_k_weights[0].nonzero()[:, 0]
     experts = top_k_index[0, slots]
     is_slow = packed.down.element_size() == 2 and packed.down.shape[-1] < LONG_ROW
-    if len(experts) < MANY_EXPERTS or is_slow or torch.is_grad_enabled():  # the products have no gradients
+    if len(experts) < MANY_EXPERTS or is_slow or not CAN_CHOOSE_ROWS or torch.is_grad_enabled():
         output = torch.zeros_like(hidden_states)
         for slot, expert in zip(slots.tolist(), experts.tolist(), strict=True):
             output = output + packed.run_one(expert, hidden_states, top_k_weights[:, slot, None]).to(output.dtype)
