@@ -23,7 +23,7 @@ class GateEquations:
         features = torch.cat([inputs.float(), inputs.new_ones(len(inputs), 1, dtype=torch.float32)], dim=1)
         (self._held_out if held_out else self._train).add(features, scores, weights)
 
-    def fit(self, gate: LinearGate, *, refines: bool, spares: bool = True) -> dict[str, float]:
+    def fit(self, gate: LinearGate, *, refines: bool, spares: bool) -> dict[str, float]:
         """Fit weight and bias in place, with the strength that does best on the held-out tokens.
 
         A gate with a rank gets the nearest map of that rank. One that `refines` is pulled to its values instead of to
@@ -61,7 +61,7 @@ def fit_ridge_gate(gate: LinearGate, inputs: torch.Tensor, scores: torch.Tensor,
         chunks = (tensor[part].split(TOKENS_PER_CHUNK) for tensor in (inputs, scores, weights))
         for x, y, w in zip(*chunks, strict=True):
             equations.add(x, y, w, held_out=held_out)
-    return equations.fit(gate, refines=False)
+    return equations.fit(gate, refines=False, spares=True)
 
 
 @torch.no_grad()
