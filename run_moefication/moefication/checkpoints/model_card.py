@@ -44,9 +44,9 @@ def calibration_card(
     final = ""
     if final_metrics is not None:
         final = f"""
-Then the norms, the output biases and a factor for each expert were fitted to the dense model's predictions, all layers
-together. KL divergence on tokens that nothing was fitted to: {final_metrics["divergence_before"]:.4f} nats a token
-before, {final_metrics["divergence_after"]:.4f} after it.
+Then norms, a factor for each expert, and output biases if there are any were fitted to the dense model's predictions,
+all layers together. KL divergence on tokens that nothing was fitted to:
+{final_metrics["divergence_before"]:.4f} nats a token before, {final_metrics["divergence_after"]:.4f} after it.
 """
     return model_card(
         name,
