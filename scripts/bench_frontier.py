@@ -1,7 +1,6 @@
 """What a user buys: perplexity over dense against time over dense, for each number of experts and each routing.
 
-cd scripts/results
-python ../bench_frontier.py 2026-11-cpu-frontier.jsonl --times 2026-11-cpu-times.json --plot frontier.png
+python scripts/bench_frontier.py rows.jsonl --times times.json --plot frontier.png
 
 Perplexities are rows of `bench_quality.py` (methods `calibrated` and `top_k`), of SmolLM2. Times are those of one MoE
 block at LLaMA-7B's shape, as the recipe makes it, over the dense MLP's; the number of experts there is the nearest
@@ -26,6 +25,7 @@ from llama_moe import LlamaMoEConfig
 from llama_moe.moe_layers import MoEBlock
 from run_moefication import command_line
 from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.processes import pick_device
 from run_moefication.moefication.storage.files import read_json_object, write_json
 from run_moefication.settings import CALIBRATED
 
@@ -37,7 +37,7 @@ LOSS = 0.03  # that the default may be beaten by at equal time
 
 
 class Point(NamedTuple):
-    """A configuration at a budget: perplexity over dense by text, and time over dense by `time_key`."""
+    """A configuration at a budget: perplexity over dense by text, and time over dense by dtype and tokens."""
 
     experts: int  # of SmolLM2
     routing: str
@@ -81,7 +81,7 @@ def bench(arguments: argparse.Namespace) -> None:
     ]
     if not cases:
         raise MoEficationError("no row is of a number of experts and a routing that are compared here")
-    device = torch.device(timing.pick_device(arguments.device))
+    device = torch.device(pick_device(arguments.device))
     times = read_json_object(arguments.times, "name another file") if arguments.times.exists() else {}
     times.setdefault("machine", timing.machine(device))
     for dtype, case in product(arguments.dtypes, cases):
