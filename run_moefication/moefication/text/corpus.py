@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .domains import LLAMA_MIX, find_domains, known_domain
 from .tokens import TokenStream, token_stream
 
 DEFAULT_BLOCK_SIZE = 2048
+STRETCHES = 16  # of a domain's text, which are shuffled; documents are not torn, but for those at their edges
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,9 @@ def training_corpus(
 ) -> Corpus:
     """Blocks of the domains in a folder, in their proportions: as many tokens as the scarcest domain allows.
 
-    Blocks are drawn at random within each domain, the last one cut so that the shares are exact, and shuffled across
-    domains. They are views of a file of all tokens, 4 bytes each, in the folder `cache_path`, or else a temporary one.
+    Blocks are drawn at random within each domain, the last one cut so that the shares are exact. They are views of a file
+    of all tokens, 4 bytes each, in the folder `cache_path`, or else a temporary one. Stages hold out the last blocks: all
+    domains are in their shares on both sides of any such cut, and what is held out is of other documents than the rest.
     """
     positions, weights = checkpoint.config.max_position_embeddings, parse_domain_weights(settings.domain_weights)
     block_size = require_block_size(settings.block_size, positions, checkpoint.name)
@@ -141,25 +144,29 @@ def _mixed(
     left = max_tokens or math.inf
     total = min(total, left)
     generator = np.random.default_rng(options["seed"])
-    blocks, shares = [], []
+    placed, shares = [], []
     for name, stream in streams.items():
         available = len(stream.tokens)
         asked = min(available, round(total * weights[name]), left)  # rounded shares may exceed the limit together
         left -= asked
         taken = _draw(stream.tokens, options["block_size"], asked, generator)
-        blocks += taken
+        placed += (((number + 0.5) / len(taken), block) for number, block in enumerate(taken))
         got = sum(map(len, taken))
         shares.append(DomainShare(name, weights[name], available, asked, got, stream.skipped_lines, files[name]))
-    return [blocks[i] for i in generator.permutation(len(blocks))], shares
+    return [block for _, block in sorted(placed, key=itemgetter(0))], shares
 
 
 def _draw(tokens: torch.Tensor, block_size: int, num_tokens: int, generator: np.random.Generator) -> list[torch.Tensor]:
-    """Random blocks of a packed stream, without replacement, of exactly `num_tokens` tokens together."""
-    drawn, left = [], num_tokens
-    for index in generator.permutation(-(-len(tokens) // block_size)):
+    """Random blocks of a packed stream, without replacement, of exactly `num_tokens` tokens together.
+
+    They come a stretch of the stream after another, the stretches in random order, so that blocks of one document are
+    near one another. A cut parts two neighbouring blocks of at most one stretch, and edges of stretches.
+    """
+    drawn, left, num_blocks = {}, num_tokens, -(-len(tokens) // block_size)
+    for index in generator.permutation(num_blocks).tolist():
         if left == 0:
             break
-        block = tokens[index * block_size : (index + 1) * block_size]
-        drawn.append(block[:left])
-        left -= len(drawn[-1])
-    return drawn
+        drawn[index] = tokens[index * block_size : (index + 1) * block_size][:left]
+        left -= len(drawn[index])
+    place = generator.permutation(STRETCHES)
+    return [drawn[index] for index in sorted(drawn, key=lambda index: (place[index * STRETCHES // num_blocks], index))]

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pipeline import corpus_of
 
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.text.corpus import pack, parse_domain_weights, require_block_size
+from run_moefication.moefication.text.corpus import STRETCHES, pack, parse_domain_weights, require_block_size
 from run_moefication.moefication.text.documents import DocumentReader
 from run_moefication.moefication.text.domains import LLAMA_MIX
 from run_moefication.moefication.text.text_files import TextFile
@@ -133,16 +134,28 @@ def test_same_seed_same_blocks_other_seed_others(checkpoint, tmp_path):
     assert [row.got for row in first.mix] == [row.got for row in other.mix]
 
 
-def test_domains_are_shuffled_together(checkpoint, tmp_path):
-    make_text(tmp_path, c4=60, github=60)
-    corpus = draw(checkpoint, tmp_path, domain_weights={"c4": 1.0, "github": 1.0})
-    of_c4 = {tuple(block.tolist()) for block in pack(tokens_of(tmp_path / "c4.jsonl"), 16)}
-    middle = len(corpus.blocks) // 2
-    # A half of more than 60 blocks: its share of c4 has a standard deviation below 0.5 / sqrt(60) = 0.065.
-    assert middle > 60
-    for half in (corpus.blocks[:middle], corpus.blocks[middle:]):
-        share = sum(tuple(block.tolist()) in of_c4 for block in half) / len(half)
-        assert share == pytest.approx(0.5, abs=4 * 0.065)
+def test_what_is_held_out_has_all_domains_and_documents_of_its_own(checkpoint, tmp_path):
+    counts = {"c4": 64, "github": 32}
+    words, random = sorted(set(" ".join(SENTENCES).split())), Random(0)
+    for name, count in counts.items():  # documents of some blocks each, no two of which are alike
+        write_jsonl(tmp_path / f"{name}.jsonl", [" ".join(random.choices(words, k=80)) for _ in range(count)])
+    corpus = draw(checkpoint, tmp_path, domain_weights={"c4": 2, "github": 1})
+    blocks = [tuple(block.tolist()) for block in corpus.blocks]
+    held_out = set(blocks[-(len(blocks) // 4) :])
+    for name, count in counts.items():
+        stream = tokens_of(tmp_path / f"{name}.jsonl")
+        documents = (stream == 2).cumsum(0).split(16)  # by the ends of text before
+        sides: dict[int, set[bool]] = {}
+        number_held_out = 0
+        for block, numbers in zip(pack(stream, 16), documents, strict=True):
+            is_held_out = tuple(block.tolist()) in held_out
+            number_held_out += is_held_out
+            for number in numbers.tolist():
+                sides.setdefault(number, set()).add(is_held_out)
+        assert len(sides) == count
+        assert number_held_out == pytest.approx(len(documents) / 4, rel=0.02)
+        # A quarter of the stretches, each of which has two edges, and one stretch that is cut.
+        assert sum(len(both) == 2 for both in sides.values()) <= 2 * STRETCHES / 4 + 2
 
 
 def test_domain_weights_are_parsed():
