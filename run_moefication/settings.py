@@ -6,6 +6,7 @@ argument of its function, and what its folder's manifest records. Nothing heavy 
     python -m run_moefication.settings      # the recipe that the environment asks for, as shell assignments
 """
 
+import json
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .moefication.errors import SettingError
@@ -33,6 +35,9 @@ FORMATS = ("full", "inputs")
 CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
 TRAINED = ("gates", "experts", "all")
 EQUAL = "equal"
+# What the calibrated recipe aims at, by the frontier in scripts/README.md: the neurons of an expert that give the best
+# perplexity at equal time at LLaMA-7B's shape, and the experts of a layer below which small models lose much.
+EXPERT_WIDTH, FEWEST_EXPERTS = 256, 40
 
 
 class Check(NamedTuple):
@@ -326,7 +331,7 @@ class Recipe:
     """Which settings belong together, as rules over the number of experts; the defaults are the calibrated recipe."""
 
     name: str = "calibrated"
-    num_experts: int = 256  # per layer, if no other number is asked for
+    experts: int | None = None  # per layer, if no other number is asked for; None: as `num_experts` finds
     selects: int | Fraction = Fraction(1, 2)  # that run per token, shared ones included: a number, or a fraction of all
     cluster_on: str = "activations"
     # Pairs (above, share): the first whose fraction `above` of all experts is exceeded by those that run has the
@@ -352,6 +357,16 @@ class Recipe:
         """The same for another budget: this share of the experts runs per token, shared ones included."""
         return replace(self, selects=Fraction(str(active)))
 
+    def num_experts(self, intermediate_size: int) -> int:
+        """Experts of a layer, if no other number is asked for. Their width is the divisor of `intermediate_size` nearest
+        to EXPERT_WIDTH, among multiples of 64, which kernels like best, or if there are none of 32, 16 or 1."""
+        if self.experts is not None:
+            return self.experts
+        widest = max(1, intermediate_size // FEWEST_EXPERTS)
+        divisors = [width for width in range(1, widest + 1) if intermediate_size % width == 0]
+        suited = ([width for width in divisors if width % unit == 0] for unit in (64, 32, 16, 1))
+        return intermediate_size // min(next(filter(None, suited)), key=lambda width: abs(width - EXPERT_WIDTH))
+
     def num_selects(self, num_experts: int) -> int:
         """Experts that run per token, shared ones included."""
         return self.selects if isinstance(self.selects, int) else int(num_experts * self.selects)
@@ -374,7 +389,7 @@ CALIBRATED = Recipe()
 # The original description's: 8 experts clustered on weights, MLP gates, 2 of 8 for every token.
 PLAIN = Recipe(
     name="plain",
-    num_experts=8,
+    experts=8,
     selects=2,
     cluster_on="weights",
     shared=None,
@@ -397,6 +412,25 @@ OF_RECIPE = ("CLUSTER_ON", "SELECT_CRITERION", "GATE_NETWORK", "ROUTING", "DOMAI
 COUNTS = ("NUM_EXPERTS", "NUM_SELECTS", "NUM_SHARED_EXPERTS", *TOKENS, "BLOCK_SIZE", "EVAL_TOKENS", "NUM_GPUS")
 
 
+def intermediate_size(model_path: str) -> int:
+    """Of the model that MODEL_PATH names, a folder or hub id; LLaMA-7B's if it names none, which the stage refuses."""
+    if not model_path:
+        return 11_008
+    try:
+        config = Path(model_path, "config.json")
+        if not Path(model_path).exists():
+            from huggingface_hub import hf_hub_download  # takes a while, and folders do without
+
+            config = Path(hf_hub_download(model_path, "config.json"))
+        size = json.loads(config.read_bytes())["intermediate_size"]
+    except (ImportError, OSError, ValueError, LookupError, TypeError):
+        size = None
+    if not isinstance(size, int) or size < 1:
+        where = f"MODEL_PATH={model_path} has no config.json with an intermediate_size"
+        raise SettingError(f"NUM_EXPERTS is not given, and {where} to propose it from")
+    return size
+
+
 def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
     """The shell scripts' settings of the recipe that the environment asks for; what is given there stays as it is."""
     given = {name: value for name, value in environment.items() if value}
@@ -409,11 +443,12 @@ def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
         if not re.fullmatch(r"0|[1-9][0-9]{0,17}", text) or int(text) < least:
             raise SettingError(f"{number}={text}: a whole number is needed, {least} or more")
     recipe = RECIPES[name]
-    num_experts = int(given.get("NUM_EXPERTS", recipe.num_experts))
+    model_path, save_path = given.get("MODEL_PATH", ""), given.get("SAVE_PATH", "")
+    model, asked = model_name(model_path), given.get("NUM_EXPERTS")
+    num_experts = int(asked or recipe.experts or recipe.num_experts(intermediate_size(model_path)))
     num_selects = int(given.get("NUM_SELECTS", recipe.num_selects(num_experts)))
     if not 1 <= num_selects <= num_experts:
         raise SettingError(f"NUM_SELECTS={num_selects} is outside of 1 to NUM_EXPERTS={num_experts}")
-    model, save_path = model_name(given.get("MODEL_PATH", "")), given.get("SAVE_PATH", "")
     of_recipe = {name: getattr(recipe, name.lower()) or "" for name in OF_RECIPE}
     of_recipe["NUM_SHARED_EXPERTS"] = recipe.num_shared_experts(num_experts, num_selects)
     settings = {name: given.get(name, value) for name, value in of_recipe.items()} | {

@@ -1,7 +1,7 @@
 """What perplexity hides: how far models speak like the dense one, and how well they choose, as one table.
 
 python scripts/bench_choice.py --model_path .cache/SmolLM2-135M-Instruct --heldout_path .cache/llama_data/heldout \\
-  --moe_path .quickstart/SmolLM2-135M-Instruct-256Expert-MoE-Calibrated --num_selects 192 128 64 --json choice.jsonl
+  --moe_path .quickstart/SmolLM2-135M-Instruct-48Expert-MoE-Calibrated --num_selects 36 24 12 --json choice.jsonl
 
 Agreement: share of the held-out tokens whose most likely successor is the dense model's. Equal tokens: how many of 64
 tokens after a prompt of 64, cut from the held-out text, are said as by the dense model before the first other one; both

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=timing.DTYPES, default=["fp32", "bf16"], help="of weights")
     parser.add_argument("--rounds", type=timing.positive, default=7, help="rounds, of which the median counts")
     parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--default", type=int, default=CALIBRATED.num_experts, help="the number of experts to judge")
+    parser.add_argument("--default", type=int, choices=EXPERTS, default=48, help="the number of experts to judge")
     parser.add_argument("--plot", type=Path, help="draw perplexity against time into this file")
     parser.add_argument("--seed", type=command_line.seed_number, default=0, help="of times' inputs")
     return command_line.run(parser, bench, argv)

@@ -43,14 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heldout_path", type=command_line.path, required=True, help="folder of .jsonl, to measure on")
     parser.add_argument("--wikitext_path", type=command_line.path, help="WikiText-2 test, raw; never calibrated on")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and results")
-    tokens, experts = CALIBRATED.calibration_tokens, [CALIBRATED.num_experts]
+    tokens = CALIBRATED.calibration_tokens
     parser.add_argument("--calibration_tokens", type=positive, default=tokens, help="the same for every method")
     parser.add_argument("--heldout_tokens", type=positive, default=4096, help="of each held-out file")
     parser.add_argument("--wikitext_tokens", type=positive, default=16384, help="of --wikitext_path")
     parser.add_argument("--block_size", type=positive, default=512, help="tokens per block, of all texts")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="shares of the experts")
-    help_of_experts = "of our models; static, steps, dialled and --distill take the first"
-    parser.add_argument("--experts", type=positive, nargs="+", default=experts, help=help_of_experts)
+    help_of_experts = "of our models (default: the recipe's); static, steps, dialled and --distill take the first"
+    parser.add_argument("--experts", type=positive, nargs="+", help=help_of_experts)
     parser.add_argument(
         "--methods",
         nargs="+",

@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train_data_path", type=command_line.path, help="folder of text: features and profile")
     parser.add_argument("--tokens", type=timing.positive, default=4096, help="of text: features and profile")
     parser.add_argument("--block_size", type=timing.positive, default=512, help="tokens per block of text")
-    experts = CALIBRATED.num_experts
-    parser.add_argument("--num_experts", type=timing.positive, default=experts, help="experts per layer: profile")
+    parser.add_argument("--num_experts", type=timing.positive, help="experts per layer: profile")
     parser.add_argument("--rounds", type=timing.positive, default=3, help="rounds, of which the median counts")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return command_line.run(parser, bench, argv)

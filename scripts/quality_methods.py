@@ -88,11 +88,12 @@ class Row(NamedTuple):
 def rows(bench: Bench) -> Iterator[Row]:
     """All rows that were asked for, the dense model first."""
     arguments = bench.arguments
-    methods, experts, tokens = arguments.methods, arguments.experts, arguments.calibration_tokens
+    methods, tokens = arguments.methods, arguments.calibration_tokens
+    experts = arguments.experts or [CALIBRATED.num_experts(bench.dense.config.intermediate_size)]
     distillation = {"distillation_tokens": arguments.distillation_tokens, "bf16": arguments.bf16}
 
     def recipe_at(budget: float, num_experts: int = experts[0], **changes: Any) -> Recipe:
-        return replace(CALIBRATED.at(budget), num_experts=num_experts, calibration_tokens=tokens, **changes)
+        return replace(CALIBRATED.at(budget), experts=num_experts, calibration_tokens=tokens, **changes)
 
     def masked_row(method: str, budget: float, make: Callable[[PreTrainedModel], list[Mask]], **how: Any) -> Row:
         return Row(method, budget, partial(measure_dense, bench, make, **how), how)
@@ -131,7 +132,7 @@ def rows(bench: Bench) -> Iterator[Row]:
             yield row(f"{name}, {bits} bits{quantizer}", chosen, make_model, bits=bits, quantizer=quantizer)
         for other in arguments.budgets if "dialled" in methods else ():
             if other != budget:
-                num_selects = chosen.num_selects(chosen.num_experts)
+                num_selects = chosen.num_selects(experts[0])
                 yield row(f"{name}, made for {other:.0%}", recipe_at(other), make_model, num_selects=num_selects)
         if arguments.distill and "static" in methods:
             method = "static mask, refitted and distilled"
@@ -202,7 +203,7 @@ def numbers_of(row: Evaluation, active: float, neurons: float) -> dict[str, Any]
 
 def make_model(bench: Bench, recipe: Recipe, experts: Split | None = None) -> rm.MoECheckpoint:
     """The recipe's model."""
-    folder = bench.work / f"{recipe.name}-{recipe.num_selects(recipe.num_experts)}-of-{recipe.num_experts}"
+    folder = bench.work / f"{recipe.name}-{recipe.num_selects(recipe.experts)}-of-{recipe.experts}"
     return rm.moefy(
         bench.dense,
         bench.arguments.train_data_path,
@@ -225,16 +226,16 @@ def make_step(bench: Bench, recipe: Recipe, step: str) -> rm.MoECheckpoint:
     recipe = replace(recipe, name=step, **STEPS[step])
     experts = None
     if step == RANDOM_EXPERTS:
-        settings = RandomSplitSettings(num_experts=recipe.num_experts, seed=bench.arguments.seed)
+        settings = RandomSplitSettings(num_experts=recipe.experts, seed=bench.arguments.seed)
         folder = split_at_random(bench.dense, bench.work, [TEMPLATES[0]], settings).folder
-        experts = Split(folder, bench.dense, TEMPLATES[0], recipe.num_experts)
+        experts = Split(folder, bench.dense, TEMPLATES[0], recipe.experts)
     return make_model(bench, recipe, experts)
 
 
 def make_static(bench: Bench, recipe: Recipe) -> rm.MoECheckpoint:
     """The neurons that add most, for every token alike: as shared experts, which use up the recipe's budget."""
-    shared = recipe.num_selects(recipe.num_experts)
-    rule = ((Fraction(0), Fraction(shared, recipe.num_experts)),)
+    shared = recipe.num_selects(recipe.experts)
+    rule = ((Fraction(0), Fraction(shared, recipe.experts)),)
     small_gate = dict(gate_rank=1, rank_from=0)
     recipe = replace(recipe, name="static", selects=shared + 1, shared=rule, is_calibrated=False, **small_gate)
     return make_model(bench, recipe)
@@ -242,7 +243,7 @@ def make_static(bench: Bench, recipe: Recipe) -> rm.MoECheckpoint:
 
 def make_refitted_static(bench: Bench, recipe: Recipe) -> rm.MoECheckpoint:
     """The same, calibrated as our models are."""
-    how = dict(num_selects=recipe.num_selects(recipe.num_experts), fit_logits=True)
+    how = dict(num_selects=recipe.num_selects(recipe.experts), fit_logits=True)
     return refit(bench, make_static(bench, recipe), recipe, "Refitted", **how)
 
 

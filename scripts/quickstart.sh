@@ -28,8 +28,9 @@ CALIBRATION_TOKENS="${CALIBRATION_TOKENS:-32768}"
 DISTILLATION_TOKENS="${DISTILLATION_TOKENS:-32768}"
 # shellcheck source=run_moefication/common.sh
 . "$STAGES/common.sh"
+# Wrong settings are found at once. How many experts there are follows the model, which is not there yet.
 # shellcheck source=run_moefication/recipe.sh
-. "$STAGES/recipe.sh"
+(NUM_EXPERTS="${NUM_EXPERTS:-999999}" . "$STAGES/recipe.sh") || exit 2
 if [ -n "${TEXT:-}" ] && [ ! -f "$TEXT" ]; then
     echo "error: TEXT=$TEXT is not a file" >&2
     exit 2
@@ -55,7 +56,9 @@ TEXT="${TEXT:-$SAMPLE/heldout/wikipedia.jsonl}"
 PREPARED="$SECONDS"
 
 NAME="$(basename "$(in_full "$MODEL")")"
-export MODEL_PATH="$MODEL" SAVE_PATH="$WORK" TRAIN_DATA_PATH="$DATA" TRAIN_DATA_CACHE_PATH="$WORK/llama_data_cache"
+export MODEL_PATH="$MODEL"
+. "$STAGES/recipe.sh"
+export SAVE_PATH="$WORK" TRAIN_DATA_PATH="$DATA" TRAIN_DATA_CACHE_PATH="$WORK/llama_data_cache"
 export RECIPE NUM_EXPERTS NUM_SELECTS BLOCK_SIZE="${BLOCK_SIZE:-512}"
 export MOE_PATH="${MOE_PATH:-$WORK/$NAME-${NUM_EXPERTS}Expert-MoE}"
 export CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}" DISTILLED_PATH="${DISTILLED_PATH:-$MOE_PATH-Distilled}"

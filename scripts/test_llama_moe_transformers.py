@@ -1,6 +1,6 @@
 """Using a LlamaMoE checkpoint: load it with `from_pretrained`, generate, and see how much of each MLP ran per token.
 
-python scripts/test_llama_moe_transformers.py --model_path .quickstart/SmolLM2-135M-Instruct-256Expert-MoE
+python scripts/test_llama_moe_transformers.py --model_path .quickstart/SmolLM2-135M-Instruct-48Expert-MoE
 """
 
 import argparse

@@ -36,13 +36,13 @@ def test_errors_speak_of_fields():
 def test_the_lines_of_the_readme_run(tmp_path, monkeypatch):
     (lines,) = re.findall(r"## As a library\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(lines.splitlines()) <= 12
-    sizes = dict(hidden_size=64, intermediate_size=512, num_hidden_layers=1, num_key_value_heads=4)
+    sizes = dict(hidden_size=64, intermediate_size=688, num_hidden_layers=1, num_key_value_heads=4)
     make_llama(tmp_path / "models" / "llama_7B", **sizes)
     for name in ("llama_data/c4.jsonl", "heldout.txt"):
         write_jsonl(tmp_path / name, [f"{i}. {SENTENCES[i % 6]}" for i in range(60)])
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(lines, names)
-    assert [row.num_selects for row in names["rows"]] == [None, 192, 128, 64]
-    assert names["experts"].num_shared_experts == 16
+    assert [row.num_selects for row in names["rows"]] == [None, 32, 21, 11]
+    assert names["experts"].num_shared_experts == 10
     assert type(names["model"]).__name__ == "LlamaMoEForCausalLM"

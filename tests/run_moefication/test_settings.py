@@ -48,7 +48,7 @@ def test_choices_are_what_the_code_knows():
 
 @pytest.mark.parametrize("recipe", settings.RECIPES.values(), ids=lambda recipe: recipe.name)
 def test_the_shell_has_the_recipe(recipe):
-    experts = recipe.num_experts
+    experts = recipe.num_experts(11_008)  # LLaMA-7B's, while no model is named
     selects = recipe.num_selects(experts)
     expected = {
         "NUM_EXPERTS": experts,
@@ -62,6 +62,43 @@ def test_the_shell_has_the_recipe(recipe):
     }
     shell = settings.shell_settings({"RECIPE": recipe.name})
     assert {name: shell[name] for name in expected} == {name: str(value) for name, value in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("intermediate_size", "num_experts"),
+    [
+        (1_536, 48),  # of 32 neurons: SmolLM2, in which 6 of 256 would be too few
+        (5_504, 43),  # of 128
+        (5_632, 44),  # of 128: TinyLlama
+        (8_192, 64),  # of 128: Llama-3.2-1B
+        (8_640, 45),  # of 192
+        (11_008, 43),  # of 256: LLaMA-7B
+        (14_336, 56),  # of 256: Llama-3-8B
+        (8_656, 541),  # of 16: of its divisors, no other is a multiple of 16
+        (8_663 * 2, 8_663),  # of 2: nothing else divides it
+    ],
+)
+def test_the_number_of_experts_follows_the_model(intermediate_size, num_experts):
+    assert settings.CALIBRATED.num_experts(intermediate_size) == num_experts
+    assert settings.PLAIN.num_experts(intermediate_size) == 8
+
+
+@given(st.integers(1, 40_000))
+def test_the_number_of_experts_divides_the_neurons(intermediate_size):
+    assert intermediate_size % settings.CALIBRATED.num_experts(intermediate_size) == 0
+
+
+def test_the_shell_proposes_the_number_of_experts_for_the_model(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"intermediate_size": 1536}')
+    assert settings.shell_settings({"MODEL_PATH": str(tmp_path)})["NUM_EXPERTS"] == "48"
+    for text in ("{}", "[]", '{"intermediate_size": "8"}', "no JSON"):
+        config.write_text(text)
+        with pytest.raises(SettingError, match="NUM_EXPERTS is not given, and MODEL_PATH=.* has no config.json with"):
+            settings.shell_settings({"MODEL_PATH": str(tmp_path)})
+        given = {"MODEL_PATH": str(tmp_path), "NUM_EXPERTS": "8"}
+        assert settings.shell_settings(given)["NUM_SELECTS"] == "4"
+        assert settings.shell_settings({"MODEL_PATH": str(tmp_path), "RECIPE": "plain"})["NUM_EXPERTS"] == "8"
 
 
 def test_the_environment_goes_before_the_recipe():
@@ -106,7 +143,6 @@ def test_shared_experts_follow_the_budget(counts):
 def test_the_readmes_name_the_default_recipe():
     default = settings.CALIBRATED
     text = (ROOT / "README.md").read_text()
-    assert f"makes {default.num_experts} experts, of which half run on average" in text
     assert f"calibrates on {default.calibration_tokens:,} tokens" in " ".join(text.split())
     assert default.selects == settings.Fraction(1, 2)
 

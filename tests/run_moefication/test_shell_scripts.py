@@ -167,10 +167,11 @@ def test_what_a_script_types(script, environment, expected, options):
 
 
 def test_a_model_called_dot_has_a_name(options, tmp_path):
-    made = options("3_select.sh", MODEL_PATH=".", MOE_PATH="") | options("4_convert.sh", MODEL_PATH=".", MOE_PATH="")
-    assert made["split_file_path"] == "out/a b-256Expert-Split-Clustering"
+    how = dict(MODEL_PATH=".", MOE_PATH="", NUM_EXPERTS="8", GATE_RANK="")
+    made = options("3_select.sh", **how) | options("4_convert.sh", **how)
+    assert made["split_file_path"] == "out/a b-8Expert-Split-Clustering"
     assert made["hidden_features_path"] == "out/a b-Hidden-Features"
-    assert made["select_file_path"] == "out/a b-256Expert-Select-MLP"
+    assert made["select_file_path"] == "out/a b-8Expert-Select-MLP"
     assert made["save_path"] == str(tmp_path / "a b-MoE")
 
 

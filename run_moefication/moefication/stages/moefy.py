@@ -138,7 +138,7 @@ def moefy(
         features_path: where tokenised text and stage 2's features lie, which do not depend on the budget: runs for
             several budgets can share them; by default `work_path`.
     """
-    num_experts = recipe.num_experts if num_experts is None else num_experts
+    num_experts = recipe.num_experts(dense.config.intermediate_size) if num_experts is None else num_experts
     num_selects = recipe.num_selects(num_experts) if num_selects is None else num_selects
     work = Path(f"{save_path}-work" if work_path is None else work_path)
     features_folder = work if features_path is None else Path(features_path)

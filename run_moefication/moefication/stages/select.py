@@ -147,7 +147,7 @@ def fit_gate(gate: Gate, inputs: torch.Tensor, scores: torch.Tensor, settings: G
     by held-out mass recall, the untrained gate included.
 
     The loss of training is the KL divergence to the normalised scores with `use_softmax`, the binary cross-entropy to
-    the true top-k set without. The last `valid_percent` of the tokens (blocks come shuffled) are never trained on.
+    the true top-k set without. The last `valid_percent` of the tokens, of other documents, are never trained on.
 
     Returns: metrics on held-out tokens, of the gate and of the best constant choice.
     """
