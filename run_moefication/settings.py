@@ -358,8 +358,9 @@ class Recipe:
         return replace(self, selects=Fraction(str(active)))
 
     def num_experts(self, intermediate_size: int) -> int:
-        """Experts of a layer, if no other number is asked for. Their width is the divisor of `intermediate_size` nearest
-        to EXPERT_WIDTH, among multiples of 64, which kernels like best, or if there are none of 32, 16 or 1."""
+        """Experts of a layer, if no other number is asked for: FEWEST_EXPERTS or more, as far as there are neurons. Of
+        the widths that divide `intermediate_size`, theirs is the one nearest to EXPERT_WIDTH, among multiples of 64,
+        which kernels like best, or if there are none of 32, 16 or 1."""
         if self.experts is not None:
             return self.experts
         widest = max(1, intermediate_size // FEWEST_EXPERTS)
@@ -419,9 +420,9 @@ def intermediate_size(model_path: str) -> int:
     try:
         config = Path(model_path, "config.json")
         if not Path(model_path).exists():
-            from huggingface_hub import hf_hub_download  # takes a while, and folders do without
+            from huggingface_hub import snapshot_download  # takes a while, and folders do without
 
-            config = Path(hf_hub_download(model_path, "config.json"))
+            config = Path(snapshot_download(model_path, allow_patterns="config.json"), "config.json")
         size = json.loads(config.read_bytes())["intermediate_size"]
     except (ImportError, OSError, ValueError, LookupError, TypeError):
         size = None

@@ -1,6 +1,9 @@
 """One place of every setting: scripts, shell and README say what `settings.py` says."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -94,11 +97,24 @@ def test_the_shell_proposes_the_number_of_experts_for_the_model(tmp_path):
     assert settings.shell_settings({"MODEL_PATH": str(tmp_path)})["NUM_EXPERTS"] == "48"
     for text in ("{}", "[]", '{"intermediate_size": "8"}', "no JSON"):
         config.write_text(text)
-        with pytest.raises(SettingError, match="NUM_EXPERTS is not given, and MODEL_PATH=.* has no config.json with"):
+        with pytest.raises(SettingError, match=r"NUM_EXPERTS is not given, and MODEL_PATH=[^ ]* has no"):
             settings.shell_settings({"MODEL_PATH": str(tmp_path)})
         given = {"MODEL_PATH": str(tmp_path), "NUM_EXPERTS": "8"}
         assert settings.shell_settings(given)["NUM_SELECTS"] == "4"
         assert settings.shell_settings({"MODEL_PATH": str(tmp_path), "RECIPE": "plain"})["NUM_EXPERTS"] == "8"
+
+
+def test_the_shell_proposes_the_number_of_experts_for_a_hub_id(tmp_path):
+    """From the hub's cache, of which this has the layout."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--owner--name"
+    for file, text in {"refs/main": commit, f"snapshots/{commit}/config.json": '{"intermediate_size": 11008}'}.items():
+        (repository / file).parent.mkdir(parents=True)
+        (repository / file).write_text(text)
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "MODEL_PATH": "owner/name"}
+    command = [sys.executable, "-m", "run_moefication.settings"]
+    printed = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "NUM_EXPERTS=43" in printed.splitlines()
 
 
 def test_the_environment_goes_before_the_recipe():

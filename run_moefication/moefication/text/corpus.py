@@ -110,9 +110,9 @@ def training_corpus(
 ) -> Corpus:
     """Blocks of the domains in a folder, in their proportions: as many tokens as the scarcest domain allows.
 
-    Blocks are drawn at random within each domain, the last one cut so that the shares are exact. They are views of a file
-    of all tokens, 4 bytes each, in the folder `cache_path`, or else a temporary one. Stages hold out the last blocks: all
-    domains are in their shares on both sides of any such cut, and what is held out is of other documents than the rest.
+    Blocks are drawn at random within each domain, the last one cut so that the shares are exact. They are views of a
+    file of all tokens, 4 bytes each, in the folder `cache_path`, or else a temporary one. Stages hold out the last
+    blocks: any such cut leaves all domains in their shares on both sides, and other documents on one than on the other.
     """
     positions, weights = checkpoint.config.max_position_embeddings, parse_domain_weights(settings.domain_weights)
     block_size = require_block_size(settings.block_size, positions, checkpoint.name)
