@@ -258,14 +258,12 @@ def small_names(config) -> list[str]:
     return [f"layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in names] + ["norm.weight"]
 
 
-def test_the_fit_of_all_layers_brings_the_model_nearer_on_text_that_no_layer_saw(together, corpus, tmp_path):
-    layers = recalibrated(together, tmp_path / "layers", *TOGETHER[:2]).calibrated
+def test_the_fit_of_all_layers_brings_the_model_nearer_on_text_that_no_fit_saw(together, corpus):
     (metrics,) = metrics_of(together.calibrated, "divergence_after")
     measured_on, dense = held_out(corpus)[-2:], load(together.model)  # an eighth of it
     model = load(together.calibrated)
     assert metrics["divergence_after"] == pytest.approx(divergence(model, dense, measured_on), rel=1e-3)
-    assert metrics["divergence_after"] < 0.97 * metrics["divergence_before"]
-    assert divergence(model, dense, corpus.blocks) < divergence(load(layers), dense, corpus.blocks)
+    assert metrics["divergence_after"] < 0.99 * metrics["divergence_before"]  # two blocks, of other documents
     # Thresholds meet the budget on that text, and the card tells of them.
     assert shares_on(model, held_out(corpus)) == pytest.approx([1 / 3] * 3, rel=0.02)
     thresholds = [layer.mlp.gate.threshold.item() for layer in model.model.layers]

@@ -205,7 +205,8 @@ def test_rows_say_how_they_were_made(path):
         assert {"minutes", "machine", "settings"} <= row.keys()
         ours = re.fullmatch(r"calibrated, (\d+) experts(, distilled)?", row["method"])
         if ours:
-            recipe = replace(CALIBRATED.at(row["budget"]), experts=int(ours[1]))
+            tokens = row["settings"]["calibration_tokens"]
+            recipe = replace(CALIBRATED.at(row["budget"]), experts=int(ours[1]), calibration_tokens=tokens)
             assert row["settings"]["recipe"] == quality_methods.as_data(recipe)
 
 
