@@ -426,7 +426,7 @@ def intermediate_size(model_path: str) -> int:
         size = json.loads(config.read_bytes())["intermediate_size"]
     except (ImportError, OSError, ValueError, LookupError, TypeError):
         size = None
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or not 0 < size < 1 << 24:
         where = f"MODEL_PATH={model_path} has no config.json with an intermediate_size"
         raise SettingError(f"NUM_EXPERTS is not given, and {where} to propose it from")
     return size

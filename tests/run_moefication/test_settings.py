@@ -95,7 +95,7 @@ def test_the_shell_proposes_the_number_of_experts_for_the_model(tmp_path):
     config = tmp_path / "config.json"
     config.write_text('{"intermediate_size": 1536}')
     assert settings.shell_settings({"MODEL_PATH": str(tmp_path)})["NUM_EXPERTS"] == "48"
-    for text in ("{}", "[]", '{"intermediate_size": "8"}', "no JSON"):
+    for text in ("{}", "[]", '{"intermediate_size": "8"}', '{"intermediate_size": 9999999999999}', "no JSON"):
         config.write_text(text)
         with pytest.raises(SettingError, match=r"NUM_EXPERTS is not given, and MODEL_PATH=[^ ]* has no"):
             settings.shell_settings({"MODEL_PATH": str(tmp_path)})
