@@ -3,8 +3,6 @@
 # several stages share, how settings become options, and how a stage starts on several GPUs. Each setting of a script
 # can be given in the environment instead.
 
-# A thread that waits for others sleeps, so that they find a core where some are busy. Idle machines lose nothing.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 PYTHON_OF_VENV="$HERE/../.venv/bin/python"
 PYTHON="${PYTHON:-$([ -x "$PYTHON_OF_VENV" ] && echo "$PYTHON_OF_VENV" || echo python3)}"
