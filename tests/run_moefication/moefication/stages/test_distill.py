@@ -90,7 +90,7 @@ def short(finished, tmp_path_factory) -> Path:
     return distilled_to(tmp_path_factory.mktemp("short") / "moe", finished, **SHORT)
 
 
-NESTED = SHORT | {"nested_selects": "6 3"}
+NESTED = SHORT | {"nested_selects": "6 3", "lr": 3e-4, "epochs": 2}  # two passes: 34 steps
 
 
 @pytest.fixture(scope="module")
@@ -298,16 +298,7 @@ def test_predictions_come_nearer_to_the_dense_model(finished, short):
     assert after < 0.95 * before
 
 
-def assert_nearer(pipeline: Pipeline, folder: Path, *num_selects: int) -> None:
-    """Over these budgets together, which is what is trained, on the text that it was trained on."""
-    blocks, dense = blocks_of(pipeline, max_tokens=SHORT["max_tokens"])[0], load(pipeline.model)
-    before, after = (  # one expert is shared
-        sum(divergence(load(one, num - 1), dense, blocks) for num in num_selects) for one in (pipeline.moe, folder)
-    )
-    assert after < 0.97 * before
-
-
-def test_nested_budgets_come_nearer_to_the_dense_model(finished, nested):
+def test_every_nested_budget_comes_nearer_to_the_dense_model(finished, nested):
     held_out, dense = blocks_of(finished, max_tokens=SHORT["max_tokens"])[1], load(finished.model)
     metrics = metrics_of(nested)
     rows = {row["num_selects"]: row for row in metrics["nested"]} | {4: metrics}
@@ -316,7 +307,7 @@ def test_nested_budgets_come_nearer_to_the_dense_model(finished, nested):
         models = [load(folder, num_selects - 1) for folder in (finished.moe, nested)]  # one expert is shared
         before, after = (divergence(model, dense, held_out) for model in models)
         assert (row["loss_before"], row["loss_after"]) == pytest.approx((before, after), rel=1e-3)
-    assert_nearer(finished, nested, *rows)
+        assert after < before
 
 
 def test_a_nested_model_can_be_set_to_each_budget(finished, nested):
@@ -401,7 +392,7 @@ def test_top_k_models_have_nested_budgets_too(tiny_llama, text_folder, tmp_path)
     for row in (metrics | {"num_selects": 4}, *metrics["nested"]):
         found = divergence(load(folder, row["num_selects"] - 1), dense, held_out)
         assert row["loss_after"] == pytest.approx(found, rel=1e-4)
-    assert_nearer(pipeline, folder, 4, 6, 3)
+        assert row["loss_after"] < row["loss_before"]
 
 
 def test_bfloat16_training_keeps_float32_weights(finished, short, tmp_path):
@@ -568,8 +559,8 @@ def test_two_processes_share_the_work(finished, short, tmp_path):
     assert result.stdout.count("parted") == 2
     assert result.stdout.count("written: ") == 1
     metrics = metrics_of(folder)
-    assert metrics["steps"] == -(-metrics_of(short)["steps"] // 2)
-    assert_nearer(finished, folder, 4, 6, 3)
+    assert metrics["steps"] == 2 * -(-metrics_of(short)["steps"] // 2)  # two passes
+    assert all(row["loss_after"] < row["loss_before"] for row in (metrics, *metrics["nested"]))
     assert metrics["active_share"] == pytest.approx([3 / 7] * 3, rel=0.01)
     assert contents(folder).keys() == contents(short).keys()
 
