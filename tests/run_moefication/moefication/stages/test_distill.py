@@ -550,7 +550,7 @@ def test_two_processes_share_the_work(finished, short, tmp_path):
     script.write_text(PARTING)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     result = subprocess.run(
-        [*launch, *arguments_of(finished, folder, device="cpu", **NESTED)],
+        [*launch, *arguments_of(finished, folder, device="cpu", **NESTED | {"epochs": 4})],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -559,7 +559,7 @@ def test_two_processes_share_the_work(finished, short, tmp_path):
     assert result.stdout.count("parted") == 2
     assert result.stdout.count("written: ") == 1
     metrics = metrics_of(folder)
-    assert metrics["steps"] == 2 * -(-metrics_of(short)["steps"] // 2)  # two passes
+    assert metrics["steps"] == 4 * -(-metrics_of(short)["steps"] // 2)  # four passes
     assert all(row["loss_after"] < row["loss_before"] for row in (metrics, *metrics["nested"]))
     assert metrics["active_share"] == pytest.approx([3 / 7] * 3, rel=0.01)
     assert contents(folder).keys() == contents(short).keys()
