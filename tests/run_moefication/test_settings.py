@@ -159,7 +159,11 @@ def test_shared_experts_follow_the_budget(counts):
 def test_the_readmes_name_the_default_recipe():
     default = settings.CALIBRATED
     text = (ROOT / "README.md").read_text()
-    assert f"calibrates on {default.calibration_tokens:,} tokens" in " ".join(text.split())
+    text = " ".join(text.split())
+    llama, smollm2 = default.num_experts(11_008), default.num_experts(1_536)
+    counts = f"({llama} for a LLaMA-7B, {smollm2} of {1_536 // smollm2} neurons for SmolLM2)"
+    assert f"makes experts of about {settings.EXPERT_WIDTH} neurons {counts}, of which half run on average" in text
+    assert f"calibrates on {default.calibration_tokens:,} tokens" in text
     assert default.selects == settings.Fraction(1, 2)
 
 
