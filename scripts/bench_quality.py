@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--wikitext_tokens", type=positive, default=16384, help="of --wikitext_path")
     parser.add_argument("--block_size", type=positive, default=512, help="tokens per block, of all texts")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="shares of the experts")
-    help_of_experts = "of our models (default: the recipe's); static, steps, dialled and --distill take the first"
+    help_of_experts = "of our models (default: the recipe's); static, steps and dialled take the first"
     parser.add_argument("--experts", type=positive, nargs="+", help=help_of_experts)
     parser.add_argument(
         "--methods",
@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         default=[method for method in METHODS if method != "hqq"],
         help=METHODS_HELP,
     )
-    parser.add_argument("--distill", action="store_true", help="distil the calibrated model, and the static mask alike")
+    help_of_distill = "distil the models of calibrated, top_k and static, too, and of dialled one for all --budgets"
+    parser.add_argument("--distill", action="store_true", help=help_of_distill)
     tokens = CALIBRATED.distillation_tokens
     parser.add_argument("--distillation_tokens", type=positive, default=tokens, help="one pass over so many")
     parser.add_argument("--bf16", action="store_true", help="distil in bfloat16")

@@ -90,7 +90,6 @@ def rows(bench: Bench) -> Iterator[Row]:
     arguments = bench.arguments
     methods, tokens = arguments.methods, arguments.calibration_tokens
     experts = arguments.experts or [CALIBRATED.num_experts(bench.dense.config.intermediate_size)]
-    distillation = {"distillation_tokens": arguments.distillation_tokens, "bf16": arguments.bf16}
 
     def recipe_at(budget: float, num_experts: int = experts[0], **changes: Any) -> Recipe:
         return replace(CALIBRATED.at(budget), experts=num_experts, calibration_tokens=tokens, **changes)
@@ -99,8 +98,19 @@ def rows(bench: Bench) -> Iterator[Row]:
         return Row(method, budget, partial(measure_dense, bench, make, **how), how)
 
     def row(method: str, recipe: Recipe, make: Callable[..., rm.MoECheckpoint], *inputs: Any, **how: Any) -> Row:
-        settings = {"recipe": as_data(recipe)} | (distillation if make is make_distilled else {})
-        return Row(method, budget, partial(measure_moe, bench, partial(make, bench, recipe, *inputs), **how), settings)
+        measure = partial(measure_moe, bench, partial(make, bench, recipe, *inputs), **how)
+        return Row(method, budget, measure, {"recipe": as_data(recipe)})
+
+    def distilled(method: str, recipe: Recipe, make: Callable[..., rm.MoECheckpoint], *nested: int, **how: Any) -> Row:
+        settings = rm.DistillSettings(bf16=arguments.bf16, nested_selects=nested or None)
+        recorded = {"distillation_tokens": arguments.distillation_tokens, "distillation": settings.recorded()}
+        whole = row(method, recipe, make_distilled, make, settings, **how)
+        return whole._replace(settings=whole.settings | recorded)
+
+    def both(method: str, *model: Any, **how: Any) -> Iterator[Row]:
+        yield row(method, *model, **how)
+        if arguments.distill:
+            yield distilled(f"{method}, distilled", *model, **how)
 
     yield masked_row("dense", 1.0, lambda model: [])
     quantized = [pair for method, pairs in QUANTIZED.items() if method in methods for pair in pairs]
@@ -120,25 +130,25 @@ def rows(bench: Bench) -> Iterator[Row]:
                 yield masked_row("CATS", budget, partial(cats, blocks, budget))
         if "static" in methods:
             yield row("static mask", chosen, make_static, is_static=True)
-            yield row("static mask, refitted", chosen, make_refitted_static, is_static=True)
+            yield from both("static mask, refitted", chosen, make_refitted_static, is_static=True)
         for step in STEPS if "steps" in methods else ():
             yield row(f"step: {step}", chosen, make_step, step)
         for number in experts if "top_k" in methods else ():
             recipe = recipe_at(budget, number, name="top_k", routing="top_k")
-            yield row(f"calibrated, {number} experts, top_k", recipe, make_model)
+            yield from both(f"calibrated, {number} experts, top_k", recipe, make_model)
         for number in experts if "calibrated" in methods else ():
-            yield row(f"calibrated, {number} experts", recipe_at(budget, number), make_model)
+            yield from both(f"calibrated, {number} experts", recipe_at(budget, number), make_model)
         for bits, quantizer in quantized if "calibrated" in methods else ():
             yield row(f"{name}, {bits} bits{quantizer}", chosen, make_model, bits=bits, quantizer=quantizer)
         for other in arguments.budgets if "dialled" in methods else ():
             if other != budget:
                 num_selects = chosen.num_selects(experts[0])
                 yield row(f"{name}, made for {other:.0%}", recipe_at(other), make_model, num_selects=num_selects)
-        if arguments.distill and "static" in methods:
-            method = "static mask, refitted and distilled"
-            yield row(method, chosen, make_distilled, make_refitted_static, is_static=True)
-        if arguments.distill and "calibrated" in methods:
-            yield row(f"{name}, distilled", chosen, make_distilled, make_model)
+        if arguments.distill and "dialled" in methods:
+            # One model, whose own budget is the one nearest to a half.
+            base, *others = (recipe_at(one) for one in sorted(arguments.budgets, key=lambda one: abs(one - 0.5)))
+            nested, num_selects = (other.num_selects(experts[0]) for other in others), chosen.num_selects(experts[0])
+            yield distilled(f"{name}, distilled for all", base, make_model, *nested, num_selects=num_selects)
         if "oracle" in methods:
             yield masked_row("neuron oracle", budget, partial(oracle, budget))
 
@@ -254,9 +264,11 @@ def refit(bench: Bench, moe: rm.MoECheckpoint, recipe: Recipe, name: str, **sett
     return rm.calibrate(bench.dense, moe, text, moe.path.with_name(name), how, **bench.run)
 
 
-def make_distilled(bench: Bench, recipe: Recipe, make: Callable[[Bench, Recipe], rm.MoECheckpoint]) -> rm.MoECheckpoint:
-    """A recipe's model distilled at its budget."""
-    moe = make(bench, recipe)
-    tokens, bf16 = bench.arguments.distillation_tokens, bench.arguments.bf16
-    folder = moe.path.with_name(f"{moe.path.name}-Distilled-{tokens}{'-bf16' if bf16 else ''}")
-    return rm.distill(bench.dense, moe, bench.text(tokens), folder, rm.DistillSettings(bf16=bf16), **bench.run)
+def make_distilled(
+    bench: Bench, recipe: Recipe, make: Callable[[Bench, Recipe], rm.MoECheckpoint], settings: rm.DistillSettings
+) -> rm.MoECheckpoint:
+    """A recipe's model distilled at its budget, and at nested ones."""
+    moe, tokens = make(bench, recipe), bench.arguments.distillation_tokens
+    kind = f"{tokens}{'-nested' if settings.nested_selects else ''}{'-bf16' if settings.bf16 else ''}"
+    folder = moe.path.with_name(f"{moe.path.name}-Distilled-{kind}")
+    return rm.distill(bench.dense, moe, bench.text(tokens), folder, settings, **bench.run)

@@ -24,7 +24,7 @@ from run_moefication.settings import CALIBRATED, PLAIN
 RESULTS = Path(bench_quality.__file__).parent / "results"
 BLOCKS = 3
 FEW_BITS = (", 8 bits", ", 4 bits")
-STATIC = ("", ", refitted", ", refitted and distilled")
+STATIC = ("", ", refitted", ", refitted, distilled")
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +175,15 @@ def test_the_bench_measures_every_method(bench):
         "CATS",
         "static mask",
         "static mask, refitted",
+        "static mask, refitted, distilled",
         *(f"step: {step}" for step in quality_methods.STEPS),
         "calibrated, 16 experts, top_k",
+        "calibrated, 16 experts, top_k, distilled",
         "calibrated, 16 experts",
+        "calibrated, 16 experts, distilled",
         *(f"calibrated, 16 experts{bits}" for bits in FEW_BITS),
         "calibrated, 16 experts, made for 75%",
-        "static mask, refitted and distilled",
-        "calibrated, 16 experts, distilled",
+        "calibrated, 16 experts, distilled for all",
         "neuron oracle",
     ]
     assert len([*(bench.folder / "work").rglob("*-Hidden-Features")]) == 2  # the models of a recipe share one
@@ -224,6 +226,14 @@ def test_budgets_count_experts_and_active_shares_gates_and_biases_too(bench):
     assert bench.rows["dense, 4 bits at 1"]["c4"]["active"] == 4.5 / 16
     dialled, own = (bench.rows[f"calibrated, 16 experts{row}"]["c4"] for row in (", made for 75% at 0.5", " at 0.75"))
     assert dialled["neurons"] < own["neurons"]
+
+
+def test_one_model_is_distilled_for_all_budgets(bench):
+    whole, three_quarters = (bench.rows[f"calibrated, 16 experts, distilled for all at {at}"] for at in (0.5, 0.75))
+    assert whole["settings"] == three_quarters["settings"]
+    assert whole["settings"]["distillation"]["nested_selects"] == [12]
+    neurons = [row["c4"]["neurons"] for row in (whole, three_quarters)]
+    assert neurons == [pytest.approx(0.5, abs=0.1), pytest.approx(0.75, abs=0.1)]
 
 
 def test_every_step_is_another_model(bench):
