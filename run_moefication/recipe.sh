@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced after common.sh: the settings that belong together, as settings.py knows them, of RECIPE=calibrated (the
-# default, and the better model) or RECIPE=plain (the original description's). Numbers in the environment are checked.
+# default, and the better model), RECIPE=engine (what engines for other MoEs can hold) or RECIPE=plain (the original
+# description's). Numbers in the environment are checked.
 # It also gives BUDGET, which is NUM_SELECTS where that is given and else empty, and the folders of the first stages'
 # files: SPLIT_FOLDER, FEATURES_FOLDER and SELECT_FOLDER.
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then

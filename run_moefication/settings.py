@@ -38,6 +38,8 @@ EQUAL = "equal"
 # What the calibrated recipe aims at, by the frontier in scripts/README.md: the neurons of an expert that give the best
 # perplexity at equal time at LLaMA-7B's shape, and the experts of a layer below which small models lose much.
 EXPERT_WIDTH, FEWEST_EXPERTS = 256, 40
+# Least and most experts of a layer with a fixed number per token, for engines: few and wide, as their kernels want.
+ENGINE_EXPERTS = (16, 48)
 
 
 class Check(NamedTuple):
@@ -358,13 +360,16 @@ class Recipe:
         return replace(self, selects=Fraction(str(active)))
 
     def num_experts(self, intermediate_size: int) -> int:
-        """Experts of a layer, if no other number is asked for: FEWEST_EXPERTS or more, as far as there are neurons. Of
-        the widths that divide `intermediate_size`, theirs is the one nearest to EXPERT_WIDTH, among multiples of 64,
-        which kernels like best, or if there are none of 32, 16 or 1."""
+        """Experts of a layer, if no other number is asked for: FEWEST_EXPERTS or more, for engines as many as
+        ENGINE_EXPERTS says, as far as there are neurons. Of the widths that divide `intermediate_size`, theirs is the
+        one nearest to EXPERT_WIDTH, among multiples of 64, which kernels like best, or if there are none of 32, 16 or
+        1. (Where no number that engines hold divides the neurons, it is the next smaller one that does.)"""
         if self.experts is not None:
             return self.experts
-        widest = max(1, intermediate_size // FEWEST_EXPERTS)
-        divisors = [width for width in range(1, widest + 1) if intermediate_size % width == 0]
+        fewest, most = ENGINE_EXPERTS if self.routing == "top_k" else (FEWEST_EXPERTS, intermediate_size)
+        narrowest, widest = -(-intermediate_size // most), max(1, intermediate_size // fewest)
+        widths = [width for width in range(narrowest, intermediate_size + 1) if intermediate_size % width == 0]
+        divisors = [width for width in widths if width <= widest] or widths[:1]
         suited = ([width for width in divisors if width % unit == 0] for unit in (64, 32, 16, 1))
         return intermediate_size // min(next(filter(None, suited)), key=lambda width: abs(width - EXPERT_WIDTH))
 
@@ -402,7 +407,15 @@ PLAIN = Recipe(
     is_calibrated=False,
     domain_weights=None,
 )
-RECIPES = {recipe.name: recipe for recipe in (CALIBRATED, PLAIN)}
+# What engines for other MoEs can hold: a fixed number of experts for every token, 29 routed ones at most (llama.cpp's
+# limit) at any budget up to three quarters, and no bias on an MLP's output.
+ENGINE = Recipe(
+    name="engine",
+    shared=((Fraction(2, 5), Fraction(1, 6)), (Fraction(1, 8), Fraction(1, 12))),
+    routing="top_k",
+    output_bias=False,
+)
+RECIPES = {recipe.name: recipe for recipe in (CALIBRATED, ENGINE, PLAIN)}
 
 
 # ---------------------------------------------------------------------------------------------------- the shell's side

@@ -27,10 +27,23 @@ from run_moefication import command_line
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.settings import CALIBRATED
 
-METHODS = ("plain", "cmoe", "oracle", "sparse", "quantized", "hqq", "static", "steps", "top_k", "calibrated", "dialled")
+METHODS = (
+    "plain",
+    "engine",
+    "calibrated",
+    "cmoe",
+    "oracle",
+    "sparse",
+    "quantized",
+    "hqq",
+    "static",
+    "steps",
+    "top_k",
+    "dialled",
+)
 METHODS_HELP = (
-    "rows to measure (plain, calibrated: the recipes; top_k: the calibrated one with that routing; steps: what each "
-    "part of it adds; dialled: calibrated at one of --budgets and run at the others; quantized and hqq: dense and "
+    "rows to measure (plain, engine, calibrated: the recipes; top_k: the calibrated one with that routing; steps: what "
+    "each part of it adds; dialled: calibrated at one of --budgets and run at the others; quantized and hqq: dense and "
     "calibrated models of fewer bits, the latter by torchao; the rest are other methods)"
 )
 
@@ -58,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
         default=[method for method in METHODS if method != "hqq"],
         help=METHODS_HELP,
     )
-    help_of_distill = "distil the models of calibrated, top_k and static, too, and of dialled one for all --budgets"
+    help_of_distill = (
+        "distil the models of engine, calibrated, top_k and static, too, and of dialled one for all budgets"
+    )
     parser.add_argument("--distill", action="store_true", help=help_of_distill)
     tokens = CALIBRATED.distillation_tokens
     parser.add_argument("--distillation_tokens", type=positive, default=tokens, help="one pass over so many")

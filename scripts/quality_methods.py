@@ -24,7 +24,7 @@ from run_moefication.moefication.processes import pick_device
 from run_moefication.moefication.stages.evaluate import Evaluation, evaluate_model, first_tokens
 from run_moefication.moefication.stages.split import split_at_random
 from run_moefication.moefication.text.corpus import Corpus
-from run_moefication.settings import CALIBRATED, PLAIN, TEMPLATES, RandomSplitSettings, Recipe
+from run_moefication.settings import CALIBRATED, ENGINE, PLAIN, TEMPLATES, RandomSplitSettings, Recipe
 
 # What each part of the recipe adds: changes that leave out the parts after it. The recipe itself adds a last one, the
 # fit of all layers together.
@@ -91,8 +91,8 @@ def rows(bench: Bench) -> Iterator[Row]:
     methods, tokens = arguments.methods, arguments.calibration_tokens
     experts = arguments.experts or [CALIBRATED.num_experts(bench.dense.config.intermediate_size)]
 
-    def recipe_at(budget: float, num_experts: int = experts[0], **changes: Any) -> Recipe:
-        return replace(CALIBRATED.at(budget), experts=num_experts, calibration_tokens=tokens, **changes)
+    def recipe_at(budget: float, num_experts: int = experts[0], recipe: Recipe = CALIBRATED, **changes: Any) -> Recipe:
+        return replace(recipe.at(budget), experts=num_experts, calibration_tokens=tokens, **changes)
 
     def masked_row(method: str, budget: float, make: Callable[[PreTrainedModel], list[Mask]], **how: Any) -> Row:
         return Row(method, budget, partial(measure_dense, bench, make, **how), how)
@@ -136,6 +136,8 @@ def rows(bench: Bench) -> Iterator[Row]:
         for number in experts if "top_k" in methods else ():
             recipe = recipe_at(budget, number, name="top_k", routing="top_k")
             yield from both(f"calibrated, {number} experts, top_k", recipe, make_model)
+        for number in experts if "engine" in methods else ():
+            yield from both(f"engine recipe, {number} experts", recipe_at(budget, number, ENGINE), make_model)
         for number in experts if "calibrated" in methods else ():
             yield from both(f"calibrated, {number} experts", recipe_at(budget, number), make_model)
         for bits, quantizer in quantized if "calibrated" in methods else ():

@@ -7,8 +7,8 @@
 #     DISTILL=1 bash scripts/quickstart.sh             # stage 6 as well, some five minutes more
 #     MODEL=/models/llama_7B bash scripts/quickstart.sh    # a checkpoint of your own
 #
-# Settings: MODEL (folder or hub id), DATA (folder of jsonl), TEXT (held-out text to measure on), RECIPE (calibrated or
-# plain), NUM_EXPERTS, NUM_SELECTS, SPLIT_TOKENS, FEATURE_TOKENS (to fit gates on), CALIBRATION_TOKENS,
+# Settings: MODEL (folder or hub id), DATA (folder of jsonl), TEXT (held-out text to measure on), RECIPE (calibrated,
+# engine or plain), NUM_EXPERTS, NUM_SELECTS, SPLIT_TOKENS, FEATURE_TOKENS (to fit gates on), CALIBRATION_TOKENS,
 # DISTILLATION_TOKENS, BLOCK_SIZE, EVAL_TOKENS, and WORK, the folder everything is written to: other settings need
 # another one.
 set -euo pipefail
@@ -23,7 +23,7 @@ STAGES="$REPOSITORY/run_moefication"
 GIVEN_PYTHON="${PYTHON:-}" # to make the environment with
 # Less text than the stages read by themselves.
 SPLIT_TOKENS="${SPLIT_TOKENS:-16384}"
-FEATURE_TOKENS="${FEATURE_TOKENS:-$([ "${RECIPE:-calibrated}" = calibrated ] && echo 8192 || echo 16384)}"
+FEATURE_TOKENS="${FEATURE_TOKENS:-$([ "${RECIPE:-}" = plain ] && echo 16384 || echo 8192)}"
 CALIBRATION_TOKENS="${CALIBRATION_TOKENS:-32768}"
 DISTILLATION_TOKENS="${DISTILLATION_TOKENS:-32768}"
 # shellcheck source=run_moefication/common.sh
@@ -69,7 +69,7 @@ stage "1. Split the neurons into $NUM_EXPERTS experts a layer" 1_split
 SAVE_INTERVAL=4 stage "2. Record what the MLPs see" 2_get_hidden_features
 stage "3. Fit the gates" 3_select
 stage "4. Convert" 4_convert
-if [ "$RECIPE" = calibrated ]; then
+if [ "$RECIPE" != plain ]; then
     BEST="$CALIBRATED_PATH"
     stage "5. Calibrate" 5_calibrate
 fi

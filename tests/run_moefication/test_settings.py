@@ -68,27 +68,36 @@ def test_the_shell_has_the_recipe(recipe):
 
 
 @pytest.mark.parametrize(
-    ("intermediate_size", "num_experts"),
+    ("intermediate_size", "num_experts", "of_engines"),
     [
-        (1_536, 48),  # of 32 neurons: SmolLM2, in which 6 of 256 would be too few
-        (5_504, 43),  # of 128
-        (5_632, 44),  # of 128: TinyLlama
-        (8_192, 64),  # of 128: Llama-3.2-1B
-        (8_640, 45),  # of 192
-        (11_008, 43),  # of 256: LLaMA-7B
-        (14_336, 56),  # of 256: Llama-3-8B
-        (8_656, 541),  # of 16: of its divisors, no other is a multiple of 16
-        (8_663 * 2, 8_663),  # of 2: nothing else divides it
+        (1_536, 48, 24),  # of 32 and 64 neurons: SmolLM2, in which 6 of 256 would be too few
+        (5_504, 43, 43),  # of 128
+        (5_632, 44, 22),  # of 128 and 256: TinyLlama
+        (8_192, 64, 32),  # of 128 and 256: Llama-3.2-1B
+        (8_640, 45, 45),  # of 192
+        (11_008, 43, 43),  # of 256: LLaMA-7B
+        (14_336, 56, 32),  # of 256 and 448: Llama-3-8B
+        (8_656, 541, 16),  # of 16, the only multiple of 16 among its divisors, and 541
+        (8_663 * 2, 8_663, 2),  # of 2: nothing else divides it
     ],
 )
-def test_the_number_of_experts_follows_the_model(intermediate_size, num_experts):
+def test_the_number_of_experts_follows_the_model(intermediate_size, num_experts, of_engines):
     assert settings.CALIBRATED.num_experts(intermediate_size) == num_experts
+    assert settings.ENGINE.num_experts(intermediate_size) == of_engines
     assert settings.PLAIN.num_experts(intermediate_size) == 8
 
 
-@given(st.integers(1, 40_000))
-def test_the_number_of_experts_divides_the_neurons(intermediate_size):
-    assert intermediate_size % settings.CALIBRATED.num_experts(intermediate_size) == 0
+@given(st.integers(1, 40_000), st.sampled_from([settings.CALIBRATED, settings.ENGINE]))
+def test_the_number_of_experts_divides_the_neurons(intermediate_size, recipe):
+    assert intermediate_size % recipe.num_experts(intermediate_size) == 0
+
+
+@pytest.mark.parametrize("num_experts", range(16, 49))
+@pytest.mark.parametrize("budget", [0.25, 0.5, 0.75])
+def test_engines_can_run_the_experts_of_their_recipe(num_experts, budget):
+    """llama.cpp has room for 29 a token in a model of 32 layers."""
+    selects = settings.ENGINE.at(budget).num_selects(num_experts)
+    assert 1 <= selects - settings.ENGINE.num_shared_experts(num_experts, selects) <= 29
 
 
 def test_the_shell_proposes_the_number_of_experts_for_the_model(tmp_path):
@@ -128,7 +137,7 @@ def test_the_environment_goes_before_the_recipe():
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"RECIPE": "best"}, "RECIPE=best: calibrated or plain"),
+        ({"RECIPE": "best"}, "RECIPE=best: calibrated or engine or plain"),
         ({"NUM_EXPERTS": "08"}, "NUM_EXPERTS=08: a whole number is needed, 1 or more"),
         ({"NUM_EXPERTS": "0"}, "NUM_EXPERTS=0: a whole number is needed, 1 or more"),
         ({"NUM_EXPERTS": "9" * 20}, f"NUM_EXPERTS={'9' * 20}: a whole number is needed, 1 or more"),

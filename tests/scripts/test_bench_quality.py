@@ -19,7 +19,7 @@ from quality_table import compared, ratios, read_rows
 from transformers import LlamaForCausalLM
 
 from run_moefication.moefication.stages.evaluate import evaluate_model
-from run_moefication.settings import CALIBRATED, PLAIN
+from run_moefication.settings import CALIBRATED, ENGINE, PLAIN
 
 RESULTS = Path(bench_quality.__file__).parent / "results"
 BLOCKS = 3
@@ -179,6 +179,8 @@ def test_the_bench_measures_every_method(bench):
         *(f"step: {step}" for step in quality_methods.STEPS),
         "calibrated, 16 experts, top_k",
         "calibrated, 16 experts, top_k, distilled",
+        "engine recipe, 16 experts",
+        "engine recipe, 16 experts, distilled",
         "calibrated, 16 experts",
         "calibrated, 16 experts, distilled",
         *(f"calibrated, 16 experts{bits}" for bits in FEW_BITS),
@@ -205,10 +207,11 @@ def test_our_rows_are_the_products_recipes(bench, run_script):
 def test_rows_say_how_they_were_made(path):
     for row in read_rows(path).values():
         assert {"minutes", "machine", "settings"} <= row.keys()
-        ours = re.fullmatch(r"calibrated, (\d+) experts(, distilled)?", row["method"])
+        ours = re.fullmatch(r"(calibrated|engine recipe), (\d+) experts(, distilled)?", row["method"])
         if ours:
             tokens = row["settings"]["calibration_tokens"]
-            recipe = replace(CALIBRATED.at(row["budget"]), experts=int(ours[1]), calibration_tokens=tokens)
+            recipe = (CALIBRATED if ours[1] == "calibrated" else ENGINE).at(row["budget"])
+            recipe = replace(recipe, experts=int(ours[2]), calibration_tokens=tokens)
             assert row["settings"]["recipe"] == quality_methods.as_data(recipe)
 
 
