@@ -35,6 +35,8 @@ FORMATS = ("full", "inputs")
 CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
 TRAINED = ("gates", "experts", "all")
 EQUAL = "equal"
+EXPORT_FORMATS = ("gguf", "granitemoeshared", "glm4_moe")
+OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # What the calibrated recipe aims at, by the frontier in scripts/README.md: the neurons of an expert that give the best
 # perplexity at equal time at LLaMA-7B's shape, and the experts of a layer below which small models lose much.
 EXPERT_WIDTH, FEWEST_EXPERTS = 256, 40
@@ -113,8 +115,9 @@ class Settings:
                 continue
             if not self._has_effect(one):
                 raise SettingError(f"{name} is for {rules['only']}")
-            if rules["choices"] and value not in rules["choices"]:
-                raise SettingError(f"{name} {value!r} is not one of {', '.join(rules['choices'])}")
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if rules["choices"] and item not in rules["choices"]:
+                    raise SettingError(f"{name} {item!r} is not one of {', '.join(rules['choices'])}")
             if rules["check"] and not rules["check"].is_right(value):
                 raise SettingError(f"{name} {value} {rules['check'].otherwise}")
         self.check()
@@ -326,6 +329,32 @@ class EvaluateSettings(Settings):
     max_tokens: int | None = setting(None, "read only so many tokens (default: all)", check=at_least(2))
     batch_size: int = setting(4, "blocks per forward pass", check=COUNT)
     dtype: str | None = setting(None, "dtype to run in (default: float32 on CPUs, else the model's)", choices=DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(Settings):
+    """What a LlamaMoE is written as for other programs, and how much text the result is checked on."""
+
+    format: str = setting(
+        help="gguf: a file for llama.cpp; granitemoeshared (exact, for gates without a bias) and glm4_moe (nearly "
+        "exact): a checkpoint of that class of transformers, vLLM, SGLang and MLX",
+        choices=EXPORT_FORMATS,
+    )
+    outtype: Sequence[str] | None = setting(
+        None,
+        "type of the weights, gates excepted; several for gguf, a file each (default: f16 for gguf, else as they are)",
+        choices=OUTTYPES,
+    )
+    max_selects: int | None = setting(
+        None, "for models that route by threshold: the most experts that a token runs; each token then costs that"
+    )
+    max_tokens: int = setting(512, "tokens of the text to check on", check=at_least(2))
+
+    def check(self) -> None:
+        """Refuse types that a checkpoint of transformers does not have."""
+        given = self.outtype or ()
+        if self.format != "gguf" and (len(given) > 1 or {*given} - {"f32", "f16", "bf16"}):
+            raise SettingError(f"outtype {' '.join(given)}: format {self.format} has one of f32, f16, bf16")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ from ...settings import TEMPLATES
 from ..errors import MoEficationError, SettingError
 from ..names import model_name
 from ..progress import progress
-from ..storage.files import digest
 from .dense_config import expected_shapes, read_dense_config
 from .headers import ADAPTER, HEAD, HEADS, MERGE_ADAPTER, StoredTensors, map_tensors
 from .transformers_library import first_line, quiet_transformers
@@ -28,9 +27,6 @@ from .transformers_library import first_line, quiet_transformers
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-FINGERPRINT_SAMPLES = 16
-# Fields of config.json that say nothing about what the weights compute.
-CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
 EMBEDDING = "embed_tokens.weight"
 # Logits do not depend on the stored rotary tables of older releases, nor on the value head of reinforcement learning.
 UNUSED_TENSORS = re.compile(
@@ -99,13 +95,7 @@ class DenseCheckpoint(StoredTensors):
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the config and every tensor's name, shape and sampled values, whatever files they lie in."""
-        config = {key: value for key, value in self.raw_config.items() if key not in CONFIG_NOISE}
-        tensors = []
-        for name in sorted(self.tensors):
-            flat = self.tensor(name).flatten()
-            samples = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].to(torch.float32)
-            tensors.append([name, str(flat.dtype), self.tensors[name].shape, samples.numpy().tobytes().hex()])
-        return digest([config, tensors])
+        return self.hashed(self.raw_config)
 
     @property
     def source(self) -> dict[str, Any]:

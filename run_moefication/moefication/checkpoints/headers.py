@@ -2,18 +2,22 @@
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import MoEficationError
-from ..storage.files import read_json_object
+from ..storage.files import digest, read_json_object
 from ..storage.tensors import load_tensors
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 HEAD = "lm_head.weight"
 HEADS = (HEAD, "score.weight")
 ADAPTER = "adapter_config.json"
+FINGERPRINT_SAMPLES = 16
+# Fields of config.json that say nothing about what the weights compute.
+CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
 MERGE_ADAPTER = "merge it into its base model first (peft: merge_and_unload, then save_pretrained)"
 
 
@@ -36,6 +40,16 @@ class StoredTensors:
     def stored_name(self, name: str) -> str:
         """The name that a tensor has in the files."""
         return name if name in HEADS else self._prefix + name
+
+    def hashed(self, raw_config: dict[str, Any]) -> str:
+        """sha256 over a config.json and every tensor's name, shape and sampled values, whatever files they lie in."""
+        config = {key: value for key, value in raw_config.items() if key not in CONFIG_NOISE}
+        tensors = []
+        for name in sorted(self.tensors):
+            flat = self.tensor(name).flatten()
+            samples = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].to(torch.float32)
+            tensors.append([name, str(flat.dtype), self.tensors[name].shape, samples.numpy().tobytes().hex()])
+        return digest([config, tensors])
 
 
 def map_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -125,3 +125,52 @@ model.set_active_fraction(0.5)  # half of the experts; 1: all of them; fewer: le
 ```
 
 {quality}{limits}"""
+
+
+def export_card(name: str, config: LlamaMoEConfig, format: str, checks: dict[str, Any] | None = None) -> str:
+    """The card of what export wrote: what it is, how it is run, and how near each GGUF file is (`checks`)."""
+    experts = config.num_experts + config.num_shared_experts
+    if format != "gguf":
+        return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {name}
+tags: [mixture-of-experts, moefication]
+---
+# {name} as {format}
+
+{name}, a LLaMA cut into {experts} experts a layer, in an architecture that transformers, vLLM, SGLang and MLX bring
+along. No code comes with it. `manifest.json` says how near it is to the original.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("PATH"), AutoTokenizer.from_pretrained("PATH")
+```
+"""
+    files = "\n".join(f"* `{file}`{_check_of(check)}" for file, check in (checks or {}).items())
+    return f"""---
+pipeline_tag: text-generation
+base_model: {name}
+tags: [gguf, mixture-of-experts, moefication]
+---
+# {name} for llama.cpp
+
+{name}, a LLaMA cut into {experts} experts a layer. The files are for llama.cpp and what is built on it; other readers
+of GGUF do not know this kind of routing.
+
+{files}
+
+```sh
+llama-cli -m FILE.gguf -p "The capital of France is"
+```
+"""
+
+
+def _check_of(check: dict[str, Any]) -> str:
+    """How near a file is, as the rest of its line."""
+    if not check["run"]:
+        return ": not run"
+    ratio = check["perplexity"] / check["reference_perplexity"]
+    agreement = f"{check['argmax_agreement']:.1%} of its most likely tokens are the original's"
+    return f": {ratio:.4f} of the original's perplexity, {agreement} ({check['tokens']} tokens)"

@@ -59,32 +59,46 @@ def verify_weights(folder: Path) -> None:
             artifact.verified(file)
 
 
-class MoECheckpoint(StoredTensors):
-    """A finished LlamaMoE checkpoint, checked against the dense model it was made from.
+class StoredMoE(StoredTensors):
+    """A LlamaMoE checkpoint, whatever program saved it. `model_class` is the name of its class in `llama_moe`."""
 
-    A file's checksum is compared with the manifest's before its first tensor is read; `verify` does that for all.
-    `artifact` is the folder as the manifest describes it, `model_class` the name of the model's class in `llama_moe`.
-    """
-
-    def __init__(self, folder: str | Path, checkpoint: DenseCheckpoint):
-        self.artifact = open_finished(folder, *MOE_STAGES)
-        self.artifact.require_source(checkpoint.fingerprint, checkpoint.name)
-        self.artifact.check_sizes()
-        path = self.artifact.folder
+    def __init__(self, path: Path):
         try:
-            self.config = LlamaMoEConfig.from_dict(json.loads((path / "config.json").read_bytes()))
+            fields = json.loads((path / "config.json").read_bytes())
+            if fields["model_type"] != LlamaMoEConfig.model_type:
+                raise MoEficationError(f"{path} is a {fields['model_type']} model, not a LlamaMoE")
+            self.config = LlamaMoEConfig.from_dict(fields)
+            self.model_class = self.config.architectures[0]
         except CONFIG_ERRORS as error:  # it is not JSON, or has values that the config refuses
             raise MoEficationError(f"{path} has no usable config.json ({first_line(error)})") from error
-        self.model_class = self.config.architectures[0]
         prefix = "" if self.model_class == "LlamaMoEModel" else "model."
         super().__init__(path, *map_tensors(path), prefix)
-        self._verified: set[str] = set()
 
     def new_config(self, **changed: Any) -> LlamaMoEConfig:
         """The config with other values for some of its fields."""
         fields = self.config.to_dict() | changed
         fields.pop("transformers_version", None)
         return LlamaMoEConfig.from_dict(fields)
+
+    def load(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The whole model, as a class of the installed `llama_moe`, in its own dtype or another."""
+        with quiet_transformers():
+            return getattr(llama_moe, self.model_class).from_pretrained(self.path, dtype=dtype or "auto")
+
+
+class MoECheckpoint(StoredMoE):
+    """A finished LlamaMoE checkpoint, checked against the dense model it was made from.
+
+    A file's checksum is compared with the manifest's before its first tensor is read; `verify` does that for all.
+    `artifact` is the folder as the manifest describes it.
+    """
+
+    def __init__(self, folder: str | Path, checkpoint: DenseCheckpoint):
+        self.artifact = open_finished(folder, *MOE_STAGES)
+        self.artifact.require_source(checkpoint.fingerprint, checkpoint.name)
+        self.artifact.check_sizes()
+        super().__init__(self.artifact.folder)
+        self._verified: set[str] = set()
 
     def verify(self) -> None:
         """Raise MoEficationError if the checksum of a file of weights is not the manifest's."""
@@ -95,11 +109,6 @@ class MoECheckpoint(StoredTensors):
         """As in `StoredTensors`, its file verified."""
         self._verify(self.files[name])
         return super().tensor(name)
-
-    def load(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The whole model, as a class of the installed `llama_moe`, in its own dtype or another."""
-        with quiet_transformers():
-            return getattr(llama_moe, self.model_class).from_pretrained(self.path, dtype=dtype or "auto")
 
     @property
     def experts_per_tok(self) -> list[float]:

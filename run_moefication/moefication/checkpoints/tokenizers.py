@@ -49,7 +49,6 @@ COMPARED_ATTRIBUTES = (
     *("padding_side", "truncation_side", "model_max_length"),
 )
 AUTO_MAP = "auto_map"
-MOE_TYPE = LlamaMoEConfig.model_type
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -115,8 +114,8 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
-def carried_over(source: Path) -> dict[str, bytes]:
-    """The files by name that make, beside a LlamaMoE model, the tokenizer of the checkpoint folder `source`.
+def carried_over(source: Path, model_type: str = LlamaMoEConfig.model_type) -> dict[str, bytes]:
+    """The files by name that make, beside a model of another type, the tokenizer of the checkpoint folder `source`.
 
     They are the source's own, as they are, if these behave the same there; else the tokenizer as it was resolved, saved
     anew, beside the other files or alone; refused if neither gives its ids. None, where the source has no tokenizer.
@@ -131,13 +130,13 @@ def carried_over(source: Path) -> dict[str, bytes]:
     found = None
     for files in (copies, copies | resolved, resolved):
         with tempfile.TemporaryDirectory() as folder:
-            for name, content in {**files, "config.json": json.dumps({"model_type": MOE_TYPE}).encode()}.items():
+            for name, content in {**files, "config.json": json.dumps({"model_type": model_type}).encode()}.items():
                 Path(folder, name).parent.mkdir(exist_ok=True)
                 Path(folder, name).write_bytes(content)
             found = difference(tokenizer, load_tokenizer(Path(folder)))
         if found is None:
             return files
     raise MoEficationError(
-        f"{source}: its tokenizer would change with the conversion (beside a {MOE_TYPE} model it {found}); "
+        f"{source}: its tokenizer would change with the conversion (beside a {model_type} model it {found}); "
         f"save it anew with transformers (AutoTokenizer.from_pretrained, save_pretrained) and use that"
     )

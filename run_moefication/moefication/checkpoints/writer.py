@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from transformers import PreTrainedConfig
 
 import llama_moe
 from llama_moe import LlamaMoEConfig
@@ -95,13 +96,15 @@ def write_checkpoint_files(
     part: str,
     source: Path,
     shards: dict[str, list[PlannedTensor]],
-    config: LlamaMoEConfig,
+    config: PreTrainedConfig,
     card: str,
     tokenizer: dict[str, bytes],
     metrics: Any = None,
 ) -> None:
-    """Write index, config, code, card and tokenizer, and copy licences and the like from `source`, as one part."""
-    contents = {file: (resources.files(llama_moe) / file).read_bytes() for file in CODE_FILES}
+    """Write index, config, card and tokenizer, and code where transformers has none, and copy licences and the like
+    from `source`, as one part."""
+    code = CODE_FILES if isinstance(config, LlamaMoEConfig) else ()
+    contents = {file: (resources.files(llama_moe) / file).read_bytes() for file in code}
     if len(shards) > 1:
         contents[WEIGHTS_INDEX] = (json.dumps(shard_index(shards), indent=2) + "\n").encode()
     contents["README.md"] = card.encode()

@@ -20,6 +20,7 @@ STAGE_SCRIPTS = {
     "convert": "llama_convert.py",
     "calibrate": "llama_calibrate.py",
     "distill": "llama_distill.py",
+    "export": "llama_export.py",
 }
 # Options that older versions had, and the value with which their results are those of today.
 GONE = {"layer_budgets": "equal"}
