@@ -10,8 +10,8 @@ stage_settings
 MAX_TOKENS="${MAX_TOKENS:-$DISTILLATION_TOKENS}" # more is better, and longer
 BATCH_SIZE="${BATCH_SIZE:-2}"                    # blocks at a time in each process
 TRAIN="${TRAIN:-all}"                            # gates, experts or all
-LR="${LR:-1e-4}"                                 # learning rate
-NESTED_SELECTS="${NESTED_SELECTS:-}"             # other budgets to train for in turn, such as "192 64"; empty: none
+LR="${LR:-2e-4}"                                 # learning rate
+NESTED_SELECTS="${NESTED_SELECTS:-}"             # other budgets to train for in turn, such as "36 12"; empty: none
 
 options TRAIN_DATA_PATH TRAIN_DATA_CACHE_PATH DOMAIN_WEIGHTS MAX_TOKENS BLOCK_SIZE BATCH_SIZE TRAIN LR SEED
 # shellcheck disable=SC2086 # NESTED_SELECTS is a list

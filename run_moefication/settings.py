@@ -312,7 +312,7 @@ class DistillSettings(Settings):
     )
     train: str = setting("all", "gates; experts, shared ones and output biases included; or both", choices=TRAINED)
     clone_weight: float = setting(1.0, "weight of the layers' errors beside the KL divergence", check=NOT_NEGATIVE)
-    lr: float = setting(1e-4, "learning rate of Adam, at the top of its cosine", check=POSITIVE)
+    lr: float = setting(2e-4, "learning rate of Adam, at the top of its cosine", check=POSITIVE)
     epochs: int = setting(1, "passes over the text", check=COUNT)
     batch_size: int = setting(2, "blocks at a time in each process", check=COUNT)
     gradient_accumulation_steps: int = setting(1, "batches of each process in a training step", check=COUNT)

@@ -29,6 +29,8 @@ class EngineModel:
         reference: the config of the LlamaMoE that computes the same.
         experts_per_tok: experts that are chosen for each token, zero experts included.
         num_experts, num_zero_experts: of a layer; the latter are among the former.
+        num_shared_experts: at least one, which computes nothing where the checkpoint has none: llama.cpp computes
+            something else for `glm4moe` without any, and transformers builds an MLP of no width.
         has_selection_bias: whether experts are chosen by more than a product with the hidden state.
     """
 
@@ -40,6 +42,7 @@ class EngineModel:
         # So many of the best experts run whatever their score.
         self.num_zero_experts = self.experts_per_tok - config.min_experts_per_tok if is_threshold else 0
         self.num_experts = config.num_experts + self.num_zero_experts
+        self.num_shared_experts = max(1, config.num_shared_experts)
         self.has_selection_bias = config.gate_bias or is_threshold
 
     def router(self, layer: int) -> torch.Tensor:
@@ -78,6 +81,8 @@ class EngineModel:
 
     def shared(self, layer: int, projection: str) -> torch.Tensor:
         """`gate_proj`, `up_proj` or `down_proj` of the shared experts, which are one MLP."""
+        if not self.reference.num_shared_experts:
+            return torch.zeros_like(self.expert(layer, projection, 0))
         return self.moe.tensor(f"layers.{layer}.mlp.shared_experts.{projection}.weight")
 
     def _gate(self, layer: int, name: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 from ..progress import progress
 from .engine_model import EngineModel
 from .gguf_tokenizer import Tokenizer
@@ -105,7 +105,7 @@ class GGUFModel:
     def _layer(self, layer: int) -> Iterator[GGUFTensor]:
         model, config = self._model, self._config
         hidden, width, experts = config.hidden_size, config.moe_intermediate_size, model.num_experts
-        shared, block = config.num_shared_experts * width, f"blk.{layer}."
+        shared, block = model.num_shared_experts * width, f"blk.{layer}."
         norm = "post_attention_norm" if self._architecture == PLAIN else "ffn_norm"
         for name, kind in {"attn_norm": "input", norm: "post_attention"}.items():
             make = partial(self._stored, f"layers.{layer}.{kind}_layernorm.weight")
@@ -123,7 +123,7 @@ class GGUFModel:
             f"{block}ffn_up_exps.weight", (experts, width, hidden), lambda: model.gate_up_proj(layer)[:, width:]
         )
         yield self._matrix(f"{block}ffn_down_exps.weight", (experts, hidden, width), partial(model.down_proj, layer))
-        shapes = {"gate": (shared, hidden), "up": (shared, hidden), "down": (hidden, shared)} if shared else {}
+        shapes = {"gate": (shared, hidden), "up": (shared, hidden), "down": (hidden, shared)}
         for name, shape in shapes.items():
             make = partial(model.shared, layer, f"{name}_proj")
             yield self._matrix(f"{block}ffn_{name}_shexp.weight", shape, make)
@@ -171,7 +171,7 @@ class GGUFModel:
         if rope.get("rope_type") == "linear":
             values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
         if self._architecture == PLAIN:
-            return values | {"expert_shared_count": config.num_shared_experts}
+            return values | {"expert_shared_count": model.num_shared_experts}
         return values | {
             "block_count": num_layers + 1,
             "attention.head_count": [config.num_attention_heads] * (num_layers + 1),
@@ -180,7 +180,7 @@ class GGUFModel:
             "attention.sliding_window_pattern": [False] * num_layers + [True],
             "rope.dimension_count": 2 * config.head_dim,  # the engine rotates half of it
             "rope.dimension_count_swa": config.head_dim,
-            "expert_shared_feed_forward_length": config.num_shared_experts * config.moe_intermediate_size,
+            "expert_shared_feed_forward_length": model.num_shared_experts * config.moe_intermediate_size,
         }
 
 
@@ -188,7 +188,7 @@ def _architecture(model: EngineModel) -> str:
     """That of llama.cpp which computes what the model does; refused if there is none."""
     config, path = model.reference, model.moe.path
     if config.attention_bias:
-        raise MoEficationError(f"{path} has biases in attention; use format granitemoeshared, whose attention has them")
+        raise SettingError(f"{path} has biases in attention; use format granitemoeshared, whose attention has them")
     if model.experts_per_tok > MOST_EXPERTS_PER_TOK:
         raise MoEficationError(
             f"{path} runs {model.experts_per_tok} routed experts per token, and llama.cpp has room for "

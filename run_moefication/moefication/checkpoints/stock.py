@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import Glm4MoeConfig, GraniteMoeSharedConfig, PreTrainedConfig
 
-from ..errors import MoEficationError
+from ..errors import SettingError
 from .engine_model import EngineModel
 from .headers import HEAD
 from .writer import PlannedTensor
@@ -36,12 +36,12 @@ def granitemoeshared(model: EngineModel, dtype: torch.dtype) -> Plan:
     """The model as GraniteMoeShared, its weights in `dtype`; refused if that cannot be exact."""
     config, path = model.reference, model.moe.path
     if model.has_selection_bias:
-        raise MoEficationError(
+        raise SettingError(
             f"{path} chooses experts by more than a product (gate bias or threshold), which granitemoeshared cannot; "
             f"use format glm4_moe or gguf, or fit gates without a bias: RECIPE=engine GATE_BIAS="
         )
     if dtype == torch.float16:
-        raise MoEficationError(f"{path}: float16 cannot hold the small logits of granitemoeshared; use outtype bf16")
+        raise SettingError(f"{path}: float16 cannot hold the small logits of granitemoeshared; use outtype bf16")
     hidden, width, experts = config.hidden_size, config.moe_intermediate_size, model.num_experts
     shared = config.num_shared_experts * width
     plan = _outside(model, dtype)
@@ -77,9 +77,9 @@ def glm4_moe(model: EngineModel, dtype: torch.dtype, most_score: Callable[[int],
     """
     config, path = model.reference, model.moe.path
     if config.attention_bias:
-        raise MoEficationError(f"{path} has biases in attention; use format granitemoeshared, whose attention has them")
+        raise SettingError(f"{path} has biases in attention; use format granitemoeshared, whose attention has them")
     hidden, width, experts = config.hidden_size, config.moe_intermediate_size, model.num_experts
-    shared = max(1, config.num_shared_experts) * width  # where there is none, it is one of zeros
+    shared = model.num_shared_experts * width
     plan = _outside(model, dtype)
     if config.tie_word_embeddings:  # MLX wants a head
         _add(plan, "", dtype, HEAD, model.moe.tensors[EMBEDDING].shape, lambda: model.moe.tensor(EMBEDDING).clone())
@@ -94,8 +94,7 @@ def glm4_moe(model: EngineModel, dtype: torch.dtype, most_score: Callable[[int],
                 make = partial(model.expert, layer, name, index)
                 add(dtype, f"experts.{index}.{name}.weight", shape, make)
         for name, shape in _shapes(shared, hidden).items():
-            make = partial(model.shared, layer, name) if config.num_shared_experts else partial(torch.zeros, shape)
-            add(dtype, f"shared_experts.{name}.weight", shape, make)
+            add(dtype, f"shared_experts.{name}.weight", shape, partial(model.shared, layer, name))
     fields = _common(model, dtype, "Glm4MoeForCausalLM") | {"tie_word_embeddings": False}
     # Readers that know none of rope_parameters look for the other two; absent, they rotate half of each head.
     fields["rope_parameters"] = config.rope_parameters | {"partial_rotary_factor": 1.0}
@@ -107,7 +106,7 @@ def glm4_moe(model: EngineModel, dtype: torch.dtype, most_score: Callable[[int],
         n_routed_experts=experts,
         num_experts_per_tok=model.experts_per_tok,
         routed_scaling_factor=float(model.experts_per_tok),
-        n_shared_experts=max(1, config.num_shared_experts),
+        n_shared_experts=model.num_shared_experts,
         n_group=1,
         topk_group=1,
         first_k_dense_replace=0,

@@ -1,0 +1,224 @@
+"""Exports in the engines that they are for: the real llama.cpp, and the classes that transformers brings along."""
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from conftest import LLAMA3_ROPE, SENTENCES, TINY, make_tokenizer, write_jsonl
+from tiny_tokenizers import save_sentencepiece, save_tiktoken
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
+from run_moefication import llama_export
+from run_moefication.moefication import llama_cpp
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 320, "num_hidden_layers": 2}
+ROUTED = {"num_experts": 8, "num_experts_per_tok": 3, "num_shared_experts": 2, "gate_network": "linear"}
+BIASED = ROUTED | {"gate_bias": True, "gate_rank": 6}
+THRESHOLD = BIASED | {"routing": "threshold"}
+CAP = ["--max_selects", 6]  # of which two are shared
+
+
+def make_moe(folder: Path, save_tokenizer=lambda folder: make_tokenizer().save_pretrained(folder), **config) -> Path:
+    """A random LlamaMoE, every parameter random, as `save_pretrained` leaves it; thresholds are near the mean score."""
+    torch.manual_seed(0)
+    model = LlamaMoEForCausalLM(LlamaMoEConfig(**(TINY | SHAPE | config)))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if "norm" in name or "bias" in name:
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+            elif name.endswith("threshold"):
+                tensor.fill_(0.05)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A few hundred tokens to check on."""
+    return write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", [f"{i}: {SENTENCES[i % 6]}" for i in range(30)])
+
+
+@pytest.fixture
+def export(tmp_path, text, run_script):
+    """Export a model made with these fields; returns the folder, and what the manifest says of each part."""
+
+    def run(config: dict, *options: object, **how) -> tuple[Path, dict]:
+        model = make_moe(tmp_path / "moe", **how, **config)
+        paths = ["--model_path", model, "--text_path", text, "--save_path", tmp_path / "out", "--max_tokens", 200]
+        status, out, err = run_script(llama_export.main, *paths, "--device", "cpu", *options)
+        assert status == 0, err
+        assert out.splitlines()[-2].startswith("written: ")
+        return tmp_path / "out", json.loads((tmp_path / "out/manifest.json").read_text())["metrics"]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (BIASED, []),
+        (ROUTED | {"num_shared_experts": 0, "num_experts": 10, "tie_word_embeddings": True}, []),
+        (BIASED | {"score_scale_factor": 2.0, "head_dim": 24}, []),
+        (BIASED | {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}, []),
+        (BIASED | {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}, []),
+        (THRESHOLD, CAP),
+        (THRESHOLD | {"min_experts_per_tok": 1, "max_experts_per_tok": 5}, []),
+        (THRESHOLD | {"rope_parameters": LLAMA3_ROPE}, CAP),
+    ],
+    ids=["top-k", "no shared", "scaled", "linear rope", "llama3 rope", "threshold", "bounds", "threshold, llama3"],
+)
+def test_llama_cpp_computes_what_the_model_does(export, config, options):
+    _, parts = export(config, "--format", "gguf", "--outtype", "f32", *options)
+    check = parts["moe-F32.gguf"]
+    assert check["run"]
+    assert check["argmax_agreement"] >= 0.999
+    assert check["max_logprob_difference"] < 1e-3
+    assert check["perplexity"] == pytest.approx(check["reference_perplexity"], rel=1e-4)
+    assert check["cut_otherwise"] == []
+
+
+@pytest.mark.parametrize(
+    ("format", "config", "options"),
+    [
+        ("granitemoeshared", ROUTED, []),
+        ("granitemoeshared", ROUTED | {"attention_bias": True, "num_shared_experts": 0, "num_experts": 10}, []),
+        ("glm4_moe", BIASED, []),
+        ("glm4_moe", THRESHOLD | {"tie_word_embeddings": True}, CAP),
+        ("glm4_moe", ROUTED | {"num_shared_experts": 0, "num_experts": 10}, []),
+    ],
+    ids=["granite", "granite, no shared", "glm", "glm, threshold", "glm, no shared"],
+)
+def test_stock_classes_compute_what_the_model_does(export, format, config, options):
+    """glm4_moe's weights differ by up to a hundredth, so that now and then another expert is chosen."""
+    folder, parts = export(config, "--format", format, *options)
+    check = parts["check"]
+    assert check["argmax_agreement"] > 0.95
+    if format == "granitemoeshared":
+        assert check["max_logit_difference"] < 1e-4
+    assert check["perplexity"] == pytest.approx(check["reference_perplexity"], rel=1e-2)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.model_type == format
+    assert AutoTokenizer.from_pretrained(folder)("The cat")["input_ids"] == make_tokenizer()("The cat")["input_ids"]
+
+
+def test_what_a_bound_loses_is_measured(export):
+    _, parts = export(THRESHOLD, "--format", "glm4_moe", "--max_selects", 3)
+    check = parts["check"]
+    assert check["perplexity_without_bound"] != pytest.approx(check["reference_perplexity"], rel=1e-3)
+
+
+def test_quantised_files_choose_the_same_experts(export):
+    """Their gates are those of the F32 file, bit by bit; the rest is in the type that the file is named after."""
+    folder, parts = export(BIASED, "--format", "gguf", "--outtype", "f32", "f16", "bf16", "q8_0", "q4_0")
+    whole, *others = (
+        {tensor.name: tensor for tensor in gguf.GGUFReader(folder / file).tensors} for file in parts if "gguf" in file
+    )
+    assert len(others) == 4
+    for file, kind in zip(others, ("F16", "BF16", "Q8_0", "Q4_0"), strict=True):
+        for name, tensor in whole.items():
+            if "ffn_gate_inp" in name or "exp_probs_b" in name or "norm" in name:
+                assert file[name].data.tobytes() == tensor.data.tobytes()
+            else:
+                expected = "Q8_0" if kind == "Q4_0" and not name.startswith("blk.") else kind
+                assert file[name].tensor_type.name == expected
+    ratios = [check["perplexity"] / check["reference_perplexity"] for check in parts.values()]
+    assert all(0.5 < ratio < 2 for ratio in ratios)
+    assert len(set(ratios)) == 5
+
+
+def test_rows_that_blocks_do_not_divide_stay_in_f16(export):
+    folder, parts = export(ROUTED | {"intermediate_size": 240}, "--format", "gguf", "--outtype", "q8_0")  # width 24
+    kinds = {one.name: one.tensor_type.name for one in gguf.GGUFReader(folder / "moe-Q8_0.gguf").tensors}
+    assert (kinds["blk.0.ffn_down_exps.weight"], kinds["blk.0.ffn_gate_exps.weight"]) == ("F16", "Q8_0")
+    assert parts["moe-Q8_0.gguf"]["run"]
+
+
+def test_without_the_engine_files_are_read_back_alone(export, monkeypatch):
+    monkeypatch.setattr(llama_cpp, "ENGINE", "no_such_package")
+    _, parts = export(BIASED, "--format", "gguf")
+    assert parts["moe-F16.gguf"] == {"run": False}
+
+
+@pytest.mark.parametrize("save_tokenizer", [save_sentencepiece, save_tiktoken])
+def test_llama_cpp_cuts_text_as_the_tokenizer_does(export, save_tokenizer):
+    _, parts = export(ROUTED | {"vocab_size": 1024}, "--format", "gguf", save_tokenizer=save_tokenizer)
+    check = parts["moe-F16.gguf"]
+    assert check["cut_otherwise"] == []
+    assert check["texts"] > 50
+
+
+def test_digits_are_cut_as_smollm2_cuts_them(export):
+    def save(folder):
+        tokenizer = make_tokenizer()
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        tokenizer.save_pretrained(folder)
+
+    folder, parts = export(ROUTED, "--format", "gguf", save_tokenizer=save)
+    assert gguf.GGUFReader(folder / "moe-F16.gguf").fields["tokenizer.ggml.pre"].contents() == "smollm"
+    assert parts["moe-F16.gguf"]["cut_otherwise"] == []
+
+
+def save_tokenizer_of_another_cut(folder: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save_pretrained(folder)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        ({"num_experts": 8}, ["gguf"], "has gates of two layers, which no engine has; fit linear ones: GATE_NETWORK="),
+        (ROUTED | {"output_bias": True}, ["gguf"], "calibrate without one: OUTPUT_BIAS= bash run_moefication/5_cal"),
+        (ROUTED | {"mlp_bias": True}, ["gguf"], "has MLP biases, which no engine for MoEs has"),
+        (ROUTED | {"multiply_gate_scores": True}, ["gguf"], "weighs its experts by gate scores"),
+        (ROUTED | {"hidden_act": "gelu"}, ["gguf"], "has experts with gelu"),
+        (ROUTED | {"layer_num_experts_per_tok": [3, 2]}, ["gguf"], "runs other numbers of experts in other layers"),
+        (ROUTED, ["gguf", *CAP], "--max_selects is for models that route by threshold"),
+        (THRESHOLD, ["gguf"], "Give --max_selects, the most that one runs"),
+        (THRESHOLD, ["gguf", "--max_selects", 11], "--max_selects 11 is outside of 3 to 10, the model's experts"),
+        (ROUTED | {"attention_bias": True}, ["gguf"], "has biases in attention; use --format granitemoeshared"),
+        (ROUTED | {"rope_parameters": YARN}, ["gguf"], "has rotary embeddings of kind yarn; in a GGUF they can be"),
+        (ROUTED | {"num_experts": 38, "num_experts_per_tok": 30}, ["gguf"], "and llama.cpp has room for 29"),
+        (BIASED, ["granitemoeshared"], "by more than a product (gate bias or threshold)"),
+        (ROUTED, ["granitemoeshared", "--outtype", "f16"], "float16 cannot hold the small logits"),
+        (ROUTED | {"attention_bias": True}, ["glm4_moe"], "has biases in attention"),
+        (ROUTED, ["glm4_moe", "--outtype", "q8_0"], "--outtype q8_0: --format glm4_moe has one of f32, f16, bf16"),
+        (ROUTED, ["glm4_moe", "--outtype", "f32", "f16"], "has one of f32, f16, bf16"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_with_the_cure(config, options, words, tmp_path, text, run_script):
+    model = make_moe(tmp_path / "moe", **config)
+    paths = ["--model_path", model, "--text_path", text, "--save_path", tmp_path / "out", "--device", "cpu"]
+    status, _, err = run_script(llama_export.main, *paths, "--format", *options)
+    (line,) = err.splitlines()
+    assert status == 2
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_wrong_input_is_refused(tmp_path, text, tiny_llama, run_script, monkeypatch):
+    model = make_moe(tmp_path / "moe", save_tokenizer=save_tokenizer_of_another_cut, **ROUTED)
+    paths = {"--model_path": model, "--text_path": text, "--save_path": tmp_path / "out", "--device": "cpu"}
+
+    def refused(**changes: object) -> str:
+        options = paths | {"--format": "gguf"} | {f"--{name}": value for name, value in changes.items()}
+        status, _, err = run_script(llama_export.main, *(item for pair in options.items() for item in pair))
+        (line,) = err.splitlines()
+        assert status == 2
+        assert not (tmp_path / "out").exists()
+        return line
+
+    assert "has a tokenizer whose way of cutting text is not among those known" in refused()
+    assert "is a llama model, not a LlamaMoE" in refused(model_path=tiny_llama)
+    assert "--text_path nowhere is not a file" in refused(text_path="nowhere")
+    monkeypatch.setattr("run_moefication.moefication.stages.export.find_spec", lambda name: None)
+    assert "--format gguf needs the package gguf: pip install 'llama-moefication[engine]'" in refused()
