@@ -32,7 +32,8 @@ from run_moefication.moefication.checkpoints.tokenizers import load_tokenizer
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.processes import pick_device
 from run_moefication.moefication.progress import progress
-from run_moefication.moefication.stages.evaluate import Evaluation, evaluate_model, first_tokens
+from run_moefication.moefication.stages.evaluate import Evaluation, evaluate_model
+from run_moefication.moefication.text.tokens import first_tokens
 
 BLOCK, PROMPT, NEW = 512, 64, 64  # tokens: of a block, of the prompt that it begins with, and made after a prompt
 BATCH = 8  # prompts

@@ -21,9 +21,10 @@ import run_moefication as rm
 from run_moefication.moefication.artifacts.split import Split
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.processes import pick_device
-from run_moefication.moefication.stages.evaluate import Evaluation, evaluate_model, first_tokens
+from run_moefication.moefication.stages.evaluate import Evaluation, evaluate_model
 from run_moefication.moefication.stages.split import split_at_random
 from run_moefication.moefication.text.corpus import Corpus
+from run_moefication.moefication.text.tokens import first_tokens
 from run_moefication.settings import CALIBRATED, ENGINE, PLAIN, TEMPLATES, RandomSplitSettings, Recipe
 
 # What each part of the recipe adds: changes that leave out the parts after it. The recipe itself adds a last one, the

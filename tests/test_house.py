@@ -9,7 +9,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLKIT = "run_moefication.moefication"
 WINGS = ("storage", "checkpoints", "text", "layers", "fitting", "artifacts", "stages")  # from the ground up
 # A stage's own second module.
-PAIRS = {("calibrate", "calibrate_layer"), ("calibrate", "calibrate_logits"), ("distill", "distill_trainer")}
+PAIRS = {
+    ("calibrate", "calibrate_layer"),
+    ("calibrate", "calibrate_logits"),
+    ("distill", "distill_trainer"),
+    ("export", "export_check"),
+}
 
 
 def imports(folder: str) -> Iterator[tuple[Path, str]]:

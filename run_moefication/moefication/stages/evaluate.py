@@ -21,7 +21,6 @@ from ..checkpoints.dense import DTYPES, DenseCheckpoint, resolve_model_path
 from ..checkpoints.dense_config import is_convertible, read_dense_config
 from ..checkpoints.headers import ADAPTER, MERGE_ADAPTER
 from ..checkpoints.moe import experts_per_tok, require_num_selects, set_num_selects, verify_weights
-from ..checkpoints.tokenizers import load_tokenizer
 from ..checkpoints.transformers_library import CONFIG_ERRORS, first_line, last_line, plain_config, quiet_transformers
 from ..errors import MoEficationError, SettingError
 from ..fitting.losses import predicted
@@ -29,9 +28,7 @@ from ..precision import bfloat16_products
 from ..progress import progress
 from ..storage.files import read_json_object
 from ..text.corpus import pack, require_block_size
-from ..text.documents import DocumentReader
-from ..text.text_files import find_text_files
-from ..text.tokens import tokenize
+from ..text.tokens import first_tokens
 
 
 @dataclass(frozen=True)
@@ -112,18 +109,6 @@ def _same_tokens(
                 f"their perplexities cannot be compared; evaluate them one at a time"
             )
     return tokens[0]
-
-
-def first_tokens(text_path: Path, model_path: Path, max_tokens: int | None, vocab_size: int) -> torch.Tensor:
-    """The first tokens of a text by a model's tokenizer, read no further than needed; `vocab_size` as in `tokenize`."""
-    pieces, count = [], 0
-    reader = DocumentReader(find_text_files(text_path))
-    for piece in tokenize(reader, load_tokenizer(model_path), vocab_size, reader.bad):
-        pieces.append(torch.from_numpy(piece))
-        count += len(piece)
-        if max_tokens is not None and count >= max_tokens:
-            break
-    return torch.cat(pieces)[:max_tokens] if pieces else torch.empty(0, dtype=torch.int32)
 
 
 def _read_config(path: Path) -> PreTrainedConfig:

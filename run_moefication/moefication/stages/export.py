@@ -24,7 +24,7 @@ from ..storage.files import digest
 from ..storage.folder import ArtifactWriter
 from ..storage.manifest import MANIFEST, ArtifactSpec, environment, read_manifest
 from ..text.corpus import pack
-from .evaluate import first_tokens
+from ..text.tokens import first_tokens
 from .export_check import Reference, check_gguf, check_stock, require_near
 
 CARD, CHECK = "card", "check"  # parts

@@ -93,7 +93,9 @@ def perplexity(rows: list[torch.Tensor], blocks: list[torch.Tensor]) -> float:
 def check_stock(reference: Reference, folder: Path) -> dict[str, Any]:
     """A checkpoint of a class of transformers, loaded from its folder and compared in float32."""
     with quiet_transformers():
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
     lacking = loading["missing_keys"] | loading["unexpected_keys"] | {key for key, *_ in loading["mismatched_keys"]}
     if lacking:
         raise MoEficationError(f"transformers does not read what was written ({min(lacking)})")

@@ -18,7 +18,7 @@ from ..errors import MoEficationError
 from ..progress import progress
 from ..storage.files import digest, file_sha256, locked, read_json_object, write_atomically, write_json
 from .documents import Document, DocumentReader, grouped
-from .text_files import TextFile
+from .text_files import TextFile, find_text_files
 
 BATCH_CHARACTERS = 4 << 20  # that much text is tokenised at once, on all cores, in some 200 MB of memory
 CACHE_VERSION = 3
@@ -61,6 +61,18 @@ def tokenize(
             is_first = False
         if parts:
             yield np.concatenate(parts)
+
+
+def first_tokens(text_path: Path, model_path: Path, max_tokens: int | None, vocab_size: int) -> torch.Tensor:
+    """The first tokens of a text by a model's tokenizer, read no further than needed; `vocab_size` as in `tokenize`."""
+    pieces, count = [], 0
+    reader = DocumentReader(find_text_files(text_path))
+    for piece in tokenize(reader, load_tokenizer(model_path), vocab_size, reader.bad):
+        pieces.append(torch.from_numpy(piece))
+        count += len(piece)
+        if max_tokens is not None and count >= max_tokens:
+            break
+    return torch.cat(pieces)[:max_tokens] if pieces else torch.empty(0, dtype=torch.int32)
 
 
 def encode(batch: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
