@@ -7,9 +7,10 @@ set -euo pipefail
 stage_settings
 
 GATE_FIT="${GATE_FIT:-}"           # ridge or adam; empty: ridge for linear gates
+GATE_BIAS="${GATE_BIAS:-}"         # off: gates without a bias, which some engines cannot have; empty: with one
 SPECIFY_LAYER="${SPECIFY_LAYER:-}" # such as 0-7; empty: all layers
 
-options TEMPLATES NUM_EXPERTS NUM_SELECTS SELECT_CRITERION GATE_NETWORK GATE_FIT GATE_RANK SPECIFY_LAYER
+options TEMPLATES NUM_EXPERTS NUM_SELECTS SELECT_CRITERION GATE_NETWORK GATE_FIT GATE_RANK GATE_BIAS SPECIFY_LAYER
 case "$GATE_NETWORK-${GATE_FIT:-ridge}" in # only gates that are trained take these options
     mlp-* | linear-adam) options SEED && OPTIONS+=(--use_softmax) ;;
 esac

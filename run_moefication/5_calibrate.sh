@@ -9,9 +9,10 @@ stage_settings # MODEL_PATH, MOE_PATH, CALIBRATED_PATH (the new one), SEED, NUM_
 MAX_TOKENS="${MAX_TOKENS:-$CALIBRATION_TOKENS}"                          # more is better, and longer
 BATCH_SIZE="${BATCH_SIZE:-4}"                                            # blocks at a time
 REFIT_GATES="${REFIT_GATES-$([ "$GATE_NETWORK" != linear ] || echo 1)}" # empty: gates stay as they are
+GATE_BIAS="${GATE_BIAS:-}"                                              # as in stage 3
 FIT_LOGITS="${FIT_LOGITS-1}"                                            # empty: no fit of all layers together
 
-options TRAIN_DATA_PATH TRAIN_DATA_CACHE_PATH DOMAIN_WEIGHTS MAX_TOKENS BLOCK_SIZE BATCH_SIZE SEED
+options TRAIN_DATA_PATH TRAIN_DATA_CACHE_PATH DOMAIN_WEIGHTS MAX_TOKENS BLOCK_SIZE BATCH_SIZE GATE_BIAS SEED
 "$PYTHON" "$HERE/llama_calibrate.py" --model_path "$MODEL_PATH" --moe_path "$MOE_PATH" --save_path "$CALIBRATED_PATH" \
     "${OPTIONS[@]}" ${BUDGET:+--num_selects "$BUDGET"} ${REFIT_GATES:+--refit_gates} ${OUTPUT_BIAS:+--output_bias} \
     ${FIT_LOGITS:+--fit_logits} "$@"

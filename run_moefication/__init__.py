@@ -16,12 +16,22 @@ _PUBLIC = {
         *("moefy", "read_text", "split", "record_features", "fit_gates", "convert", "calibrate", "distill"),
     ),
     "moefication.stages.evaluate": ("evaluate",),
+    "moefication.stages.export": ("export",),
     "moefication.checkpoints.dense": ("DenseCheckpoint",),
     "moefication.checkpoints.moe": ("MoECheckpoint",),
     "moefication.errors": ("MoEficationError", "SettingError"),
     "settings": (
-        *("CALIBRATED", "PLAIN", "Recipe", "CorpusSettings", "SplitSettings", "FeatureSettings", "GateSettings"),
-        *("ConvertSettings", "CalibrateSettings", "DistillSettings"),
+        *(
+            "CALIBRATED",
+            "ENGINE",
+            "PLAIN",
+            "Recipe",
+            "CorpusSettings",
+            "SplitSettings",
+            "FeatureSettings",
+            "GateSettings",
+        ),
+        *("ConvertSettings", "CalibrateSettings", "DistillSettings", "ExportSettings"),
     ),
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -35,6 +35,7 @@ FORMATS = ("full", "inputs")
 CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
 TRAINED = ("gates", "experts", "all")
 EQUAL = "equal"
+ON, OFF = "on", "off"
 EXPORT_FORMATS = ("gguf", "granitemoeshared", "glm4_moe")
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # What the calibrated recipe aims at, by the frontier in scripts/README.md: the neurons of an expert that give the best
@@ -236,12 +237,18 @@ class GateSettings(Settings):
     )
     gate_fit: str | None = setting(
         None,
-        "ridge: in closed form, with a bias; adam: by training (default: ridge for linear, adam for mlp)",
+        "ridge: in closed form; adam: by training (default: ridge for linear, adam for mlp)",
         choices=("ridge", "adam"),
         only="gate_network mlp or linear",
     )
     gate_rank: int | None = setting(
         None, "rank of a gate of two factors, cheaper with many experts (default: full)", only="gate_fit ridge"
+    )
+    gate_bias: str | None = setting(
+        None,
+        "off: scores without a bias, which some engines cannot have (default: on)",
+        choices=(ON, OFF),
+        only="gate_fit ridge",
     )
     use_softmax: bool | None = for_adam(False, "learn scores (KL divergence) instead of the top-k set; recommended")
     epochs: int | None = for_adam(30, "passes over the tokens, at most", check=at_least(0))
@@ -260,6 +267,8 @@ class GateSettings(Settings):
         """Refuse a closed form of gates that are not linear, and a budget of more experts than there are."""
         if self.gate_fit == "ridge" and self.gate_network != "linear":
             raise SettingError("gate_fit ridge is for gate_network linear")
+        if self.gate_bias == OFF and self.gate_rank is not None:
+            raise SettingError("gate_bias off is for gates without a gate_rank")
         require_selects(self.num_selects, self.num_experts)
 
 
@@ -294,12 +303,20 @@ class CalibrateSettings(Settings):
 
     num_selects: int | None = setting(None, "experts per token, shared ones included, from now on (default: as given)")
     refit_gates: bool = setting(False, "refine linear gates on what the calibrated layers before them produce")
+    gate_bias: str | None = setting(
+        None, "whether refitted gates have a bias, which some engines cannot have (default: on)", choices=(ON, OFF)
+    )
     output_bias: bool = setting(False, "fit a bias on each MLP's output, too, which engines for other MoEs cannot have")
     fit_logits: bool = setting(
         False,
         "then fit norms, output biases and a factor per expert, all layers together, to the dense model's logits",
     )
     batch_size: int = setting(4, "blocks at a time", check=COUNT)
+
+    def check(self) -> None:
+        """Refuse to say how gates are refitted that are not."""
+        if self.gate_bias and not self.refit_gates:
+            raise SettingError("gate_bias is for refit_gates")
 
 
 @dataclass(frozen=True, kw_only=True)

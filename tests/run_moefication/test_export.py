@@ -1,17 +1,19 @@
 """Exports in the engines that they are for: the real llama.cpp, and the classes that transformers brings along."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from conftest import LLAMA3_ROPE, SENTENCES, TINY, make_tokenizer, write_jsonl
+from conftest import LLAMA3_ROPE, SENTENCES, make_tokenizer, write_jsonl
+from pipeline import LINEAR, load, make_moe, shared_pipeline
 from tiny_tokenizers import save_sentencepiece, save_tiktoken
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
+import run_moefication as rm
 from run_moefication import llama_export
 from run_moefication.moefication import llama_cpp
 
@@ -22,10 +24,9 @@ THRESHOLD = BIASED | {"routing": "threshold"}
 CAP = ["--max_selects", 6]  # of which two are shared
 
 
-def make_moe(folder: Path, save_tokenizer=lambda folder: make_tokenizer().save_pretrained(folder), **config) -> Path:
+def save_moe(folder: Path, save_tokenizer=lambda folder: make_tokenizer().save_pretrained(folder), **config) -> Path:
     """A random LlamaMoE, every parameter random, as `save_pretrained` leaves it; thresholds are near the mean score."""
-    torch.manual_seed(0)
-    model = LlamaMoEForCausalLM(LlamaMoEConfig(**(TINY | SHAPE | config)))
+    model = make_moe(**(SHAPE | config))
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if "norm" in name or "bias" in name:
@@ -45,10 +46,10 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def export(tmp_path, text, run_script):
-    """Export a model made with these fields; returns the folder, and what the manifest says of each part."""
+    """Export a model, or one made with these fields; returns the folder, and what the manifest says of each part."""
 
-    def run(config: dict, *options: object, **how) -> tuple[Path, dict]:
-        model = make_moe(tmp_path / "moe", **how, **config)
+    def run(model: dict | Path, *options: object, **how) -> tuple[Path, dict]:
+        model = model if isinstance(model, Path) else save_moe(tmp_path / "moe", **how, **model)
         paths = ["--model_path", model, "--text_path", text, "--save_path", tmp_path / "out", "--max_tokens", 200]
         status, out, err = run_script(llama_export.main, *paths, "--device", "cpu", *options)
         assert status == 0, err
@@ -144,6 +145,37 @@ def test_without_the_engine_files_are_read_back_alone(export, monkeypatch):
     assert parts["moe-F16.gguf"] == {"run": False}
 
 
+def test_the_engine_recipe_makes_what_llama_cpp_holds(export, checkpoint, text_folder, tmp_path):
+    small = dict(split_tokens=512, feature_tokens=512, calibration_tokens=512)
+    recipe = replace(rm.ENGINE, experts=16, **small)
+    made = rm.moefy(checkpoint, text_folder, tmp_path / "engine", recipe, block_size=32)
+    assert (made.config.routing, made.config.output_bias, made.config.num_shared_experts) == ("top_k", False, 2)
+    _, parts = export(made.path, "--format", "gguf", "--outtype", "f32")
+    (check,) = parts.values()
+    assert check["argmax_agreement"] >= 0.999
+    assert check["max_logprob_difference"] < 1e-3
+
+
+def test_gates_without_a_bias_are_granites(export, tiny_llama, text_folder, tmp_path):
+    off = ["--gate_bias", "off"]
+    stages = dict(select_options=[*LINEAR, *off], convert_options=["--routing", "top_k"])
+    calibrate = ["--block_size", 32, "--max_tokens", 512, "--refit_gates", *off]
+    pipeline = shared_pipeline(tiny_llama, text_folder, tmp_path, **stages, calibrate_options=calibrate).run()
+    assert pipeline.calibrate() == 0
+    for folder in (pipeline.moe, pipeline.calibrated):
+        _, parts = export(folder, "--format", "granitemoeshared", "--overwrite")
+        assert parts["check"]["max_logit_difference"] < 1e-4
+
+
+def test_a_gate_loses_its_bias_when_it_is_refitted_without(shared_run, tmp_path):
+    options = ["--block_size", 32, "--max_tokens", 512, "--refit_gates", "--gate_bias", "off"]
+    run = replace(shared_run, calibrated=tmp_path / "calibrated", calibrate_options=options)
+    assert run.calibrate() == 0
+    model = load(run.calibrated)
+    assert load(run.moe).model.layers[0].mlp.gate.bias is not None
+    assert all(layer.mlp.gate.bias is None for layer in model.model.layers)
+
+
 @pytest.mark.parametrize("save_tokenizer", [save_sentencepiece, save_tiktoken])
 def test_llama_cpp_cuts_text_as_the_tokenizer_does(export, save_tokenizer):
     _, parts = export(ROUTED | {"vocab_size": 1024}, "--format", "gguf", save_tokenizer=save_tokenizer)
@@ -196,7 +228,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max
     ],
 )
 def test_what_cannot_be_expressed_is_refused_with_the_cure(config, options, words, tmp_path, text, run_script):
-    model = make_moe(tmp_path / "moe", **config)
+    model = save_moe(tmp_path / "moe", **config)
     paths = ["--model_path", model, "--text_path", text, "--save_path", tmp_path / "out", "--device", "cpu"]
     status, _, err = run_script(llama_export.main, *paths, "--format", *options)
     (line,) = err.splitlines()
@@ -206,7 +238,7 @@ def test_what_cannot_be_expressed_is_refused_with_the_cure(config, options, word
 
 
 def test_other_wrong_input_is_refused(tmp_path, text, tiny_llama, run_script, monkeypatch):
-    model = make_moe(tmp_path / "moe", save_tokenizer=save_tokenizer_of_another_cut, **ROUTED)
+    model = save_moe(tmp_path / "moe", save_tokenizer=save_tokenizer_of_another_cut, **ROUTED)
     paths = {"--model_path": model, "--text_path": text, "--save_path": tmp_path / "out", "--device": "cpu"}
 
     def refused(**changes: object) -> str:

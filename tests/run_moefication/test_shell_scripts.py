@@ -94,6 +94,7 @@ def options(typed) -> Callable[..., dict[str, Any]]:
     [
         (rm.PLAIN, {"NUM_EXPERTS": "4"}, {}),
         (rm.CALIBRATED, {"NUM_EXPERTS": "8", "GATE_RANK": "2"}, {"gate_rank": 2, "rank_from": 1}),
+        (rm.ENGINE, {"NUM_EXPERTS": "8"}, {}),
     ],
     ids=lambda value: getattr(value, "name", None),
 )

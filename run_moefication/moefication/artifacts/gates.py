@@ -7,7 +7,7 @@ import torch
 
 from llama_moe.gates import GATE_CLASSES, Gate
 
-from ...settings import GATE_NETWORKS
+from ...settings import GATE_NETWORKS, OFF
 from ..checkpoints.dense import DenseCheckpoint
 from ..errors import MoEficationError, SettingError
 from ..storage.folder import open_finished
@@ -35,9 +35,10 @@ class TrainedGates:
             raise MoEficationError(f"{folder} holds gates of another split than {split.artifact.folder}")
         options = self.artifact.options
         network, rank, is_ridge = options["gate_network"], options.get("gate_rank"), options.get("gate_fit") == "ridge"
-        self.config_fields = {"gate_network": GATE_NETWORKS[network], "gate_rank": rank, "gate_bias": is_ridge}
+        has_bias = is_ridge and options.get("gate_bias") != OFF
+        self.config_fields = {"gate_network": GATE_NETWORKS[network], "gate_rank": rank, "gate_bias": has_bias}
         self._template = split.template
-        of_ridge = {"rank": rank, "has_bias": True} if is_ridge else {}
+        of_ridge = {"rank": rank, "has_bias": has_bias} if is_ridge else {}
         with torch.device("meta"):
             gate = new_gate(network, checkpoint.config.hidden_size, split.num_routed_experts, **of_ridge)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in gate.state_dict().items()}

@@ -38,7 +38,7 @@ def granitemoeshared(model: EngineModel, dtype: torch.dtype) -> Plan:
     if model.has_selection_bias:
         raise SettingError(
             f"{path} chooses experts by more than a product (gate bias or threshold), which granitemoeshared cannot; "
-            f"use format glm4_moe or gguf, or fit gates without a bias: RECIPE=engine GATE_BIAS="
+            f"use format glm4_moe or gguf, or fit gates without a bias: RECIPE=engine GATE_BIAS=off"
         )
     if dtype == torch.float16:
         raise SettingError(f"{path}: float16 cannot hold the small logits of granitemoeshared; use outtype bf16")

@@ -16,7 +16,7 @@ import torch
 
 from llama_moe import LlamaMoEConfig
 
-from ...settings import CalibrateSettings
+from ...settings import OFF, CalibrateSettings
 from ..artifacts.fits import Fits
 from ..artifacts.streams import Streams
 from ..checkpoints.dense import DenseCheckpoint
@@ -159,6 +159,8 @@ def _new_config(moe: MoECheckpoint, settings: CalibrateSettings) -> LlamaMoEConf
     config = moe.config
     if config.multiply_gate_scores or config.score_scale_factor != 1:
         raise MoEficationError(f"{moe.artifact.folder} weighs its experts by gate scores; that is not calibrated")
+    if settings.gate_bias == OFF and config.gate_rank is not None:
+        raise SettingError(f"gate_bias off is for full gates, and {moe.artifact.folder} has gates of a rank")
     if settings.refit_gates and config.gate_network != "linear":
         raise SettingError(f"refit_gates is for linear gates, not for the {config.gate_network!r} ones given")
     counts = moe.experts_per_tok
@@ -170,7 +172,7 @@ def _new_config(moe: MoECheckpoint, settings: CalibrateSettings) -> LlamaMoEConf
     return moe.new_config(
         num_experts_per_tok=num_selects - config.num_shared_experts,
         layer_num_experts_per_tok=None,
-        gate_bias=config.gate_bias or settings.refit_gates,
+        gate_bias=settings.gate_bias != OFF if settings.refit_gates else config.gate_bias,
         output_bias=config.output_bias or (settings.output_bias and not config.mlp_bias),
     )
 
@@ -180,7 +182,8 @@ def _plan(moe: MoECheckpoint, config: LlamaMoEConfig, settings: CalibrateSetting
     num_layers = config.num_hidden_layers
     new = {"gate.bias": (config.num_experts,)} if config.gate_bias else {}
     new |= {"output_bias": (config.hidden_size,)} if config.output_bias else {}
-    infos = {name: (info.shape, info.dtype) for name, info in moe.tensors.items()}
+    gone = () if config.gate_bias else (".gate.bias",)
+    infos = {name: (info.shape, info.dtype) for name, info in moe.tensors.items() if not name.endswith(gone)}
     weight_dtype = moe.tensors["layers.0.mlp.experts.down_proj"].dtype
     for layer, (name, shape) in product(range(num_layers), new.items()):
         infos.setdefault(f"layers.{layer}.mlp.{name}", (shape, weight_dtype))

@@ -97,7 +97,8 @@ class LayerCalibration:
         self, batches: list[Batch], after: torch.Tensor, weights: torch.Tensor, spares: bool
     ) -> dict[str, float]:
         """Fit the gate, in place, to the scores of its experts on what the layers before really produce."""
-        equations = GateEquations(after.shape[2], self._gate.num_experts, self._device)
+        has_bias = self._gate.bias is not None
+        equations = GateEquations(after.shape[2], self._gate.num_experts, self._device, has_bias)
         norms = OutputNorms(self._mlp.down, self._mlp.routed_neurons)
         for batch in batches:
             scores = norms(self._activations(batch, after))

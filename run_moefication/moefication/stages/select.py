@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from llama_moe.gates import Gate
 
-from ...settings import GateSettings, require_rank, require_selects
+from ...settings import OFF, GateSettings, require_rank, require_selects
 from ..artifacts.features import Features
 from ..artifacts.gates import new_gate
 from ..artifacts.split import Split
@@ -96,7 +96,8 @@ def train_gates(
     for layer in progress([layer for layer in layers if names[layer] in missing], "select", "layer"):
         inputs, scores = _layer_data(checkpoint, split, features, layer, settings, device)
         if settings.gate_fit == "ridge":
-            gate = new_gate("linear", inputs.shape[1], routed.num_experts, rank=routed.gate_rank, has_bias=True)
+            of_ridge = dict(rank=routed.gate_rank, has_bias=routed.gate_bias != OFF)
+            gate = new_gate("linear", inputs.shape[1], routed.num_experts, **of_ridge)
         else:
             rows = checkpoint.finite_tensor(names[layer]).to(device, torch.float32)
             gate = initial_gate(settings.gate_network, rows, split.routed_neurons(layer))

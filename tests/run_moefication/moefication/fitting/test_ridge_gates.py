@@ -23,8 +23,8 @@ def problem(tokens: int = 600, noise: float = 0.3, seed: int = 0) -> tuple[torch
     return inputs, inputs @ weight + 3 + noise * torch.randn(tokens, EXPERTS, generator=generator)
 
 
-def make_gate(rank: int | None = None) -> LinearGate:
-    return LinearGate(HIDDEN, EXPERTS, rank=rank, has_bias=True, num_experts_per_tok=EXPERTS)
+def make_gate(rank: int | None = None, has_bias: bool = True) -> LinearGate:
+    return LinearGate(HIDDEN, EXPERTS, rank=rank, has_bias=has_bias, num_experts_per_tok=EXPERTS)
 
 
 @settings(max_examples=30, deadline=None)
@@ -75,6 +75,18 @@ def test_a_gate_learns_scores_that_are_linear_in_its_input():
     report = fit_ridge_gate(gate := make_gate(), inputs, scores, 60)
     torch.testing.assert_close(gate.score(inputs), scores, rtol=0.02, atol=0.1)
     assert report["explained_variance"] > 0.999
+
+
+def test_a_gate_without_a_bias_is_scikit_learns_map_through_zero():
+    inputs, scores = problem()
+    report = fit_ridge_gate(gate := make_gate(has_bias=False), inputs, scores, 60)
+    x, y = inputs[:-60].double(), scores[:-60].double()
+    weights = token_weights(scores.square().mean(dim=1))[:-60].double()
+    # The strength's unit is the mean over inputs and the constant, which is zero here.
+    alpha = report["ridge_strength"] * (x.square() * weights[:, None]).sum() / (HIDDEN + 1)
+    model = Ridge(alpha=alpha.item(), fit_intercept=False).fit(x.numpy(), y.numpy(), sample_weight=weights.numpy())
+    np.testing.assert_allclose(gate.weight.detach().numpy(), model.coef_, rtol=1e-3, atol=1e-3)
+    assert 0 < report["explained_variance"] < 1
 
 
 def test_held_out_tokens_are_not_fitted_to():
