@@ -62,9 +62,9 @@ class GGUFModel:
         )
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in self._metadata().items():
-            _add(writer, f"{self._architecture}.{key}", value)
+            add_value(writer, f"{self._architecture}.{key}", value)
         for key, value in self._tokenizer.metadata().items():
-            _add(writer, f"tokenizer.{key}", value)
+            add_value(writer, f"tokenizer.{key}", value)
         tensors = list(self.tensors())
         for tensor in tensors:
             size = int(np.prod(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type), dtype=np.int64))
@@ -210,7 +210,7 @@ def _rope_factors(config: LlamaConfig) -> torch.Tensor:
     return 1 / (config.rope_parameters["rope_theta"] ** steps * slowed)
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     """A value of the file's head, in the type that the engine wants of Python's."""
     adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     adders[list] = writer.add_array
