@@ -5,7 +5,7 @@ python scripts/bench_choice.py --model_path .cache/SmolLM2-135M-Instruct --heldo
 
 Agreement: share of the held-out tokens whose most likely successor is the dense model's. Equal tokens: how many of 64
 tokens after a prompt of 64, cut from the held-out text, are said as by the dense model before the first other one; both
-say the most likely token. Continuation and cloze: accuracy on the tasks of make_choice_tasks.py, by log-likelihood over
+say the most likely token. Continuation and cloze: accuracy on the tasks of make_eval_tasks.py, by log-likelihood over
 the answer's length in characters (acc_norm of EleutherAI's lm-evaluation-harness). choice_table.py prints the table of
 a --json file again.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from choice_table import table
-from make_choice_tasks import EXAMPLES, Example, make_tasks
+from make_eval_tasks import EXAMPLES, Example, make_tasks
 from quality_table import DENSE, write_rows
 from timing import machine, positive
 from torch.nn.utils.rnn import pad_sequence

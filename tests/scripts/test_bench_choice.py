@@ -1,17 +1,19 @@
 """The choice bench: tasks are what their text says, accuracies and equal tokens those of a straight computation."""
 
 import json
+import math
 import random
+import re
 
 import bench_choice
 import choice_table
-import make_choice_tasks
+import make_eval_tasks
 import pytest
 import torch
 import yaml
-from conftest import SENTENCES, assert_refused, make_tokenizer, write_jsonl
-from make_choice_tasks import DESCRIPTIONS, make_tasks
-from pipeline import load
+from conftest import SENTENCES, assert_refused, make_llama, make_tokenizer, write_jsonl
+from make_eval_tasks import DESCRIPTIONS, make_tasks
+from pipeline import load, make_moe
 
 TASKS = ("continuation", "cloze")
 WORDS = sorted({word for sentence in SENTENCES for word in sentence.split() if word.isalpha() and word.islower()})
@@ -34,7 +36,7 @@ def models(tiny_llama, plain_run):
 
 def written(folder, heldout, run_script):
     options = ("--heldout_path", heldout, "--output_dir", folder, "--examples", 5)
-    status, _, err = run_script(make_choice_tasks.main, *options)
+    status, _, err = run_script(make_eval_tasks.main, *options)
     assert status == 0, err
     return {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in TASKS}
 
@@ -62,11 +64,11 @@ def test_tasks_are_the_text_with_wrong_answers_of_the_same_domain(heldout, tmp_p
 def test_wrong_words_are_about_as_frequent():
     words = [letter * 3 for letter in "abcdefghijklmnopqrstuvwxyz"]  # the nth is there n times
     document = [f" {word}" for count, word in enumerate(words) for _ in range(count)]
-    questions, order = make_choice_tasks.cloze([[*document, *(f" {word}." for word in words)]])
+    questions, order = make_eval_tasks.cloze([[*document, *(f" {word}." for word in words)]])
     assert order == [f" {word}" for word in words]
     assert questions[0] == ("".join(document[-48:]).lstrip(), " aaa")
-    first, *_ = make_choice_tasks.choose(questions, order, 26)
-    assert {*first["choices"]} <= {*order[: make_choice_tasks.NEIGHBOURS + 1]}
+    first, *_ = make_eval_tasks.choose(questions, order, 26)
+    assert {*first["choices"]} <= {*order[: make_eval_tasks.NEIGHBOURS + 1]}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -105,6 +107,52 @@ def test_choices_are_made_by_the_straight_computation(models, heldout):
             places.append(bench_choice.chosen(model, example, tokens))
             assert places[-1] == max(range(4), key=expected.__getitem__)
     assert set(places) == {0, 1, 2, 3}
+
+
+def test_the_harness_makes_the_same_choices(heldout, tmp_path, run_script):
+    """EleutherAI's, on the tasks that it reads from the folder, and its perplexity of documents."""
+    pytest.importorskip("lm_eval")
+    import harness
+
+    long = {"max_position_embeddings": 256}  # so that no context is cut
+    make_llama(tmp_path / "dense", **long)
+    make_moe(**long).save_pretrained(tmp_path / "moe")
+    make_tokenizer().save_pretrained(tmp_path / "moe")
+    paths = [tmp_path / "dense", tmp_path / "moe"]
+    tasks = written(tmp_path / "tasks", heldout, run_script)
+    options = ["--tasks", "heldout_perplexity,heldout_continuation,heldout_cloze", "--include_path", tmp_path / "tasks"]
+    options += ["--model_path", *paths, "--json", tmp_path / "found.json", "--device", "cpu"]
+    status, out, err = run_script(harness.main, *options)
+    assert status == 0, err
+    found = json.loads((tmp_path / "found.json").read_text())
+    documents = [json.loads(line)["text"] for line in (tmp_path / "tasks/perplexity.jsonl").open()]
+    assert len(documents) == 10
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+    for path, row in zip(paths, table[2:], strict=True):
+        model = load(path)
+        expected = [f"{document_perplexity(model, documents):.4g}"]
+        for name in TASKS:
+            scores = [[straight_score(model, e["context"], choice) for choice in e["choices"]] for e in tasks[name]]
+            labels = [example["label"] for example in tasks[name]]
+            right = [max(range(4), key=of.__getitem__) == label for of, label in zip(scores, labels, strict=True)]
+            assert found[str(path)][f"heldout_{name}"]["acc_norm,none"] == sum(right) / len(right)
+            expected.append(f"{sum(right) / len(right):.4g}")
+        assert [row[0], row[1], row[3], row[5]] == [path.name, *expected]
+
+
+@torch.no_grad()
+def document_perplexity(model, documents: list[str]) -> float:
+    """Of words, as the harness counts them: documents are read after BOS, in windows of the model's length."""
+    tokenizer, length, loss = make_tokenizer(), model.config.max_position_embeddings, 0.0
+    for text in documents:
+        ids = tokenizer(text)["input_ids"]
+        for start in range(0, len(ids), length):
+            end = min(start + length, len(ids))
+            whole = [tokenizer.bos_token_id, *ids][max(0, end - length) : end]  # the last window is a full one, too
+            log_p = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            targets = ids[start:end]
+            loss -= log_p[-len(targets) :].gather(1, torch.tensor(targets)[:, None]).sum().item()
+    return math.exp(loss / sum(len(re.split(r"\s+", text)) for text in documents))
 
 
 def test_equal_tokens_are_those_before_generation_first_differs(tiny_llama, plain_run):

@@ -1,12 +1,11 @@
-"""Multiple-choice tasks out of held-out text, as files that EleutherAI's lm-evaluation-harness reads.
+"""Tasks out of held-out text, as files that EleutherAI's lm-evaluation-harness reads; lm_eval.sh runs them.
 
-python scripts/make_choice_tasks.py --heldout_path .cache/llama_data/heldout --output_dir .cache/lm_eval_tasks
-lm_eval run --model hf --model_args pretrained=MODEL,trust_remote_code=True,dtype=float32 \\
-  --include_path .cache/lm_eval_tasks --tasks heldout_continuation,heldout_cloze
+python scripts/make_eval_tasks.py --heldout_path .cache/llama_data/heldout --output_dir .cache/lm_eval_tasks
 
 Continuation: which 16 words follow 48 words of a document; the wrong ones stand near, in the same document or, where it
 is short, the next. Cloze: which word ends a sentence, after the 48 words before it; the wrong ones end other sentences
-of the domain, and are about as frequent there. The same text gives the same bytes.
+of the domain, and are about as frequent there. Perplexity: the beginnings of documents. The same text gives the same
+bytes.
 """
 
 import argparse
@@ -15,6 +14,8 @@ import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ WORD = re.compile(r"\s*\S+")  # with the white space before it: joined, words ar
 LAST_WORD = re.compile(r" [a-z]{3,}[.!?]")
 CONTEXT, CONTINUATION = 48, 16  # words
 MOST_CHARACTERS = 1024  # of a context: longer words are none, but data
+MOST_TEXT = 2048  # characters of a document whose perplexity is measured
 NEIGHBOURS = 10  # on either side, of which the wrong answers are three
 EXAMPLES = {"type": positive, "default": 50, "help": "of each domain, for each task"}  # an option
 
@@ -48,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def write(arguments: argparse.Namespace) -> None:
     """Write each task's data, and its description with the full path of that."""
-    for name, examples in make_tasks(arguments.heldout_path, arguments.examples).items():
+    tasks = make_tasks(arguments.heldout_path, arguments.examples)
+    tasks["perplexity"] = list(beginnings(arguments.heldout_path, arguments.examples))
+    for name, examples in tasks.items():
         data = arguments.output_dir.absolute() / f"{name}.jsonl"
         lines = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
         description = (DESCRIPTIONS / f"{name}.yaml").read_text().replace(data.name, json.dumps(str(data)))
@@ -71,6 +75,13 @@ def make_tasks(heldout_path: str | Path, count: int) -> dict[str, list[Example]]
         if not examples:
             raise MoEficationError(f"--heldout_path {heldout_path} holds too little prose for the task {name}")
     return tasks
+
+
+def beginnings(heldout_path: str | Path, count: int) -> Iterator[Example]:
+    """The beginnings of the first documents of each file, at most `count`, with their domain."""
+    for path in sorted(Path(heldout_path).glob("*.jsonl")):
+        for document in islice(DocumentReader(find_text_files(path)), count):
+            yield {"text": document.text[:MOST_TEXT], "domain": path.stem}
 
 
 def continuations(documents: list[list[str]]) -> tuple[list[Question], list[str]]:
