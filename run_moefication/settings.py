@@ -286,6 +286,9 @@ class ConvertSettings(Settings):
     max_selects: int | None = setting(None, "the most experts for any token (default: all)", only="routing threshold")
     convert_type: str = setting("LlamaMoEForCausalLM", "class of the new checkpoint", choices=CONVERT_TYPES)
     dtype: str | None = setting(None, "dtype of the new weights (default: as in the source)", choices=DTYPES)
+    base_model_id: str | None = setting(
+        None, "id of the dense model on the hub, for the model card (default: the last part of --model_path)"
+    )
     num_labels: int | None = setting(
         None,
         "labels of a new classification head (zeros, to be trained), where the source has none (default: 2)",

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, change_weights, make_llama
-from pipeline import GATE, Pipeline, contents, corpus_of, load, logits
+from huggingface_hub.repocard import metadata_load
+from pipeline import GATE, SCRIPTS, Pipeline, contents, corpus_of, load, logits
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, LlamaForSequenceClassification, LlamaModel
 
@@ -58,6 +60,52 @@ def test_names_are_those_of_the_description(plain_run):
     assert len(config["auto_map"]) == 4
     assert all((plain_run.moe / name).read_bytes() == (plain_run.model / name).read_bytes() for name in copied)
     assert "from_pretrained" in (plain_run.moe / "README.md").read_text()
+
+
+def test_cards_say_what_the_hub_reads(shared_run, tmp_path, text_folder, run_script):
+    """Licence and languages come from the dense model's card, and every stage keeps them and the base model."""
+    model = shutil.copytree(shared_run.model, tmp_path / "tiny-llama")
+    (model / "README.md").write_text("---\nlicense: llama2\nlanguage:\n- en\n- de\nbase_model: other\n---\n# LLaMA\n")
+    run = replace(shared_run, model=model, moe=tmp_path / "moe", calibrated=tmp_path / "calibrated")
+    run.convert_options = [*shared_run.convert_options, "--base_model_id", "owner/tiny-llama"]
+    assert run.convert() == 0
+    text = (run.moe / "README.md").read_text()
+    (run.moe / "README.md").write_text(text + "A line of the owner's.\n")  # which does not damage the checkpoint
+    assert run.calibrate() == 0
+    expected = {
+        "base_model": "owner/tiny-llama",
+        "language": ["en", "de"],
+        "library_name": "transformers",
+        "license": "llama2",
+        "pipeline_tag": "text-generation",
+        "tags": ["llama_moe", "mixture-of-experts", "moefication"],
+    }
+    for folder in (run.moe, run.calibrated):
+        assert metadata_load(folder / "README.md") == expected
+    assert "on 512 tokens (c4 " in (run.calibrated / "README.md").read_text()
+
+    # The evaluation puts its table in, and the next one in its place.
+    options = ["--model_path", model, run.moe, "--text_path", text_folder / "c4.jsonl", "--device", "cpu", "--card"]
+    for selects in ([6], [8, 4]):
+        status, out, err = run_script(SCRIPTS["evaluate"].main, *options, "--block_size", 32, "--num_selects", *selects)
+        assert status == 0, err
+    card = (run.moe / "README.md").read_text()
+    rows = re.findall(r"^\| (\d) of 8 \| .* \| ([\d.]+) \| ([\d.]+) \| .*\|$", card, re.MULTILINE)
+    assert [row[0] for row in rows] == ["8", "4"]
+    assert all(perplexity in out and ratio in out for _, perplexity, ratio in rows)
+    assert "A line of the owner's." in card
+    assert card.split("<!-- evaluation -->")[0] == text.split("<!-- evaluation -->")[0]
+
+
+def test_a_licence_without_a_card_is_named_by_its_file(shared_run, tmp_path):
+    model = shutil.copytree(shared_run.model, tmp_path / "tiny-llama")
+    (model / "LICENSE.txt").write_text("Terms.")
+    run = replace(shared_run, model=model, moe=tmp_path / "moe")
+    assert run.convert() == 0
+    fields = metadata_load(run.moe / "README.md")
+    named = [fields[name] for name in ("license", "license_name", "license_link", "base_model")]
+    assert named == ["other", "licence-of-tiny-llama", "LICENSE.txt", "tiny-llama"]
+    assert (run.moe / "LICENSE.txt").read_text() == "Terms."
 
 
 def test_base_model_converts_and_is_calibrated_without_head(text_folder, tmp_path, refuses):

@@ -57,6 +57,7 @@ class DenseCheckpoint(StoredTensors):
 
     Attributes:
         name: last part of the path as it was given; artifact folders are named after it.
+        hub_id: the id on the hub, where the path was one; else None.
         raw_config: config.json as it stands.
         config: the same as a `LlamaConfig`, with the tied or untied head that the tensors have.
     """
@@ -64,6 +65,7 @@ class DenseCheckpoint(StoredTensors):
     def __init__(self, model_path: str | Path):
         path = resolve_model_path(model_path)
         self.name = model_name(model_path)
+        self.hub_id = None if Path(model_path).is_dir() else str(model_path)
         self.raw_config, self.config = read_dense_config(path)
         stored, files = map_tensors(path)
         unused = sorted(filter(UNUSED_TENSORS.fullmatch, stored))

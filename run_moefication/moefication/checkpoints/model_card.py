@@ -1,18 +1,86 @@
-"""The README.md of a LlamaMoE checkpoint."""
+"""The README.md of a checkpoint: what it is, where it comes from, how it was made and how it is run.
 
-from typing import Any
+Its head has the fields that the hub reads. Licence and languages are those of the model that it was made from; later
+stages take them over from the card of the checkpoint that they read.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
 
 from llama_moe import LlamaMoEConfig
 
+from ..storage.files import write_atomically
+from ..storage.manifest import CARD
+from .writer import LICENCES
 
-def conversion_card(name: str, config: LlamaMoEConfig, model_class: str, gate_metrics: dict[str, Any]) -> str:
+KEPT_FIELDS = ("license", "license_name", "license_link", "language")
+# The lines around what the evaluation writes.
+EVALUATION = ("<!-- evaluation -->", "<!-- end of the evaluation -->")
+
+COMMANDS = """
+```sh
+vllm serve PATH --trust-remote-code
+lm_eval run --model hf --model_args pretrained=PATH,trust_remote_code=True --tasks hellaswag
+hf upload OWNER/NAME PATH    # publishes this folder
+```
+
+llama.cpp runs what `llama_export.py --format gguf` of LLaMA-MoEfication makes of it.
+"""
+
+
+class Origin(NamedTuple):
+    """What a checkpoint was made from: the dense model's name, its id on the hub (or else its name), and the fields of
+    its card that hold for the checkpoint as well."""
+
+    name: str
+    base_model: str
+    fields: dict[str, Any]
+
+    @classmethod
+    def of_dense(cls, path: Path, name: str, base_model: str | None) -> "Origin":
+        """A dense model's folder. A licence without a card is named by its file."""
+        fields, file = _fields(path), next((file for file in LICENCES if (path / file).is_file()), None)
+        if "license" not in fields and file:
+            fields |= {"license": "other", "license_name": f"licence-of-{name.lower()}", "license_link": file}
+        return cls(name, base_model or name, _kept(fields))
+
+    @classmethod
+    def of_moe(cls, path: Path, name: str) -> "Origin":
+        """The checkpoint that a later stage reads, made from the dense model `name`."""
+        fields = _fields(path)
+        return cls(name, fields.get("base_model") or name, _kept(fields))
+
+    def head(self, pipeline_tag: str | None, **fields: Any) -> str:
+        """The head of a card, with these fields beside its own."""
+        data = ModelCardData(base_model=self.base_model, pipeline_tag=pipeline_tag, **self.fields, **fields)
+        return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """The head of the card in a folder; empty where there is none that can be read."""
+    try:
+        return metadata_load(path / CARD) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def _kept(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in KEPT_FIELDS if name in fields}
+
+
+def conversion_card(origin: Origin, config: LlamaMoEConfig, model_class: str, gate_metrics: dict[str, Any]) -> str:
     """The card of a checkpoint that convert wrote: the gates alone were trained."""
     mean = {
         key: sum(layer[key] for layer in gate_metrics.values()) / len(gate_metrics)
         for key in ("mass_recall", "constant_mass_recall")
     }
     return model_card(
-        name,
+        origin,
         config,
         model_class,
         f"No weight was trained but the gates ({config.gate_network}).",
@@ -25,14 +93,15 @@ before use: without calibration or training, few experts per token cost much qua
 
 
 def calibration_card(
-    name: str,
+    origin: Origin,
     config: LlamaMoEConfig,
     model_class: str,
-    num_tokens: int,
+    tokens: Mapping[str, int],
     metrics: list[dict[str, Any]],
     final_metrics: dict[str, float] | None,
 ) -> str:
-    """The card of a checkpoint that calibrate wrote, with what each layer's fit gained, and that of all together."""
+    """The card of a checkpoint that calibrate wrote, with what each layer's fit gained, and that of all together;
+    `tokens`: of the text, by domain."""
     fitted = "Gates and `down_proj` were" if "gate" in metrics[0] else "`down_proj` was"
     thresholds = [f"{m['threshold']:.4g}" if config.routing == "threshold" else "none" for m in metrics]
     rows = [
@@ -49,10 +118,10 @@ all layers together. KL divergence on tokens that nothing was fitted to:
 {final_metrics["divergence_before"]:.4f} nats a token before, {final_metrics["divergence_after"]:.4f} after it.
 """
     return model_card(
-        name,
+        origin,
         config,
         model_class,
-        f"{fitted} fitted in closed form, layer by layer, on {num_tokens:,} tokens.",
+        f"{fitted} fitted in closed form, layer by layer, on {_amount(tokens)}.",
         f"""\
 What each layer's output lacks of the dense model's, as a share of its square, with the original `down_proj` and with
 the fitted one, on the quarter of the calibration text that is held out to choose the strength.
@@ -65,9 +134,14 @@ the fitted one, on the quarter of the calibration text that is held out to choos
 
 
 def distillation_card(
-    name: str, config: LlamaMoEConfig, model_class: str, trained: str, num_tokens: int, metrics: dict[str, Any]
+    origin: Origin,
+    config: LlamaMoEConfig,
+    model_class: str,
+    trained: str,
+    tokens: Mapping[str, int],
+    metrics: dict[str, Any],
 ) -> str:
-    """The card of a checkpoint that distill wrote."""
+    """The card of a checkpoint that distill wrote; `tokens`: of the text, by domain."""
     parts = {"gates": "Gates", "experts": "Experts", "all": "Gates and experts"}
     shares, nested = metrics["active_share"], ""
     if "nested" in metrics:
@@ -81,10 +155,10 @@ It was trained for other budgets as well, which `set_active_fraction` sets. The 
 {table}
 """
     return model_card(
-        name,
+        origin,
         config,
         model_class,
-        f"{parts[trained]} were distilled from the dense model, on {num_tokens:,} tokens.",
+        f"{parts[trained]} were distilled from the dense model, on {_amount(tokens)}.",
         f"""\
 How far its predictions are from the dense model's, on held-out text of the same kind: KL divergence of
 {metrics["loss_before"]:.4f} nats a token before the distillation, {metrics["loss_after"]:.4f} after it. Of the routed
@@ -93,8 +167,15 @@ experts {sum(shares) / len(shares):.3f} ran per token (mean over layers; {min(sh
     )
 
 
-def model_card(name: str, config: LlamaMoEConfig, model_class: str, made: str, quality: str) -> str:
-    """What a stranger needs to know of the checkpoint: origin, how it was made, how to load it, what to expect."""
+def _amount(tokens: Mapping[str, int]) -> str:
+    """How much text of which domains."""
+    domains = ", ".join(f"{domain} {count:,}" for domain, count in tokens.items())
+    return f"{sum(tokens.values()):,} tokens ({domains})"
+
+
+def model_card(origin: Origin, config: LlamaMoEConfig, model_class: str, made: str, quality: str) -> str:
+    """What a stranger needs to know of the checkpoint: origin, how it was made, how to run it, what to expect."""
+    name = origin.name
     auto_class = next(auto for auto, path in config.auto_map.items() if path.endswith(f".{model_class}"))
     limits = "\nThis model has MLP biases: it runs in transformers only.\n" if config.mlp_bias else ""
     experts = config.num_experts + config.num_shared_experts
@@ -105,15 +186,14 @@ def model_card(name: str, config: LlamaMoEConfig, model_class: str, made: str, q
         budget += f", {config.num_shared_experts} of these always"
     if config.routing == "threshold" and config.num_experts_per_tok:
         budget += ": as many as reach the layer's score threshold, that many on average"
-    return f"""---
-library_name: transformers
-base_model: {name}
-tags: [llama_moe, mixture-of-experts, moefication]
----
+    is_causal = model_class == "LlamaMoEForCausalLM"
+    tags = ["llama_moe", "mixture-of-experts", "moefication"]
+    licence = origin.fields.get("license_link", "the model's own page")
+    return f"""{origin.head("text-generation" if is_causal else None, library_name="transformers", tags=tags)}\
 # {name} as a Mixture of Experts
 
 The dense model {name} with each MLP of {config.intermediate_size} neurons cut into {experts} experts of
-{config.moe_intermediate_size}; {budget}. {made} Its licence is that of {name}.
+{config.moe_intermediate_size}; {budget}. {made} Its licence is that of {name} (see {licence}).
 
 ```python
 from transformers import {auto_class}, AutoTokenizer
@@ -123,24 +203,35 @@ model = {auto_class}.from_pretrained("PATH", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 model.set_active_fraction(0.5)  # half of the experts; 1: all of them; fewer: less work, less quality
 ```
+{COMMANDS if is_causal and not config.mlp_bias else ""}
+{EVALUATION[0]}
+{EVALUATION[1]}
 
 {quality}{limits}"""
 
 
-def export_card(name: str, config: LlamaMoEConfig, format: str, checks: dict[str, Any] | None = None) -> str:
-    """The card of what export wrote: what it is, how it is run, and how near each GGUF file is (`checks`)."""
-    experts = config.num_experts + config.num_shared_experts
+def add_evaluation(folder: Path, table: str) -> None:
+    """Put what was evaluated, a table in Markdown, into the card of a checkpoint, in place of what it said before; at
+    its end, if it has no place for it."""
+    before, found, rest = (folder / CARD).read_text().partition(EVALUATION[0])
+    _, _, after = rest.partition(EVALUATION[1]) if found else ("", "", "\n")
+    card = f"{before.rstrip()}\n\n{EVALUATION[0]}\n{table.strip()}\n{EVALUATION[1]}{after}"
+    write_atomically(folder / CARD, lambda file: file.write(card.encode()))
+
+
+def export_card(
+    origin: Origin, name: str, config: LlamaMoEConfig, format: str, checks: dict[str, Any] | None = None
+) -> str:
+    """The card of what export wrote of the checkpoint `name`: what it is, how it is run, and how near each GGUF file is
+    (`checks`)."""
+    what = f"{name}, a LLaMA cut into {config.num_experts + config.num_shared_experts} experts a layer"
+    tags = ["mixture-of-experts", "moefication"]
     if format != "gguf":
-        return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-base_model: {name}
-tags: [mixture-of-experts, moefication]
----
+        return f"""{origin.head("text-generation", library_name="transformers", tags=tags)}\
 # {name} as {format}
 
-{name}, a LLaMA cut into {experts} experts a layer, in an architecture that transformers, vLLM, SGLang and MLX bring
-along. No code comes with it. `manifest.json` says how near it is to the original.
+{what}, in an architecture that transformers, vLLM, SGLang and MLX bring along. No code comes with it. `manifest.json`
+says how near it is to the original.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,15 +240,10 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("PATH"), AutoTokenizer.f
 ```
 """
     files = "\n".join(f"* `{file}`{_check_of(check)}" for file, check in (checks or {}).items())
-    return f"""---
-pipeline_tag: text-generation
-base_model: {name}
-tags: [gguf, mixture-of-experts, moefication]
----
+    return f"""{origin.head("text-generation", tags=["gguf", *tags])}\
 # {name} for llama.cpp
 
-{name}, a LLaMA cut into {experts} experts a layer. The files are for llama.cpp and what is built on it; other readers
-of GGUF do not know this kind of routing.
+{what}. The files are for llama.cpp and what is built on it; other readers of GGUF do not know this kind of routing.
 
 {files}
 

@@ -17,6 +17,7 @@ from llama_moe import LlamaMoEConfig
 
 from ..errors import MoEficationError
 from ..storage.folder import ArtifactWriter
+from ..storage.manifest import CARD
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
@@ -107,7 +108,7 @@ def write_checkpoint_files(
     contents = {file: (resources.files(llama_moe) / file).read_bytes() for file in code}
     if len(shards) > 1:
         contents[WEIGHTS_INDEX] = (json.dumps(shard_index(shards), indent=2) + "\n").encode()
-    contents["README.md"] = card.encode()
+    contents[CARD] = card.encode()
     contents["config.json"] = config.to_json_string().encode()
     contents |= tokenizer
     contents = {name: (source / name).read_bytes() for name in COPIED_FILES if (source / name).is_file()} | contents

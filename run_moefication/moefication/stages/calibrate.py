@@ -20,7 +20,7 @@ from ...settings import OFF, CalibrateSettings
 from ..artifacts.fits import Fits
 from ..artifacts.streams import Streams
 from ..checkpoints.dense import DenseCheckpoint
-from ..checkpoints.model_card import calibration_card
+from ..checkpoints.model_card import Origin, calibration_card
 from ..checkpoints.moe import MoECheckpoint, require_num_selects
 from ..checkpoints.tokenizers import tokenizer_files
 from ..checkpoints.writer import PlannedTensor, write_checkpoint_files, write_shard
@@ -90,7 +90,8 @@ def calibrate(
                     metrics["threshold"] = moved.item()
                 write_shard(writer, file, shards[file], values, metrics)
     if "config" in missing:
-        card = calibration_card(checkpoint.name, config, moe.model_class, corpus.num_tokens, *gains(writer))
+        origin, tokens = Origin.of_moe(moe.path, checkpoint.name), {row.domain: row.got for row in corpus.mix}
+        card = calibration_card(origin, config, moe.model_class, tokens, *gains(writer))
         write_checkpoint_files(writer, "config", moe.path, shards, config, card, tokenizer_files(moe.path))
     writer.finish()
     return writer

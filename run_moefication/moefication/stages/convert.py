@@ -15,7 +15,7 @@ from ..artifacts.gates import TrainedGates
 from ..artifacts.split import Split
 from ..checkpoints.dense import DTYPES, DenseCheckpoint
 from ..checkpoints.headers import HEAD, HEADS
-from ..checkpoints.model_card import conversion_card
+from ..checkpoints.model_card import Origin, conversion_card
 from ..checkpoints.tokenizers import carried_over
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
@@ -66,7 +66,8 @@ def convert(
         write_shard(writer, file, shards[file])
     if "config" in missing:
         # Last of all, so that nothing loads a folder whose weights are not complete.
-        card = conversion_card(checkpoint.name, config, settings.convert_type, gates.artifact.manifest["metrics"])
+        origin = Origin.of_dense(checkpoint.path, checkpoint.name, settings.base_model_id or checkpoint.hub_id)
+        card = conversion_card(origin, config, settings.convert_type, gates.artifact.manifest["metrics"])
         write_checkpoint_files(writer, "config", checkpoint.path, shards, config, card, tokenizer)
     writer.finish()
     return writer

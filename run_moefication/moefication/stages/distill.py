@@ -18,7 +18,7 @@ from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
 
 from ...settings import DistillSettings
 from ..checkpoints.dense import DenseCheckpoint
-from ..checkpoints.model_card import distillation_card
+from ..checkpoints.model_card import Origin, distillation_card
 from ..checkpoints.moe import MoECheckpoint, experts_per_tok, require_num_selects, set_num_selects
 from ..checkpoints.tokenizers import tokenizer_files
 from ..checkpoints.transformers_library import quiet_transformers
@@ -89,7 +89,8 @@ def distill(
             write_shard(writer, file, shards[file], values)
         budget = ("num_experts_per_tok", "layer_num_experts_per_tok")
         config = moe.new_config(**{name: getattr(model.config, name) for name in budget})
-        card = distillation_card(checkpoint.name, config, moe.model_class, settings.train, corpus.num_tokens, metrics)
+        origin, tokens = Origin.of_moe(moe.path, checkpoint.name), {row.domain: row.got for row in corpus.mix}
+        card = distillation_card(origin, config, moe.model_class, settings.train, tokens, metrics)
         write_checkpoint_files(writer, RESULT, moe.path, shards, config, card, tokenizer_files(moe.path), metrics)
         writer.finish()
     return writer

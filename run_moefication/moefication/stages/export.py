@@ -12,7 +12,7 @@ from typing import Any
 from ...settings import ExportSettings
 from ..checkpoints.dense import DTYPES, resolve_model_path
 from ..checkpoints.engine_model import EngineModel
-from ..checkpoints.model_card import export_card
+from ..checkpoints.model_card import Origin, export_card
 from ..checkpoints.moe import StoredMoE, verify_weights
 from ..checkpoints.stock import glm4_moe, granitemoeshared
 from ..checkpoints.tokenizers import carried_over
@@ -22,12 +22,12 @@ from ..names import model_name
 from ..progress import progress
 from ..storage.files import digest
 from ..storage.folder import ArtifactWriter
-from ..storage.manifest import MANIFEST, ArtifactSpec, environment, read_manifest
+from ..storage.manifest import CARD, MANIFEST, ArtifactSpec, environment, read_manifest
 from ..text.corpus import pack
 from ..text.tokens import first_tokens
 from .export_check import Reference, check_gguf, check_stock, require_near
 
-CARD, CHECK = "card", "check"  # parts
+ABOUT, CHECK = "about", "check"  # parts
 MOST_BLOCK = 512  # tokens that are read at once
 OUTTYPE_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 NewWriter = Callable[[list[str]], ArtifactWriter]
@@ -90,7 +90,7 @@ def _export_gguf(
 
     tokenizer = Tokenizer(model.moe.path, model.reference.vocab_size)
     files = {f"{name}-{one.upper()}.gguf": (one, GGUFModel(model, tokenizer, name, one)) for one in outtypes}
-    writer = new_writer([*files, CARD])
+    writer = new_writer([*files, ABOUT])
     missing = writer.missing()
     for file, (outtype, content) in files.items():
         if file in missing:
@@ -100,12 +100,14 @@ def _export_gguf(
             if outtype in OUTTYPE_DTYPES:
                 require_near(checked, file)
             writer.write_part(file, {file: entry}, checked)
-    if CARD in missing:
+    if ABOUT in missing:
         path = model.moe.path
         contents = {one: (path / one).read_bytes() for one in LICENCES if (path / one).is_file()}
-        contents["README.md"] = export_card(name, model.reference, "gguf", writer.metrics()).encode()
+        contents[CARD] = export_card(
+            Origin.of_moe(path, name), name, model.reference, "gguf", writer.metrics()
+        ).encode()
         entries = {one: writer.write(one, lambda f, c=content: f.write(c)) for one, content in contents.items()}
-        writer.write_part(CARD, entries)
+        writer.write_part(ABOUT, entries)
     writer.finish()
     return writer
 
@@ -121,14 +123,14 @@ def _export_stock(
     else:
         config, plan = glm4_moe(model, dtype, lambda layer: reference.most_scores[layer])
     shards = plan_shards(plan, MAX_SHARD_BYTES)
-    writer = new_writer([*shards, CARD, CHECK])
+    writer = new_writer([*shards, ABOUT, CHECK])
     missing = writer.missing()
     for file in progress([file for file in shards if file in missing], "export", "shard"):
         write_shard(writer, file, shards[file])
-    if CARD in missing:
-        card = export_card(name, model.reference, settings.format)
+    if ABOUT in missing:
+        card = export_card(Origin.of_moe(model.moe.path, name), name, model.reference, settings.format)
         tokenizer = carried_over(model.moe.path, config.model_type)
-        write_checkpoint_files(writer, CARD, model.moe.path, shards, config, card, tokenizer)
+        write_checkpoint_files(writer, ABOUT, model.moe.path, shards, config, card, tokenizer)
     if CHECK in missing:
         checked = check_stock(reference, writer.partial)
         require_near(checked, str(writer.folder))

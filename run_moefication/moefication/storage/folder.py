@@ -19,6 +19,7 @@ from ..errors import MoEficationError, SettingError
 from .files import digest, file_sha256, file_sizes, parse_json_object, write_atomically, write_json
 from .folder_writer import WORKSPACE, FolderWriter
 from .manifest import (
+    CARD,
     CURE_OF_DAMAGE,
     MANIFEST,
     SPEC,
@@ -258,7 +259,7 @@ class Artifact:
 
     def check_sizes(self) -> None:
         """Refuse a folder in which a listed file is missing or cut short: cheap, and done before long work."""
-        for relative in self.files:
+        for relative in self.files.keys() - {CARD}:
             self._checked_path(relative)
 
     def _checked_path(self, relative: str) -> Path:

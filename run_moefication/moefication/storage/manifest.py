@@ -12,6 +12,7 @@ from .files import parse_json_object
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+CARD = "README.md"  # of a checkpoint, which its owner may change
 SPEC = "spec.json"  # in a folder's workspace: what it will be
 STAGE_SCRIPTS = {
     "split": "llama_split_clustering.py",
