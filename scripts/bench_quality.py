@@ -27,24 +27,13 @@ from run_moefication import command_line
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.settings import CALIBRATED
 
-METHODS = (
-    "plain",
-    "engine",
-    "calibrated",
-    "cmoe",
-    "oracle",
-    "sparse",
-    "quantized",
-    "hqq",
-    "static",
-    "steps",
-    "top_k",
-    "dialled",
-)
+RECIPES = ("plain", "engine", "calibrated")
+OTHERS = ("cmoe", "oracle", "sparse", "quantized", "hqq", "static", "steps", "top_k", "dialled", "nested")
 METHODS_HELP = (
     "rows to measure (plain, engine, calibrated: the recipes; top_k: the calibrated one with that routing; steps: what "
-    "each part of it adds; dialled: calibrated at one of --budgets and run at the others; quantized and hqq: dense and "
-    "calibrated models of fewer bits, the latter by torchao; the rest are other methods)"
+    "each part of it adds; dialled: calibrated at one of --budgets and run at the others; nested: with --distill, one "
+    "model for all --budgets; quantized and hqq: dense and calibrated models of fewer bits, the latter by torchao; the "
+    "rest are other methods)"
 )
 
 
@@ -62,18 +51,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--wikitext_tokens", type=positive, default=16384, help="of --wikitext_path")
     parser.add_argument("--block_size", type=positive, default=512, help="tokens per block, of all texts")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="shares of the experts")
-    help_of_experts = "of our models (default: the recipe's); static, steps and dialled take the first"
+    help_of_experts = "of our models (default: the recipe's); static, steps, dialled and nested take the first"
     parser.add_argument("--experts", type=positive, nargs="+", help=help_of_experts)
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=METHODS,
-        default=[method for method in METHODS if method != "hqq"],
+        choices=RECIPES + OTHERS,
+        default=[method for method in RECIPES + OTHERS if method != "hqq"],
         help=METHODS_HELP,
     )
-    help_of_distill = (
-        "distil the models of engine, calibrated, top_k and static, too, and of dialled one for all budgets"
-    )
+    help_of_distill = "distil the models of engine, calibrated, top_k and static, too"
     parser.add_argument("--distill", action="store_true", help=help_of_distill)
     tokens = CALIBRATED.distillation_tokens
     parser.add_argument("--distillation_tokens", type=positive, default=tokens, help="one pass over so many")

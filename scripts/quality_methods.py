@@ -147,7 +147,7 @@ def rows(bench: Bench) -> Iterator[Row]:
             if other != budget:
                 num_selects = chosen.num_selects(experts[0])
                 yield row(f"{name}, made for {other:.0%}", recipe_at(other), make_model, num_selects=num_selects)
-        if arguments.distill and "dialled" in methods:
+        if arguments.distill and "nested" in methods:
             # One model, whose own budget is the one nearest to a half.
             base, *others = (recipe_at(one) for one in sorted(arguments.budgets, key=lambda one: abs(one - 0.5)))
             nested, num_selects = (other.num_selects(experts[0]) for other in others), chosen.num_selects(experts[0])
