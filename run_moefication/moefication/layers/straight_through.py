@@ -19,8 +19,7 @@ from .decoder import PreMLP, embed
 from .thresholds import THRESHOLD_STEP, settle_layer, wanted_threshold
 
 TEMPERATURE = 0.5  # of the sigmoid that stands in for the choice, in standard deviations of the layer's scores
-MOST_SCORES = 1 << 24  # of a layer, that its last threshold is set by: where the text has more, less text is read
-MOST_STREAM_BYTES = 1 << 30  # the same for the residual stream
+MOST_TOKENS = 1 << 16  # that thresholds are set by: more would move the share that runs by less than other text does
 
 
 class StraightThroughBlock(nn.Module):
@@ -189,13 +188,12 @@ def recalibrate_thresholds(
 ) -> list[float]:
     """Set every layer's threshold and score quantiles by a text, on what the layers before it, already set, produce.
 
-    Memory: the residual stream of the text, or of as much of it as the limits above allow. `shares`, and what is
+    Memory: the residual stream and the scores of a layer, of at most MOST_TOKENS of the text. `shares`, and what is
     returned: by layer, of the routed experts that run on the text.
     """
     config = model.config
-    most_tokens = min(MOST_SCORES // config.num_experts, MOST_STREAM_BYTES // (4 * config.hidden_size))
     ends = torch.tensor([len(block) for block in blocks]).cumsum(0)
-    blocks = blocks[: max(1, int((ends <= most_tokens).sum()))]  # with all domains in their shares, as in a corpus
+    blocks = blocks[: max(1, int((ends <= MOST_TOKENS).sum()))]  # with all domains in their shares, as in a corpus
     batches = batches_of(blocks, batch_size)
     stream = torch.empty(sum(map(len, blocks)), config.hidden_size)
     embed(stream, blocks, batches, model.get_input_embeddings().weight.cpu())

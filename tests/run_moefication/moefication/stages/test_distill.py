@@ -281,7 +281,7 @@ def test_a_text_too_large_to_hold_is_read_in_part(monkeypatch):
     model, blocks = random_moe(**KINDS["threshold"]), list(some_tokens(8, 32).int())
     recalibrate_thresholds(model, blocks[:3], [0.4] * 3, 4, torch.device("cpu"))
     expected = [layer.mlp.gate.threshold.item() for layer in model.model.layers]
-    monkeypatch.setattr("run_moefication.moefication.layers.straight_through.MOST_SCORES", 6 * (3 * 32 + 31))
+    monkeypatch.setattr("run_moefication.moefication.layers.straight_through.MOST_TOKENS", 3 * 32 + 31)
     recalibrate_thresholds(model, blocks, [0.4] * 3, 4, torch.device("cpu"))
     assert [layer.mlp.gate.threshold.item() for layer in model.model.layers] == expected
 
