@@ -10,7 +10,7 @@ import torch
 from conftest import TINY
 from peft import LoraConfig, PeftModel, get_peft_model
 from pipeline import make_moe, some_tokens, with_thresholds
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingArguments
 
 from llama_moe import LlamaMoEForCausalLM, LlamaMoEForSequenceClassification
 
@@ -52,6 +52,33 @@ def test_peft_all_linear_leaves_gates_and_experts_alone(shared, tmp_path):
     assert {name.rsplit(".", 1)[1] for name in touched} == {"q_proj", "k_proj", "v_proj", "o_proj"} | mlp
     assert not any(".gate." in name or ".experts." in name for name in touched)
     check_adapter(adapted, tmp_path, shared)
+
+
+@pytest.mark.parametrize("routing", ["top_k", "threshold"])
+def test_torchao_quantises_what_it_is_told_and_leaves_gates_alone(routing, tmp_path):
+    """Eight bits: linear layers by default, experts by their names."""
+    torchao = pytest.importorskip("torchao.quantization")
+    model = with_thresholds(make_moe(num_shared_experts=4, routing=routing, gate_network="linear"), 0.75)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(some_tokens()).logits
+    eight_bits = torchao.Int8WeightOnlyConfig()
+    of_experts = {r"re:.*\.mlp\.experts\.(gate_up|down)_proj": eight_bits}
+    for config, has_linear, has_experts in [
+        (eight_bits, True, False),
+        (torchao.FqnToConfig(of_experts), False, True),
+        (torchao.FqnToConfig({"re:.*_proj": eight_bits}), True, True),
+    ]:
+        config = TorchAoConfig(config)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=config)
+        quantised = {n for n, p in loaded.named_parameters() if type(p.data).__module__.startswith("torchao")}
+        assert any(".mlp.experts." in name for name in quantised) == has_experts
+        assert any("q_proj" in name or ".shared_experts." in name for name in quantised) == has_linear
+        assert not any(".gate." in name for name in quantised)
+        with torch.no_grad():
+            found = loaded(some_tokens()).logits
+            loaded.generate(some_tokens(), max_new_tokens=3)
+        assert 0 < (found - expected).square().mean() < 0.1 * expected.var()
 
 
 @pytest.mark.parametrize(
