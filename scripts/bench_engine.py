@@ -83,7 +83,7 @@ def bench(arguments: argparse.Namespace) -> None:
     files = list(write_files(arguments, dense))
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, dense.config.vocab_size, (arguments.prompt_tokens,), generator=generator).tolist()
-    question = {"prompts": [prompt], "new_tokens": arguments.new_tokens}
+    question = {"prompts": [prompt], "new_tokens": arguments.new_tokens, "ignore_eos": True}
     threads, seconds = torch.get_num_threads(), {file: [] for file in files}
     for _, file in product(range(arguments.rounds), files):
         seconds[file].append(llama_cpp.ask(file.path, question, threads)["seconds"][0])

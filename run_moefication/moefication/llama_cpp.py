@@ -30,7 +30,8 @@ def ask(file: Path, question: dict[str, Any], threads: int = 1) -> dict[str, Any
 
     Args:
         question: `blocks` of token ids to predict each next token of, `texts` to cut into tokens, `prompts` of token
-            ids to go on from greedily for `new_tokens`; each may be left out.
+            ids to go on from greedily for `new_tokens`, with `ignore_eos` beyond the end of a text; each may be left
+            out.
 
     Returns: for each block `best`, the most likely token after each but the last, and `logprobs`, of the token that is
     there (None each where that is a part of a character); for each text `tokens`; for each prompt `greedy`, and
@@ -69,7 +70,7 @@ class _Engine:
             return json.loads(answer.read())["tokens"]
 
     def complete(self, prompt: list[int], new_tokens: int, **more: Any) -> dict[str, Any]:
-        options = {"n_predict": new_tokens, "temperature": 0, "n_probs": 1, "ignore_eos": True, "cache_prompt": True}
+        options = {"n_predict": new_tokens, "temperature": 0, "n_probs": 1, "cache_prompt": True}
         answer = self._server.handle_completions({"prompt": prompt} | options | more)
         if "choices" not in answer:
             raise RuntimeError(f"error: {answer}")
@@ -78,7 +79,7 @@ class _Engine:
     def next(self, prompt: list[int], token: int) -> tuple[int | None, float | None]:
         """The most likely token after a prompt, and the log-probability of this one; None each where this one is a
         part of a character, of which the engine says nothing."""
-        answer = self.complete(prompt, 1, logit_bias=[[token, MOST_BIAS]], ignore_eos=False)
+        answer = self.complete(prompt, 1, logit_bias=[[token, MOST_BIAS]])
         if not (logprobs := answer["choices"][0]["logprobs"]):
             return None, None
         (content,) = logprobs["content"]
@@ -96,7 +97,8 @@ def main() -> int:
         rows = [engine.next(block[:end], block[end]) for end in range(1, len(block))]
         for column, values in zip((best, logprobs), zip(*rows, strict=True), strict=True):
             column.append(list(values))
-    answers = [engine.complete(prompt, new_tokens) for prompt in prompts]
+    how = {"ignore_eos": question.get("ignore_eos", False)}
+    answers = [engine.complete(prompt, new_tokens, **how) for prompt in prompts]
     timings = [answer["timings"] for answer in answers]
     answer = {
         "best": best,
