@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from pipeline import Pipeline, load
 from transformers import AutoTokenizer
 
+import run_moefication as rm
+from run_moefication.moefication import llama_cpp
 from run_moefication.moefication.stages.evaluate import evaluate
 
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time, there was a small"]
@@ -77,3 +80,36 @@ def test_usage_example(pipeline):
     assert dense.startswith("dense:\n> 'The capital of France is Paris")
     assert dense.removeprefix("dense:\n").splitlines() == moe.splitlines()[:-1]
     assert "8 of 8 experts: 100.2% of the MLP parameters ran per token, gate included" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def engine_model(smollm2, sample_data, tmp_path_factory) -> Path:
+    """RECIPE=engine on little text, calibrated: some five minutes on two cores."""
+    recipe = replace(rm.ENGINE, split_tokens=4096, feature_tokens=8192, calibration_tokens=8192)
+    folder = tmp_path_factory.mktemp("engine") / "MoE"
+    return rm.moefy(rm.DenseCheckpoint(smollm2), sample_data, folder, recipe, block_size=512).path
+
+
+@pytest.mark.slow
+def test_llama_cpp_says_what_the_model_says(engine_model, sample_data, tmp_path):
+    settings = rm.ExportSettings(format="gguf", outtype=["f32"], max_tokens=1025)
+    writer = rm.export(engine_model, sample_data / "heldout" / "wikipedia.jsonl", tmp_path / "gguf", settings)
+    ((file, check),) = writer.metrics().items()
+    assert check["argmax_agreement"] >= 0.999
+    assert check["max_logprob_difference"] < 1e-3
+    assert check["perplexity"] == pytest.approx(check["reference_perplexity"], rel=0.01)
+    assert check["cut_otherwise"] == []
+    tokenizer, model = AutoTokenizer.from_pretrained(engine_model), load(engine_model)
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    found = llama_cpp.ask(tmp_path / "gguf" / file, {"prompts": prompts, "new_tokens": 32})["greedy"]
+    for prompt, tokens in zip(prompts, found, strict=True):
+        said = model.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False)[0, len(prompt) :]
+        assert tokens == said.tolist()
+
+
+@pytest.mark.slow
+def test_stock_classes_of_a_calibrated_model(engine_model, sample_data, tmp_path):
+    text = sample_data / "heldout" / "wikipedia.jsonl"
+    settings = rm.ExportSettings(format="glm4_moe", max_tokens=4096)
+    check = rm.export(engine_model, text, tmp_path / "glm", settings).metrics()["check"]
+    assert check["perplexity"] == pytest.approx(check["reference_perplexity"], rel=0.01)

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_engine
 import bench_generate
 import bench_moe_layer
 import bench_stages
@@ -15,11 +16,13 @@ import bench_tokenize
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused
+from conftest import assert_refused, make_llama
 from timing import busy_core, median_seconds
 
+import run_moefication as rm
 from llama_moe import record_routing
 from llama_moe.gates import LinearGate
+from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 
 CPU = torch.device("cpu")
 
@@ -198,3 +201,30 @@ def test_stages_bench_names_the_package_it_lacks(run_script, monkeypatch):
     monkeypatch.setitem(sys.modules, "k_means_constrained", None)
     assert_refused(run_script(bench_stages.main, "--parts", "kmeans"), "pip install k-means-constrained==0.9.1")
     assert_refused(run_script(bench_stages.main, "--parts", "features"), "need --model_path and --train_data_path")
+
+
+def test_engine_bench_compares_models_of_the_same_weights(tmp_path, run_script, text_folder):
+    """With all experts on, the MoE has the dense model's perplexity in llama.cpp, whatever the type."""
+    dense = make_llama(tmp_path / "dense", hidden_size=64, intermediate_size=256)
+    text = text_folder / "c4.jsonl"
+    checkpoint = DenseCheckpoint(str(dense))
+    corpus = rm.read_text(checkpoint, text_folder, block_size=32, max_tokens=256)
+    experts = rm.split(checkpoint, tmp_path / "work", rm.SplitSettings(num_experts=4))
+    features = rm.record_features(checkpoint, corpus, tmp_path / "work", rm.FeatureSettings(feature_format="inputs"))
+    counts = dict(num_experts=4, num_selects=4)
+    gates = dict(gate_network="linear", select_criterion="output_norm")
+    gates = rm.fit_gates(checkpoint, experts, features, tmp_path / "work", rm.GateSettings(**counts, **gates))
+    moe = rm.convert(checkpoint, experts, gates, tmp_path / "moe", rm.ConvertSettings(**counts))
+    options = ["--model_path", dense, "--moe_path", moe.path, "--text_path", text, "--text_tokens", 64]
+    options += ["--types", "f32", "q8_0", "--prompt_tokens", 16, "--new_tokens", 4, "--rounds", 1]
+    options += ["--work", tmp_path / "files", "--json", tmp_path / "engine.json"]
+    status, _, err = run_script(bench_engine.main, *options)
+    assert status == 0, err
+    rows = json.loads((tmp_path / "engine.json").read_text())["rows"]
+    assert [(row["model"], row["type"]) for row in rows] == list(product(("dense", "4/4x64"), ("f32", "q8_0")))
+    perplexities = [row["perplexity"] for row in rows]
+    assert perplexities[2] == pytest.approx(perplexities[0], rel=1e-4)
+    assert perplexities[3] == pytest.approx(perplexities[1], rel=0.02)
+    assert perplexities[1] != pytest.approx(perplexities[0], rel=1e-6)
+    assert all(row[name] > 0 for row in rows for name in ("prefill", "decode", "over", "over_decode"))
+    assert rows[1]["megabytes"] < rows[0]["megabytes"]
