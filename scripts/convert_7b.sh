@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# A whole checkpoint of any size converted with the recipe's own amounts of text: what it will take, the stages, perplexity,
+# and a report of what it took. On one GPU, on eight (stage 2 uses all) or on none; finished stages are not done again.
+#
+#     bash scripts/convert_7b.sh /models/llama_7B
+#     PLAN=1 bash scripts/convert_7b.sh /models/llama_7B                 # only what it will take
+#     RECIPE=engine bash scripts/convert_7b.sh /models/llama_7B          # for llama.cpp: exported as well
+#
+# Settings: DATA (folder of training text; default: the sample data), TEXT (held-out text; default: the sample data's
+# Wikipedia), WORK (folder for everything; default: MODEL-conversion), RECIPE, NUM_EXPERTS, NUM_SELECTS, SPLIT_TOKENS,
+# FEATURE_TOKENS, CALIBRATION_TOKENS, EVAL_TOKENS, BLOCK_SIZE, NUM_GPUS, BASE_MODEL_ID (the model's id on the hub, for
+# the card), OUTTYPE (of the export, such as "f16 q8_0").
+set -euo pipefail
+case "${1:--h}" in
+    -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 0 ;;
+    -*) echo "convert_7b.sh: error: '$1': settings are given in the environment (--help lists them)" >&2 && exit 2 ;;
+esac
+# shellcheck source=scripts/environment.sh
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+STAGES="$REPOSITORY/run_moefication"
+if [ ! -f "$1/config.json" ]; then
+    echo "error: $1 is no folder with a config.json: download the checkpoint first (llama_download/README.md)" >&2
+    exit 2
+fi
+MODEL_PATH="$(cd "$1" && pwd)"
+export MODEL_PATH
+if [ -z "${PYTHON:-}" ]; then
+    ensure_environment quickstart
+    PYTHON="$VENV_PYTHON"
+fi
+export PYTHON WORK="${WORK:-$MODEL_PATH-conversion}"
+export EVAL_TOKENS="${EVAL_TOKENS:-65536}"
+
+"$PYTHON" "$REPOSITORY/scripts/conversion_cost.py" --model_path "$MODEL_PATH" --work "$WORK" \
+    ${NUM_GPUS:+--gpus "$NUM_GPUS"}
+[ -z "${PLAN:-}" ] || exit 0
+
+SAMPLE="$REPOSITORY/.cache/llama_data"
+if [ -z "${DATA:-}" ] || [ -z "${TEXT:-}" ]; then
+    "$PYTHON" "$REPOSITORY/llama_data/make_sample_data.py" --output_dir "$SAMPLE"
+fi
+export TRAIN_DATA_PATH="${DATA:-$SAMPLE}" TEXT_PATH="${TEXT:-$SAMPLE/heldout/wikipedia.jsonl}"
+export SAVE_PATH="$WORK" TRAIN_DATA_CACHE_PATH="$WORK/tokens"
+NAME="$(basename "$MODEL_PATH")"
+export MOE_PATH="$WORK/$NAME-MoE" CALIBRATED_PATH="$WORK/$NAME-MoE-Calibrated" DISTILLED_PATH="$WORK/$NAME-MoE-Distilled"
+mkdir -p "$WORK"
+
+# timed STAGE COMMAND...: run it, and add its minutes to the file.
+timed() {
+    local stage="$1" start
+    shift
+    printf '\n== %s\n' "$stage"
+    start="$(date +%s.%N)"
+    "$@"
+    "$PYTHON" -c 'import json, sys, time; print(json.dumps({"stage": sys.argv[1], "minutes": (time.time() - float(sys.argv[2])) / 60}))' \
+        "$stage" "$start" >>"$WORK/minutes.jsonl"
+}
+for stage in 1_split 2_get_hidden_features 3_select 4_convert 5_calibrate; do
+    timed "$stage" bash "$STAGES/$stage.sh"
+done
+MAX_TOKENS="$EVAL_TOKENS" timed evaluate bash "$STAGES/evaluate.sh" --card --json "$WORK/evaluation.json"
+if [ "${RECIPE:-calibrated}" = engine ]; then
+    # shellcheck disable=SC2086 # OUTTYPE is a list
+    timed export "$PYTHON" "$STAGES/llama_export.py" --model_path "$CALIBRATED_PATH" --save_path "$WORK/$NAME-GGUF" \
+        --format gguf --outtype ${OUTTYPE:-f16 q8_0} --text_path "$TEXT_PATH"
+fi
+{
+    echo "# $NAME, converted"
+    echo
+    "$PYTHON" "$REPOSITORY/scripts/conversion_cost.py" --model_path "$MODEL_PATH" --work "$WORK" \
+        ${NUM_GPUS:+--gpus "$NUM_GPUS"} --measured "$WORK/minutes.jsonl"
+    echo
+    sed -n '/<!-- evaluation -->/,/<!-- end of the evaluation -->/p' "$CALIBRATED_PATH/README.md"
+} >"$WORK/REPORT.md"
+printf '\n== The report, %s\n\n' "$WORK/REPORT.md"
+cat "$WORK/REPORT.md"
