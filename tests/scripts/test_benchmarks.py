@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from itertools import product
@@ -13,6 +14,7 @@ import bench_generate
 import bench_moe_layer
 import bench_stages
 import bench_tokenize
+import conversion_cost
 import numpy as np
 import pytest
 import torch
@@ -228,3 +230,43 @@ def test_engine_bench_compares_models_of_the_same_weights(tmp_path, run_script, 
     assert perplexities[1] != pytest.approx(perplexities[0], rel=1e-6)
     assert all(row[name] > 0 for row in rows for name in ("prefill", "decode", "over", "over_decode"))
     assert rows[1]["megabytes"] < rows[0]["megabytes"]
+
+
+LLAMA_7B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "torch_dtype": "float16",
+}
+
+
+def test_the_cost_of_a_7b_is_that_of_its_sizes(tmp_path, run_script):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    (tmp_path / "minutes.jsonl").write_text('{"stage": "4_convert", "minutes": 2}\n' * 2)
+    options = ["--model_path", tmp_path, "--work", tmp_path, "--teraflops", 100, "--gpus", 4]
+    options += ["--measured", tmp_path / "minutes.jsonl", "--json", tmp_path / "cost.json"]
+    status, out, err = run_script(conversion_cost.main, *options)
+    assert status == 0, err
+    assert out.startswith(f"{tmp_path.name}: 6.74B parameters, 43 experts a layer; 4 GPUs")
+    rows = {row["name"]: row for row in json.loads((tmp_path / "cost.json").read_text())}
+    weights, features = 2 * 6_738_415_616 - 2 * 65 * 4096, 2 * 4096 * 32 * 65_536  # norms are not counted
+    assert rows["4_convert"]["kept"] == rows["5_calibrate"]["kept"] == weights
+    assert rows["2_get_hidden_features"]["kept"] == features
+    forward = 65_536 * (2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32 * 2 * 4096 * 2048)
+    assert rows["2_get_hidden_features"]["flops"] == forward
+    assert rows["2_get_hidden_features"]["minutes"] == pytest.approx(forward / (0.4 * 100e12 * 4) / 60)
+    assert rows["4_convert"]["measured"] == 4
+
+
+def test_a_machine_that_is_too_small_is_refused(tmp_path, run_script):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B | {"num_hidden_layers": 32_000}))
+    options = ["--model_path", tmp_path, "--work", tmp_path / "new", "--teraflops", 1]
+    status, out, err = run_script(conversion_cost.main, *options)
+    assert (status, out.count("\n| ")) == (2, 7)  # after the table
+    assert re.search(r"--work .* needs .* GB are free there$", err.strip())
+    assert not (tmp_path / "new").exists()

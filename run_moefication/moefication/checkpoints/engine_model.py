@@ -65,19 +65,17 @@ class EngineModel:
 
     def down_proj(self, layer: int, scale: float = 1.0) -> torch.Tensor:
         """`[E, H, W]`, times the config's factor of routed experts and `scale`."""
-        weights = self._experts(layer, "down_proj")
-        scale *= self.reference.score_scale_factor
-        return self._with_zero_experts(weights if scale == 1 else (weights.float() * scale).to(weights.dtype))
+        return self._with_zero_experts(self._scaled(self._experts(layer, "down_proj"), scale))
 
     def expert(self, layer: int, projection: str, index: int) -> torch.Tensor:
         """`gate_proj`, `up_proj` or `down_proj` of one expert, `[W, H]`, `[W, H]` and `[H, W]`."""
-        width, factor = self.reference.moe_intermediate_size, self.reference.score_scale_factor
+        width = self.reference.moe_intermediate_size
         name = "down_proj" if projection == "down_proj" else "gate_up_proj"
         stored = self._experts(layer, name)
         weight = stored[index] if index < len(stored) else torch.zeros_like(stored[0])
         if name == "gate_up_proj":
             return weight[:width] if projection == "gate_proj" else weight[width:]
-        return weight if factor == 1 else (weight.float() * factor).to(weight.dtype)
+        return self._scaled(weight)
 
     def shared(self, layer: int, projection: str) -> torch.Tensor:
         """`gate_proj`, `up_proj` or `down_proj` of the shared experts, which are one MLP."""
@@ -90,6 +88,11 @@ class EngineModel:
 
     def _experts(self, layer: int, name: str) -> torch.Tensor:
         return self.moe.tensor(f"layers.{layer}.mlp.experts.{name}")
+
+    def _scaled(self, down_proj: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """Times `scale` and the config's factor of routed experts."""
+        scale *= self.reference.score_scale_factor
+        return down_proj if scale == 1 else (down_proj.float() * scale).to(down_proj.dtype)
 
     def _with_zero_experts(self, tensor: torch.Tensor, value: float = 0.0) -> torch.Tensor:
         zeros = tensor.new_full((self.num_zero_experts, *tensor.shape[1:]), value)

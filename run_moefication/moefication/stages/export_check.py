@@ -15,7 +15,7 @@ from .. import llama_cpp
 from ..checkpoints.engine_model import EngineModel
 from ..checkpoints.tokenizers import load_tokenizer, provoking_texts
 from ..checkpoints.transformers_library import quiet_transformers
-from ..errors import MoEficationError
+from ..errors import MoEficationError, SettingError
 
 # Of perplexities, where weights are not quantised. Rounding to bfloat16 makes experts change places, which moves a few
 # hundred tokens by a twentieth; what is computed wrongly moves them by far more.
@@ -130,6 +130,8 @@ def check_gguf(reference: Reference, file: Path) -> dict[str, Any]:
         found += [values[index] for index in told]
         expected.append(rows[told].gather(1, block[1:][told][:, None])[:, 0])
         equal += [best[index] == rows[index].argmax().item() for index in told]
+    if not equal:
+        raise SettingError("text_path has no token that llama.cpp tells of: give a text in Latin letters")
     found, expected = torch.tensor(found, dtype=torch.float64), torch.cat(expected).double()
     cut = [text for text, ids in zip(texts, answer["tokens"], strict=True) if ids != tokenizer(text)["input_ids"]]
     return reference.facts() | {
@@ -150,6 +152,6 @@ def require_near(checked: dict[str, Any], what: str) -> None:
         ratio = checked["perplexity"] / checked["reference_perplexity"]
         if not 1 / MOST_RATIO <= ratio <= MOST_RATIO:
             raise MoEficationError(
-                f"{what} has {ratio:.3f} of the model's perplexity on the text, so it computes something else: nothing "
-                f"was kept. Please report this with the model's config.json"
+                f"{what} has {ratio:.3f} of the model's perplexity on the text: it computes something else, and is not "
+                f"finished; please report this with the model's config.json"
             )
