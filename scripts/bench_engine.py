@@ -17,9 +17,8 @@ import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import gguf
 import numpy as np
 import timing
 import torch
@@ -30,11 +29,13 @@ from run_moefication import command_line
 from run_moefication.moefication import llama_cpp
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.checkpoints.engine_model import EngineModel
-from run_moefication.moefication.checkpoints.gguf_file import TYPES, GGUFModel, add_value
-from run_moefication.moefication.checkpoints.gguf_tokenizer import Tokenizer
 from run_moefication.moefication.checkpoints.moe import StoredMoE
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.text.tokens import first_tokens
+from run_moefication.settings import OUTTYPES
+
+if TYPE_CHECKING:  # what writes GGUF files wants a package that may be missing
+    from run_moefication.moefication.checkpoints.gguf_tokenizer import Tokenizer
 
 SHAPES = {
     "SmolLM2": dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3),
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=timing.positive, default=4, help="of random models")
     parser.add_argument("--num_experts", type=timing.positive, nargs="+", default=[16, 32, 64], help="of random models")
     parser.add_argument("--active", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="shares of their experts")
-    parser.add_argument("--types", nargs="+", choices=TYPES, default=["f16", "q8_0", "q4_0"], help="of weights")
+    parser.add_argument("--types", nargs="+", choices=OUTTYPES, default=["f16", "q8_0", "q4_0"], help="of weights")
     parser.add_argument("--text_path", type=command_line.path, help="to measure perplexity on")
     parser.add_argument("--text_tokens", type=timing.positive, default=512, help="of it")
     parser.add_argument("--prompt_tokens", type=timing.positive, default=256, help="to read at once")
@@ -110,6 +111,9 @@ def bench(arguments: argparse.Namespace) -> None:
 
 def write_files(arguments: argparse.Namespace, dense: DenseCheckpoint) -> Iterator[File]:
     """The files that are not there yet, the dense model's first."""
+    from run_moefication.moefication.checkpoints.gguf_file import GGUFModel
+    from run_moefication.moefication.checkpoints.gguf_tokenizer import Tokenizer
+
     tokenizer = Tokenizer(dense.path, dense.config.vocab_size)
     if arguments.moe_path:
         dense_model, moes = dense.load_causal_lm("cpu", torch.float32), arguments.moe_path
@@ -154,8 +158,12 @@ def random_models(
     return LlamaForCausalLM(LlamaConfig(**fields)), folders
 
 
-def write_dense(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, kind: str) -> None:
+def write_dense(model: PreTrainedModel, tokenizer: "Tokenizer", path: Path, kind: str) -> None:
     """A dense LLaMA as llama.cpp's own converter writes it."""
+    import gguf
+
+    from run_moefication.moefication.checkpoints.gguf_file import TYPES, add_value
+
     config, writer = model.config, gguf.GGUFWriter(path, "llama")
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     values = {
