@@ -143,6 +143,12 @@ WRONG = [
     ("select", {"gate_fit": "ridge"}, "--gate_fit ridge is for --gate_network linear"),
     ("select", {"gate_network": "similarity", "gate_fit": "adam"}, "--gate_fit is for --gate_network mlp or linear"),
     ("select", {"gate_network": "linear", "gate_fit": "adam", "gate_rank": 2}, "--gate_rank is for --gate_fit ridge"),
+    (
+        "select",
+        {"gate_network": "linear", "gate_rank": 2, "gate_bias": "off"},
+        "--gate_bias off is for gates without a",
+    ),
+    ("select", {"gate_bias": "off"}, "--gate_bias is for --gate_fit ridge"),
     *[
         ("select", {"gate_network": "linear", name: value}, f"--{name} is for --gate_fit adam")
         for name, value in {"epochs": 30, "lr": 0.01, "batch_size": 1024, "use_softmax": True, "seed": 0}.items()
@@ -171,6 +177,7 @@ WRONG = [
     ("calibrate", {"save_path": "{model}"}, "is one of the source checkpoints; choose another folder"),
     ("calibrate", {"max_tokens": 16, "domain_weights": "c4=1"}, "a single block, and one is held out; use a smaller"),
     ("calibrate", {"refit_gates": True}, "--refit_gates is for linear gates, not for the 'mlp' ones given"),
+    ("calibrate", {"gate_bias": "off"}, "--gate_bias is for --refit_gates"),
     ("calibrate", {"layer_budgets": "sensitivity"}, "unrecognized arguments: --layer_budgets"),
     ("evaluate", {"text_path": "{tmp}/nowhere"}, "nowhere is not a file"),
     ("evaluate", {"text_path": "{tmp}/no_text/c4.jsonl"}, "holds fewer than 2 tokens"),
