@@ -78,11 +78,11 @@ EXPERTS_FUNCTIONS[IMPLEMENTATION] = run_experts
 def choose_kernel(packed: PackedExperts, hidden_states: Tensor, top_k_weights: Tensor, routing: str) -> Kernel | None:
     """The kernel to run, or None for transformers' grouped_mm."""
     device = hidden_states.device
-    if type(packed.gate_up).__module__.startswith("torchao."):
-        return one_by_one  # quantised weights give the matrix of an expert, and multiply by it, but little else
     if torch.compiler.is_compiling():
         # A graph cannot choose by value, and grouped_mm computes unused slots: with threshold routing, most of them.
         return None if routing == "top_k" and packed.is_aligned else masked_dense
+    if type(packed.gate_up).__module__.startswith("torchao."):
+        return one_by_one  # quantised weights give the matrix of an expert, and multiply by it, but little else
     if device.type == "cpu":
         return _choose_on_cpu(packed, hidden_states, top_k_weights)
     has_grouped_products = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
