@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
+import llama_moe  # noqa: F401 (registers LlamaMoE with the Auto classes; vLLM runs the checkpoint's own code)
+
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time, there was")
 NEW_TOKENS = 24
 
@@ -21,9 +23,9 @@ def main(paths: list[str]) -> int:
 
 def check(path: str) -> bool:
     """Whether both say the same."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     how = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
     expected = [model.generate(torch.tensor([ids]), **how)[0, len(ids) :].tolist() for ids in prompts]
     del model

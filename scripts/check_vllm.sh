@@ -4,7 +4,7 @@
 #     bash scripts/check_vllm.sh MODEL...      # LlamaMoE checkpoints, or exports for transformers
 #
 # vLLM runs in an environment of its own, .venv-vllm (3.5 GB, some five minutes): vllm-cpu, a third party's build of vLLM
-# for CPUs, wants a transformers below 5.20. LlamaMoE checkpoints run there on the code that they carry.
+# for CPUs, wants a transformers below 5.20. In vLLM, LlamaMoE checkpoints run on the code that they carry.
 set -euo pipefail
 case "${1:--h}" in
     -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 0 ;;
@@ -21,5 +21,6 @@ if ! "$VENV_PYTHON" -c 'import vllm' 2>/dev/null; then
     # These come along without a torch that fits them, and break the import of transformers.
     "$VENV_PYTHON" -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
 fi
+export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=ERROR HF_HUB_OFFLINE=1
 exec "$VENV_PYTHON" "$REPOSITORY/scripts/check_vllm.py" "$@"
