@@ -21,6 +21,7 @@ from run_moefication.moefication.storage.files import write_atomically
 Row = dict[str, Any]  # as `bench_quality.py --json` writes it
 Rows = dict[str, Row]  # by `row_key`
 DRAWS = 2000  # of the bootstrap
+COLOURS = 10  # that matplotlib gives lines in turn
 DENSE = "dense at 1"
 
 
@@ -167,10 +168,11 @@ def plot(rows: list[Row], seed: int, path: Path) -> None:
     figure = Figure(figsize=(6 * len(columns), 5), layout="tight")
     axes = figure.subplots(1, len(columns), squeeze=False)[0]
     for axis, (group, names) in zip(axes, columns.items(), strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows):
+        for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            style = "-" if index < COLOURS else "--"  # colours come again
             mine = [row for row in rows if row["method"] == method]
             points = sorted((mean_share(row, names, "active"), ratios(row, names, seed)[0]) for row in mine)
-            axis.plot(*zip(*points, strict=True), marker="o", label=method)
+            axis.plot(*zip(*points, strict=True), style, marker="o", label=method)
         axis.set(xlabel="active parameters of the MLPs", ylabel="perplexity over dense", title=group, yscale="log")
         axis.grid(True, which="both", alpha=0.3)
     axes[0].legend(fontsize=8)
