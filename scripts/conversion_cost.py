@@ -24,6 +24,7 @@ import torch
 from run_moefication import command_line
 from run_moefication.moefication.checkpoints.dense_config import read_dense_config
 from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.precision import bfloat16_products, product_dtype
 from run_moefication.moefication.processes import pick_device
 from run_moefication.settings import shell_settings
 
@@ -86,7 +87,9 @@ def report(arguments: argparse.Namespace) -> None:
     rate = arguments.teraflops and arguments.teraflops * 1e12
     if not rate:
         device = torch.device(pick_device(None))
-        rate = timing.peak_rates(torch.bfloat16 if has_bfloat16(device) else torch.float32, device)[0]
+        with bfloat16_products():  # as stages compute
+            dtype = torch.bfloat16 if device.type == "cuda" else product_dtype(device)
+        rate = timing.peak_rates(dtype, device)[0]
     counts = {name: int(value) for name, value in settings.items() if value.isdigit()}
     counts["EVAL_TOKENS"] = int(os.environ.get("EVAL_TOKENS") or EVAL_TOKENS)
     stages = costs(model, counts, gpus, block_size)
@@ -114,11 +117,6 @@ def report(arguments: argparse.Namespace) -> None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     if not arguments.measured:
         require_room(arguments.work, disk, memory)
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether stages multiply in bfloat16 here, or as fast."""
-    return device.type == "cuda" or torch.cpu.is_avx512_bf16_supported() or torch.cpu.is_amx_tile_supported()
 
 
 def costs(model: Model, counts: dict[str, int], gpus: int, block_size: int) -> list[Stage]:
