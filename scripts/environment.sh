@@ -2,7 +2,7 @@
 # Sourced by the other scripts. Gives REPOSITORY (the root of this project) and ensure_environment:
 #
 #     . scripts/environment.sh
-#     ensure_environment test        # or: quickstart, dev
+#     ensure_environment test        # or: quickstart, dev, or several with commas
 #     "$VENV_PYTHON" -m pytest
 #
 # The environment is .venv in the root (use_environment FOLDER: another), made with PYTHON (default: python3) where there
@@ -15,6 +15,15 @@ use_environment() {
     VENV_PYTHON="$VENV/bin/python"
 }
 use_environment "$REPOSITORY/.venv"
+
+# usage SCRIPT [ARGUMENT]: for a script that takes folders. Without an argument, or with --help, prints the comment at the
+# script's top and ends; an argument that is another option is refused.
+usage() {
+    case "${2:--h}" in
+        -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$1" && exit 0 ;;
+        -*) echo "${1##*/}: error: '$2': settings are given in the environment (--help lists them)" >&2 && exit 2 ;;
+    esac
+}
 
 # Prints all that decides what an install gives. Fails where the environment has no working Python >= 3.11.
 # The path is part of it, since an editable install of a project that has moved points to its old place.
