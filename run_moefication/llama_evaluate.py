@@ -37,6 +37,9 @@ def main(run: Run) -> None:
     file = Path(given.json) if given.json not in (None, "-") else None
     if file and (file.is_dir() or not file.parent.is_dir()):
         raise SettingError(f"json {file} cannot be written: name a file in a folder that exists")
+    names = [Path(path).name for path in given.model_path]
+    if given.card and len({*names}) < len(names):
+        raise SettingError("card tells checkpoints apart by the last part of model_path, which two of these share")
     results = stage.evaluate(given.model_path, given.text_path, **vars(run.settings), **run.options)
     as_json = json.dumps([row.as_data() for row in results], indent=1)
     if file:
@@ -46,6 +49,7 @@ def main(run: Run) -> None:
             rows = [row for row in results if row.model == path.name and row.num_experts]
             if rows and (path / CARD).is_file():
                 add_evaluation(path, card_table(rows, results[0], Path(given.text_path).name))
+                print(f"written: {path / CARD}", file=sys.stderr)
     if given.json == "-":
         print(as_json)
         return
