@@ -287,7 +287,8 @@ class ConvertSettings(Settings):
     convert_type: str = setting("LlamaMoEForCausalLM", "class of the new checkpoint", choices=CONVERT_TYPES)
     dtype: str | None = setting(None, "dtype of the new weights (default: as in the source)", choices=DTYPES)
     base_model_id: str | None = setting(
-        None, "id of the dense model on the hub, for the model card (default: the last part of --model_path)"
+        None,
+        "id of the dense model on the hub, for the model card (default: --model_path, or its last part if it is a folder)",
     )
     num_labels: int | None = setting(
         None,

@@ -40,7 +40,6 @@ SCRIPTS = {
         "calibrate": "calibrate",
         "distill": "distill",
         "evaluate": "evaluate",
-        "export": "export",
     }.items()
 }
 GATE, UP = "layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"

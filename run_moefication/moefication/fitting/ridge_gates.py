@@ -34,8 +34,8 @@ class GateEquations:
         A gate with a rank gets the nearest map of that rank. One that `refines` is pulled to its values instead of to
         zero. Unless it `spares` the held-out tokens, it is fitted to them as well, once the strength is chosen.
 
-        Returns: the strength, and the share of the held-out scores' (weighted) variance, without a bias of their
-        squares, that the map explains when fitted without them, and before its rank is cut.
+        Returns: the strength, and the share of the held-out scores' (weighted) variance that the map explains when
+        fitted without them, and before its rank is cut. Without a bias, it is the share of the scores' squares.
         """
         prior = _linear_map(gate) if refines else None
         constant = torch.zeros_like(self._train.cross)

@@ -19,7 +19,7 @@ from .decoder import PreMLP, embed
 from .thresholds import THRESHOLD_STEP, settle_layer, wanted_threshold
 
 TEMPERATURE = 0.5  # of the sigmoid that stands in for the choice, in standard deviations of the layer's scores
-MOST_TOKENS = 1 << 16  # that thresholds are set by: more would move the share that runs by less than other text does
+MOST_TOKENS = 1 << 16  # that thresholds are set by: to read all of a long training's text takes half as long as it
 
 
 class StraightThroughBlock(nn.Module):
