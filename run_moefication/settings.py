@@ -288,7 +288,7 @@ class ConvertSettings(Settings):
     dtype: str | None = setting(None, "dtype of the new weights (default: as in the source)", choices=DTYPES)
     base_model_id: str | None = setting(
         None,
-        "id of the dense model on the hub, for the model card (default: --model_path, or its last part if it is a folder)",
+        "id of the dense model on the hub, for the model card (default: --model_path, of a folder its last part)",
     )
     num_labels: int | None = setting(
         None,
