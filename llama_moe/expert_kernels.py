@@ -1,4 +1,4 @@
-"""The fast ways to run routed experts: `experts_implementation="llama_moe"`, the default.
+"""The fast ways to run routed experts: `experts_implementation="llama_moe"`, the default, and `"llama_moe_triton"`.
 
 Each gives what the loop in `Experts.forward` gives, and names the gain that earns it its place: how many times as fast
 as another kernel it runs one layer, on one core of a Xeon with AVX-512 (torch 2.13) or on an H200.
@@ -7,6 +7,7 @@ Axes: T tokens, E routed experts, K slots per token (the experts it may run), H 
 expert), P token-expert pairs that are used.
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.moe import ExpertsInterface
+
+from .triton_kernels import DTYPES, TRITON_IMPLEMENTATION, can_run_on, run_triton_kernels
 
 # Where one kernel, or one order of its products, becomes faster than another.
 FINE_WIDTH = 16  # neurons
@@ -69,10 +72,26 @@ def run_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, 
     return kernel(packed, hidden_states, top_k_index, top_k_weights)
 
 
+def run_in_triton(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """`Experts.forward` by `triton_kernels`; by the default's kernels where these do not run: without Triton or a GPU,
+    for quantised weights, for another activation than SiLU, and in compiled training."""
+    packed = PackedExperts.of(experts)
+    tensors = (hidden_states, top_k_index, top_k_weights, packed.gate_up, packed.down, packed.gate_up_bias)
+    is_plain = packed.gate_up.dtype in DTYPES and type(packed.gate_up) in (Tensor, nn.Parameter)
+    can_run = can_run_on(hidden_states.device) and is_plain and experts.config.hidden_act == "silu"
+    has_gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not can_run or (has_gradients and torch.compiler.is_compiling()):
+        return run_experts(experts, hidden_states, top_k_index, top_k_weights)
+    if torch.compiler.is_compiling():
+        return triton_experts(*tensors)
+    return TritonExperts.apply(*tensors) if has_gradients else run_triton_kernels(*tensors)
+
+
 # An interface of our own: another copy of this code, which some checkpoint carries, registers its own "llama_moe".
 EXPERTS_FUNCTIONS = ExpertsInterface()
 IMPLEMENTATION = "llama_moe"
 EXPERTS_FUNCTIONS[IMPLEMENTATION] = run_experts
+EXPERTS_FUNCTIONS[TRITON_IMPLEMENTATION] = run_in_triton
 
 
 def choose_kernel(packed: PackedExperts, hidden_states: Tensor, top_k_weights: Tensor, routing: str) -> Kernel | None:
@@ -218,3 +237,45 @@ def _used_pairs(index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]
     experts, order = index.flatten()[used].sort(stable=True)
     pairs = used[order]
     return pairs // index.shape[-1], weights.flatten()[pairs, None], experts
+
+
+class TritonExperts(torch.autograd.Function):
+    """`run_triton_kernels`. Its gradients are those of the default's kernel, which computes the layer again."""
+
+    @staticmethod
+    def forward(ctx, *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return run_triton_kernels(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        saved = zip(ctx.saved_tensors, needed, strict=True)
+        copies = [t.detach().requires_grad_(n) if t is not None else None for t, n in saved]
+        hidden_states, index, weights, *matrices = copies
+        packed = PackedExperts(*matrices, F.silu)
+        with torch.enable_grad():
+            # Of both routings' kernels, the one that is a function of tensors.
+            kernel = choose_kernel(packed, hidden_states, weights, "threshold")
+            output = kernel(packed, hidden_states, index, weights)
+        gradients = iter(torch.autograd.grad(output, [t for t, n in zip(copies, needed, strict=True) if n], gradient))
+        return tuple(next(gradients) if n else None for n in needed)
+
+
+# For graphs: an operator that they do not look into. Its name is this copy's of the code alone.
+@torch.library.custom_op(re.sub(r"\W", "_", __name__) + "::triton_experts", mutates_args=())
+def triton_experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+) -> Tensor:
+    """`run_triton_kernels`, without gradients."""
+    return run_triton_kernels(hidden_states, top_k_index, top_k_weights, gate_up, down, gate_up_bias)
+
+
+@triton_experts.register_fake
+def _(hidden_states: Tensor, *_) -> Tensor:
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)

@@ -28,6 +28,7 @@ from .configuration_llama_moe import LlamaMoEConfig
 from .expert_kernels import IMPLEMENTATION  # imported here: transformers 5.4 finds no files beyond this one's imports
 from .gates import Gate, load_balancing_loss
 from .moe_layers import Experts, MoEBlock
+from .triton_kernels import TRITON_IMPLEMENTATION
 
 
 class LlamaMoEDecoderLayer(LlamaDecoderLayer):
@@ -74,8 +75,10 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Unless asked otherwise, "llama_moe": the fast kernels of `expert_kernels`."""
-        if requested_experts in (None, IMPLEMENTATION):
+        if requested_experts is None:
             return IMPLEMENTATION
+        if requested_experts in (IMPLEMENTATION, TRITON_IMPLEMENTATION):
+            return requested_experts
         return super().get_correct_experts_implementation(requested_experts)
 
     def set_num_experts_per_tok(self, num_experts_per_tok: int | Sequence[int]) -> None:

@@ -24,7 +24,7 @@ WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 MAX_SHARD_BYTES = 2 << 30
 CODE_FILES = (
     *("configuration_llama_moe.py", "modeling_llama_moe.py"),
-    *("moe_layers.py", "expert_kernels.py", "gates.py"),
+    *("moe_layers.py", "expert_kernels.py", "triton_kernels.py", "gates.py"),
 )
 # These files are copied: loading and saving them would lose templates, and refuse some generation configs.
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
