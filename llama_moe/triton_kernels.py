@@ -124,8 +124,7 @@ def _many_tokens(x, index, slot_weights, gate_up, down, bias, out) -> None:
         x, gate_up, gate_up if bias is None else bias, slot_weights, slots, counts, hidden,
         num_tokens, num_slots, hidden_size, width, size, HAS_BIAS=bias is not None,
     )  # fmt: skip
-    columns = OUTPUT_BYTES // (index.numel() * x.element_size()) // FEWEST_COLUMNS * FEWEST_COLUMNS
-    columns = min(max(columns, FEWEST_COLUMNS), hidden_size)
+    columns = min(output_columns(index.numel(), x.element_size()), hidden_size)
     outputs = x.new_empty(index.numel(), columns)
     for first in range(0, hidden_size, columns):
         last = min(first + columns, hidden_size)
@@ -136,6 +135,11 @@ def _many_tokens(x, index, slot_weights, gate_up, down, bias, out) -> None:
         _sum_slots[(num_tokens, triton.cdiv(last - first, block))](
             outputs, index, slot_weights, out, num_slots, num_experts, hidden_size, first, last, columns, BLOCK=block
         )
+
+
+def output_columns(num_slots: int, element_size: int) -> int:
+    """Of so many slots' outputs, the columns that are held at a time."""
+    return max(OUTPUT_BYTES // (num_slots * element_size) // FEWEST_COLUMNS, 1) * FEWEST_COLUMNS
 
 
 def _size_class(num_tokens: int) -> int:
@@ -198,10 +202,10 @@ def _list_slots(by_expert, slots, counts, num_tokens, BLOCK: constexpr):
 
 @_kernel()
 def _dot(left, right, total):
-    """`total` plus the product of two tiles."""
+    """`total` plus the product of two tiles, in float32 by three products of parts that tensor cores take."""
     if IN_INTERPRETER:  # the interpreter multiplies the bits of bfloat16, not the numbers
         left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision="ieee")
+    return tl.dot(left, right, total, input_precision="tf32x3")
 
 
 @_kernel()
@@ -235,6 +239,7 @@ def _gated(
     _tile(4, 4, ROWS=16, DEPTH=128),
     _tile(4, 3, ROWS=32, DEPTH=128),
     _tile(4, 4, ROWS=64, DEPTH=64),
+    _tile(4, 4, ROWS=16, DEPTH=64),  # float32 takes twice the room
     key=("TOKENS", "hidden_size", "width"),
 )
 def _few_gate_up(
@@ -295,7 +300,7 @@ TILES = (
     _tile(8, 3, PAIRS=128, ROWS=64, DEPTH=64),
     _tile(8, 3, PAIRS=64, ROWS=128, DEPTH=64),
     _tile(8, 3, PAIRS=128, ROWS=128, DEPTH=64),
-    _tile(4, 3, PAIRS=64, ROWS=32, DEPTH=32),  # float32 has room for these
+    _tile(4, 3, PAIRS=64, ROWS=32, DEPTH=32),  # float32 takes twice the room
 )
 
 

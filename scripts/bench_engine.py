@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import timing
 import torch
+from random_models import SHAPES
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM
@@ -37,10 +38,6 @@ from run_moefication.settings import OUTTYPES
 if TYPE_CHECKING:  # what writes GGUF files wants a package that may be missing
     from run_moefication.moefication.checkpoints.gguf_tokenizer import Tokenizer
 
-SHAPES = {
-    "SmolLM2": dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3),
-    "1B": dict(hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8),
-}
 SHARED = 8  # one expert of so many, of random models
 COLUMNS = ("model", "type", "megabytes", "prefill", "over", "decode", "over_decode", "perplexity")
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import timing
 import torch
-from bench_moe_layer import SHAPES, filled, run, spread_costs
 from quality_table import compared, groups, ratios, read_rows, row_key
+from random_models import SHAPES, filled, run_block, spread_costs
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -48,7 +48,7 @@ class Point(NamedTuple):
     @property
     def name(self) -> str:
         """Of the configuration, in tables and plots."""
-        width = SHAPES["7B"][1] // EXPERTS[self.experts]
+        width = SHAPES["7B"]["intermediate_size"] // EXPERTS[self.experts]
         return f"{EXPERTS[self.experts]} x {width}" + (", top_k" if self.routing == "top_k" else "")
 
     def time(self, dtype: str) -> float:
@@ -117,7 +117,7 @@ def measured(
 ) -> dict[str, float]:
     """Times of a block at LLaMA-7B's shape over the dense MLP's, by dtype and tokens."""
     torch.manual_seed(seed)
-    fields = dict(zip(("hidden_size", "intermediate_size"), SHAPES["7B"], strict=True))
+    fields = {name: SHAPES["7B"][name] for name in ("hidden_size", "intermediate_size")}
     recipe, count = CALIBRATED.at(budget), EXPERTS[experts]
     selects = recipe.num_selects(count)
     shared = recipe.num_shared_experts(count, selects)
@@ -142,7 +142,7 @@ def measured(
         x = torch.randn(1, tokens, fields["hidden_size"], device=device, dtype=timing.DTYPES[dtype])
         if routing == "threshold":
             spread_costs(block.gate, x[0], selects - shared)
-        alternatives = {"dense": lambda x=x: dense(x), "ours": lambda x=x: run(block, x, "llama_moe")}
+        alternatives = {"dense": lambda x=x: dense(x), "ours": lambda x=x: run_block(block, x, "llama_moe")}
         seconds = timing.median_seconds(alternatives, rounds=rounds, device=device)
         times[f"{dtype}, {tokens}"] = seconds["ours"] / seconds["dense"]
     return times

@@ -16,12 +16,12 @@ from itertools import product
 
 import timing
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from random_models import SHAPES, make_models
+from transformers import LlamaForCausalLM, PreTrainedModel
 
-from llama_moe import LlamaMoEConfig
 from run_moefication import command_line
 
-INTERMEDIATE_SIZE = 8192
+SHAPE = SHAPES["1B"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,12 +37,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def bench(arguments: argparse.Namespace) -> None:
     """Measure prefill, then decode, printing as it goes."""
-    device = timing.check_options(arguments, [INTERMEDIATE_SIZE])
+    device = timing.check_options(arguments, [SHAPE["intermediate_size"]])
     dtype = timing.DTYPES[arguments.dtype]
     print(f"{timing.machine(device)}; {arguments.dtype}, {arguments.layers} layers")
     torch.manual_seed(0)
     prompt = torch.randint(3, 32000, (1, arguments.prompt_tokens), device=device)
-    dense, *moes = make_models(arguments, prompt, dtype)
+    dense, *moes = make_models(SHAPE, arguments.layers, arguments.num_experts, prompt, dtype)
     rows = []
     with torch.inference_mode():
         for phase, moe, active in product(("prefill", "decode"), moes, arguments.active):
@@ -72,35 +72,6 @@ def bench(arguments: argparse.Namespace) -> None:
             print(timing.table_line([*row], row), flush=True)
             rows.append(row)
     timing.write_json(arguments.json, device, rows)
-
-
-@torch.no_grad()
-def make_models(arguments: argparse.Namespace, prompt: torch.Tensor, dtype: torch.dtype) -> list[PreTrainedModel]:
-    """A random LLaMA of LLaMA-3.2-1B's shape, and a LlamaMoE for either kind of routing, which share all its tensors
-    but the MLPs', and one another's experts. The thresholds can be set to any active fraction over the prompt."""
-    fields = dict(
-        hidden_size=2048,
-        intermediate_size=INTERMEDIATE_SIZE,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=32000,
-        max_position_embeddings=8192,
-    )
-    counts = dict(num_experts=arguments.num_experts, num_experts_per_tok=1)
-    threshold = LlamaMoEConfig(**fields, **counts, gate_network="linear", routing="threshold")
-    models = []
-    for config in (LlamaConfig(**fields), LlamaMoEConfig(**fields, **counts), threshold):
-        with prompt.device:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if models:
-            shared = {name: tensor for name, tensor in models[-1].state_dict().items() if ".mlp.gate." not in name}
-            model.load_state_dict(shared, strict=False, assign=True)
-        models.append(model.eval())
-    scores = models[2](prompt, output_router_logits=True).router_logits
-    for layer, layer_scores in zip(models[2].model.layers, scores, strict=True):
-        layer.mlp.gate.store_score_quantiles(layer_scores)
-    return models
 
 
 def runs(phase: str, model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> Callable[[], object]:

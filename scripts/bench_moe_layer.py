@@ -19,16 +19,15 @@ from typing import Any
 
 import timing
 import torch
-from torch import Tensor, nn
+from random_models import SHAPES, cost_bounds, filled, run_block, spread_costs
+from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from llama_moe import LlamaMoEConfig
-from llama_moe.gates import LinearGate
 from llama_moe.moe_layers import MoEBlock
 from run_moefication import command_line
 
-SHAPES = {"7B": (4096, 11008), "SmolLM2": (576, 1536), "1B": (2048, 8192)}  # hidden and intermediate size
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # transformers' own
 COLUMNS = ("routing", "tokens", "active", "dense_ms", "bound", "ours", *IMPLEMENTATIONS, "ours_over_best")
 BUSY_SECONDS = 0.3  # per measurement: many of the time slices, of some ms, that processes get in turn
@@ -48,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def bench(arguments: argparse.Namespace) -> None:
     """Measure all that was asked for, printing as it goes."""
-    device = timing.check_options(arguments, [SHAPES[shape][1] for shape in arguments.shapes])
+    device = timing.check_options(arguments, [SHAPES[shape]["intermediate_size"] for shape in arguments.shapes])
     print(timing.machine(device))
     rows = []
     for dtype_name in arguments.dtypes:
@@ -71,7 +70,7 @@ def cases(
 ) -> Iterator[tuple[LlamaMLP, MoEBlock, Tensor]]:
     """The dense MLP, our block, and inputs, for every number of tokens and budget; threshold routing at the first."""
     torch.manual_seed(0)
-    fields = dict(zip(("hidden_size", "intermediate_size"), SHAPES[shape], strict=True))
+    fields = {name: SHAPES[shape][name] for name in ("hidden_size", "intermediate_size")}
     with device:
         dense = filled(LlamaMLP(LlamaConfig(**fields)), dtype)
     num_experts = arguments.num_experts
@@ -89,44 +88,6 @@ def cases(
             yield dense, block, x
 
 
-def filled(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module with random weights of a trained layer's size, without gradients."""
-    for parameter in module.requires_grad_(False).parameters():
-        parameter.normal_(std=0.02)
-    return module.to(dtype)
-
-
-def cost_bounds(num_experts: int) -> tuple[int, int]:
-    """5 and 95 % of the experts, at least one."""
-    return max(1, round(0.05 * num_experts)), round(0.95 * num_experts)
-
-
-def spread_costs(gate: LinearGate, x: Tensor, budget: int) -> None:
-    """Set the threshold to 0, and move the tokens `x [T, H]` so that they run from 5 to 95 % of the experts with the
-    budget as average (one token: just it)."""
-    low, high = cost_bounds(gate.num_experts)
-    high = max(high, budget)
-    counts = torch.tensor([budget])
-    if len(x) > 1:
-        # A curve low + (high - low) u^p between the ends, whose mean low + (high - low) / (p + 1) is the budget.
-        places = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
-        counts = (low + (high - low) * places ** ((high - low) / (budget - low) - 1)).round().long()
-    # The gate's map times this is all ones: a multiple of it, added to a token, shifts all its scores alike.
-    weight = gate.weight if gate.rank is None else gate.output_weight @ gate.input_weight
-    direction = torch.linalg.pinv(weight.float()).sum(-1)  # [H]
-    scores = gate.score(x).float().sort(dim=-1, descending=True).values
-    counts = counts.to(x.device)[:, None]  # [T, 1]
-    middles = (scores.gather(1, counts - 1) + scores.gather(1, counts)) / 2
-    x.sub_((middles * direction).to(x.dtype))
-    gate.threshold.zero_()
-
-
-def run(block: MoEBlock, x: Tensor, implementation: str) -> Tensor:
-    """The block's output, its experts run in this way."""
-    block.experts.config._experts_implementation = implementation
-    return block(x)
-
-
 @torch.inference_mode()
 def measure(
     dense: LlamaMLP, block: MoEBlock, x: Tensor, rounds: int, rates: tuple[float, float], at_least: float = 0.02
@@ -134,9 +95,9 @@ def measure(
     """Times of one case, as ratios to the dense MLP's."""
     gate, num_tokens = block.gate, x.shape[1]
     expert_bytes = sum(parameter[0].nbytes for parameter in block.experts.parameters())
-    alternatives = {"dense": partial(dense, x), "ours": partial(run, block, x, "llama_moe")}
+    alternatives = {"dense": partial(dense, x), "ours": partial(run_block, block, x, "llama_moe")}
     if gate.routing == "top_k":
-        alternatives |= {name: partial(run, block, x, name) for name in IMPLEMENTATIONS}
+        alternatives |= {name: partial(run_block, block, x, name) for name in IMPLEMENTATIONS}
         if num_tokens * gate.num_experts_per_tok * expert_bytes > MOST_COPIED_BYTES:
             del alternatives["batched_mm"]
         if block.experts.down_proj[0, 0].nbytes % 16:  # it wants rows of whole 16 bytes

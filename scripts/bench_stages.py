@@ -32,6 +32,7 @@ from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.fitting.balanced_kmeans import balanced_kmeans, seed_rows
 from run_moefication.moefication.precision import bfloat16_products
+from run_moefication.moefication.processes import pick_device
 from run_moefication.moefication.stages.features import extract_features
 from run_moefication.moefication.stages.moefy import moefy, read_text
 from run_moefication.moefication.text.batches import batches_of
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--block_size", type=timing.positive, default=512, help="tokens per block of text")
     parser.add_argument("--num_experts", type=timing.positive, help="experts per layer: profile")
     parser.add_argument("--rounds", type=timing.positive, default=3, help="rounds, of which the median counts")
+    parser.add_argument("--device", default="cpu", help="torch device: features and profile")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return command_line.run(parser, bench, argv)
 
@@ -65,9 +67,10 @@ def bench(arguments: argparse.Namespace) -> None:
         raise MoEficationError("--parts features and profile need --model_path and --train_data_path")
     if "kmeans" in arguments.parts:
         rival()
-    print(timing.machine(CPU))
+    device = torch.device(pick_device(arguments.device))
+    print(timing.machine(device))
     rows = [{"part": part} | row for part in arguments.parts for row in PARTS[part](arguments)]
-    timing.write_json(arguments.json, CPU, rows)
+    timing.write_json(arguments.json, device, rows)
 
 
 def rival() -> Callable[..., Any]:
@@ -132,7 +135,9 @@ def inertia(rows: torch.Tensor, labels: torch.Tensor) -> float:
 def features(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each format: tokens per second, and over those of the bare forward pass."""
     checkpoint, corpus = DenseCheckpoint(arguments.model_path), text(arguments)
-    model = checkpoint.load_model("cpu", torch.float32)
+    device = torch.device(pick_device(arguments.device))
+    dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype  # as stage 2 does
+    model = checkpoint.load_model(arguments.device, dtype)
     settings = {name: FeatureSettings(feature_format=name) for name in ("inputs", "full")}
 
     @bfloat16_products()
@@ -140,14 +145,14 @@ def features(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     def forward() -> None:
         tokens = torch.cat(corpus.blocks).long()
         for batch in batches_of(corpus.blocks, settings["inputs"].batch_size):
-            model(input_ids=batch.padded(tokens[batch.rows]), use_cache=False)
+            model(input_ids=batch.padded(tokens[batch.rows]).to(device), use_cache=False)
 
     def record(name: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            extract_features(checkpoint, corpus, folder, settings[name])
+            extract_features(checkpoint, corpus, folder, settings[name], device=arguments.device)
 
     ways = {"forward": forward, "inputs": lambda: record("inputs"), "full": lambda: record("full")}
-    seconds = timing.median_seconds(ways, rounds=arguments.rounds, device=CPU)
+    seconds = timing.median_seconds(ways, rounds=arguments.rounds, device=device)
     print(f"\nrecording features of {checkpoint.name}, {corpus.num_tokens:,} tokens")
     rows = [
         {"way": way, "tokens_per_second": corpus.num_tokens / value, "of_forward": seconds["forward"] / value}
@@ -163,7 +168,7 @@ def profile(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     recipe = replace(CALIBRATED, split_tokens=tokens, feature_tokens=tokens, calibration_tokens=tokens)
     package = Path(moefication.__file__).parent
     with tempfile.TemporaryDirectory() as folder, cProfile.Profile() as profiler:
-        how = dict(num_experts=arguments.num_experts, block_size=arguments.block_size, device="cpu")
+        how = dict(num_experts=arguments.num_experts, block_size=arguments.block_size, device=arguments.device)
         moefy(checkpoint, arguments.train_data_path, Path(folder, "moe"), recipe, **how)
     spent = [
         (seconds, f"{Path(file).relative_to(package)}: {name}")

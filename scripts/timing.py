@@ -66,8 +66,11 @@ def table_line(columns: Sequence[str], row: Mapping[str, Any] | None = None) -> 
 
 
 def write_json(path: Path | None, device: torch.device, rows: list[dict[str, Any]]) -> None:
-    """The numbers and the machine, if a file was asked for."""
-    if path:
+    """The numbers and the machine, if a file was asked for; to a file of JSON lines (.jsonl) a line is added a row."""
+    if path and path.suffix == ".jsonl":
+        with path.open("a") as file:
+            file.writelines(json.dumps({"machine": machine(device)} | row) + "\n" for row in rows)
+    elif path:
         path.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
 
 

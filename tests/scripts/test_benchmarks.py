@@ -17,6 +17,7 @@ import bench_tokenize
 import conversion_cost
 import numpy as np
 import pytest
+import random_models
 import torch
 from conftest import assert_refused, make_llama
 from timing import busy_core, median_seconds
@@ -33,13 +34,13 @@ def test_threshold_cases_spread_over_the_experts_and_keep_the_average():
     gate = LinearGate(64, 16, num_experts_per_tok=1, routing="threshold")
     torch.nn.init.normal_(gate.weight)
     x = torch.randn(400, 64)
-    bench_moe_layer.spread_costs(gate, x, budget=4)
+    random_models.spread_costs(gate, x, budget=4)
     with torch.no_grad():
         costs = gate.mask(gate.score(x)).sum(-1)
     assert costs.float().mean().item() == pytest.approx(4, abs=0.1)
     assert (costs.min().item(), costs.max().item()) == (1, 15)
     one = torch.randn(1, 64)
-    bench_moe_layer.spread_costs(gate, one, budget=4)
+    random_models.spread_costs(gate, one, budget=4)
     assert gate.mask(gate.score(one)).sum().item() == 4
 
 
@@ -47,9 +48,9 @@ def test_layer_bench_times_the_same_computation():
     arguments = SimpleNamespace(num_experts=16, tokens=[5], active=[1.0])
     _, block, x = next(bench_moe_layer.cases(arguments, "SmolLM2", torch.float32, CPU))
     with torch.no_grad():
-        expected = bench_moe_layer.run(block, x, "llama_moe")
+        expected = random_models.run_block(block, x, "llama_moe")
         for name in bench_moe_layer.IMPLEMENTATIONS:
-            torch.testing.assert_close(bench_moe_layer.run(block, x, name), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(random_models.run_block(block, x, name), expected, rtol=1e-4, atol=1e-5)
     assert expected.any()
 
 
@@ -94,8 +95,7 @@ def test_layer_bench_measures_beside_a_busy_core(tmp_path, monkeypatch):
 
 def test_models_of_the_whole_bench_share_all_but_their_mlps():
     prompt = torch.randint(3, 32000, (1, 6))
-    arguments = SimpleNamespace(num_experts=16, layers=1)
-    dense, moe, threshold = bench_generate.make_models(arguments, prompt, torch.float32)
+    dense, moe, threshold = random_models.make_models(random_models.SHAPES["1B"], 1, 16, prompt, torch.float32)
     experts, threshold_experts = (model.model.layers[0].mlp.experts for model in (moe, threshold))
     assert threshold_experts.down_proj.data_ptr() == experts.down_proj.data_ptr()
     assert dense.model.embed_tokens.weight.data_ptr() == moe.model.embed_tokens.weight.data_ptr()
