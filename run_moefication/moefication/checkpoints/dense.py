@@ -1,20 +1,19 @@
-"""Dense LLaMA checkpoints, read tensor by tensor: safetensors or .bin, sharded or not, with or without a head.
+"""LLaMA checkpoints, read tensor by tensor: safetensors or .bin, sharded or not, with or without a head.
 
 All is checked when a checkpoint is opened, before any work: config, index, headers, names and shapes of all tensors.
 """
 
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 from ...settings import TEMPLATES
 from ..errors import MoEficationError, SettingError
@@ -52,8 +51,9 @@ def resolve_model_path(model_path: str | Path) -> Path:
         raise SettingError(f"model_path {model_path} is no folder here and the hub has no answer ({reason})") from error
 
 
-class DenseCheckpoint(StoredTensors):
-    """A validated dense LLaMA checkpoint: those of its tensors that today's LLaMA uses, and its config.
+class LlamaCheckpoint(StoredTensors):
+    """A validated checkpoint of a LLaMA, whatever stands for its MLPs: those of its tensors that are used, and its
+    config. Subclasses read config.json, and say what tensors there must be.
 
     Attributes:
         name: last part of the path as it was given; artifact folders are named after it.
@@ -62,13 +62,16 @@ class DenseCheckpoint(StoredTensors):
         config: the same as a `LlamaConfig`, with the tied or untied head that the tensors have.
     """
 
+    MLP_TENSOR: str  # one of the weights of the MLPs, whose dtype is theirs
+    UNUSED = UNUSED_TENSORS
+
     def __init__(self, model_path: str | Path):
         path = resolve_model_path(model_path)
         self.name = model_name(model_path)
         self.hub_id = None if Path(model_path).is_dir() else str(model_path)
-        self.raw_config, self.config = read_dense_config(path)
+        self.raw_config, self.config = self._read_config(path)
         stored, files = map_tensors(path)
-        unused = sorted(filter(UNUSED_TENSORS.fullmatch, stored))
+        unused = sorted(filter(self.UNUSED.fullmatch, stored))
         for name in unused:
             del stored[name]
         prefix = "model." if {f"model.{EMBEDDING}", "model.norm.weight"} & stored.keys() else ""
@@ -82,10 +85,18 @@ class DenseCheckpoint(StoredTensors):
         self._settle_head()
         self._tell_unread(unused)
 
+    def _read_config(self, path: Path) -> tuple[dict[str, Any], LlamaConfig]:
+        """config.json in a folder as it stands, and as a `LlamaConfig`; refused if it is not of this kind of model."""
+        raise NotImplementedError
+
+    def _expected_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names (without `model.`) and shapes of all tensors, lazily; `HEAD` may be absent."""
+        raise NotImplementedError
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the MLP weights."""
-        return self.tensors[TEMPLATES[0].format(0)].dtype
+        return self.tensors[self.MLP_TENSOR].dtype
 
     @property
     def lm_head(self) -> str | None:
@@ -127,6 +138,66 @@ class DenseCheckpoint(StoredTensors):
             raise MoEficationError(f"{self.path / self.files[name]}: {name} holds NaN or infinite values")
         return tensor
 
+    def _settle_head(self) -> None:
+        """If `tie_word_embeddings` and the tensors disagree, the tensors decide, as they do in transformers."""
+        if not (self.config.tie_word_embeddings and HEAD in self.tensors):
+            return
+        head, embedding = (self.tensor(name).to(self.dtype) for name in (HEAD, EMBEDDING))
+        if not torch.equal(head, embedding):
+            self.config.tie_word_embeddings = False
+            self._warn(
+                "its lm_head.weight is kept: it is not the embedding, though config.json has tie_word_embeddings"
+            )
+
+    def _tell_unread(self, unused: list[str]) -> None:
+        if unused:
+            more = f" and {len(unused) - 1} more like it are" if len(unused) > 1 else " is"
+            self._warn(f"{unused[0]}{more} not read: the logits do not depend on it")
+        if (self.path / ADAPTER).exists():
+            self._warn(f"the LoRA adapter beside the weights is not read; {MERGE_ADAPTER}")
+
+    def _warn(self, what: str) -> None:
+        logger.warning("%s: %s", self.path, what)
+
+    def _refuse_surplus(self, names: Collection[str]) -> None:
+        if names:
+            raise MoEficationError(
+                f"{self.path} holds {min(names)}, which its config.json has no place for: "
+                f"is it this model's config, or a tensor to be removed from the file?"
+            )
+
+    def _check_tensors(self) -> None:
+        expected = set()
+        for name, shape in self._expected_shapes():
+            expected.add(name)
+            tensor = self.tensors.get(name)
+            if tensor is None and name == HEAD:
+                continue  # base models have none, tied ones need none
+            if tensor is None:
+                missing = self.stored_name(name)
+                raise MoEficationError(f"{self.path} lacks the tensor {missing}, which its config.json calls for")
+            if tensor.shape != shape:
+                found, wanted = list(tensor.shape), list(shape)
+                raise MoEficationError(f"{self.path}: {name} has shape {found}, its config.json calls for {wanted}")
+            if tensor.dtype not in DTYPES.values():
+                raise MoEficationError(f"{self.path}: {name} is {tensor.dtype}; {', '.join(DTYPES)} are read")
+        self._refuse_surplus(self.tensors.keys() - expected)
+
+
+class DenseCheckpoint(LlamaCheckpoint):
+    """A validated dense LLaMA checkpoint: those of its tensors that today's LLaMA uses, and its config."""
+
+    MLP_TENSOR = TEMPLATES[0].format(0)
+
+    def _read_config(self, path: Path) -> tuple[dict[str, Any], LlamaConfig]:
+        return read_dense_config(path)
+
+    def _expected_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield from expected_shapes(self.path, self.config)
+        if "score.weight" in self.tensors:  # a classifier has any number of labels
+            labels = self.tensors["score.weight"].shape[:1]
+            yield "score.weight", (*labels, self.config.hidden_size)
+
     def mlp_tensor(self, layer: int, projection: str, device: str | torch.device = "cpu") -> torch.Tensor:
         """`gate_proj.weight`, `up_proj.bias`, ... of a layer, in float32."""
         return self.finite_tensor(f"layers.{layer}.mlp.{projection}").to(device, torch.float32)
@@ -167,52 +238,3 @@ class DenseCheckpoint(StoredTensors):
         if loading["missing_keys"] or loading["mismatched_keys"]:
             raise MoEficationError(f"{self.path}: weights did not load ({sorted(loading['missing_keys'])[:3]})")
         return model.to(device).eval()
-
-    def _settle_head(self) -> None:
-        """If `tie_word_embeddings` and the tensors disagree, the tensors decide, as they do in transformers."""
-        if not (self.config.tie_word_embeddings and HEAD in self.tensors):
-            return
-        head, embedding = (self.tensor(name).to(self.dtype) for name in (HEAD, EMBEDDING))
-        if not torch.equal(head, embedding):
-            self.config.tie_word_embeddings = False
-            self._warn(
-                "its lm_head.weight is kept: it is not the embedding, though config.json has tie_word_embeddings"
-            )
-
-    def _tell_unread(self, unused: list[str]) -> None:
-        if unused:
-            more = f" and {len(unused) - 1} more like it are" if len(unused) > 1 else " is"
-            self._warn(f"{unused[0]}{more} not read: LLaMA's logits do not depend on it")
-        if (self.path / ADAPTER).exists():
-            self._warn(f"the LoRA adapter beside the weights is not read; {MERGE_ADAPTER}")
-
-    def _warn(self, what: str) -> None:
-        logger.warning("%s: %s", self.path, what)
-
-    def _refuse_surplus(self, names: Collection[str]) -> None:
-        if names:
-            raise MoEficationError(
-                f"{self.path} holds {min(names)}, which its config.json has no place for: "
-                f"is it this model's config, or a tensor to be removed from the file?"
-            )
-
-    def _check_tensors(self) -> None:
-        expected = set()
-        shapes = expected_shapes(self.path, self.config)
-        if "score.weight" in self.tensors:  # a classifier has any number of labels
-            labels = self.tensors["score.weight"].shape[:1]
-            shapes = chain(shapes, [("score.weight", (*labels, self.config.hidden_size))])
-        for name, shape in shapes:
-            expected.add(name)
-            tensor = self.tensors.get(name)
-            if tensor is None and name == HEAD:
-                continue  # base models have none, tied ones need none
-            if tensor is None:
-                missing = self.stored_name(name)
-                raise MoEficationError(f"{self.path} lacks the tensor {missing}, which its config.json calls for")
-            if tensor.shape != shape:
-                found, wanted = list(tensor.shape), list(shape)
-                raise MoEficationError(f"{self.path}: {name} has shape {found}, its config.json calls for {wanted}")
-            if tensor.dtype not in DTYPES.values():
-                raise MoEficationError(f"{self.path}: {name} is {tensor.dtype}; {', '.join(DTYPES)} are read")
-        self._refuse_surplus(self.tensors.keys() - expected)

@@ -47,6 +47,11 @@ def read_dense_config(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
             raise MoEficationError(f"{path} {why}")
     if raw.get("is_causal", True) is not True:
         raise MoEficationError(f"{path} is no causal model (is_causal in config.json), which is not converted")
+    return raw, llama_config(file, raw)
+
+
+def llama_config(file: Path, raw: dict[str, Any]) -> LlamaConfig:
+    """What the content of a config.json says of a LLaMA or a Mistral. Refused: values that no LLaMA has."""
     for name in ROPE_FIELDS:
         if not isinstance(raw.get(name), dict | None):
             raise MoEficationError(f"{file}: {name} is {raw[name]!r}; an object is needed")
@@ -54,10 +59,12 @@ def read_dense_config(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
         value = raw.get(name, 1)  # the class has a default for one that is left out
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise MoEficationError(f"{file}: {name} is {value!r}; a positive integer is needed")
-    config = _mistral(file, raw) if kind == "mistral" else _built(LlamaConfig, file, _described(raw))
+    is_mistral = raw.get("model_type") == "mistral"
+    config = _mistral(file, raw) if is_mistral else built_config(LlamaConfig, file, _described(raw))
     if config.hidden_act not in ("silu", "swish"):
-        raise MoEficationError(f"{path} has hidden_act {config.hidden_act!r}; MLPs with SiLU (SwiGLU) are converted")
-    return raw, config
+        found = f"{file.parent} has hidden_act {config.hidden_act!r}"
+        raise MoEficationError(f"{found}; MLPs with SiLU (SwiGLU) are converted")
+    return config
 
 
 def is_convertible(raw: dict[str, Any]) -> bool:
@@ -73,17 +80,18 @@ def _described(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _mistral(file: Path, raw: dict[str, Any]) -> LlamaConfig:
     window = {name: value for name, value in raw.items() if name == "sliding_window"}  # else the class's default
-    mistral = _built(MistralConfig, file, _described(raw) | window)
+    mistral = built_config(MistralConfig, file, _described(raw) | window)
     if mistral.sliding_window is not None:
         found = f"sliding_window {mistral.sliding_window}"
         if not window:
             found += ' (what its config.json means by leaving it out; "sliding_window": null says that there is none)'
         raise MoEficationError(f"{file.parent} is a Mistral with {found}, which LLaMA attention does not have")
     fields = _described(mistral.to_dict()) | {"attention_bias": False, "mlp_bias": False}  # Mistral has neither
-    return _built(LlamaConfig, file, fields)
+    return built_config(LlamaConfig, file, fields)
 
 
-def _built(config_class: type, file: Path, fields: dict[str, Any]) -> Any:
+def built_config(config_class: type, file: Path, fields: dict[str, Any]) -> Any:
+    """A config of transformers with these fields; refused, with the name of `file`, where its class refuses them."""
     try:
         with quiet_transformers():
             return config_class.from_dict(fields)
