@@ -86,7 +86,8 @@ class LlamaMoEConfig(LlamaConfig):
         if "size_experts" in kwargs or "num_selects" in kwargs:
             raise ValueError(
                 "this config.json (with size_experts or num_selects) is of the LLaMA-MoE v1 project, whose model_type "
-                "is the same; load its checkpoints with trust_remote_code=True and without importing llama_moe"
+                "is the same; convert its checkpoints with llama_download/import_llama_moe_v1.py, or load them with "
+                "trust_remote_code=True and without importing llama_moe"
             )
         kwargs.setdefault("auto_map", dict(_AUTO_MAP))
         all_experts = self.num_experts + self.num_shared_experts

@@ -28,22 +28,21 @@ vllm serve PATH --trust-remote-code
 lm_eval run --model hf --model_args pretrained=PATH,trust_remote_code=True --tasks hellaswag
 hf upload OWNER/NAME PATH    # publishes this folder
 ```
-
-llama.cpp runs what `llama_export.py --format gguf` of LLaMA-MoEfication makes of it.
 """
+LLAMA_CPP = "\nllama.cpp runs what `llama_export.py --format gguf` of LLaMA-MoEfication makes of it.\n"
 
 
 class Origin(NamedTuple):
-    """What a checkpoint was made from: the dense model's name, its id on the hub (or else its name), and the fields of
-    its card that hold for the checkpoint as well."""
+    """What a checkpoint was made from: that model's name, its id on the hub (or else its name), and the fields of its
+    card that hold for the checkpoint as well."""
 
     name: str
     base_model: str
     fields: dict[str, Any]
 
     @classmethod
-    def of_dense(cls, path: Path, name: str, base_model: str | None) -> "Origin":
-        """A dense model's folder. A licence without a card is named by its file."""
+    def of_source(cls, path: Path, name: str, base_model: str | None) -> "Origin":
+        """The folder of the model that is converted. A licence without a card is named by its file."""
         fields, file = _fields(path), next((file for file in LICENCES if (path / file).is_file()), None)
         if "license" not in fields and file:
             fields |= {"license": "other", "license_name": f"licence-of-{name.lower()}", "license_link": file}
@@ -173,10 +172,29 @@ def _amount(tokens: Mapping[str, int]) -> str:
     return f"{sum(tokens.values()):,} tokens ({domains})"
 
 
+def import_card(origin: Origin, config: LlamaMoEConfig, model_class: str) -> str:
+    """The card of a LlamaMoE imported from LLaMA-MoE v1; `origin` is the checkpoint of v1."""
+    experts = f"{config.num_experts_per_tok} of {config.num_experts} experts of {config.moe_intermediate_size} neurons"
+    weight = "each of weight 1"
+    if config.multiply_gate_scores:
+        weight = f"weighed by the softmax of their scores times {config.score_scale_factor:g}"
+    return _card(
+        origin,
+        config,
+        model_class,
+        f"""\
+# {origin.name} as a LlamaMoE
+
+The weights of {origin.name}, a LLaMA-MoE v1 (Zhu et al. 2024, arXiv 2406.16554), unchanged but in the layout of
+LLaMA-MoEfication. {experts} run per token, {weight}.""",
+        "",
+        "The noise on gate scores and the balance loss, which the original has in training, are left out.\n",
+    )
+
+
 def model_card(origin: Origin, config: LlamaMoEConfig, model_class: str, made: str, quality: str) -> str:
     """What a stranger needs to know of the checkpoint: origin, how it was made, how to run it, what to expect."""
     name = origin.name
-    auto_class = next(auto for auto, path in config.auto_map.items() if path.endswith(f".{model_class}"))
     limits = "\nThis model has MLP biases: it runs in transformers only.\n" if config.mlp_bias else ""
     experts = config.num_experts + config.num_shared_experts
     budget = f"{config.num_selects} of them run per token"
@@ -186,14 +204,31 @@ def model_card(origin: Origin, config: LlamaMoEConfig, model_class: str, made: s
         budget += f", {config.num_shared_experts} of these always"
     if config.routing == "threshold" and config.num_experts_per_tok:
         budget += ": as many as reach the layer's score threshold, that many on average"
+    return _card(
+        origin,
+        config,
+        model_class,
+        f"""\
+# {name} as a Mixture of Experts
+
+The dense model {name} with each MLP of {config.intermediate_size} neurons cut into {experts} experts of
+{config.moe_intermediate_size}; {budget}. {made}""",
+        "model.set_active_fraction(0.5)  # half of the experts; 1: all of them; fewer: less work, less quality\n",
+        f"{quality}{limits}",
+        LLAMA_CPP,
+    )
+
+
+def _card(
+    origin: Origin, config: LlamaMoEConfig, model_class: str, what: str, usage: str, quality: str, engines: str = ""
+) -> str:
+    """A card of these parts: `what` is its title and first paragraph, `usage` lines of Python, `quality` its end."""
+    auto_class = next(auto for auto, path in config.auto_map.items() if path.endswith(f".{model_class}"))
     is_causal = model_class == "LlamaMoEForCausalLM"
     tags = ["llama_moe", "mixture-of-experts", "moefication"]
     licence = origin.fields.get("license_link", "the model's own page")
     return f"""{origin.head("text-generation" if is_causal else None, library_name="transformers", tags=tags)}\
-# {name} as a Mixture of Experts
-
-The dense model {name} with each MLP of {config.intermediate_size} neurons cut into {experts} experts of
-{config.moe_intermediate_size}; {budget}. {made} Its licence is that of {name} (see {licence}).
+{what} Its licence is that of {origin.name} (see {licence}).
 
 ```python
 from transformers import {auto_class}, AutoTokenizer
@@ -201,13 +236,12 @@ from transformers import {auto_class}, AutoTokenizer
 # trust_remote_code runs the model's code from this folder; with the package llama_moe imported it is not needed
 model = {auto_class}.from_pretrained("PATH", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("PATH")
-model.set_active_fraction(0.5)  # half of the experts; 1: all of them; fewer: less work, less quality
-```
-{COMMANDS if is_causal and not config.mlp_bias else ""}
+{usage}```
+{COMMANDS + engines if is_causal and not config.mlp_bias else ""}
 {EVALUATION[0]}
 {EVALUATION[1]}
 
-{quality}{limits}"""
+{quality}"""
 
 
 def add_evaluation(folder: Path, table: str) -> None:

@@ -66,7 +66,7 @@ def convert(
         write_shard(writer, file, shards[file])
     if "config" in missing:
         # Last of all, so that nothing loads a folder whose weights are not complete.
-        origin = Origin.of_dense(checkpoint.path, checkpoint.name, settings.base_model_id or checkpoint.hub_id)
+        origin = Origin.of_source(checkpoint.path, checkpoint.name, settings.base_model_id or checkpoint.hub_id)
         card = conversion_card(origin, config, settings.convert_type, gates.artifact.manifest["metrics"])
         write_checkpoint_files(writer, "config", checkpoint.path, shards, config, card, tokenizer)
     writer.finish()

@@ -22,11 +22,12 @@ STAGE_SCRIPTS = {
     "calibrate": "llama_calibrate.py",
     "distill": "llama_distill.py",
     "export": "llama_export.py",
+    "import": "import_llama_moe_v1.py",
 }
 # Options that older versions had, and the value with which their results are those of today.
 GONE = {"layer_budgets": "equal"}
 VERSIONED_PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "safetensors")
-MOE_STAGES = ("convert", "calibrate", "distill")  # whose folders are LlamaMoE checkpoints
+MOE_STAGES = ("convert", "calibrate", "distill", "import")  # whose folders are LlamaMoE checkpoints
 # What else lies in the folder cannot be told without its manifest, so --overwrite cannot clear it.
 CURE_OF_DAMAGE = "remove its folder and run the stage again"
 
