@@ -107,6 +107,27 @@ def test_stock_classes_compute_what_the_model_does(export, format, config, optio
     assert AutoTokenizer.from_pretrained(folder)("The cat")["input_ids"] == make_tokenizer()("The cat")["input_ids"]
 
 
+def test_a_file_runs_at_another_budget(export, tmp_path):
+    """llama.cpp's `--override-kv` reads other values than the header's; here they are put into the header."""
+    folder, _ = export(BIASED, "--format", "gguf", "--outtype", "f32")
+    reader = gguf.GGUFReader(folder / "moe-F32.gguf", "r+")
+    for name in ("expert_used_count", "expert_weights_scale"):
+        field = reader.fields[f"glm4moe.{name}"]
+        assert field.parts[field.data[0]][0] == 3
+        field.parts[field.data[0]][0] = 5
+    reader.data.flush()
+    model, tokens = load(tmp_path / "moe"), torch.arange(3, 60)
+    model.set_num_experts_per_tok(5)
+    with torch.no_grad():
+        logprobs = model(tokens[None]).logits[0, :-1].log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
+    (answered,) = llama_cpp.ask(folder / "moe-F32.gguf", {"blocks": [tokens.tolist()]})["logprobs"]
+    differences = [
+        abs(own - other) for own, other in zip(logprobs.tolist(), answered, strict=True) if other is not None
+    ]
+    assert len(differences) > 40
+    assert max(differences) < 1e-3
+
+
 def test_what_a_bound_loses_is_measured(export):
     _, parts = export(THRESHOLD, "--format", "glm4_moe", "--max_selects", 3)
     check = parts["check"]
