@@ -3,9 +3,13 @@
 #     MODEL_PATH=/models/llama_7B NUM_EXPERTS=128 bash 1_split.sh
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-stage_settings # MODEL_PATH, SAVE_PATH, TEMPLATES, SEED, CLUSTER_ON, NUM_EXPERTS, NUM_SHARED_EXPERTS; what text is read
+# MODEL_PATH, SAVE_PATH, TEMPLATES, SEED, CLUSTER_ON (weights, activations, or graph), NUM_EXPERTS, NUM_SHARED_EXPERTS;
+# what text is read
+stage_settings
 
-options TEMPLATES NUM_EXPERTS CLUSTER_ON SEED
-[ "$CLUSTER_ON" != activations ] || MAX_TOKENS="$SPLIT_TOKENS" \
+SCRIPT=llama_split_graph.py
+options TEMPLATES NUM_EXPERTS SEED
+[ "$CLUSTER_ON" = graph ] || { SCRIPT=llama_split_clustering.py && options CLUSTER_ON; }
+[ "$CLUSTER_ON" = weights ] || MAX_TOKENS="$SPLIT_TOKENS" \
     options NUM_SHARED_EXPERTS TRAIN_DATA_PATH TRAIN_DATA_CACHE_PATH DOMAIN_WEIGHTS BLOCK_SIZE MAX_TOKENS
-"$PYTHON" "$HERE/llama_split_clustering.py" --model_path "$MODEL_PATH" --save_path "$SAVE_PATH" "${OPTIONS[@]}" "$@"
+"$PYTHON" "$HERE/$SCRIPT" --model_path "$MODEL_PATH" --save_path "$SAVE_PATH" "${OPTIONS[@]}" "$@"

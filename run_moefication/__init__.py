@@ -28,6 +28,7 @@ _PUBLIC = {
             "Recipe",
             "CorpusSettings",
             "SplitSettings",
+            "GraphSplitSettings",
             "FeatureSettings",
             "GateSettings",
         ),

@@ -21,6 +21,7 @@ from .moefication.errors import MoEficationError, SettingError
 from .settings import SEED, TEMPLATES, CorpusSettings
 
 if TYPE_CHECKING:
+    from .moefication.artifacts.features import Features
     from .moefication.checkpoints.dense import DenseCheckpoint
     from .moefication.storage.folder import ArtifactWriter
     from .moefication.text.corpus import Corpus
@@ -52,6 +53,7 @@ MOE = path_option("LlamaMoE checkpoint that llama_convert.py, llama_calibrate.py
 NEW_CHECKPOINT = path_option("folder of the new checkpoint itself, absent or empty")
 OVERWRITE = {"action": "store_true", "help": "redo a finished stage, or one made with other options"}
 DEVICE = {"help": "cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)"}
+FEATURES = path_option("what stage 2 recorded, instead of --train_data_path", required=False)
 SEVERAL_TEMPLATES = {
     "default": TEMPLATES[0],
     "help": "weights whose rows are the neurons, comma-separated, {} standing for the layer (gate_proj or up_proj)",
@@ -123,8 +125,26 @@ class Run:
         """Refuse options that say how text is read where none is."""
         given, default = self.arguments, CorpusSettings(seed=self.arguments.seed)
         for name in (*vars(default), "batch_size", "train_data_cache_path"):
-            if not given.train_data_path and getattr(given, name) != getattr(default, name, None):
+            usual = getattr(default, name, getattr(type(self.settings), name, None))
+            if not given.train_data_path and getattr(given, name) != usual:
                 raise SettingError(f"{name} is for train_data_path")
+
+    def text_or_features(self, template: str) -> "Corpus | Features":
+        """What a split on activations reads: a text, or what stage 2 recorded."""
+        from .moefication.artifacts.features import Features
+
+        text, features = self.arguments.train_data_path, self.arguments.hidden_features_path
+        if bool(text) == bool(features):
+            raise SettingError("a split on activations needs either train_data_path or hidden_features_path")
+        self.refuse_unread_text_options()
+        return self.corpus if text else Features(features, self.checkpoint, template)
+
+    def print_experts(self) -> None:
+        """What a split cut each MLP into."""
+        settings, config = self.settings, self.checkpoint.config
+        experts = f"{settings.num_experts} experts of {config.intermediate_size // settings.num_experts} neurons"
+        shared = f", {settings.num_shared_experts} of them shared" if settings.num_shared_experts else ""
+        print(f"{self.checkpoint.name}: {config.num_hidden_layers} layers, {experts}{shared}")
 
     def warn_if_not_started_together(self, what_alone: str) -> None:
         """Warn where RANK and WORLD_SIZE may be left over from another run, since torchrun did not set them."""

@@ -11,7 +11,7 @@ SAVE_PATH/NAME-8Expert-Split-Clustering, one file per layer with the expert of e
 import sys
 from functools import partial
 
-from run_moefication.command_line import DEVICE, SEVERAL_TEMPLATES, Run, add_corpus, path_option, stage_script
+from run_moefication.command_line import DEVICE, FEATURES, SEVERAL_TEMPLATES, Run, add_corpus, path_option, stage_script
 from run_moefication.moefication.errors import SettingError
 from run_moefication.settings import SplitSettings
 
@@ -23,37 +23,32 @@ from run_moefication.settings import SplitSettings
     save_path=path_option("folder in which NAME-nExpert-Split-Clustering is made"),
     device=DEVICE,
     templates=SEVERAL_TEMPLATES,
-    hidden_features_path=path_option("what stage 2 recorded, instead of --train_data_path", required=False),
+    hidden_features_path=FEATURES,
 )
 def main(run: Run) -> None:
     """Run the stage and print the balance of what came out."""
-    from run_moefication.moefication.artifacts.features import Features
     from run_moefication.moefication.artifacts.split import parse_templates
     from run_moefication.moefication.stages.split import split_by_weights
     from run_moefication.moefication.stages.split_on_activations import split_by_activations
 
     given, settings, templates = run.arguments, run.settings, parse_templates(run.arguments.templates)
-    features = given.hidden_features_path
-    sources = [name for name in ("train_data_path", "hidden_features_path") if getattr(given, name)]
-    if settings.cluster_on == "weights" and sources:
-        raise SettingError(f"{sources[0]} is for cluster_on activations")
-    if settings.cluster_on == "activations" and len(sources) != 1:
-        raise SettingError("cluster_on activations needs either train_data_path or hidden_features_path")
-    run.refuse_unread_text_options()
     if settings.cluster_on == "weights":
+        for name in ("train_data_path", "hidden_features_path"):
+            if getattr(given, name):
+                raise SettingError(f"{name} is for cluster_on activations")
+        run.refuse_unread_text_options()
         writer = split_by_weights(run.checkpoint, given.save_path, templates, settings, **run.options)
     elif len(templates) > 1:
         raise SettingError("cluster_on activations takes one of templates: the split is the same for both")
     else:
-        text = Features(features, run.checkpoint, templates[0]) if features else run.corpus
+        text = run.text_or_features(templates[0])
         writer = split_by_activations(run.checkpoint, text, given.save_path, templates[0], settings, **run.options)
     if given.train_data_path:
         run.print_mix()
-    num_layers, neurons = run.checkpoint.config.num_hidden_layers, run.checkpoint.config.intermediate_size
-    width, num_shared = neurons // settings.num_experts, settings.num_shared_experts
-    shared = f", {num_shared} of them shared" if num_shared else ""
-    print(f"{run.checkpoint.name}: {num_layers} layers, {settings.num_experts} experts of {width} neurons{shared}")
-    metrics, routed = writer.metrics(), neurons - num_shared * width
+    run.print_experts()
+    neurons = run.checkpoint.config.intermediate_size
+    num_layers, width = run.checkpoint.config.num_hidden_layers, neurons // settings.num_experts
+    metrics, routed = writer.metrics(), neurons - settings.num_shared_experts * width
     for template in templates:
         costs = [metrics[template.format(layer)]["cost"] / routed for layer in range(num_layers)]
         print(f"{template}: mean {settings.distance} distance to the centre {min(costs):.3f} to {max(costs):.3f}")

@@ -24,9 +24,7 @@ def main(run: Run) -> None:
 
     templates = parse_templates(run.arguments.templates)
     writer = split_at_random(run.checkpoint, run.arguments.save_path, templates, run.settings, **run.options)
-    config, num_experts = run.checkpoint.config, run.settings.num_experts
-    experts = f"{num_experts} experts of {config.intermediate_size // num_experts} neurons"
-    print(f"{run.checkpoint.name}: {config.num_hidden_layers} layers, {experts}")
+    run.print_experts()
     run.report(writer, "llama_get_hidden_features.py (2_get_hidden_features.sh)")
 
 

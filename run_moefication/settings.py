@@ -16,8 +16,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from .moefication.errors import SettingError
 from .moefication.names import features_folder, model_name, select_folder, split_folder
@@ -31,6 +32,7 @@ CRITERIA = ("plain", "positive", "l2_norm", "output_norm")
 GATE_NETWORKS = {"mlp": "mlp", "linear": "linear", "similarity": "linear"}
 ROUTINGS = ("top_k", "threshold")
 CLUSTERED_ON = ("weights", "activations")
+GRAPH = "graph"  # what a recipe or the shell calls the split by a graph, beside these two
 FORMATS = ("full", "inputs")
 CONVERT_TYPES = ("LlamaMoEModel", "LlamaMoEForCausalLM", "LlamaMoEForSequenceClassification")
 TRAINED = ("gates", "experts", "all")
@@ -161,6 +163,9 @@ def require_rank(rank: int | None, hidden_size: int, num_routed_experts: int) ->
 
 EXPERTS_HELP = "experts per layer; must divide the MLP's width"
 SPLIT_EXPERTS_HELP = "experts per layer, those of the split"
+SHARED_HELP = "experts that always run; --num_experts counts them"
+KEEP_HELP = "share of neurons a token needs, on average"
+BATCH_HELP = "blocks of --train_data_path at a time"
 for_activations = partial(setting, only="cluster_on activations")
 for_adam = partial(setting, only="gate_fit adam")
 
@@ -183,12 +188,13 @@ class CorpusSettings(Settings):
 class SplitSettings(Settings):
     """Stage 1: how neurons are cut into experts."""
 
+    method: ClassVar[str] = "Clustering"  # the last word of the folder's name
     num_experts: int = setting(help=EXPERTS_HELP)
     cluster_on: str = setting("weights", "by weight rows, or by the tokens that need a neuron", choices=CLUSTERED_ON)
     num_shared_experts: int = setting(0, "those of --num_experts that always run (with --cluster_on activations)")
-    keep_fraction: float | None = for_activations(0.3, "share of neurons a token needs, on average", check=FRACTION)
+    keep_fraction: float | None = for_activations(0.3, KEEP_HELP, check=FRACTION)
     distance: str = setting("l2", "of rows to centres: squared Euclidean, or one minus the cosine", choices=DISTANCES)
-    batch_size: int | None = for_activations(4, "blocks of --train_data_path at a time", check=COUNT)
+    batch_size: int | None = for_activations(4, BATCH_HELP, check=COUNT)
     seed: int = seed("k-means++, and the choice of blocks")
 
     def check(self) -> None:
@@ -198,13 +204,39 @@ class SplitSettings(Settings):
         elif self.num_shared_experts:
             raise SettingError("num_shared_experts is for cluster_on activations")
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether a text decides, and not the weights."""
+        return self.cluster_on == "activations"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSplitSettings(Settings):
+    """Stage 1 by a graph of which neurons the same tokens need."""
+
+    method: ClassVar[str] = "Graph"
+    reads_text: ClassVar[bool] = True
+    num_experts: int = setting(help=EXPERTS_HELP)
+    num_shared_experts: int = setting(0, SHARED_HELP)
+    keep_fraction: float = setting(0.3, KEEP_HELP, check=FRACTION)
+    num_neighbours: int = setting(128, "edges that a neuron keeps: its strongest", check=COUNT)
+    batch_size: int = setting(4, BATCH_HELP, check=COUNT)
+    seed: int = seed("METIS, and the choice of blocks")
+
+    def check(self) -> None:
+        """Refuse to begin without METIS."""
+        require_shared(self.num_shared_experts, self.num_experts)
+        if find_spec("pymetis") is None:
+            raise SettingError("a split by the graph needs the package pymetis: pip install -e '.[graph]'")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSplitSettings(Settings):
     """Stage 1 at random, the control."""
 
+    method: ClassVar[str] = "Random"
     num_experts: int = setting(help=EXPERTS_HELP)
-    num_shared_experts: int = setting(0, "experts that always run; --num_experts counts them")
+    num_shared_experts: int = setting(0, SHARED_HELP)
     seed: int = seed("the random deal")
 
 
@@ -385,7 +417,7 @@ class Recipe:
     name: str = "calibrated"
     experts: int | None = None  # per layer, if no other number is asked for; None: as `num_experts` finds
     selects: int | Fraction = Fraction(1, 2)  # that run per token, shared ones included: a number, or a fraction of all
-    cluster_on: str = "activations"
+    cluster_on: str = "activations"  # or weights, or graph
     # Pairs (above, share): the first whose fraction `above` of all experts is exceeded by those that run has the
     # fraction `share` of all experts shared; without one, half of those that run are. None: none are.
     shared: tuple[tuple[Fraction, Fraction], ...] | None = (
@@ -515,7 +547,9 @@ def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
         raise SettingError(f"NUM_SELECTS={num_selects} is outside of 1 to NUM_EXPERTS={num_experts}")
     of_recipe = {name: getattr(recipe, name.lower()) or "" for name in OF_RECIPE}
     of_recipe["NUM_SHARED_EXPERTS"] = recipe.num_shared_experts(num_experts, num_selects)
-    settings = {name: given.get(name, value) for name, value in of_recipe.items()} | {
+    settings = {name: given.get(name, value) for name, value in of_recipe.items()}
+    method = GraphSplitSettings.method if settings["CLUSTER_ON"] == GRAPH else SplitSettings.method
+    settings |= {
         "RECIPE": name,
         "NUM_EXPERTS": num_experts,
         "NUM_SELECTS": num_selects,
@@ -523,7 +557,7 @@ def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
         # These two may be given as empty, which says none.
         "GATE_RANK": environment.get("GATE_RANK", recipe.rank(num_experts) or ""),
         "OUTPUT_BIAS": environment.get("OUTPUT_BIAS", 1 if recipe.output_bias else ""),
-        "SPLIT_FOLDER": split_folder(save_path, model, num_experts),
+        "SPLIT_FOLDER": split_folder(save_path, model, num_experts, method),
         "FEATURES_FOLDER": features_folder(save_path, model),
         "SELECT_FOLDER": select_folder(save_path, model, num_experts),
     }

@@ -33,6 +33,7 @@ SCRIPTS = {
     stage: import_module(f"run_moefication.llama_{name}")
     for stage, name in {
         "split": "split_clustering",
+        "split_graph": "split_graph",
         "split_random": "split_random",
         "features": "get_hidden_features",
         "select": "select_mlp",
@@ -96,7 +97,7 @@ class Pipeline:
         return [*map(str, [*paths, "--train_data_cache_path", self.save / "cache", *self.feature_options])]
 
     def split(self) -> int:
-        stage = {"Clustering": "split", "Random": "split_random"}[self.split_method]
+        stage = {"Clustering": "split", "Graph": "split_graph", "Random": "split_random"}[self.split_method]
         return self._main(stage, self.split_options, save_path=self.save, num_experts=self.num_experts)
 
     def features(self) -> int:
@@ -134,12 +135,13 @@ class Pipeline:
 
 
 def shared_pipeline(model: Path, text: Path, save: Path, num_shared: int | None = 2, **options) -> Pipeline:
-    """8 experts, some shared, of a split on activations; linear gates in closed form; threshold routing at 4 of 8.
-    Without a number of shared experts, the description's."""
+    """8 experts, some shared, of a split on activations or their graph; linear gates in closed form; threshold routing
+    at 4 of 8. Without a number of shared experts, the description's."""
     if num_shared is None:
         return Pipeline(model, text, save, **options)
     corpus = ["--block_size", 32, "--max_tokens", 512]
-    split = ["--cluster_on", "activations", "--num_shared_experts", num_shared, "--train_data_path", text, *corpus]
+    split = ["--num_shared_experts", num_shared, "--train_data_path", text, *corpus]
+    split += [] if options.get("split_method") == "Graph" else ["--cluster_on", "activations"]
     features = [*corpus, "--feature_format", "inputs", "--dtype", "float32"]
     stages = {"split_options": split, "feature_options": features, "select_options": LINEAR}
     stages["convert_options"] = ["--routing", "threshold"]

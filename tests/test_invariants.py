@@ -51,6 +51,7 @@ KINDS = {
         None,
         {"split_method": "Random", "split_options": ["--num_shared_experts", 1], "select_options": LINEAR},
     ),
+    "graph split": ({"num_hidden_layers": 2}, 2, {"split_method": "Graph"}),
     "up_proj": (
         {"head_dim": 16},
         None,

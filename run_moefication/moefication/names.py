@@ -9,8 +9,8 @@ def model_name(model_path: str | Path) -> str:
     return Path(model_path).resolve().name if name in ("", "..") else name
 
 
-def split_folder(save_path: str | Path, model_name: str, num_experts: int, method: str = "Clustering") -> Path:
-    """`SAVE/NAME-8Expert-Split-Clustering`, or `-Split-Random`"""
+def split_folder(save_path: str | Path, model_name: str, num_experts: int, method: str) -> Path:
+    """`SAVE/NAME-8Expert-Split-Clustering`; or `-Split-Graph` or `-Split-Random`, as the method is called"""
     return Path(save_path) / f"{model_name}-{num_experts}Expert-Split-{method}"
 
 

@@ -1,6 +1,7 @@
 """Wrong input to any stage: one line on stderr that names it and the cure, exit status 2, nothing written or run."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,12 +76,14 @@ def untouched(finished, places) -> tuple[dict[str, bytes], dict[str, bytes]]:
 ON_FEATURES = {"cluster_on": "activations", "hidden_features_path": "{features}"}
 TEXT = {"train_data_path": "{text}", "block_size": 32, "max_tokens": 128}
 ON_TEXT = TEXT | {"cluster_on": "activations"}
+NO_TEXT = dict.fromkeys(TEXT)
 ON_MOE = TEXT | {"model_path": "{model}", "moe_path": "{moe}", "save_path": "{save}"}
 THERE = {"save_path": "{out}"}
 TO_SPLIT = {"model_path": "{model}", "save_path": "{save}", "num_experts": 4}
 FROM_SPLIT = TO_SPLIT | {"num_selects": 2, "split_file_path": "{split}"}
 GOOD = {
     "split": TO_SPLIT,
+    "split_graph": TO_SPLIT | TEXT,
     "split_random": TO_SPLIT,
     "features": {"model_path": "{model}", "train_data_path": "{text}", "save_path": "{save}", "block_size": 32},
     "select": FROM_SPLIT | {"hidden_features_path": "{features}"},
@@ -96,7 +99,7 @@ WRONG = [
     ("split", {"model_path": ""}, "path is empty"),
     *[
         (stage, {"model_path": "{tmp}/cut"}, "not a whole safetensors file")
-        for stage in ("split", "split_random", "features", "select", "convert", "calibrate", "evaluate")
+        for stage in ("split", "split_graph", "split_random", "features", "select", "convert", "calibrate", "evaluate")
     ],
     ("split", {"num_experts": 5}, "5 does not divide the MLP width 64 of tiny-llama; near it, 1, 2, 4, 8"),
     ("split", {"num_experts": 2.5}, "--num_experts: invalid int value"),
@@ -122,6 +125,15 @@ WRONG = [
     ("split", ON_TEXT | {"keep_fraction": 0}, "--keep_fraction 0.0 is not a fraction between 0 and 1"),
     ("split", ON_TEXT | {"batch_size": 0}, "--batch_size 0 must be at least 1"),
     ("split", ON_TEXT | {"model_path": "{tmp}/nan"}, "layers.1.mlp.gate_proj.weight holds NaN"),
+    ("split_graph", {"num_experts": 5}, "5 does not divide the MLP width 64 of tiny-llama; near it, 1, 2, 4, 8"),
+    ("split_graph", {"num_shared_experts": 4}, "--num_shared_experts 4 is outside of 0 to 3"),
+    ("split_graph", {"num_neighbours": 0}, "--num_neighbours 0 must be at least 1"),
+    ("split_graph", {"keep_fraction": 1}, "--keep_fraction 1.0 is not a fraction between 0 and 1"),
+    ("split_graph", {"templates": "layers.{}.mlp.down_proj.weight"}, "--templates: invalid choice"),
+    ("split_graph", {"model_path": "{tmp}/nan"}, "layers.1.mlp.gate_proj.weight holds NaN"),
+    ("split_graph", {"hidden_features_path": "{features}"}, "either --train_data_path or --hidden_features_path"),
+    ("split_graph", NO_TEXT, "either --train_data_path or --hidden_features_path"),
+    ("split_graph", NO_TEXT | {"hidden_features_path": "{features}", "batch_size": 8}, "is for --train_data_path"),
     ("split_random", {"num_shared_experts": 4}, "--num_shared_experts 4 is outside of 0 to 3"),
     ("split_random", {"templates": "layers.{}.mlp.down_proj.weight"}, "is not one of"),
     ("features", {"seed": 2**32}, "--seed 4294967296 is outside of 0 to 2^32 - 1"),
@@ -217,6 +229,12 @@ def test_one_variable_shows_the_traceback(places, run_script, monkeypatch):
     assert "SafetensorError" in err  # the cause, too
     assert "Traceback (most recent call last)" in err
     assert "not a whole safetensors file" in err.splitlines()[-1]
+
+
+def test_a_split_by_the_graph_wants_pymetis(places, run_script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pymetis", None)  # as if it were not installed
+    words = "a split by the graph needs the package pymetis: pip install -e '.[graph]'"
+    assert_refused(run_script(SCRIPTS["split_graph"].main, *arguments_of("split_graph", {}, places)), words)
 
 
 @pytest.mark.parametrize("stage", GOOD)

@@ -167,6 +167,17 @@ def test_what_a_script_types(script, environment, expected, options):
     assert {name: made[name] for name in expected} == expected
 
 
+def test_the_graph_splits_where_it_is_asked_for(typed):
+    path, *words = typed("1_split.sh", CLUSTER_ON="graph", SEED="3", NUM_EXPERTS="8")
+    script = pipeline.SCRIPTS["split_graph"]
+    assert Path(path).samefile(script.__file__)
+    made = script.main.build_parser().parse_args(words)
+    assert (made.num_experts, made.num_shared_experts, made.seed) == (8, 1, 3)
+    assert made.max_tokens == settings.CALIBRATED.split_tokens
+    for stage in ("3_select.sh", "4_convert.sh"):
+        assert "out/tiny-llama-8Expert-Split-Graph" in typed(stage, CLUSTER_ON="graph", NUM_EXPERTS="8")
+
+
 def test_a_model_called_dot_has_a_name(options, tmp_path):
     how = dict(MODEL_PATH=".", MOE_PATH="", NUM_EXPERTS="8", GATE_RANK="")
     made = options("3_select.sh", **how) | options("4_convert.sh", **how)

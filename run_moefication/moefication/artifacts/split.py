@@ -9,7 +9,6 @@ from ...settings import TEMPLATES
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.tokenizers import carried_over
 from ..errors import MoEficationError, SettingError
-from ..fitting.balanced_kmeans import Clustering
 from ..names import split_folder
 from ..storage.folder import ArtifactWriter, open_finished
 from ..storage.manifest import ArtifactSpec, environment
@@ -37,14 +36,15 @@ def split_writer(
     templates: list[str],
     options: dict[str, Any],
     *,
-    method: str = "Clustering",
+    method: str,
     inputs: dict[str, str] | None = None,
     device: str = "cpu",
     **how: bool,
 ) -> ArtifactWriter:
     """The writer of a split's folder, with a part for each template and layer.
 
-    `inputs`: digests of the text that was read; `how`: `overwrite` and `exclusive`, as `ArtifactWriter` takes them.
+    `method`: the last word of the folder's name; `inputs`: digests of the text that was read; `how`: `overwrite` and
+    `exclusive`, as `ArtifactWriter` takes them.
     """
     checkpoint.require_experts(options["num_experts"])
     options = options | {"templates": templates}
@@ -57,14 +57,10 @@ def split_writer(
     return writer
 
 
-def write_labels(writer: ArtifactWriter, name: str, labels: torch.Tensor, clusters: Clustering | None = None) -> None:
-    """Write one layer's labels `[intermediate_size]`, with what the clustering says of itself."""
-    metrics = clusters and {
-        "cost": clusters.cost,
-        "lower_bound_of_last_assignment": clusters.lower_bound,
-        "iterations": clusters.iterations,
-        "converged": clusters.converged,
-    }
+def write_labels(
+    writer: ArtifactWriter, name: str, labels: torch.Tensor, metrics: dict[str, Any] | None = None
+) -> None:
+    """Write one layer's labels `[intermediate_size]`, with what is to be said of how they were found."""
     writer.write_part(name, {name: writer.write_tensors(name, labels)}, metrics)
 
 

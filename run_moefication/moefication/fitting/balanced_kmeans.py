@@ -9,6 +9,7 @@ Axes: N rows (neurons), E clusters (experts), D columns.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,16 @@ class Clustering:
     lower_bound: float
     iterations: int
     converged: bool
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {
+            "cost": self.cost,
+            "lower_bound_of_last_assignment": self.lower_bound,
+            "iterations": self.iterations,
+            "converged": self.converged,
+        }
 
 
 def balanced_kmeans(rows: torch.Tensor, num_clusters: int, distance: str = "l2", seed: int = 0) -> Clustering:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...settings import (
     CALIBRATED,
+    GRAPH,
     TEMPLATES,
     CalibrateSettings,
     ConvertSettings,
@@ -16,6 +17,7 @@ from ...settings import (
     DistillSettings,
     FeatureSettings,
     GateSettings,
+    GraphSplitSettings,
     Recipe,
     SplitSettings,
 )
@@ -45,15 +47,15 @@ def read_text(dense: DenseCheckpoint, text_path: StrPath, cache_path: StrPath | 
 def split(
     dense: DenseCheckpoint,
     save_path: StrPath,
-    settings: SplitSettings,
+    settings: SplitSettings | GraphSplitSettings,
     text: Corpus | Features | None = None,
     *,
     template: str = TEMPLATES[0],
     **run: Any,
 ) -> Split:
-    """Stage 1. `text` is what a split on activations reads."""
-    if (text is None) != (settings.cluster_on == "weights"):
-        raise SettingError("cluster_on activations needs a text, and cluster_on weights none")
+    """Stage 1. `text` is what a split on activations, or by their graph, reads."""
+    if (text is not None) != settings.reads_text:
+        raise SettingError("a split on activations needs a text, and one on weights none")
     if text is None:
         writer = split_by_weights(dense, save_path, [template], settings, **run)
     else:
@@ -150,9 +152,11 @@ def moefy(
     counts = dict(num_experts=num_experts, num_selects=num_selects)
     if experts is None:
         shared = recipe.num_shared_experts(**counts)
-        options = dict(num_experts=num_experts, num_shared_experts=shared, cluster_on=recipe.cluster_on)
-        read = text(recipe.split_tokens) if recipe.cluster_on == "activations" else None
-        experts = split(dense, work, SplitSettings(**options, seed=seed), read, **run)
+        options = dict(num_experts=num_experts, num_shared_experts=shared, seed=seed)
+        by_graph = recipe.cluster_on == GRAPH
+        settings = GraphSplitSettings(**options) if by_graph else SplitSettings(**options, cluster_on=recipe.cluster_on)
+        read = text(recipe.split_tokens) if settings.reads_text else None
+        experts = split(dense, work, settings, read, **run)
     settings = FeatureSettings(feature_format="inputs")
     features = record_features(dense, text(recipe.feature_tokens), features_folder, settings, **run)
     settings = GateSettings(

@@ -27,8 +27,8 @@ def split_by_weights(
 
     Writes per template and layer an int64 tensor `[intermediate_size]`. Memory: one weight at a time, in float32.
     """
-    options = settings.recorded()
-    writer = split_writer(checkpoint, save_path, templates, options, device=device, overwrite=overwrite)
+    how = dict(method=settings.method, device=device, overwrite=overwrite)
+    writer = split_writer(checkpoint, save_path, templates, settings.recorded(), **how)
     missing = writer.missing()
     for name in progress(missing, "check", "weight"):
         if not checkpoint.finite_tensor(name).any():
@@ -37,7 +37,7 @@ def split_by_weights(
         weight = checkpoint.finite_tensor(name).to(device, torch.float32)
         rows = torch.nn.functional.normalize(weight)
         clusters = balanced_kmeans(rows, settings.num_experts, settings.distance, settings.seed)
-        write_labels(writer, name, clusters.labels, clusters)
+        write_labels(writer, name, clusters.labels, clusters.metrics)
     writer.finish()
     return writer
 
@@ -53,8 +53,8 @@ def split_at_random(
     """Deal the neurons of every layer out at random: the control that any clustering has to beat."""
     num_experts, width = settings.num_experts, checkpoint.config.intermediate_size
     require_shared(settings.num_shared_experts, num_experts)
-    options = settings.recorded()
-    writer = split_writer(checkpoint, save_path, templates, options, method="Random", overwrite=overwrite)
+    how = dict(method=settings.method, overwrite=overwrite)
+    writer = split_writer(checkpoint, save_path, templates, settings.recorded(), **how)
     for name in writer.missing():
         # Each weight has a generator of its own, so that an interrupted run goes on with the same numbers.
         generator = torch.Generator().manual_seed(int(digest([settings.seed, name])[:8], 16))

@@ -1,9 +1,14 @@
-"""Stage 1 on activations: the hottest neurons become shared experts, the rest are clustered by which tokens need them.
+"""Stage 1 on activations: the hottest neurons become shared experts, the rest are split by which tokens need them.
 
 What counts is the need that a gate can foresee: a linear map of low rank, fitted to how much each neuron adds to the
 MLP's output, predicts it from the MLP's inputs, and a token needs the neurons whose prediction is among the
 `keep_fraction` of all that are largest. That is a row of bits per neuron. Neurons that are needed together belong into
 one expert. Only the Gram matrix of these rows, `[I, I]`, and the importance of each neuron are kept.
+
+Either balanced k-means clusters the rows, or METIS cuts the co-activation graph of MoEfication (Zhang et al. 2022,
+section 3.1). There two neurons are active together where a ReLU lets both through; no SiLU switches a neuron off, so
+here it is where the token needs both. An edge weighs how often that is, over the geometric mean of how often each one
+is needed: by the mere number, neurons that every token needs would be everyone's nearest.
 
 Axes: T tokens, I neurons of the MLP, H hidden size.
 """
@@ -14,12 +19,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ...settings import SplitSettings
+from ...settings import GraphSplitSettings, SplitSettings
 from ..artifacts.features import Features
 from ..artifacts.split import require_template, split_writer, write_labels
 from ..artifacts.streams import Streams
 from ..checkpoints.dense import DenseCheckpoint
 from ..fitting.balanced_kmeans import Clustering, balanced_kmeans
+from ..fitting.balanced_partition import Partition, balanced_partition
 from ..fitting.ridge import NormalEquations, gram, low_rank_map, token_weights
 from ..layers.decoder import PreMLP, embed
 from ..layers.mlp import GatedMLP
@@ -87,8 +93,8 @@ class NeuronStatistics:
             together += gram(needed)
         return together
 
-    def split(self, settings: SplitSettings) -> tuple[torch.Tensor, Clustering]:
-        """Labels int64 `[I]`, shared experts last and hottest of all, and the clustering of the others."""
+    def split(self, settings: SplitSettings | GraphSplitSettings) -> tuple[torch.Tensor, Clustering | Partition]:
+        """Labels int64 `[I]`, shared experts last and hottest of all, and how the others were split."""
         num_experts, num_shared_experts = settings.num_experts, settings.num_shared_experts
         width = len(self.importance) // num_experts
         hottest = self.importance.argsort(descending=True, stable=True)
@@ -96,15 +102,18 @@ class NeuronStatistics:
         cosines = self.together(settings.keep_fraction)[rest][:, rest].double()
         norms = cosines.diagonal().clamp(min=1).sqrt()
         cosines /= norms[:, None] * norms
-        cosines.diagonal().add_(JITTER)
-        # The rows of the Cholesky factor have the Gram matrix of the rows of bits, which is all that k-means sees.
-        rows = torch.linalg.cholesky(cosines).float().contiguous()  # stored by columns, seeds take six times as long
         num_routed = num_experts - num_shared_experts
-        clusters = balanced_kmeans(rows, num_routed, settings.distance, settings.seed)
+        if isinstance(settings, GraphSplitSettings):
+            parts = balanced_partition(cosines.fill_diagonal_(0), num_routed, settings.num_neighbours, settings.seed)
+        else:
+            cosines.diagonal().add_(JITTER)
+            # The rows of the Cholesky factor have the Gram matrix of the rows of bits, which is all that k-means sees.
+            rows = torch.linalg.cholesky(cosines).float().contiguous()  # by columns, seeds take six times as long
+            parts = balanced_kmeans(rows, num_routed, settings.distance, settings.seed)
         labels = torch.empty(len(self.importance), dtype=torch.long)
-        labels[rest.cpu()] = clusters.labels
+        labels[rest.cpu()] = parts.labels
         labels[shared.cpu()] = torch.arange(num_routed, num_experts).repeat_interleave(width)
-        return labels, clusters
+        return labels, parts
 
 
 def split_by_activations(
@@ -112,7 +121,7 @@ def split_by_activations(
     text: Corpus | Features,
     save_path: str | Path,
     template: str,
-    settings: SplitSettings,
+    settings: SplitSettings | GraphSplitSettings,
     *,
     device: str = "cpu",
     overwrite: bool = False,
@@ -125,7 +134,7 @@ def split_by_activations(
     """
     checkpoint.require_experts(settings.num_experts)
     require_template(template)
-    require_place(split_folder(save_path, checkpoint.name, settings.num_experts), "split")
+    require_place(split_folder(save_path, checkpoint.name, settings.num_experts, settings.method), "split")
     options = settings.recorded()
     if isinstance(text, Corpus):
         options |= text.options
@@ -133,7 +142,7 @@ def split_by_activations(
     else:
         del options["batch_size"]
         inputs = {"hidden_features_path": text.artifact.digest}
-    how = dict(device=device, overwrite=overwrite, exclusive=True)
+    how = dict(method=settings.method, device=device, overwrite=overwrite, exclusive=True)
     writer = split_writer(checkpoint, save_path, [template], options, inputs=inputs, **how)
     names, missing = writer.parts, writer.missing()
     layers = [layer for layer, name in enumerate(names) if name in missing]
@@ -141,8 +150,8 @@ def split_by_activations(
         checkpoint.check_finite()  # before anything is written
     if isinstance(text, Features):
         for layer in progress(layers, "split", "layer"):
-            statistics = _of_features(checkpoint, text, layer, device)
-            write_labels(writer, names[layer], *statistics.split(settings))
+            labels, parts = _of_features(checkpoint, text, layer, device).split(settings)
+            write_labels(writer, names[layer], labels, parts.metrics)
     else:
         streams = Streams(writer, (1, text.num_tokens, checkpoint.config.hidden_size))
         batches = batches_of(text.blocks, settings.batch_size)
@@ -153,7 +162,8 @@ def split_by_activations(
         for layer in progress(layers, "split", "layer"):
             with streams.filling(layer + 1) as after:
                 statistics = _of_text(checkpoint, layer, batches, streams.before(layer)[0], after[0], device)
-            write_labels(writer, names[layer], *statistics.split(settings))
+            labels, parts = statistics.split(settings)
+            write_labels(writer, names[layer], labels, parts.metrics)
             streams.remove(layer)
     writer.finish()
     return writer

@@ -1,6 +1,7 @@
 """A split by what neurons do: statistics against a loop, planted groups found, the dense model's own activations."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from run_moefication.moefication.layers.mlp import GatedMLP
 from run_moefication.moefication.stages.features import extract_features
 from run_moefication.moefication.stages.split_on_activations import NeuronStatistics, split_by_activations
 from run_moefication.moefication.text.corpus import Corpus
-from run_moefication.settings import FeatureSettings, SplitSettings
+from run_moefication.settings import FeatureSettings, GraphSplitSettings, SplitSettings
 
 NEURONS = 24
 
@@ -35,11 +36,14 @@ def statistics_of(activations: torch.Tensor, norms=None, weights=None, size: int
     return statistics
 
 
-def split_of(statistics: NeuronStatistics, num_experts: int, num_shared: int, **options) -> torch.Tensor:
-    """The labels, once the clustering has converged."""
-    counts = dict(num_experts=num_experts, num_shared_experts=num_shared)
-    labels, clusters = statistics.split(SplitSettings(cluster_on="activations", **counts, **options))
-    assert clusters.converged
+CLUSTERED = partial(SplitSettings, cluster_on="activations")
+METHODS = [CLUSTERED, GraphSplitSettings]
+
+
+def split_of(statistics: NeuronStatistics, num_experts: int, num_shared: int, method=CLUSTERED, **options):
+    """The labels, once the clustering, if it is one, has converged."""
+    labels, parts = statistics.split(method(num_experts=num_experts, num_shared_experts=num_shared, **options))
+    assert parts.metrics.get("converged", True)
     return labels
 
 
@@ -119,16 +123,21 @@ def planted(num_groups: int, width: int, seed: int = 0) -> tuple[torch.Tensor, t
     return size * (torch.rand(400, len(groups), generator=generator) + 0.5), groups
 
 
-@pytest.mark.parametrize(("distance", "seed"), [("l2", 0), ("cos", 1)])
-def test_neurons_that_fire_together_land_together(distance, seed):
+@pytest.mark.parametrize(
+    ("method", "options", "seed"),
+    [(CLUSTERED, {"distance": "l2"}, 0), (CLUSTERED, {"distance": "cos"}, 1)]
+    + [(GraphSplitSettings, {"num_neighbours": count}, 2) for count in (4, 128)],
+)
+def test_neurons_that_fire_together_land_together(method, options, seed):
     activations, groups = planted(num_groups=6, width=5, seed=seed)
-    labels = split_of(statistics_of(activations), 6, 0, keep_fraction=1 / 6, distance=distance, seed=seed)
+    labels = split_of(statistics_of(activations), 6, 0, method, keep_fraction=1 / 6, seed=seed, **options)
     for expert in range(6):
         assert len(groups[labels == expert].unique()) == 1
     assert labels.bincount().tolist() == [5] * 6
 
 
-def test_the_hottest_neurons_are_the_shared_experts():
+@pytest.mark.parametrize("method", METHODS)
+def test_the_hottest_neurons_are_the_shared_experts(method):
     """Hot in what they add, not in their activations; and the others are still clustered as if these were not there."""
     activations, groups = planted(num_groups=4, width=6)
     hot = torch.tensor([3, 8, 11, 17, 20, 26, 29, 30, 31, 33, 34, 35])
@@ -139,24 +148,25 @@ def test_the_hottest_neurons_are_the_shared_experts():
     norms = torch.ones(36)
     norms[hot] = torch.arange(2000.0, 800.0, -100.0)
     # Hot neurons take 12 of the places of each token, the group that fires the other 6.
-    labels = split_of(statistics_of(both, norms), 6, 2, keep_fraction=0.5)
+    labels = split_of(statistics_of(both, norms), 6, 2, method, keep_fraction=0.5)
     assert labels.bincount().tolist() == [6] * 6
     assert labels[hot].tolist() == [4] * 6 + [5] * 6  # by heat, the hottest first
     for expert in range(4):
         assert len(groups[labels[cold] == expert].unique()) == 1
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("num_shared", [0, 1, 5])
-def test_dead_neurons_and_ties_still_give_equal_experts(num_shared):
+def test_dead_neurons_and_ties_still_give_equal_experts(num_shared, method):
     ties = torch.ones(10, NEURONS)
     dead = torch.zeros(10, NEURONS)
     half_dead = torch.cat([torch.zeros(10, 12), torch.randn(10, 12)], dim=1)
     for activations in (ties, dead, half_dead):
-        labels = split_of(statistics_of(activations), 6, num_shared)
+        labels = split_of(statistics_of(activations), 6, num_shared, method)
         assert labels.bincount(minlength=6).tolist() == [4] * 6
     assert (statistics_of(dead).together(0.25) == 0).all()  # what adds nothing is needed by none
     # Equal importance goes by place.
-    assert (split_of(statistics_of(ties), 6, num_shared)[: 4 * num_shared] >= 6 - num_shared).all()
+    assert (split_of(statistics_of(ties), 6, num_shared, method)[: 4 * num_shared] >= 6 - num_shared).all()
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +176,8 @@ def corpus(checkpoint, text_folder) -> Corpus:
     return corpus
 
 
-def split(checkpoint, text, folder, template=GATE, **options) -> Path:
-    settings = SplitSettings(**({"num_experts": 8, "num_shared_experts": 2, "cluster_on": "activations"} | options))
+def split(checkpoint, text, folder, template=GATE, method=CLUSTERED, **options) -> Path:
+    settings = method(**({"num_experts": 8, "num_shared_experts": 2} | options))
     writer = split_by_activations(checkpoint, text, folder, template, settings)
     assert writer.finished
     return writer.folder
@@ -219,6 +229,16 @@ def test_templates_name_the_files_and_another_seed_gives_other_labels(finished, 
         assert (folder / UP.format(layer)).read_bytes() == (finished / GATE.format(layer)).read_bytes()
     other = contents(split(checkpoint, corpus, tmp_path / "other", seed=1))
     assert any(other[GATE.format(i)] != contents(finished)[GATE.format(i)] for i in range(3))
+
+
+def test_the_same_seed_gives_the_same_graph_split(checkpoint, corpus, tmp_path):
+    first, again, other = (
+        contents(split(checkpoint, corpus, tmp_path / name, method=GraphSplitSettings, seed=seed))
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    labels = [GATE.format(layer) for layer in range(3)]
+    assert [first[name] for name in labels] == [again[name] for name in labels]
+    assert any(first[name] != other[name] for name in labels)
 
 
 def test_a_resumed_run_makes_again_only_what_is_lost(finished, checkpoint, corpus, tmp_path):
