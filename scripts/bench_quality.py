@@ -28,12 +28,13 @@ from run_moefication.moefication.errors import MoEficationError
 from run_moefication.settings import CALIBRATED
 
 RECIPES = ("plain", "engine", "calibrated")
-OTHERS = ("cmoe", "oracle", "sparse", "quantized", "hqq", "static", "steps", "top_k", "dialled", "nested")
+OTHERS = ("cmoe", "oracle", "sparse", "quantized", "hqq", "static", "steps", "graph", "top_k", "dialled", "nested")
+WANTING = {"hqq": ("torchao", "torchao"), "graph": ("pymetis", "-e '.[graph]'")}  # a package, and how pip calls it
 METHODS_HELP = (
     "rows to measure (plain, engine, calibrated: the recipes; top_k: the calibrated one with that routing; steps: what "
-    "each part of it adds; dialled: calibrated at one of --budgets and run at the others; nested: with --distill, one "
-    "model for all --budgets; quantized and hqq: dense and calibrated models of fewer bits, the latter by torchao; the "
-    "rest are other methods)"
+    "each part of it adds; graph: a split by METIS beside those of steps; dialled: calibrated at one of --budgets and "
+    "run at the others; nested: with --distill, one model for all --budgets; quantized and hqq: dense and calibrated "
+    "models of fewer bits, the latter by torchao; the rest are other methods)"
 )
 
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         "--methods",
         nargs="+",
         choices=RECIPES + OTHERS,
-        default=[method for method in RECIPES + OTHERS if method != "hqq"],
+        default=[method for method in RECIPES + OTHERS if method not in WANTING],
         help=METHODS_HELP,
     )
     help_of_distill = "distil the models of engine, calibrated, top_k and static, too"
@@ -76,8 +77,9 @@ def bench(arguments: argparse.Namespace) -> None:
     for budget in arguments.budgets:
         if not 0.05 <= budget < 1:
             raise MoEficationError(f"--budgets {budget:g}: shares from 0.05 to below 1 are measured")
-    if "hqq" in arguments.methods and find_spec("torchao") is None:
-        raise MoEficationError("--methods hqq needs the package torchao: pip install torchao")
+    for method, (package, name) in WANTING.items():
+        if method in arguments.methods and find_spec(package) is None:
+            raise MoEficationError(f"--methods {method} needs the package {package}: pip install {name}")
     path = arguments.json or arguments.work / "rows.jsonl"
     if arguments.json and not path.absolute().parent.is_dir():
         raise MoEficationError(f"--json {path}: there is no folder {path.parent}")

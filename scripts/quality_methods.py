@@ -25,16 +25,17 @@ from run_moefication.moefication.stages.evaluate import Evaluation, evaluate_mod
 from run_moefication.moefication.stages.split import split_at_random
 from run_moefication.moefication.text.corpus import Corpus
 from run_moefication.moefication.text.tokens import first_tokens
-from run_moefication.settings import CALIBRATED, ENGINE, PLAIN, TEMPLATES, RandomSplitSettings, Recipe
+from run_moefication.settings import CALIBRATED, ENGINE, GRAPH, PLAIN, TEMPLATES, RandomSplitSettings, Recipe
 
 # What each part of the recipe adds: changes that leave out the parts after it. The recipe itself adds a last one, the
-# fit of all layers together.
-RANDOM_EXPERTS, THRESHOLD = "random experts, top_k", "and a threshold"
+# fit of all layers together. The split by a graph is no part of it, but another way to do what the row above does.
+RANDOM_EXPERTS, BY_GRAPH, THRESHOLD = "random experts, top_k", "split by the graph of activations", "and a threshold"
 KEPT_GATES, REFINED_GATES = "and down_proj refitted", "and gates refitted"
 STEPS: dict[str, dict[str, Any]] = {
     RANDOM_EXPERTS: dict(cluster_on="random", shared=None, routing="top_k", is_calibrated=False),
     "split on weights": dict(cluster_on="weights", shared=None, routing="top_k", is_calibrated=False),
     "split on activations": dict(shared=None, routing="top_k", is_calibrated=False),
+    BY_GRAPH: dict(cluster_on=GRAPH, shared=None, routing="top_k", is_calibrated=False),
     "and shared experts": dict(routing="top_k", is_calibrated=False),
     THRESHOLD: dict(is_calibrated=False),
     KEPT_GATES: {},  # these two are of the model above
@@ -132,8 +133,9 @@ def rows(bench: Bench) -> Iterator[Row]:
         if "static" in methods:
             yield row("static mask", chosen, make_static, is_static=True)
             yield from both("static mask, refitted", chosen, make_refitted_static, is_static=True)
-        for step in STEPS if "steps" in methods else ():
-            yield row(f"step: {step}", chosen, make_step, step)
+        for step in STEPS:
+            if ("graph" if step == BY_GRAPH else "steps") in methods:
+                yield row(f"step: {step}", chosen, make_step, step)
         for number in experts if "top_k" in methods else ():
             recipe = recipe_at(budget, number, name="top_k", routing="top_k")
             yield from both(f"calibrated, {number} experts, top_k", recipe, make_model)

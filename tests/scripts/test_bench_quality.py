@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -159,7 +160,9 @@ def bench(tmp_path_factory):
         "--distillation_tokens": 512,
         "--json": folder / "quality.jsonl",
     }
-    arguments = [str(item) for pair in options.items() for item in pair] + ["--distill", "--budgets", "0.75", "0.5"]
+    methods = [method for method in bench_quality.RECIPES + bench_quality.OTHERS if method != "hqq"]
+    arguments = [str(item) for pair in options.items() for item in pair]
+    arguments += ["--distill", "--budgets", "0.75", "0.5", "--methods", *methods]
     assert bench_quality.main(arguments) == 0
     return SimpleNamespace(folder=folder, arguments=arguments, rows=read_rows(folder / "quality.jsonl"))
 
@@ -243,8 +246,8 @@ def test_every_step_is_another_model(bench):
     """Those without a threshold cost the same on every text; those not calibrated have no bias to count."""
     steps = [bench.rows[f"step: {step} at 0.5"]["c4"] for step in quality_methods.STEPS]
     assert len({tuple(step["losses"]) for step in steps}) == len(steps)
-    assert [step["neurons"] == 0.5 for step in steps[:5]] == [True] * 4 + [False]
-    assert len({step["active"] for step in steps[:3]}) == 1
+    assert [step["neurons"] == 0.5 for step in steps[:6]] == [True] * 5 + [False]
+    assert len({step["active"] for step in steps[:4]}) == 1
 
 
 def test_the_rows_of_a_file_make_a_table_and_a_plot(bench, tmp_path, run_script):
@@ -301,4 +304,12 @@ def test_wrong_input_is_refused_before_any_work(option, value, words, bench, run
     """Before the folder of --work, which is a new one here, is made."""
     new = bench.folder / "new"
     assert_refused(run_script(bench_quality.main, *bench.arguments, "--work", new, option, value), words)
+    assert not new.exists()
+
+
+def test_a_missing_package_is_named_before_any_work(bench, run_script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pymetis", None)  # as if it were not installed
+    new = bench.folder / "new"
+    result = run_script(bench_quality.main, *bench.arguments, "--work", new, "--methods", "graph")
+    assert_refused(result, "--methods graph needs the package pymetis: pip install -e '.[graph]'")
     assert not new.exists()
