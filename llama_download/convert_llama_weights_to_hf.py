@@ -15,7 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
-from run_moefication.command_line import new_parser, path, run
+from run_moefication.command_line import new_parser, path, run, took
 from run_moefication.moefication.errors import MoEficationError
 
 # (dim, n_layers, n_heads, n_kv_heads) of LLaMA 1 (7B to 65B), Llama 2 (7B, 13B, 70B) and Llama 3 (1B to 70B).
@@ -96,7 +96,7 @@ def convert(arguments: argparse.Namespace) -> None:
         tokenizer.save_pretrained(partial)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
         model.write(partial, arguments.dtype, arguments.max_shard_size, ids)
-    print(f"written: {output_dir}")
+    print(f"written: {output_dir} ({took(arguments)})")
     print(f"next: MODEL_PATH={shlex.quote(str(output_dir))} bash run_moefication/1_split.sh")
 
 

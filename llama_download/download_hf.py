@@ -23,6 +23,7 @@ from pathlib import Path
 
 from run_moefication.command_line import new_parser, path, run
 from run_moefication.moefication.errors import MoEficationError, NetworkError
+from run_moefication.moefication.progress import Progress, progress
 
 RECORD = ".download_hf"  # in the target folder: what it is filled with
 TEXTS = (".json", ".jinja", ".model", ".txt", ".md")
@@ -54,9 +55,11 @@ def download(arguments: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).write_text(source + "\n")
         where = {"repo_id": model, "revision": info.sha, "local_dir": folder}
-        snapshot_download(**where, allow_patterns=[glob.escape(name) for name in names])
+        snapshot_download(**where, allow_patterns=[glob.escape(name) for name in names], tqdm_class=Progress)
         for attempt in range(2):
-            found = api.verify_repo_checksums(**where)
+            with progress(range(len(names)), "compare checksums with the hub's", "file") as bar:
+                found = api.verify_repo_checksums(**where)
+                bar.update(len(names))
             wrong = {*found.missing_paths, *(mismatch["path"] for mismatch in found.mismatches)} & {*names}
             if wrong and attempt:
                 raise MoEficationError(

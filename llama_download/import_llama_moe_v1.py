@@ -8,9 +8,8 @@ cannot compute is refused. Memory: twice one shard of at most 2 GiB.
 
 import argparse
 import sys
-import time
 
-from run_moefication.command_line import NEW_CHECKPOINT, OVERWRITE, new_parser, path_option, run
+from run_moefication.command_line import NEW_CHECKPOINT, OVERWRITE, new_parser, path_option, run, took
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +30,7 @@ def import_v1(arguments: argparse.Namespace) -> None:
     if writer.was_finished:
         print(f"already finished: {writer.folder} (--overwrite redoes it)")
     else:
-        print(f"written: {writer.folder} ({time.perf_counter() - arguments.start_time:.1f} s)")
+        print(f"written: {writer.folder} ({took(arguments)})")
     print("next: llama_evaluate.py, or from_pretrained")
 
 

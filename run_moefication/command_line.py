@@ -167,14 +167,13 @@ class Run:
 
     def report(self, writer: "ArtifactWriter", next_step: str, missing: str = "still missing") -> None:
         """The last lines of a stage; `missing` says of parts that are not there who makes them."""
-        took = f"{time.perf_counter() - self.arguments.start_time:.1f} s"
         if writer.was_finished:
             print(f"already finished: {writer.folder} (--overwrite redoes it)")
         elif writer.finished:
-            print(f"written: {writer.folder} ({took})")
+            print(f"written: {writer.folder} ({took(self.arguments)})")
         else:
             parts = f"{len(writer.missing())} of {len(writer.parts)} parts {missing}"
-            print(f"written so far: {writer.folder} ({parts}) after {took}")
+            print(f"written so far: {writer.folder} ({parts}) after {took(self.arguments)}")
         if writer.finished:
             print(f"next: {next_step}")
 
@@ -282,6 +281,13 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         print(f"{parser.prog}: interrupted; run again to go on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def took(arguments: argparse.Namespace) -> str:
+    """How long it is since `run` parsed the arguments, for people."""
+    from .moefication.progress import duration
+
+    return duration(time.perf_counter() - arguments.start_time)
 
 
 def with_dashes(message: str, options: Collection[str]) -> str:

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from run_moefication.command_line import DEVICE, Run, path_option, stage_script
+from run_moefication.command_line import DEVICE, Run, path_option, stage_script, took
 from run_moefication.moefication.errors import SettingError
 from run_moefication.settings import EvaluateSettings
 
@@ -60,6 +60,7 @@ def main(run: Run) -> None:
     for row in results:
         perplexity = f"{row.perplexity:>12.3f} {row.perplexity / results[0].perplexity:>9.4f}"
         print(f"{row.label:<{width}} {row.active:>7.1%} {perplexity} {row.agreement:>9.1%} {row.predicted_tokens:>9,}")
+    print(f"evaluated in {took(given)}")
 
 
 def card_table(rows: list, first: Any, text: str) -> str:

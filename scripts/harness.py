@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import timing
+import tqdm
 
 import llama_moe  # noqa: F401 (registers LlamaMoE with the Auto classes)
 from run_moefication import command_line
 from run_moefication.moefication.checkpoints.dense import resolve_model_path
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.processes import pick_device
+from run_moefication.moefication.progress import Progress
 
 SHOWN = ("word_perplexity", "acc", "acc_norm")  # of a task's metrics, where it has them
 
@@ -44,6 +46,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if find_spec("lm_eval") is None:
         raise MoEficationError("this wants the lm-evaluation-harness: pip install 'llama-moefication[eval]'")
     paths = [resolve_model_path(path) for path in arguments.model_path]  # wrong ones are found before any work
+    tqdm.tqdm = Progress  # the harness's bars, which would fill log files
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -11,13 +11,16 @@ import sys
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from .errors import MoEficationError
+from .progress import Progress
 
 ENGINE = "xllamacpp"
 MOST_BIAS = 1e9  # of a logit, so that this token comes next
-START_OF_ANSWER = "\nANSWER "  # the engine may print before it
+# Lines that the process prints, after whatever the engine does: of each token that is predicted, and at last.
+PREDICTED, START_OF_ANSWER = "PREDICTED\n", "ANSWER "
 
 
 def is_installed() -> bool:
@@ -38,10 +41,18 @@ def ask(file: Path, question: dict[str, Any], threads: int = 1) -> dict[str, Any
     `seconds`, that reading it and a new token took. MoEficationError if the engine does not run the file.
     """
     command = [sys.executable, "-m", __name__, str(file), str(threads)]
-    done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True)
-    _, found, answer = done.stdout.rpartition(START_OF_ANSWER)
-    if done.returncode or not found:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
+    answer, num_predicted = "", sum(len(ids) - 1 for ids in question.get("blocks", []))
+    with TemporaryFile("w+") as asked, TemporaryFile("w+") as errors:
+        json.dump(question, asked)
+        asked.seek(0)
+        bar = Progress(range(num_predicted), "llama.cpp reads the text", unit="token", leave=num_predicted > 0)
+        with bar, subprocess.Popen(command, stdin=asked, stdout=subprocess.PIPE, stderr=errors, text=True) as engine:
+            for line in engine.stdout:
+                bar.update(line == PREDICTED)
+                answer = line.removeprefix(START_OF_ANSWER) if line.startswith(START_OF_ANSWER) else answer
+        errors.seek(0)
+        said = [line for line in errors if line.strip()] or [f"status {engine.returncode}"]
+    if engine.returncode or not answer:
         reason = next((line for line in said if "rror" in line or "ASSERT" in line), said[-1])
         raise MoEficationError(f"llama.cpp does not run {file}: {reason.strip()}")
     return json.loads(answer)
@@ -94,7 +105,10 @@ def main() -> int:
     engine = _Engine(file, threads, max(256, longest + 1))
     best, logprobs = [], []
     for block in blocks:
-        rows = [engine.next(block[:end], block[end]) for end in range(1, len(block))]
+        rows = []
+        for end in range(1, len(block)):
+            rows.append(engine.next(block[:end], block[end]))
+            print(f"\n{PREDICTED}", end="", flush=True)
         for column, values in zip((best, logprobs), zip(*rows, strict=True), strict=True):
             column.append(list(values))
     how = {"ignore_eos": question.get("ignore_eos", False)}
@@ -107,7 +121,7 @@ def main() -> int:
         "greedy": [[one["id"] for one in row["choices"][0]["logprobs"]["content"]] for row in answers],
         "seconds": [(row["prompt_ms"] / 1000, row["predicted_per_token_ms"] / 1000) for row in timings],
     }
-    print(START_OF_ANSWER + json.dumps(answer), flush=True)
+    print(f"\n{START_OF_ANSWER}{json.dumps(answer)}", flush=True)
     return 0
 
 

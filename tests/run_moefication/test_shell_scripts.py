@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -212,3 +214,23 @@ def test_help_needs_no_settings(script):
     result = subprocess.run(["bash", STAGES / script, "--help"], env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert len(result.stdout.splitlines()) > 5
+
+
+def test_the_quick_start_ends_with_a_total(tiny_llama, text_folder, tmp_path):
+    """A copy of the scripts, in which every Python only says what it is asked."""
+    for file in ("scripts/quickstart.sh", "scripts/environment.sh", *map(str, STAGES.glob("*.sh"))):
+        copy = tmp_path / Path(file).parent.name / Path(file).name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(STAGES.parent / file, copy)
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(STAGES.parent / name, tmp_path)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    settings = {"MODEL": str(tiny_llama), "DATA": str(text_folder), "TEXT": str(text_folder / "c4.jsonl")}
+    command = ["bash", tmp_path / "scripts/quickstart.sh"]
+    result = subprocess.run(command, env=os.environ | settings | {"NUM_GPUS": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    total = r"== Done in \d+ min \d+ s, of which the stages and the evaluation took \d+ min \d+ s"
+    assert re.fullmatch(total, result.stdout.splitlines()[-1])

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedMo
 from ...settings import TEMPLATES
 from ..errors import MoEficationError, SettingError
 from ..names import model_name
-from ..progress import progress
+from ..progress import Progress, progress
 from .dense_config import expected_shapes, read_dense_config
 from .headers import ADAPTER, HEAD, HEADS, MERGE_ADAPTER, StoredTensors, map_tensors
 from .transformers_library import first_line, quiet_transformers
@@ -45,7 +45,8 @@ def resolve_model_path(model_path: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) or model_path.startswith("."):
         raise SettingError(f"model_path {model_path!r} is no folder here, and no hub id (owner/name)")
     try:
-        return Path(snapshot_download(model_path, ignore_patterns=["*.gguf", "*.pth", "original/*", "onnx/*"]))
+        ignored = ["*.gguf", "*.pth", "original/*", "onnx/*"]
+        return Path(snapshot_download(model_path, ignore_patterns=ignored, tqdm_class=Progress))
     except HUB_ERRORS as error:
         reason = first_line(error)
         raise SettingError(f"model_path {model_path} is no folder here and the hub has no answer ({reason})") from error
@@ -124,7 +125,7 @@ class LlamaCheckpoint(StoredTensors):
     def check_finite(self) -> None:
         """Raise MoEficationError if a tensor that a causal LM uses holds NaN or infinity; the error names it."""
         head = [] if self.lm_head is None else [self.lm_head]
-        for name in progress([*self.body_tensors(), *head], "check", "tensor"):
+        for name in progress([*self.body_tensors(), *head], f"check {self.name}", "tensor"):
             self.finite_tensor(name)
 
     def body_tensors(self) -> list[str]:

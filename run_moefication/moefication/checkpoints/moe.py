@@ -102,7 +102,7 @@ class MoECheckpoint(StoredMoE):
 
     def verify(self) -> None:
         """Raise MoEficationError if the checksum of a file of weights is not the manifest's."""
-        for file in progress(sorted(set(self.files.values())), "check", "file"):
+        for file in progress(sorted(set(self.files.values())), f"check {self.path.name}", "file"):
             self._verify(file)
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What every call into transformers shares: silence while something that is checked here is loaded, and its errors."""
+"""What every call into transformers shares: few words while it loads what is checked here, and its errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +7,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging
+
+from ..progress import Progress
 
 # transformers raises these for a wrong config, beside the errors of files; the last comes from validated fields.
 CONFIG_ERRORS = (
@@ -31,16 +33,19 @@ def plain_config(raw: dict[str, Any]) -> PreTrainedConfig:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silences the reports and bars of transformers while something that is checked here is loaded."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    """Silences the reports of transformers while something that is checked here is loaded; its bars become ours."""
+    verbosity, hook = logging.get_verbosity(), logging.set_tqdm_hook(_bar_of_ours)
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+        logging.set_tqdm_hook(hook)
+
+
+def _bar_of_ours(_: Any, items: tuple[Any, ...], options: dict[str, Any]) -> Progress:
+    """What transformers would show by a tqdm of its own; a bar goes when it is done, since most loads are short."""
+    return Progress(*items, **({"unit": "tensor", "leave": False} | options))
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from llama_moe import LlamaMoEForCausalLM
 from llama_moe.moe_layers import MoEBlock
 
+from ..progress import progress
 from ..text.batches import batches_of
 from .decoder import PreMLP, embed
 from .thresholds import THRESHOLD_STEP, settle_layer, wanted_threshold
@@ -200,7 +201,8 @@ def recalibrate_thresholds(
     active = []
     # Its blocks compute all experts at once, faster than one by one.
     with straight_through(model, [[share] for share in shares]) as soft:
-        for layer, block, share in zip(model.model.layers, soft, shares, strict=True):
+        layers = list(zip(model.model.layers, soft, shares, strict=True))
+        for layer, block, share in progress(layers, "set thresholds", "layer"):
             half = PreMLP(config, layer.state_dict().__getitem__, device)
             active.append(settle_layer(half, block.gate, block, stream, batches, share, device))
     return active

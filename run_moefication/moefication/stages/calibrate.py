@@ -81,7 +81,8 @@ def calibrate(
     if missing:
         checkpoint.check_finite()  # before anything is written
         together, tensor = _fit(checkpoint, moe, config, corpus, settings, writer, fits, device)
-        for index, (file, fit) in enumerate(zip(shards, [*_layer_fits(config), TOGETHER], strict=True)):
+        fit_of_file = dict(zip(shards, [*_layer_fits(config), TOGETHER], strict=True))
+        for index, (file, fit) in enumerate(progress(fit_of_file.items(), "write the calibrated model", "file")):
             if file in missing:
                 to_make = [planned.name for planned in shards[file] if planned.make is None]
                 values = {name: with_factors(together, tensor, name.removeprefix("model.")) for name in to_make}
@@ -128,7 +129,7 @@ def _fit(
             for stream, model in zip(first, (checkpoint, moe), strict=True):
                 embed(stream, blocks, batches, model.tensor("embed_tokens.weight"))
     how = dict(refit_gate=settings.refit_gates, spares=settings.fit_logits)
-    for layer in progress(layers, "calibrate", "layer"):
+    for layer in progress(layers, "calibrate", "layer", done=len(names) - len(layers)):
         calibration = LayerCalibration(checkpoint, moe, config, layer, device=device)
         with streams.filling(layer + 1) as after:
             metrics = calibration.run(batches, streams.before(layer), after, **how)

@@ -114,7 +114,7 @@ class WholeModel:
         batches, tensors = batches_of(blocks, batch_size), {}
         stream = torch.empty(sum(map(len, blocks)), self.config.hidden_size)
         embed(stream, blocks, batches, self._tensor("embed_tokens.weight"))
-        for layer in progress(range(self.config.num_hidden_layers), "thresholds", "layer"):
+        for layer in progress(range(self.config.num_hidden_layers), "set thresholds", "layer"):
             half, mlp = self._layer(layer)
             output = partial(self._output, layer, mlp)
             settle_layer(half, mlp.gate, output, stream, batches, self.share(layer), self._device)
@@ -164,7 +164,8 @@ def fit_to_logits(
 
     @torch.no_grad()
     def measured(model: WholeModel, norm: torch.Tensor) -> float:
-        parts = [divergence(model, index, norm) for index in range(len(blocks) - num_measured, len(blocks))]
+        last = progress(range(len(blocks) - num_measured, len(blocks)), "measure the divergence", "block")
+        parts = [divergence(model, index, norm) for index in last]
         return torch.cat(parts).mean(dtype=torch.float64).item()
 
     model = WholeModel(config, lambda name: small[name] if name in small else tensor(name), device, factors)
@@ -190,7 +191,7 @@ def _train(
     groups = [dict(params=[p], lr=rates[name] * p.detach().square().mean().sqrt()) for name, p in parameters.items()]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * num_steps), num_steps)
-    for _ in progress(range(num_steps), "fit logits", "step"):
+    for _ in progress(range(num_steps), "fit all layers", "step"):
         optimizer.zero_grad()
         next(losses).backward()
         optimizer.step()

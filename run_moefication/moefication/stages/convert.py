@@ -58,7 +58,7 @@ def convert(
     writer = ArtifactWriter(Path(save_path), spec, [*shards, "config"], overwrite=overwrite)
     missing = writer.missing()
     tokenizer = carried_over(checkpoint.path) if missing else {}
-    for name in progress(checkpoint.tensors if missing else [], "check", "tensor"):
+    for name in progress(checkpoint.tensors if missing else [], f"check {checkpoint.name}", "tensor"):
         tensor = checkpoint.finite_tensor(name)
         if settings.dtype and tensor.abs().max() > torch.finfo(DTYPES[settings.dtype]).max:
             raise SettingError(f"{checkpoint.path}: {name} has values beyond {settings.dtype}; choose another dtype")

@@ -25,6 +25,7 @@ from ..checkpoints.transformers_library import quiet_transformers
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
 from ..layers.straight_through import settle_thresholds, straight_through
+from ..progress import progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
 from ..text.corpus import Corpus, require_held_out_block
@@ -84,7 +85,7 @@ def distill(
     metrics = _train(checkpoint, moe, model, corpus, settings, arguments)
     if is_first:
         trained = model.state_dict()
-        for file in (file for file in shards if file in missing):
+        for file in progress([file for file in shards if file in missing], "write the distilled model", "shard"):
             values = {tensor.name: trained[tensor.name].cpu() for tensor in shards[file] if tensor.make is None}
             write_shard(writer, file, shards[file], values)
         budget = ("num_experts_per_tok", "layer_num_experts_per_tok")

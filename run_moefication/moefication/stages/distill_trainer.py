@@ -60,7 +60,7 @@ def mean_kl(
     the model runs in its own dtype."""
     model.eval()
     totals = [0.0] * len(moe_blocks[0].shares)
-    for index in range(0, len(blocks), batch_size):
+    for index in progress(range(0, len(blocks), batch_size), "measure the KL", "batch"):
         batch = [tensor.to(model.device) for tensor in collate(blocks[index : index + batch_size]).values()]
         kl = TeacherKL(final_states(teacher, *batch), model.lm_head.weight)
         for budget in reversed(range(len(totals))):  # the first last, which the model keeps
@@ -181,14 +181,14 @@ class Steps(TrainerCallback):
         self.loss: torch.Tensor | None = None  # of the last batch
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._bar = progress(range(state.global_step, state.max_steps), "distill", "step")
+        self._bar = progress(range(state.global_step, state.max_steps), "distill", "step", done=state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
         set_budget(self._moe_blocks, drawn_budget(args.seed, state.global_step, len(self._moe_blocks[0].shares)))
 
     def on_step_end(self, args, state, control, **kwargs):
         update_thresholds(self._moe_blocks)
-        if not self._bar.disable:  # to read the loss is to wait for the GPU
+        if self._bar.is_drawn:  # to read the loss is to wait for the GPU
             self._bar.set_postfix(loss=f"{self.loss.item():.3f}", refresh=False)
         self._bar.update()
 

@@ -16,6 +16,7 @@ from ..checkpoints.engine_model import EngineModel
 from ..checkpoints.tokenizers import load_tokenizer, provoking_texts
 from ..checkpoints.transformers_library import quiet_transformers
 from ..errors import MoEficationError, SettingError
+from ..progress import progress
 
 # Of perplexities, where weights are not quantised. Rounding to bfloat16 makes experts change places, which moves a few
 # hundred tokens by a twentieth; what is computed wrongly moves them by far more.
@@ -46,7 +47,7 @@ class Reference:
                 most[index] = max(most[index], scores.abs().max().item())
 
             handles.append(layer.mlp.gate.register_forward_hook(keep))
-        for block in self.blocks:
+        for block in progress(self.blocks, "read the text for scores", "block"):
             self.logits(self.model, block)
         for handle in handles:
             handle.remove()
@@ -55,7 +56,11 @@ class Reference:
     @cached_property
     def logprobs(self) -> list[torch.Tensor]:
         """Of all next tokens, for each token of each block but the last, `[N - 1, V]`."""
-        return [logprobs(self.logits(self.model, block)) for block in self.blocks]
+        return self._logprobs_of(self.model)
+
+    def _logprobs_of(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        shown = progress(self.blocks, "read the text as the LlamaMoE", "block")
+        return [logprobs(self.logits(model, block)) for block in shown]
 
     @torch.inference_mode()
     def logits(self, model: PreTrainedModel, block: torch.Tensor) -> torch.Tensor:
@@ -67,8 +72,7 @@ class Reference:
         facts = {"reference_perplexity": perplexity(self.logprobs, self.blocks)}
         if self._config.max_routed_experts < self._moe.config.max_routed_experts:
             whole = self._loaded(self._moe.config)
-            rows = [logprobs(self.logits(whole, block)) for block in self.blocks]
-            facts["perplexity_without_bound"] = perplexity(rows, self.blocks)
+            facts["perplexity_without_bound"] = perplexity(self._logprobs_of(whole), self.blocks)
         return facts
 
     def _loaded(self, config: LlamaMoEConfig) -> PreTrainedModel:
@@ -101,7 +105,8 @@ def check_stock(reference: Reference, folder: Path) -> dict[str, Any]:
         raise MoEficationError(f"transformers does not read what was written ({min(lacking)})")
     model = model.to(reference.model.device).eval()
     rows, differences, equal = [], [], []
-    for block, expected in zip(reference.blocks, reference.logprobs, strict=True):
+    pairs = list(zip(reference.blocks, reference.logprobs, strict=True))
+    for block, expected in progress(pairs, "compare the export with the LlamaMoE", "block"):
         logits, own = reference.logits(model, block), reference.logits(reference.model, block)
         rows.append(logprobs(logits))
         differences.append((logits - own).abs().max().item())

@@ -19,11 +19,11 @@ from ..checkpoints.dense import DTYPES, DenseCheckpoint
 from ..errors import MoEficationError, SettingError
 from ..names import features_folder
 from ..precision import bfloat16_products
-from ..progress import progress
+from ..progress import Progress, progress
 from ..storage.folder import ArtifactWriter, require_place
 from ..storage.manifest import ArtifactSpec, environment
 from ..storage.tensors import tensor_sha256
-from ..text.batches import batches_of
+from ..text.batches import Batch, batches_of
 from ..text.corpus import Corpus
 
 
@@ -66,10 +66,13 @@ def extract_features(
         on_cpu = torch.device(device).type == "cpu"
         model = checkpoint.load_model(device, torch.float32 if on_cpu else checkpoint.dtype)
         recorder = _Recorder(model, settings.templates, dtype)
-        for number in progress(mine, "hidden features", "shard"):
-            first = number * blocks_per_shard
-            features = recorder.record(corpus.blocks[first : first + blocks_per_shard], settings.batch_size, first)
-            _write_shard(writer, number, features)
+        shards = {n: corpus.blocks[n * blocks_per_shard : (n + 1) * blocks_per_shard] for n in mine}
+        num_batches = sum(-(-len(blocks) // settings.batch_size) for blocks in shards.values())
+        with progress(range(num_batches), "record hidden features", "batch") as bar:
+            for number, blocks in shards.items():
+                batches = batches_of(blocks, settings.batch_size)
+                features = recorder.record(blocks, batches, number * blocks_per_shard, bar)
+                _write_shard(writer, number, features)
     writer.finish()
     return writer
 
@@ -107,16 +110,20 @@ class _Recorder:
 
     @bfloat16_products()
     @torch.inference_mode()
-    def record(self, blocks: list[torch.Tensor], batch_size: int, first_block: int) -> dict[str, list[torch.Tensor]]:
-        """Kind -> by layer, `[tokens, width]` without padding; what is not finite in the stored dtype is refused."""
+    def record(
+        self, blocks: list[torch.Tensor], batches: list[Batch], first_block: int, bar: Progress
+    ) -> dict[str, list[torch.Tensor]]:
+        """Kind -> by layer, `[tokens, width]` without padding; what is not finite in the stored dtype is refused.
+        `bar` counts the batches of the blocks."""
         tokens = torch.cat(blocks).long().to(self._model.device)
         self._features = {
             kind: [torch.empty(len(tokens), width, dtype=self._dtype) for _ in self._model.layers]
             for kind, width in self._widths.items()
         }
-        for batch in batches_of(blocks, batch_size):
+        for batch in batches:
             self._batch = batch  # for the hooks
             self._model(input_ids=batch.padded(tokens[batch.rows]), use_cache=False)
+            bar.update()
         for kind, layers in self._features.items():
             for layer, features in enumerate(layers):
                 if not features.sum(dtype=torch.float32).isfinite():

@@ -30,7 +30,7 @@ def split_by_weights(
     how = dict(method=settings.method, device=device, overwrite=overwrite)
     writer = split_writer(checkpoint, save_path, templates, settings.recorded(), **how)
     missing = writer.missing()
-    for name in progress(missing, "check", "weight"):
+    for name in progress(missing, f"check {checkpoint.name}", "weight"):
         if not checkpoint.finite_tensor(name).any():
             raise MoEficationError(f"{checkpoint.path}: {name} is all zeros, there is nothing to cluster")
     for name in progress(missing, "split", "layer"):

@@ -159,7 +159,7 @@ def split_by_activations(
         if layers and layers[0] == 0 and not streams.has(0):
             with streams.filling(0) as first:
                 embed(first[0], text.blocks, batches, checkpoint.finite_tensor("embed_tokens.weight"))
-        for layer in progress(layers, "split", "layer"):
+        for layer in progress(layers, "split", "layer", done=len(names) - len(layers)):
             with streams.filling(layer + 1) as after:
                 statistics = _of_text(checkpoint, layer, batches, streams.before(layer)[0], after[0], device)
             labels, parts = statistics.split(settings)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.tokenizers import load_tokenizer, tokenizer_files
 from ..errors import MoEficationError
-from ..progress import progress
+from ..progress import Progress
 from ..storage.files import digest, file_sha256, locked, read_json_object, write_atomically, write_json
 from .documents import Document, DocumentReader, grouped
 from .text_files import TextFile, find_text_files
@@ -67,12 +67,21 @@ def first_tokens(text_path: Path, model_path: Path, max_tokens: int | None, voca
     """The first tokens of a text by a model's tokenizer, read no further than needed; `vocab_size` as in `tokenize`."""
     pieces, count = [], 0
     reader = DocumentReader(find_text_files(text_path))
-    for piece in tokenize(reader, load_tokenizer(model_path), vocab_size, reader.bad):
+    tokens = tokenize(reader, load_tokenizer(model_path), vocab_size, reader.bad)
+    for piece in tokens if max_tokens else _shown(tokens, reader, text_path.name):
         pieces.append(torch.from_numpy(piece))
         count += len(piece)
         if max_tokens is not None and count >= max_tokens:
             break
     return torch.cat(pieces)[:max_tokens] if pieces else torch.empty(0, dtype=torch.int32)
+
+
+def _shown(pieces: Iterator[np.ndarray], reader: DocumentReader, what: str) -> Iterator[np.ndarray]:
+    """The pieces, made of what a reader reads, under a bar of its bytes."""
+    with Progress(total=reader.total_bytes, desc=f"tokenise {what}", unit="B", unit_scale=True) as bar:
+        for piece in pieces:
+            yield piece
+            bar.update(reader.position - bar.n)
 
 
 def encode(batch: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -115,11 +124,9 @@ def token_stream(
 def _write_tokens(checkpoint: DenseCheckpoint, domain: str, reader: DocumentReader, file: BinaryIO) -> None:
     tokenizer, vocab_size = load_tokenizer(checkpoint.path), checkpoint.config.vocab_size
     count = 0
-    with progress(range(-(-reader.total_bytes >> 20)), f"tokenise {domain}", "MiB") as bar:
-        for piece in tokenize(reader, tokenizer, vocab_size, reader.bad):
-            file.write(piece.data)
-            count += len(piece)
-            bar.update((reader.position >> 20) - bar.n)
+    for piece in _shown(tokenize(reader, tokenizer, vocab_size, reader.bad), reader, domain):
+        file.write(piece.data)
+        count += len(piece)
     if not count:
         skipped = f" but for {reader.skipped:,} lines that were skipped" if reader.skipped else ""
         raise MoEficationError(f"{reader.files[0]} holds no text{skipped}")
@@ -129,8 +136,9 @@ def _cache_key(checkpoint: DenseCheckpoint, files: list[TextFile], skip_bad_line
     tokenizer = {name: digest(content.hex()) for name, content in tokenizer_files(checkpoint.path).items()}
     # What the class of the tokenizer follows from, and which tokens are refused.
     model = [checkpoint.raw_config.get(name) for name in ("model_type", "tokenizer_class")]
+    shown = Progress(files, "compare text with the cache", unit="file", leave=False)
     # The names too: they decide how a file is read.
-    contents = [[file.path.suffix, file.member, file.plain_name, file_sha256(file.path)] for file in files]
+    contents = [[file.path.suffix, file.member, file.plain_name, file_sha256(file.path)] for file in shown]
     return digest([CACHE_VERSION, tokenizer, model, checkpoint.config.vocab_size, contents, skip_bad_lines])
 
 
