@@ -19,6 +19,7 @@ import tqdm
 import llama_moe  # noqa: F401 (registers LlamaMoE with the Auto classes)
 from run_moefication import command_line
 from run_moefication.moefication.checkpoints.dense import resolve_model_path
+from run_moefication.moefication.checkpoints.transformers_library import quiet_transformers
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.processes import pick_device
 from run_moefication.moefication.progress import Progress
@@ -46,11 +47,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if find_spec("lm_eval") is None:
         raise MoEficationError("this wants the lm-evaluation-harness: pip install 'llama-moefication[eval]'")
     paths = [resolve_model_path(path) for path in arguments.model_path]  # wrong ones are found before any work
-    tqdm.tqdm = Progress  # the harness's bars, which would fill log files
+    tqdm.tqdm = Progress  # the harness's bars would fill log files, and so would those of `datasets`
+    import datasets
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     manager = TaskManager(include_path=arguments.include_path and str(arguments.include_path))
     names = arguments.tasks.split(",")
     if unknown := [name for name in names if not manager.match_tasks([name])]:
@@ -58,7 +62,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     results: dict[str, Any] = {}
     for path, given in zip(paths, arguments.model_path, strict=True):
         how = dict(dtype=arguments.dtype, device=pick_device(arguments.device), batch_size=arguments.batch_size)
-        model = HFLM(pretrained=str(path), trust_remote_code=False, **how)
+        with quiet_transformers():
+            model = HFLM(pretrained=str(path), trust_remote_code=False, **how)
         found = simple_evaluate(model, tasks=names, task_manager=manager, limit=arguments.limit, bootstrap_iters=0)
         results[given] = found["results"]
         if len(results) == 1:

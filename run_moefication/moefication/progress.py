@@ -27,7 +27,7 @@ class Progress(tqdm):
         # A disabled tqdm has no `desc` and `unit`, and does not count.
         options |= {"disable": not self.is_drawn, "dynamic_ncols": True}
         super().__init__(iterable, desc, unit=unit, **options)
-        self._what, self._unit, self._is_scaled = f"{desc}: " if desc else "", unit, options.get("unit_scale", False)
+        self._prefix, self._unit, self._is_scaled = f"{desc}: " if desc else "", unit, options.get("unit_scale", False)
         self._first, self._start = self.n, time.monotonic() if is_first else math.inf
 
     def __iter__(self) -> Iterator:
@@ -59,7 +59,7 @@ class Progress(tqdm):
             left = elapsed * (self.total - self.n) / (self.n - self._first)
             minutes = max(1, round(left / MINUTE))  # it is no more exact than that
             parts.append(f"about {minutes} min still" if minutes < 120 else f"about {minutes / 60:.1f} h still")
-        return self._what + ", ".join(parts)
+        return self._prefix + ", ".join(parts)
 
 
 def progress(items: Collection, what: str, unit: str, done: int = 0) -> Progress:
