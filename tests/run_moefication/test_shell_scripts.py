@@ -115,6 +115,7 @@ def test_scripts_in_order_do_what_the_library_does(
         assert printed(script)[-1].startswith("next: ")
     rows = [line.split() for line in printed("evaluate.sh", TEXT_PATH=str(heldout), NUM_SELECTS="4 2")[2:]]
     names = {row[0].rstrip(",:") for row in rows if row and row[0].startswith("tiny-llama")}
+    assert re.fullmatch(r"evaluated in [\d.]+ s", " ".join(rows[-1]))
     calibrated = {"tiny-llama-MoE-Calibrated"} if recipe.is_calibrated else set()
     assert names == {"tiny-llama", "tiny-llama-MoE"} | calibrated
 
