@@ -21,8 +21,9 @@ class Fits:
         return self._path(name).is_file()
 
     def save(self, name: str, tensors: dict[str, torch.Tensor], metrics: Any) -> None:
-        """Keep a fit's tensors, by name, and its metrics."""
-        write_atomically(self._path(name), lambda file: torch.save([tensors, metrics], file))
+        """Keep a fit's tensors, by name, its metrics, and how long it took."""
+        content = [tensors, metrics, self._writer.lap()]
+        write_atomically(self._path(name), lambda file: torch.save(content, file))
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a saved fit, memory-mapped, not to be written to."""
@@ -31,6 +32,10 @@ class Fits:
     def metrics(self, name: str) -> Any:
         """The metrics of a saved fit."""
         return load_tensors(self._path(name))[1]
+
+    def seconds(self, name: str) -> float:
+        """How long a saved fit took."""
+        return sum(load_tensors(self._path(name))[2:])  # one begun by version 0.1 does not say
 
     def _path(self, name: str) -> Path:
         return self._writer.temporary_path(f"{name}.fit")

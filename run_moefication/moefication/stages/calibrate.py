@@ -73,6 +73,7 @@ def calibrate(
         environment=environment(device),
         inputs={"moe_path": moe.artifact.digest, "train_data_path": corpus.digest},
         facts={"tokens": corpus.num_tokens, "mix": [asdict(share) for share in corpus.mix]},
+        earlier=moe.artifact.history,
     )
     shards = _plan(moe, config, settings)
     writer = ArtifactWriter(Path(save_path), spec, [*shards, "config"], overwrite=overwrite, exclusive=True)
@@ -81,6 +82,8 @@ def calibrate(
     if missing:
         checkpoint.check_finite()  # before anything is written
         together, tensor = _fit(checkpoint, moe, config, corpus, settings, writer, fits, device)
+        if missing == writer.parts:  # the first part counts the time of all fits
+            writer.add_to_lap(sum(fits.seconds(name) for name in (*_layer_fits(config), TOGETHER) if fits.has(name)))
         fit_of_file = dict(zip(shards, [*_layer_fits(config), TOGETHER], strict=True))
         for index, (file, fit) in enumerate(progress(fit_of_file.items(), "write the calibrated model", "file")):
             if file in missing:

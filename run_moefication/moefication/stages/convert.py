@@ -20,7 +20,7 @@ from ..checkpoints.tokenizers import carried_over
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
 from ..progress import progress
-from ..storage.folder import ArtifactWriter
+from ..storage.folder import ArtifactWriter, history_of
 from ..storage.manifest import ArtifactSpec, environment
 
 GATE_BUFFERS = ("gate.threshold", "gate.score_quantiles")  # of threshold routing, in float32 whatever the weights are
@@ -52,6 +52,7 @@ def convert(
         source=checkpoint.source,
         environment=environment("cpu"),
         inputs={"split_file_path": split.artifact.digest, "select_file_path": gates.artifact.digest},
+        earlier=history_of(split.artifact, gates.artifact),
     )
     if Path(save_path).resolve() == checkpoint.path:
         raise SettingError(f"save_path {save_path} is the source checkpoint itself; choose another folder")

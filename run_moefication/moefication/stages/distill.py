@@ -65,6 +65,7 @@ def distill(
         environment=environment(device) | {"processes": str(arguments.world_size)},
         inputs={"moe_path": moe.artifact.digest, "train_data_path": corpus.digest},
         facts={"tokens": corpus.num_tokens, "mix": [asdict(share) for share in corpus.mix]},
+        earlier=moe.artifact.history,
     )
     shards = _shards(moe)
     how = dict(overwrite=overwrite, shared=not is_first, exclusive=is_first)

@@ -55,7 +55,7 @@ def extract_features(
         source=checkpoint.source,
         environment=environment(device),
         inputs={"train_data_path": corpus.digest},
-        facts={"processes": world_size, "mix": [asdict(share) for share in corpus.mix]},
+        facts={"processes": world_size, "tokens": corpus.num_tokens, "mix": [asdict(share) for share in corpus.mix]},
     )
     blocks_per_shard = settings.batch_size * settings.save_interval
     num_shards = math.ceil(len(corpus.blocks) / blocks_per_shard)

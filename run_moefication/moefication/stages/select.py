@@ -28,7 +28,7 @@ from ..layers.scores import TOKENS_PER_CHUNK, ExpertScorer, OutputNorms, routing
 from ..names import select_folder
 from ..precision import bfloat16_products
 from ..progress import progress
-from ..storage.folder import ArtifactWriter
+from ..storage.folder import ArtifactWriter, history_of
 from ..storage.manifest import ArtifactSpec, environment
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def train_gates(
         source=checkpoint.source,
         environment=environment(device),
         inputs={"split_file_path": split.artifact.digest, "hidden_features_path": features.artifact.digest},
+        earlier=history_of(split.artifact, features.artifact),
     )
     folder = select_folder(save_path, checkpoint.name, settings.num_experts)
     is_shared = len(layers) < num_layers  # other runs may be filling other layers

@@ -135,14 +135,15 @@ def split_by_activations(
     checkpoint.require_experts(settings.num_experts)
     require_template(template)
     require_place(split_folder(save_path, checkpoint.name, settings.num_experts, settings.method), "split")
-    options = settings.recorded()
+    options, told = settings.recorded(), {"facts": {"tokens": text.num_tokens}}
     if isinstance(text, Corpus):
         options |= text.options
         inputs = {"train_data_path": text.digest}
     else:
         del options["batch_size"]
         inputs = {"hidden_features_path": text.artifact.digest}
-    how = dict(method=settings.method, device=device, overwrite=overwrite, exclusive=True)
+        told["earlier"] = text.artifact.history
+    how = dict(method=settings.method, told=told, device=device, overwrite=overwrite, exclusive=True)
     writer = split_writer(checkpoint, save_path, [template], options, inputs=inputs, **how)
     names, missing = writer.parts, writer.missing()
     layers = [layer for layer, name in enumerate(names) if name in missing]

@@ -8,6 +8,7 @@ Several processes may fill one folder. Each writes its own parts; whoever sees t
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from .manifest import (
     MANIFEST,
     SPEC,
     STAGE_SCRIPTS,
+    TOLD,
     ArtifactSpec,
     difference,
     inside,
@@ -96,6 +98,7 @@ class ArtifactWriter(FolderWriter):
         self._held = contextlib.ExitStack()  # the lock of an exclusive writer
         existing = self._existing()
         self._begun, self._may_write = existing is not None, False
+        self._lap_began = time.perf_counter()
         self.spec = existing or self._wanted  # the one in force, with the facts of the run that began the folder
         self.was_finished = self.finished  # there was nothing to do from the start
 
@@ -163,8 +166,19 @@ class ArtifactWriter(FolderWriter):
         """Record a finished unit: the entries of its files and its metrics."""
         self.begin()  # of a unit without files, this may be the first write
         content = {"files": files} if metrics is None else {"files": files, "metrics": metrics}
+        content["seconds"] = self.lap()
         with self.locked():  # else another process could rename the folder while the record is synced
             write_json(self._record(part), content)
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since this writer was made; each part records those that went into it."""
+        now = time.perf_counter()
+        seconds, self._lap_began = now - self._lap_began, now
+        return round(seconds, 3)
+
+    def add_to_lap(self, seconds: float) -> None:
+        """Count time that was spent on the next part elsewhere, such as in a run that was interrupted."""
+        self._lap_began -= seconds
 
     def _record(self, part: str) -> Path:
         return self.workspace / f"{part}.json"
@@ -202,11 +216,13 @@ class ArtifactWriter(FolderWriter):
         return True
 
     def _merged(self, parts: Iterable[str]) -> dict[str, Any]:
-        """What the manifest says of the parts: their files together, and their metrics by part."""
+        """What the manifest says of the parts: their files together, their metrics by part, and the seconds that all
+        processes together spent on them."""
         contents = {part: self._read_record(part) for part in parts}
         return {
             "files": {file: entry for content in contents.values() for file, entry in content["files"].items()},
             "metrics": {part: content["metrics"] for part, content in contents.items() if "metrics" in content},
+            "seconds": round(sum(content.get("seconds", 0.0) for content in contents.values()), 3),
         }
 
 
@@ -229,6 +245,12 @@ class Artifact:
     def digest(self) -> str:
         """Stands for the content: two folders with the same files, whatever their names, have the same."""
         return digest(self.files)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What manifests of later stages tell of this folder and of those that it was made from, the earliest first."""
+        own = {name: self.manifest[name] for name in TOLD if name in self.manifest}
+        return [*self.manifest.get("earlier", []), own]
 
     def require_source(self, fingerprint: str, name: str) -> None:
         """Refuse a folder made from another dense model than `name`."""
@@ -277,6 +299,14 @@ class Artifact:
     def cure(self) -> str:
         """What to do about a damaged folder."""
         return f"run {STAGE_SCRIPTS[self.manifest['stage']]} again with overwrite"
+
+
+def history_of(*artifacts: Artifact) -> list[dict[str, Any]]:
+    """The histories of several folders together; what two of them tell stands there once."""
+    told: list[dict[str, Any]] = []
+    for artifact in artifacts:
+        told += [one for one in artifact.history if one not in told]
+    return told
 
 
 def open_finished(folder: str | Path, *stages: str) -> Artifact:

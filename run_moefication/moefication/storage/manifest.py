@@ -27,6 +27,8 @@ STAGE_SCRIPTS = {
 # Options that older versions had, and the value with which their results are those of today.
 GONE = {"layer_budgets": "equal"}
 VERSIONED_PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "safetensors")
+# What the manifests of later stages keep of a manifest.
+TOLD = ("stage", "options", "environment", "facts", "metrics", "seconds")
 MOE_STAGES = ("convert", "calibrate", "distill", "import")  # whose folders are LlamaMoE checkpoints
 # What else lies in the folder cannot be told without its manifest, so --overwrite cannot clear it.
 CURE_OF_DAMAGE = "remove its folder and run the stage again"
@@ -42,7 +44,8 @@ class ArtifactSpec:
     """What a folder is: the stage, every option that shapes its content, and what it is made from.
 
     `source` is the dense model's (see `DenseCheckpoint.source`), `inputs` maps the name of each artifact read to its
-    digest. `environment` is compared only while the folder is unfinished, `facts` of the run that began it never are.
+    digest. `environment` is compared only while the folder is unfinished, `facts` of the run that began it never are,
+    nor is `earlier`: what the manifests of those artifacts tell (see `Artifact.history`).
     """
 
     stage: str
@@ -51,6 +54,7 @@ class ArtifactSpec:
     environment: dict[str, str]
     inputs: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    earlier: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The spec as it stands in manifests."""
@@ -97,9 +101,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for name in ("options", "source", "inputs", "environment", "facts"):
         if not isinstance(manifest.get(name), dict):
             raise MoEficationError(f"{path} is damaged (no {name}); {CURE_OF_DAMAGE}")
+    if not _are_told(manifest.get("earlier", [])):  # manifests of version 0.1 have none
+        raise MoEficationError(f"{path} is damaged (earlier stages); {CURE_OF_DAMAGE}")
     if path.name == MANIFEST and not _are_entries(manifest.get("files")):
         raise MoEficationError(f"{path} is damaged (no list of files with sizes and sums); {CURE_OF_DAMAGE}")
     return manifest
+
+
+def _are_told(earlier: Any) -> bool:
+    return isinstance(earlier, list) and all(
+        isinstance(one, dict) and isinstance(one.get("stage"), str) for one in earlier
+    )
 
 
 def _are_entries(files: Any) -> bool:
