@@ -17,6 +17,7 @@ _PUBLIC = {
     ),
     "moefication.stages.evaluate": ("evaluate",),
     "moefication.stages.export": ("export",),
+    "moefication.stages.report": ("report",),
     "moefication.checkpoints.dense": ("DenseCheckpoint",),
     "moefication.checkpoints.moe": ("MoECheckpoint",),
     "moefication.errors": ("MoEficationError", "SettingError"),
@@ -32,7 +33,7 @@ _PUBLIC = {
             "FeatureSettings",
             "GateSettings",
         ),
-        *("ConvertSettings", "CalibrateSettings", "DistillSettings", "ExportSettings"),
+        *("ConvertSettings", "CalibrateSettings", "DistillSettings", "ExportSettings", "ReportSettings"),
     ),
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}

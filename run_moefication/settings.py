@@ -40,6 +40,8 @@ EQUAL = "equal"
 ON, OFF = "on", "off"
 EXPORT_FORMATS = ("gguf", "granitemoeshared", "glm4_moe")
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+# What a report has both models continue, if nothing else is asked for.
+PROMPTS = ("The capital of France is", "Once upon a time, there was", "To bake bread you need")
 # What the calibrated recipe aims at, by the frontier in scripts/README.md: the neurons of an expert that give the best
 # perplexity at equal time at LLaMA-7B's shape, and the experts of a layer below which small models lose much.
 EXPERT_WIDTH, FEWEST_EXPERTS = 256, 40
@@ -382,6 +384,33 @@ class EvaluateSettings(Settings):
     max_tokens: int | None = setting(None, "read only so many tokens (default: all)", check=at_least(2))
     batch_size: int = setting(4, "blocks per forward pass", check=COUNT)
     dtype: str | None = setting(None, "dtype to run in (default: float32 on CPUs, else the model's)", choices=DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings(Settings):
+    """What a report measures, and on how much text."""
+
+    num_selects: Sequence[int] | None = setting(
+        None, "other budgets to measure, for the dial (default: a quarter, half, three quarters and all of the experts)"
+    )
+    block_size: int | None = setting(None, "tokens per block (default: 2048, or what the models take)")
+    max_tokens: int = setting(2048, "most tokens of each text", check=at_least(2))
+    batch_size: int = setting(4, "blocks per forward pass", check=COUNT)
+    dtype: str | None = setting(None, "dtype to run in (default: float32 on CPUs, else the model's)", choices=DTYPES)
+    layer: int | None = setting(
+        None, "layer whose experts are shown one by one, from 0 (default: where the texts' loads differ most)"
+    )
+    prompts: Sequence[str] | None = setting(
+        None, "beginnings that both models continue, always by the most likely token (default: three of everyday life)"
+    )
+    new_tokens: int = setting(24, "tokens after each of them", check=COUNT)
+    rounds: int = setting(5, "rounds in which dense and MoE are timed in turn", check=COUNT)
+    passage_tokens: int = setting(160, "tokens of each text that are shown in colours", check=COUNT)
+
+    def check(self) -> None:
+        """Refuse prompts of which there is nothing to continue."""
+        if not all(map(str.strip, self.prompts or PROMPTS)):
+            raise SettingError("prompts: there is nothing to continue in an empty text")
 
 
 @dataclass(frozen=True, kw_only=True)

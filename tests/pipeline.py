@@ -42,6 +42,7 @@ SCRIPTS = {
         "calibrate": "calibrate",
         "distill": "distill",
         "evaluate": "evaluate",
+        "report": "report",
     }.items()
 }
 GATE, UP = "layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"

@@ -26,7 +26,7 @@ from ..errors import MoEficationError, SettingError
 from ..fitting.losses import predicted
 from ..precision import bfloat16_products
 from ..progress import progress
-from ..storage.files import read_json_object
+from ..storage.files import digest, read_json_object
 from ..text.corpus import pack, require_block_size
 from ..text.tokens import first_tokens
 
@@ -43,6 +43,7 @@ class Evaluation:
     agreement: float  # share of these for which the first row's model has the same most likely token; 1 for that row
     active: float  # parameters of the MLP blocks that ran per token, over those of the dense model
     expert_load: list[list[float]] | None  # by layer, the share of tokens that each routed expert ran for
+    tokens_sha256: str  # `tokens_digest` of the blocks
     block_losses: list[float]  # mean negative log-likelihood of each block, in nats
     best_tokens: torch.Tensor = field(repr=False)  # int32 [predicted_tokens]: the most likely ones
 
@@ -70,7 +71,7 @@ def evaluate(
     if not text_path.is_file():
         raise SettingError(f"text_path {text_path} is not a file")
     paths = [resolve_model_path(path) for path in model_paths]
-    configs = [_read_config(path) for path in paths]
+    configs = [read_config(path) for path in paths]
     budgets = [_budgets(config, settings.num_selects) for config in configs]
     if settings.num_selects and not any(config.model_type == "llama_moe" for config in configs):
         raise SettingError("num_selects is for MoE checkpoints, none of model_path is one")
@@ -78,17 +79,15 @@ def evaluate(
     name = "the smallest model" if len(paths) > 1 else paths[0].name
     block_size = require_block_size(settings.block_size, positions, name)
 
-    tokens = _same_tokens(text_path, paths, configs, settings.max_tokens)
-    blocks = [block for block in pack(tokens, block_size) if len(block) > 1]
-    if not blocks:
-        raise MoEficationError(f"{text_path} holds fewer than 2 tokens")
+    tokens = same_tokens(text_path, paths, configs, settings.max_tokens)
+    blocks = blocks_of(text_path, tokens, block_size)
     for path, config in zip(paths, configs, strict=True):
         if config.model_type == "llama_moe":
             verify_weights(path)
 
     results: list[Evaluation] = []
     for path, name, config, model_budgets in zip(paths, model_paths, configs, budgets, strict=True):
-        model = _load(path, config, settings.dtype, device)
+        model = load_model(path, config, settings.dtype, device)
         for budget in model_budgets:
             row = evaluate_model(model, Path(name).name, blocks, budget, settings.batch_size, *results[:1])
             results.append(row)
@@ -96,10 +95,18 @@ def evaluate(
     return results
 
 
-def _same_tokens(
+def blocks_of(text_path: Path, tokens: torch.Tensor, block_size: int) -> list[torch.Tensor]:
+    """The blocks of a text in which a token can be predicted; refused if there are none."""
+    blocks = [block for block in pack(tokens, block_size) if len(block) > 1]
+    if not blocks:
+        raise MoEficationError(f"{text_path} holds fewer than 2 tokens")
+    return blocks
+
+
+def same_tokens(
     text_path: Path, paths: list[Path], configs: list[PreTrainedConfig], max_tokens: int | None
 ) -> torch.Tensor:
-    """The tokens of the text, the same by every model's tokenizer."""
+    """The first tokens of a text, which every model's tokenizer must give alike."""
     sizes = [config.get_text_config().vocab_size for config in configs]
     tokens = [first_tokens(text_path, path, max_tokens, size) for path, size in zip(paths, sizes, strict=True)]
     for path, others in zip(paths[1:], tokens[1:], strict=True):
@@ -111,7 +118,7 @@ def _same_tokens(
     return tokens[0]
 
 
-def _read_config(path: Path) -> PreTrainedConfig:
+def read_config(path: Path) -> PreTrainedConfig:
     """The config of a checkpoint, without fields that steer the library; a model with code of its own is refused."""
     raw = read_json_object(path / "config.json", "is this the folder of a transformers checkpoint?")
     if is_convertible(raw):
@@ -132,7 +139,8 @@ def _budgets(config: PreTrainedConfig, num_selects: Sequence[int] | None) -> Seq
     return num_selects
 
 
-def _load(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) -> PreTrainedModel:
+def load_model(path: Path, config: PreTrainedConfig, dtype: str | None, device: str) -> PreTrainedModel:
+    """A checkpoint as a causal LM, in one of `DTYPES` (None: float32 on CPUs, elsewhere the model's own)."""
     default = torch.float32 if torch.device(device).type == "cpu" else "auto"
     torch_dtype = DTYPES[dtype] if dtype else default
     if type(config) is LlamaConfig:  # read it as the stages do
@@ -194,9 +202,15 @@ def evaluate_model(
         agreement=(best == reference.best_tokens).double().mean().item() if reference else 1.0,
         active=active_share(model, routing) if routing else 1.0,
         expert_load=[layer.expert_load.tolist() for layer in routing] or None,
+        tokens_sha256=tokens_digest(blocks),
         block_losses=[loss / count for loss, count in zip(losses, counts, strict=True)],
         best_tokens=best,
     )
+
+
+def tokens_digest(blocks: Sequence[torch.Tensor]) -> str:
+    """Stands for what was read: the tokens of the blocks, and where these end."""
+    return digest([block.tolist() for block in blocks])
 
 
 def _predicted(model: PreTrainedModel, tokens: torch.Tensor) -> list[tuple[float, torch.Tensor]]:
