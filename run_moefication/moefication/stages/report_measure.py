@@ -11,21 +11,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from llama_moe.gates import Gate
 
-from ..checkpoints.transformers_library import quiet_transformers
 from ..errors import MoEficationError
 from ..progress import progress
 from .evaluate import Evaluation, evaluate_model, tokens_digest
 
 TIMED_TOKENS = 256  # of the first text, that both models read
 ROW = ("model", "num_experts", "num_selects", "perplexity", "predicted_tokens", "agreement", "active", "tokens_sha256")
+
+# What forward calls the cache: transformers before 5.24 has another name.
+CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 Row = dict[str, Any]  # `ROW` of an `Evaluation`, and how many "blocks" it has read
 Blocks = list[torch.Tensor]
@@ -104,14 +107,12 @@ def known_rows(rows: Sequence[Row], digest: str, dense: str, moe: str, own: int)
     return [rows[0], *found] if own in [row["num_selects"] for row in found] else None
 
 
-@quiet_transformers()  # from 5.24 on it warns that the cache has another name
 @torch.inference_mode()
 def greedy(model: PreTrainedModel, prompt: torch.Tensor, count: int) -> list[int]:
     """The most likely tokens after a prompt `[1, T]`, one after the other, past the end of a document as well."""
-    tokens, cache, made = prompt, None, []
+    tokens, cache, made = prompt, {CACHE: DynamicCache()}, []
     for _ in range(count):
-        output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        tokens, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        tokens = model(tokens, use_cache=True, logits_to_keep=1, **cache).logits[:, -1:].argmax(-1)
         made.append(tokens.item())
     return made
 
