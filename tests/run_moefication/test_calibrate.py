@@ -488,12 +488,16 @@ def test_an_interrupted_run_goes_on_where_it_was(together, tmp_path):
             time = path.stat().st_mtime_ns
             assert written.setdefault(path.name, time) == time
     assert len(written) == 4
+    fits = [torch.load(path, weights_only=True) for path in tmp_path.rglob("*.fit")]
+    spent = sum(seconds for _, _, seconds in fits)
     lost = shutil.copytree(tmp_path, tmp_path.with_name("lost"))
     next(lost.rglob("layer.0.fit")).unlink()  # the first layer: all are fitted again
     for root in (tmp_path, lost):
         pipeline.calibrated = root / "moe"
         assert pipeline.calibrate() == 0
         assert contents(pipeline.calibrated) == contents(together.calibrated)
+    seconds = json.loads((tmp_path / "moe" / "manifest.json").read_text())["seconds"]
+    assert 0 < spent < seconds  # what was interrupted counts
 
 
 def test_finished_does_nothing_and_overwrite_begins_anew_and_spares_foreign_files(finished, tmp_path, refuses, capfd):

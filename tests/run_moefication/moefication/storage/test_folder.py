@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from conftest import Bomb
 from pipeline import Killed, contents
 
 from run_moefication.moefication.errors import MoEficationError
-from run_moefication.moefication.storage.folder import ArtifactWriter, open_finished
+from run_moefication.moefication.storage import folder as folder_module
+from run_moefication.moefication.storage.folder import ArtifactWriter, history_of, open_finished
 from run_moefication.moefication.storage.manifest import ArtifactSpec
 from run_moefication.moefication.storage.tensors import load_tensors
 
@@ -411,3 +413,34 @@ def test_a_finished_folder_that_lost_a_file_says_so_and_is_redone(finished):
     with pytest.raises(MoEficationError, match=r"layer.1 is missing .* again with overwrite"):
         ArtifactWriter(finished, SPEC, PARTS)
     assert made(finished, overwrite=True) == before
+
+
+def test_a_manifest_says_how_long_all_runs_together_worked(tmp_path, monkeypatch):
+    """Time before an interruption counts; that between two runs does not, nor that of a part that was lost."""
+    clock = itertools.count(0, 10)  # each look at it is 10 s after the one before
+    monkeypatch.setattr(folder_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    first = ArtifactWriter(tmp_path / "folder", SPEC, PARTS)
+    fill(first, PARTS[:2])
+    next(clock)
+    second = ArtifactWriter(tmp_path / "folder", SPEC, PARTS)
+    assert second.lap() == 10
+    second.add_to_lap(500)  # which is the next part's
+    fill(second, second.missing())
+    assert second.finish()
+    assert json.loads((tmp_path / "folder" / "manifest.json").read_text())["seconds"] == 10 + 10 + 510
+
+
+def test_a_manifest_tells_of_those_before_it(finished, tmp_path):
+    first = open_finished(finished, "split")
+    (own,) = first.history
+    assert own == {
+        name: first.manifest[name] for name in ("stage", "options", "environment", "facts", "metrics", "seconds")
+    }
+    made(tmp_path / "second", dataclasses.replace(SPEC, earlier=first.history))
+    second = open_finished(tmp_path / "second", "split")
+    assert second.history[:1] == [own] == second.manifest["earlier"]
+    assert history_of(first, second, first) == second.history  # each once, the earliest first
+    for earlier in ({}, [3], [{}], [{"stage": 3}]):
+        (finished / "manifest.json").write_text(json.dumps(first.manifest | {"earlier": earlier}))
+        with pytest.raises(MoEficationError, match=r"damaged \(earlier stages\); remove its folder and run the stage"):
+            open_finished(finished, "split")
