@@ -100,8 +100,10 @@ for domain in github arxiv; do # of the sample data, if it is read
     other="${SAMPLE:-}/heldout/$domain.jsonl"
     [ ! -f "$other" ] || [ "$(basename "${TEXT%.*}")" = "$domain" ] || TEXTS+=("$other")
 done
+# shellcheck disable=SC2086 # a list of numbers
 "$PYTHON" "$STAGES/llama_report.py" --model_path "$BEST" --dense_path "$MODEL" --text_path "${TEXTS[@]}" \
-    --evaluation_path "$EVALUATION" --save_path "$WORK/report.html" --max_tokens 512 --block_size "$BLOCK_SIZE"
+    --evaluation_path "$EVALUATION" --save_path "$WORK/report.html" --num_selects $BUDGETS --max_tokens 512 \
+    --block_size "$BLOCK_SIZE"
 
 minutes() { echo "$(($1 / 60)) min $(($1 % 60)) s"; }
-say "Done in $(minutes "$SECONDS"), of which the stages and the evaluation took $(minutes $((SECONDS - PREPARED)))"
+say "Done in $(minutes "$SECONDS"), of which the stages, the evaluation and the page took $(minutes $((SECONDS - PREPARED)))"

@@ -213,11 +213,14 @@ def _gather(inputs: _Inputs, device: str) -> dict[str, Any]:
         "spoken": measure.continued(models, tokenizer, settings.prompts or PROMPTS, settings.new_tokens),
     }
     if inputs.dense:
-        first_block = next(iter(inputs.texts.values()))[0]
-        prompt = first_block[None, : measure.TIMED_TOKENS].long().to(device)
-        numbers["time"] = measure.time_both(models, prompt, settings.new_tokens, settings.rounds)
+        first_text = next(iter(inputs.texts.values()))
+        numbers["time"] = measure.time_both(models, first_text[0], settings.rounds)
     else:
         left_out["dense"] = "no dense model was given (--dense_path)"
+    if len(inputs.texts) == 1:
+        left_out["domains"] = "only one text was given"
+    if numbers["experts"]["least_neurons"] == numbers["experts"]["most_neurons"]:
+        left_out["costs"] = "every token runs as many neurons as any other"
     _turn_the_dial(measured, inputs, left_out)
     numbers["texts"] = [numbers_of.text_numbers(name, rows, own) for name, rows in measured.rows.items()]
     history = inputs.artifact.history if inputs.artifact else []

@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -68,7 +69,7 @@ def dial(numbers: Mapping[str, Any]) -> str:
     what = "perplexity" if texts[0]["dense_perplexity"] is None else "ratio"
     with mpl.rc_context(STYLE):
         figure, axes = _figure(3.4)
-        for text, colour, marker in zip(texts, _cycle(SERIES), _cycle(MARKERS), strict=False):
+        for text, colour, marker in zip(texts, cycle(SERIES), cycle(MARKERS), strict=False):
             points = [(100 * row["active"], row[what]) for row in text["rows"]]
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=text["name"])
             axes.plot(*points[text["own"]], color=colour, marker="o", markersize=11, fillstyle="none")
@@ -86,12 +87,13 @@ def dial(numbers: Mapping[str, Any]) -> str:
 
 
 def lines(name: str, what: str, rows: Mapping[str, Sequence[float]], ylabel: str, dashed: Sequence[str] = ()) -> str:
-    """Values by layer, a line for each name; those in `dashed` are what others are compared with."""
+    """Values by layer, a line for each name. The `dashed` ones, in turn, are what the others are compared with."""
     with mpl.rc_context(STYLE):
         figure, axes = _figure(2.7)
-        for (label, values), colour in zip(rows.items(), _cycle(SERIES), strict=False):
-            style = dict(linestyle="--", linewidth=1.4) if label in dashed else dict(marker="o", markersize=3.5)
-            axes.plot(values, color=colour, label=label, **style)
+        solid = [label for label in rows if label not in dashed]
+        for labels, style in ((solid, dict(marker="o", markersize=3.5)), (dashed, dict(linestyle="--", linewidth=1.5))):
+            for label, colour in zip(labels, SERIES, strict=False):
+                axes.plot(rows[label], color=colour, label=label, **style)
         axes.set(xlabel="layer", ylabel=ylabel)
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -155,10 +157,6 @@ def tokens_by_cost(numbers: Mapping[str, Any]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- what they share
-
-
-def _cycle(items: Sequence[str]) -> list[str]:
-    return [*items] * 40
 
 
 def _apart(ticks: Sequence[float], factor: float) -> list[float]:

@@ -31,13 +31,8 @@ class Numbers:
         return f"{escape(self['texts'][index]['name'])} ({self.show('texts', index, 'tokens')} tokens)"
 
     def left_out(self, section: str, what: str = "Left out") -> str:
-        """Why a section is not there."""
-        return left_out(f"{what}: {escape(self['left_out'][section])}.")
-
-
-def left_out(why: str) -> str:
-    """A line in the place of what is missing."""
-    return f'<p class="left-out">{why}</p>'
+        """A line in the place of what is missing, that says why."""
+        return f'<p class="left-out">{what}: {escape(self["left_out"][section])}.</p>'
 
 
 def figure(svg: str, see: str, bad: str, more: str = "") -> str:

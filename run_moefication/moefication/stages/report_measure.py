@@ -24,7 +24,8 @@ from ..errors import MoEficationError
 from ..progress import progress
 from .evaluate import Evaluation, evaluate_model, tokens_digest
 
-TIMED_TOKENS = 256  # of the first text, that both models read
+# Tokens of the first text that both models read, and that they write after the first PROMPT of these, to be timed.
+READ, WRITTEN, PROMPT = 256, 12, 8
 ROW = ("model", "num_experts", "num_selects", "perplexity", "predicted_tokens", "agreement", "active", "tokens_sha256")
 
 # What forward calls the cache: transformers before 5.24 has another name.
@@ -141,13 +142,14 @@ def continued(
     return spoken
 
 
-def time_both(models: Mapping[str, PreTrainedModel], prompt: torch.Tensor, new_tokens: int, rounds: int) -> Row:
-    """Seconds that "dense" and "moe" take to read tokens `[1, T]`, and to write after the first few of them."""
+def time_both(models: Mapping[str, PreTrainedModel], text: torch.Tensor, rounds: int) -> Row:
+    """Seconds that "dense" and "moe" take to read the beginning of a text `[T]`, and to write."""
+    device = models["moe"].device
+    tokens = text[None, :READ].long().to(device)
     tasks = {
-        "read": (prompt.shape[1], partial(read, tokens=prompt)),
-        "write": (new_tokens, partial(greedy, prompt=prompt[:, :8], count=new_tokens)),
+        "read": (tokens.shape[1], partial(read, tokens=tokens)),
+        "write": (WRITTEN, partial(greedy, prompt=tokens[:, :PROMPT], count=WRITTEN)),
     }
-    device = next(iter(models.values())).device
     return {
         name: {"tokens": tokens, "rounds": rounds} | _paired(models, run, rounds, device, name)
         for name, (tokens, run) in tasks.items()

@@ -3,7 +3,7 @@
 from html import escape
 
 from . import report_figures as figures
-from .report_html import Numbers, details, figure, left_out, names_and_values, table
+from .report_html import Numbers, details, figure, names_and_values, table
 from .report_style import LEVELS
 
 STAGE_NAMES = {
@@ -112,15 +112,15 @@ def _gates(n: Numbers) -> str:
 
 def experts(n: Numbers) -> str:
     """What the experts do."""
-    of = n["experts"]
     never = f"Of all, {n.show('experts', 'never')} never ran on these {n.show('experts', 'tokens')} tokens."
     load = figure(
         figures.load(n.all),
         f"A row is a layer, a cell one of its routed experts, from the most used one to the least used one. {never}",
         "a strong left edge with nothing beside it, where few experts do all the work; experts that hardly run.",
     )
-    domains = left_out("Load by domain is left out: only one text was given.")
-    if len(n["texts"]) > 1:
+    if "domains" in n["left_out"]:
+        domains = n.left_out("domains", "Load by text is left out")
+    else:
         domains = figure(
             figures.load_by_text(n.all),
             "Experts that run more (blue) or less (orange) on a text than they do on average over the texts.",
@@ -133,8 +133,9 @@ def experts(n: Numbers) -> str:
         "blue all over: then gates decide how much runs for a token, and hardly what.",
     )
     least, most = (n.show("experts", f"{end}_neurons", form=".1%") for end in ("least", "most"))
-    cost = left_out(f"Tokens by cost are left out: every token runs {least} of the neurons.")
-    if of["least_neurons"] < of["most_neurons"]:
+    if "costs" in n["left_out"]:
+        cost = n.left_out("costs", "Tokens by cost are left out")
+    else:
         cost = figure(
             figures.tokens_by_cost(n.all),
             f"Tokens differ in what they cost: {least} of the neurons the cheapest, {most} the dearest.",
@@ -146,8 +147,8 @@ def experts(n: Numbers) -> str:
 def passages(n: Numbers) -> str:
     """The beginnings of the texts, coloured by cost."""
     texts, least, most = (n["passages"][name] for name in ("texts", "least", "most"))
-    if least == most:
-        return left_out("Left out: every token runs as many neurons as any other.")
+    if "costs" in n["left_out"]:
+        return n.left_out("costs")
     ends = [n.show("passages", end, form=".0%") for end in ("least", "most")]
     scale = "".join(f'<span class="c{level}"></span>' for level in range(LEVELS))
     words = (

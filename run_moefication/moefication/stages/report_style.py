@@ -54,7 +54,7 @@ p{{margin:.4rem 0;max-width:44rem}}
 .tile{{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.8rem 1rem}}
 .tile h2{{font-size:.95rem;margin:0;padding:0;border:0;color:var(--muted);font-weight:600}}
 .big{{font-size:1.9rem;line-height:1.25;font-weight:650;margin:.1rem 0 .3rem}}
-.bar{{display:grid;grid-template-columns:3.4rem 1fr 5.2rem;gap:.5rem;align-items:center;font-size:.8125rem}}
+.bar{{display:grid;grid-template-columns:2.8rem 1fr 4.2rem;gap:.5rem;align-items:center;font-size:.8125rem}}
 .bar i{{display:block;height:.6rem;border-radius:.15rem;background:var(--muted)}}
 .bar.moe i{{background:var(--s1)}}
 .bar b{{font-weight:400;text-align:right;font-variant-numeric:tabular-nums}}

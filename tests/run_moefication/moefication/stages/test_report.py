@@ -136,7 +136,7 @@ def at(numbers: Any, place: str) -> Any:
 
 def test_every_number_on_the_page_is_the_one_in_the_json(made):
     page, numbers = Page(made.page.read_text()), json.loads(made.json.read_text())
-    assert len(page.numbers) > 100
+    assert len(page.numbers) > 80
     for shown in page.numbers:
         value = at(numbers, shown["data-of"])
         assert float(shown["value"]) == value
@@ -412,12 +412,11 @@ def test_what_is_missing_is_left_out_and_said(report, arguments, calibrated, tex
     assert status == 0, err
     html = arguments["save_path"][0].read_text()
     numbers, text = json.loads(arguments["save_path"][0].with_suffix(".json").read_text()), Page(html).text
-    assert numbers["left_out"].keys() == {"dense", "errors", "gates", "stages", "overlap"}
+    assert numbers["left_out"].keys() == {"dense", "domains", "errors", "gates", "stages", "overlap"}
     for section, why in numbers["left_out"].items():
         assert f"left out: {section}: {why}" in out
         assert why in text
     assert "no dense model was given (--dense_path)" in text
-    assert "Load by domain is left out: only one text was given." in text
     assert html.count("<figure>") == 5  # the dial, what ran, load, together, cost
     assert (numbers["time"], numbers["overlap"], numbers["errors"], numbers["stages"]) == (None, None, [], [])
     assert "dense" not in numbers["spoken"][0]
@@ -430,8 +429,8 @@ def test_a_fixed_number_of_experts_has_no_costs_to_show(report, arguments, plain
     status, _, err = report(model_path=[plain_run.moe])
     assert status == 0, err
     text = Page(arguments["save_path"][0].read_text()).text
-    assert "Tokens by cost are left out: every token runs 50.0% of the neurons." in text
-    assert "Left out: every token runs as many neurons as any other." in text
+    for what in ("Tokens by cost are left out", "Left out"):
+        assert f"{what}: every token runs as many neurons as any other." in text
     assert "The error of each layer is left out: the checkpoint was not calibrated." in text
 
 
