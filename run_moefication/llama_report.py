@@ -8,9 +8,8 @@ the dense model, a manifest or two splits is left out without them, and the page
 """
 
 import sys
-import time
 
-from run_moefication.command_line import DEVICE, Run, path_option, stage_script
+from run_moefication.command_line import DEVICE, Run, path_option, stage_script, took
 from run_moefication.settings import ReportSettings
 
 
@@ -48,8 +47,7 @@ def main(run: Run) -> None:
         print(f"already finished: {made.page} (--overwrite redoes it)")
         return
     size = made.page.stat().st_size / 1e6
-    took = time.perf_counter() - given.start_time
-    print(f"written: {made.page} ({size:.2f} MB) and {made.json} ({took:.1f} s)")
+    print(f"written: {made.page} ({size:.2f} MB) and {made.json} ({took(given)})")
 
 
 if __name__ == "__main__":

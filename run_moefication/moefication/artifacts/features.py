@@ -7,7 +7,7 @@ import torch
 
 from ..checkpoints.dense import DenseCheckpoint
 from ..errors import MoEficationError, SettingError
-from ..storage.folder import open_finished
+from ..storage.artifact import open_finished
 from ..storage.tensors import tensor_sha256
 from .split import require_template
 

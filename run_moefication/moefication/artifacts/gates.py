@@ -10,7 +10,7 @@ from llama_moe.gates import GATE_CLASSES, Gate
 from ...settings import GATE_NETWORKS, OFF
 from ..checkpoints.dense import DenseCheckpoint
 from ..errors import MoEficationError, SettingError
-from ..storage.folder import open_finished
+from ..storage.artifact import open_finished
 from .split import Split
 
 

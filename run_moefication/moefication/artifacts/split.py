@@ -10,7 +10,8 @@ from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.tokenizers import carried_over
 from ..errors import MoEficationError, SettingError
 from ..names import split_folder
-from ..storage.folder import ArtifactWriter, open_finished
+from ..storage.artifact import open_finished
+from ..storage.folder import ArtifactWriter
 from ..storage.manifest import ArtifactSpec, environment
 
 

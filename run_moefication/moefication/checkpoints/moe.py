@@ -14,7 +14,7 @@ from llama_moe.gates import Gate
 
 from ..errors import MoEficationError, SettingError
 from ..progress import progress
-from ..storage.folder import open_finished
+from ..storage.artifact import open_finished
 from ..storage.manifest import MANIFEST, MOE_STAGES
 from .dense import DenseCheckpoint
 from .headers import StoredTensors, map_tensors

@@ -20,7 +20,8 @@ from ..checkpoints.tokenizers import carried_over
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
 from ..progress import progress
-from ..storage.folder import ArtifactWriter, history_of
+from ..storage.artifact import history_of
+from ..storage.folder import ArtifactWriter
 from ..storage.manifest import ArtifactSpec, environment
 
 GATE_BUFFERS = ("gate.threshold", "gate.score_quantiles")  # of threshold routing, in float32 whatever the weights are

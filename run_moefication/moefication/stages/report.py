@@ -20,8 +20,8 @@ from ..checkpoints.moe import require_num_selects, verify_weights
 from ..checkpoints.tokenizers import load_tokenizer
 from ..errors import MoEficationError, SettingError
 from ..names import model_name
+from ..storage.artifact import open_finished
 from ..storage.files import digest, file_sizes, parse_json_object, write_atomically, write_json
-from ..storage.folder import open_finished
 from ..storage.manifest import MANIFEST, MOE_STAGES
 from ..text.corpus import require_block_size
 from . import report_measure as measure

@@ -28,7 +28,8 @@ from ..layers.scores import TOKENS_PER_CHUNK, ExpertScorer, OutputNorms, routing
 from ..names import select_folder
 from ..precision import bfloat16_products
 from ..progress import progress
-from ..storage.folder import ArtifactWriter, history_of
+from ..storage.artifact import history_of
+from ..storage.folder import ArtifactWriter
 from ..storage.manifest import ArtifactSpec, environment
 
 logger = logging.getLogger(__name__)

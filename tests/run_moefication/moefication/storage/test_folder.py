@@ -21,7 +21,8 @@ from pipeline import Killed, contents
 
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.storage import folder as folder_module
-from run_moefication.moefication.storage.folder import ArtifactWriter, history_of, open_finished
+from run_moefication.moefication.storage.artifact import history_of, open_finished
+from run_moefication.moefication.storage.folder import ArtifactWriter
 from run_moefication.moefication.storage.manifest import ArtifactSpec
 from run_moefication.moefication.storage.tensors import load_tensors
 
