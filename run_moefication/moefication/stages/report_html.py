@@ -47,7 +47,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], strong: Sequence[i
         f"<tr{' class=own' if number in strong else ''}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>"
         for number, row in enumerate(rows)
     )
-    return f'<div class="wide"><table><thead><tr>{columns}</tr></thead><tbody>{lines}</tbody></table></div>'
+    return (
+        f'<div class="wide" tabindex="0"><table><thead><tr>{columns}</tr></thead><tbody>{lines}</tbody></table></div>'
+    )
 
 
 def details(what: str, content: str) -> str:

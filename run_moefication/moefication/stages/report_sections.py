@@ -45,11 +45,12 @@ def dial(n: Numbers) -> str:
     rows, strong = [], []
     for i, text in enumerate(n["texts"]):
         dense = n.show("texts", i, "dense_perplexity", form=".3f")
-        rows.append([n.text(i), "dense", "", dense, "", ""])
+        rows.append([escape(text["name"]), "dense", "", dense, "", "", n.show("texts", i, "tokens")])
         for j in range(len(text["rows"])):
             strong += [len(rows)] if j == text["own"] else []
-            rows.append(["", *(n.show("texts", i, "rows", j, key, form=form) for key, form in ROW_FORMS.items())])
-    head = ["text", "experts", "active", "perplexity", "ratio", "agreement"]
+            cells = [n.show("texts", i, "rows", j, key, form=form) for key, form in ROW_FORMS.items()]
+            rows.append(["", *cells, ""])
+    head = ["text", "experts", "active", "perplexity", "ratio", "agreement", "tokens"]
     see = (
         "The model can be told to run more experts, or fewer. A line is a text; the ring is the model as it is stored. "
         "To the right is more work, below is better."

@@ -65,9 +65,10 @@ figcaption{{margin:.3rem 0 .2rem;max-width:34rem}}
 figcaption b{{color:var(--ink)}}
 .wide{{overflow-x:auto;max-width:100%}}
 table{{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;margin:.4rem 0}}
-th,td{{text-align:right;padding:.2rem .7rem .2rem 0;border-bottom:1px solid var(--line);vertical-align:top}}
-th:first-child,td:first-child,td.text{{text-align:left}}
-th{{font-weight:600;color:var(--muted)}}
+th,td{{text-align:right;padding:.2rem .6rem .2rem 0;border-bottom:1px solid var(--line);vertical-align:top}}
+th:first-child,td:first-child{{text-align:left}}
+th{{font-weight:600;color:var(--muted);overflow-wrap:normal}}
+td{{white-space:nowrap}}
 tr.own td{{font-weight:650}}
 .passage{{font-size:.95rem;line-height:1.75;white-space:pre-wrap;background:var(--card);border:1px solid var(--line);
  border-radius:.5rem;padding:.7rem .9rem;margin:.3rem 0;max-width:44rem}}

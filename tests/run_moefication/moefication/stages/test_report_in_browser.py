@@ -78,6 +78,8 @@ def test_the_page_is_no_wider_than_the_window(browser, page, width):
         browser.evaluate(f"document.querySelectorAll('details').forEach((one) => {{ one.open = {opened}; }})")
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
         assert browser.evaluate("[...document.querySelectorAll('figure svg')].every((one) => one.clientWidth > 250)")
+    rows = "[...document.querySelectorAll('td')].map((one) => one.getBoundingClientRect().height)"
+    assert max(browser.evaluate(rows)) < 40  # no number is broken into lines
 
 
 @pytest.mark.parametrize("dark", [False, True])
