@@ -27,9 +27,11 @@ from ..text.corpus import require_block_size
 from . import report_measure as measure
 from . import report_numbers as numbers_of
 from .evaluate import blocks_of, load_model, read_config, same_tokens, tokens_digest
-from .report_page import GENERATOR, page_of
+from .report_html import GENERATOR
 
 FORMAT = f"{GENERATOR} 1"
+# What the beginnings of pages, and of files of their numbers, have in them.
+MARKS = (f'<meta name="generator" content="{GENERATOR}">', f'"format": "{GENERATOR} ')
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,15 @@ def report(
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MoEficationError("the report needs the package matplotlib: pip install matplotlib")
+    from . import report_page  # which imports it
+
     place = _Place(Path(save_path))
     inputs = _Inputs(moe_path, text_paths, settings or ReportSettings(), dense_path, split_paths, evaluation_path)
     finished = place.finished(inputs.made_from, overwrite)
     if finished:
         return Report(place.page, place.json, finished, True)
     numbers = {"format": FORMAT, "made_from": inputs.made_from} | _gather(inputs, device)
-    html = page_of(numbers).encode()
+    html = report_page.page_of(numbers).encode()
     write_json(place.json, numbers)
     write_atomically(place.page, lambda file: file.write(html))
     return Report(place.page, place.json, numbers, False)
@@ -102,7 +106,8 @@ class _Place:
         if not file.is_file():
             return False
         with file.open("rb") as content:
-            return GENERATOR.encode() in content.read(1000)
+            beginning = content.read(1000)
+        return any(mark.encode() in beginning for mark in MARKS)
 
     def finished(self, made_from: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
         """The numbers of a page that is there already, made from the same; one made from others is refused."""
@@ -171,7 +176,7 @@ class _Inputs:
             if not path.is_file():
                 raise SettingError(f"text_path {path} is not a file")
             if path.stem in texts:
-                raise SettingError(f"text_path names two texts {path.stem}")
+                raise SettingError(f"text_path names two texts {path.stem}: rename one")
             # An evaluation says how many blocks it has read, and how many tokens of these it predicted.
             evaluated = [row["predicted_tokens"] + row["blocks"] for row in self.known[:1]]
             for max_tokens in (*evaluated, self.settings.max_tokens):

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+GENERATOR = "LLaMA-MoEfication report"
+
 
 class Numbers:
     """The numbers of a report, and how the page writes them."""

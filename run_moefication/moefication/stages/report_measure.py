@@ -26,12 +26,11 @@ from .evaluate import Evaluation, evaluate_model, tokens_digest
 
 # Tokens of the first text that both models read, and that they write after the first PROMPT of these, to be timed.
 READ, WRITTEN, PROMPT = 256, 12, 8
-ROW = ("model", "num_experts", "num_selects", "perplexity", "predicted_tokens", "agreement", "active", "tokens_sha256")
-
+MEASURED = ("perplexity", "predicted_tokens", "agreement", "active")
 # What forward calls the cache: transformers before 5.24 has another name.
 CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
-Row = dict[str, Any]  # `ROW` of an `Evaluation`, and how many "blocks" it has read
+Row = dict[str, Any]  # what a report needs of an `Evaluation`, and how many "blocks" it has read
 Blocks = list[torch.Tensor]
 
 
@@ -89,14 +88,18 @@ def read_evaluation(path: Path | None) -> list[Row]:
     if not path.is_file():
         raise MoEficationError(f"{path} is not a file; {what}")
     try:
-        return [_row(row) for row in json.loads(path.read_bytes())]
+        rows = [_row(row) for row in json.loads(path.read_bytes())]
+        if any(not isinstance(row[name], (int, float)) for row in rows for name in MEASURED):
+            raise TypeError
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise MoEficationError(f"{path} holds no rows of an evaluation as this version writes them; {what}") from error
+    return rows
 
 
 def _row(data: Mapping[str, Any]) -> Row:
     """Of an evaluation as JSON holds it."""
-    return {name: data[name] for name in ROW} | {"blocks": len(data["block_losses"])}
+    names = (*MEASURED, "model", "num_experts", "num_selects", "tokens_sha256")
+    return {name: data[name] for name in names} | {"blocks": len(data["block_losses"])}
 
 
 def known_rows(rows: Sequence[Row], digest: str, dense: str, moe: str, own: int) -> list[Row] | None:

@@ -6,10 +6,8 @@ from html import escape
 from typing import Any
 
 from . import report_sections as sections
-from .report_html import Numbers
+from .report_html import GENERATOR, Numbers
 from .report_style import STYLE
-
-GENERATOR = "LLaMA-MoEfication report"
 
 
 def page_of(numbers: Mapping[str, Any]) -> str:

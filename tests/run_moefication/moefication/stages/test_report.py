@@ -1,9 +1,12 @@
 """A report's numbers against plain loops, its page against its numbers, and what it refuses or leaves out."""
 
+import importlib.util
 import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -464,6 +467,7 @@ def test_thresholds_without_quantiles_have_no_dial(report, arguments, tmp_path):
         ({"split_file_path": ["{split}", "{tmp}"], "dense_path": ["{dense}"]}, ["has no manifest.json"]),
         ({"evaluation_path": ["{tmp}/no.json"]}, ["no.json is not a file; give a file of llama_evaluate.py --json"]),
         ({"evaluation_path": ["{tmp}/file"]}, ["file holds no rows of an evaluation"]),
+        ({"evaluation_path": ["{tmp}/rows.json"]}, ["rows.json holds no rows of an evaluation"]),
         ({"layer": [3]}, ["--layer 3 is outside of 0 to 2"]),
         ({"num_selects": [9]}, ["--num_selects 9 is outside of 3 to 8"]),
         ({"prompts": [" "]}, ["--prompts: there is nothing to continue"]),
@@ -473,6 +477,8 @@ def test_thresholds_without_quantiles_have_no_dial(report, arguments, tmp_path):
 )
 def test_bad_input_is_refused_and_nothing_written(changes, words, report, calibrated, texts, shared_run, tmp_path):
     (tmp_path / "file").write_text("[1]")
+    row = dict.fromkeys(("model", "num_experts", "num_selects", "tokens_sha256", "block_losses", "perplexity"), "")
+    (tmp_path / "rows.json").write_text(json.dumps([row | {"predicted_tokens": 1, "agreement": 1, "active": 1}]))
     (tmp_path / "mine.html").write_text("<p>my own page</p>")
     (tmp_path / "beside.json").write_text("{}")
     (tmp_path / "folder.html").mkdir()
@@ -485,6 +491,16 @@ def test_bad_input_is_refused_and_nothing_written(changes, words, report, calibr
     assert_refused(report(**filled), *words)
     assert contents(tmp_path) == before
     assert not (tmp_path / "new").exists()
+
+
+def test_without_matplotlib_nothing_begins(report, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert_refused(report(), "the report needs the package matplotlib: pip install matplotlib")
+
+
+def test_importing_a_report_does_not_need_matplotlib():
+    code = "import sys, run_moefication as rm; rm.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_page_is_made_once_and_anew_only_when_asked(report, arguments):
@@ -506,7 +522,7 @@ def test_a_page_has_its_name_only_when_it_is_whole(report, arguments, monkeypatc
     def fail(numbers):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "page_of", fail)
+    monkeypatch.setattr(report_page, "page_of", fail)
     assert report()[0] == 130
     assert not arguments["save_path"][0].parent.exists()
 
