@@ -42,7 +42,8 @@ def rows_file(folder: Path, *methods: str) -> Path:
 
 
 def test_times_are_measured_once_for_each_row_and_the_table_has_both(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(bench_frontier.SHAPES, "7B", (96, 11008))  # all numbers of neurons, little else
+    shape = dict(hidden_size=96, intermediate_size=11008)  # all numbers of neurons, little else
+    monkeypatch.setitem(bench_frontier.SHAPES, "7B", shape)
     methods = ("calibrated, 256 experts", "calibrated, 48 experts, top_k")
     options = [str(rows_file(tmp_path, *methods)), "--times", str(tmp_path / "times.json"), "--dtypes", "fp32"]
     assert bench_frontier.main([*options, "--rounds", "1", "--plot", str(tmp_path / "plot.png")]) == 0
