@@ -233,5 +233,5 @@ def test_the_quick_start_ends_with_a_total(tiny_llama, text_folder, tmp_path):
     command = ["bash", tmp_path / "scripts/quickstart.sh"]
     result = subprocess.run(command, env=os.environ | settings | {"NUM_GPUS": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    total = r"== Done in \d+ min \d+ s, of which the stages and the evaluation took \d+ min \d+ s"
+    total = r"== Done in \d+ min \d+ s, of which the stages, the evaluation and the page took \d+ min \d+ s"
     assert re.fullmatch(total, result.stdout.splitlines()[-1])

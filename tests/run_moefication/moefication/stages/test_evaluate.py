@@ -136,9 +136,10 @@ def test_table_and_json(tiny_llama, plain_run, text, run_script, tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())
     made = [("tiny-llama", None), ("tiny-llama-MoE", 4), ("tiny-llama-MoE", 2)]
     assert [(row["model"], row["num_selects"]) for row in rows] == made
-    table = out.splitlines()[-3:]
+    *table, took = out.splitlines()[-4:]
     labels = ["tiny-llama", "tiny-llama-MoE, 4 of 4", "tiny-llama-MoE, 2 of 4"]
     assert [line.rsplit(maxsplit=5)[0] for line in table] == labels
+    assert took.startswith("evaluated in ")
     for row, line in zip(rows, table, strict=True):
         ratio = row["perplexity"] / rows[0]["perplexity"]
         assert line.split()[-4:-1] == [f"{row['perplexity']:.3f}", f"{ratio:.4f}", f"{row['agreement']:.1%}"]

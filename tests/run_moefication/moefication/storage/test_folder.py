@@ -437,7 +437,7 @@ def test_a_manifest_tells_of_those_before_it(finished, tmp_path):
     assert own == {
         name: first.manifest[name] for name in ("stage", "options", "environment", "facts", "metrics", "seconds")
     }
-    made(tmp_path / "second", dataclasses.replace(SPEC, earlier=first.history))
+    made(tmp_path / "second", dataclasses.replace(OTHER, earlier=first.history))
     second = open_finished(tmp_path / "second", "split")
     assert second.history[:1] == [own] == second.manifest["earlier"]
     assert history_of(first, second, first) == second.history  # each once, the earliest first
