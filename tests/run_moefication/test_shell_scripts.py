@@ -235,3 +235,10 @@ def test_the_quick_start_ends_with_a_total(tiny_llama, text_folder, tmp_path):
     assert result.returncode == 0, result.stderr
     total = r"== Done in \d+ min \d+ s, of which the stages, the evaluation and the page took \d+ min \d+ s"
     assert re.fullmatch(total, result.stdout.splitlines()[-1])
+    # Before that, the page: of the evaluation that was made, at its budgets.
+    words = result.stdout.splitlines()
+    options = words[words.index(str(tmp_path / "run_moefication/llama_report.py")) + 1 : -2]
+    arguments = pipeline.SCRIPTS["report"].main.build_parser().parse_args(options)
+    assert arguments.text_path == [settings["TEXT"]]
+    assert arguments.evaluation_path == words[words.index("--json") + 1]
+    assert settings_of(arguments, rm.ReportSettings).num_selects == [48, 32, 16]  # of 64
