@@ -97,9 +97,9 @@ def told_numbers(history: Sequence[Stage], num_layers: int, left_out: dict[str, 
     errors = metrics_by_layer(history, "calibrate", CALIBRATED, num_layers)
     gates = metrics_by_layer(history, "select", SELECTED, num_layers)
     was_calibrated = "calibrate" in [stage["stage"] for stage in history]
-    untold = (
-        "the manifest does not tell of it, as version 0.1 wrote it" if history else "the checkpoint has no manifest"
-    )
+    untold = "the manifest, which an earlier version wrote, does not tell of it"
+    if not history:
+        untold = "the checkpoint has no manifest"
     if not errors:
         left_out["errors"] = untold if was_calibrated or not history else "the checkpoint was not calibrated"
     if not gates:
