@@ -2,19 +2,21 @@
 
 python scripts/conversion_cost.py --model_path /models/llama_7B --work .conversion
 python scripts/conversion_cost.py --model_path /models/llama_7B --work .conversion --gpus 8 --teraflops 400
-python scripts/conversion_cost.py --model_path /models/llama_7B --work .conversion --measured .conversion/minutes.jsonl
 
 Settings come from the environment, as for the shell scripts (RECIPE, NUM_EXPERTS, CALIBRATION_TOKENS, ...). Minutes
-are for a large product's speed on this machine, or the one given, of which the stages reach about UTILISATION.
-`convert_7b.sh` asks first, and at the end puts what it measured beside. Exit status 2 where disk or memory are short.
+are for a large product's speed on this machine at this moment, or the one given, of which the stages reach about
+UTILISATION. Files that are mapped into memory come on top of the memory. `convert_7b.sh` asks first, and at the end
+(`--measured`) puts the minutes beside that the manifests in --work tell of, interrupted runs included. Exit status 2
+where disk or memory are short.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,17 @@ from run_moefication.moefication.checkpoints.dense_config import read_dense_conf
 from run_moefication.moefication.errors import MoEficationError
 from run_moefication.moefication.precision import bfloat16_products, product_dtype
 from run_moefication.moefication.processes import pick_device
+from run_moefication.moefication.storage.manifest import MANIFEST, read_manifest
 from run_moefication.settings import shell_settings
 
 UTILISATION = 0.4  # of a large product's speed
-BYTES_PER_SECOND = 5e8  # of a disk
+BYTES_PER_SECOND, MEMORY_BYTES_PER_SECOND = 5e8, 1e10  # of a disk, and of memory
+PYTHON_BYTES = 8e8  # of memory, with PyTorch and transformers
 BATCH = 4  # blocks that stage 2 has in a file
 SHARD_BYTES = 2 << 30
 EVAL_TOKENS = 65_536  # if the environment does not say
+CHECK_TOKENS = 512  # that an export is checked on, one after the other
+TYPE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}  # of a parameter
 PARALLEL = ("2_get_hidden_features",)  # stages that run on all GPUs
 
 
@@ -45,7 +51,8 @@ class Stage:
     kept: float
     scratch: float
     memory: float
-    moved: float = 0  # bytes read and written, where these decide
+    moved: float = 0  # bytes read from the disk and written, where these decide
+    read: float = 0  # bytes read from memory, likewise
 
 
 class Model:
@@ -69,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder that everything is written to")
     parser.add_argument("--gpus", type=int, help="that stage 2 runs on, 0: none (default: those of this machine)")
     parser.add_argument("--teraflops", type=float, help="of a large product on one of them (default: measured here)")
-    parser.add_argument("--measured", type=Path, help='JSON lines {"stage", "minutes"} to put beside')
+    parser.add_argument("--measured", action="store_true", help="put the minutes of finished stages beside")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return command_line.run(parser, report, argv)
 
@@ -79,13 +86,19 @@ def report(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.model_path)
     if not (folder / "config.json").is_file():
         raise MoEficationError(f"--model_path {folder} has no config.json: name the folder of the checkpoint")
-    settings = shell_settings(os.environ | {"MODEL_PATH": str(folder)})
+    existing_part(arguments.work)
+    settings = shell_settings(os.environ | {"MODEL_PATH": str(folder), "SAVE_PATH": str(arguments.work)})
     block_size = int(os.environ.get("BLOCK_SIZE") or 2048)
     raw, config = read_dense_config(folder)
+    if config.intermediate_size % int(settings["NUM_EXPERTS"]):
+        found = f"NUM_EXPERTS={settings['NUM_EXPERTS']}"
+        raise MoEficationError(f"{found} does not divide the MLP width {config.intermediate_size} of {folder.name}")
     model = Model(raw, config, min(block_size, config.max_position_embeddings))
     gpus = torch.cuda.device_count() if arguments.gpus is None else arguments.gpus
     rate = arguments.teraflops and arguments.teraflops * 1e12
     if not rate:
+        if gpus and not torch.cuda.is_available():
+            raise MoEficationError(f"--gpus {gpus}: none is here to measure; give --teraflops, the speed of one")
         device = torch.device(pick_device(None))
         with bfloat16_products():  # as stages compute
             dtype = torch.bfloat16 if device.type == "cuda" else product_dtype(device)
@@ -93,34 +106,42 @@ def report(arguments: argparse.Namespace) -> None:
     counts = {name: int(value) for name, value in settings.items() if value.isdigit()}
     counts["EVAL_TOKENS"] = int(os.environ.get("EVAL_TOKENS") or EVAL_TOKENS)
     stages = costs(model, counts, gpus, block_size)
-    measured = read_measured(arguments.measured) if arguments.measured else {}
+    if settings["RECIPE"] == "engine":
+        stages.append(export_cost(model, os.environ.get("OUTTYPE", "f16 q8_0").split()))
+    measured = measured_minutes(arguments.work, folder.name, settings)
     print(
         f"{folder.name}: {model.parameters / 1e9:.2f}B parameters, {settings['NUM_EXPERTS']} experts a layer; ", end=""
     )
-    print(f"{gpus} GPUs" if gpus else f"{torch.get_num_threads()} threads", end="")
+    print(f"GPUs: {gpus}" if gpus else f"threads: {torch.get_num_threads()}", end="")
     print(f", a large product at {rate / 1e12:.2f} TFLOP/s\n")
-    print("| stage | TFLOP | GB kept | GB meanwhile | GB of memory | minutes, computed | minutes, measured |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ["stage", "TFLOP", "GB kept", "GB meanwhile", "GB of memory", "minutes, computed"]
+    print("| " + " | ".join(columns + ["minutes, measured"] * arguments.measured) + " |")
+    print("|---" * (len(columns) + arguments.measured) + "|")
     rows = []
     for stage in stages:
         seconds = stage.flops / (rate * UTILISATION * max(1, gpus if stage.name in PARALLEL else 1))
-        row = vars(stage) | {"minutes": (seconds + stage.moved / BYTES_PER_SECOND) / 60}
-        rows.append(row | {"measured": measured.get(stage.name)})
-        found = f"{measured[stage.name]:.1f}" if stage.name in measured else "-"
+        seconds += stage.moved / BYTES_PER_SECOND + stage.read / MEMORY_BYTES_PER_SECOND
+        rows.append(vars(stage) | {"minutes": seconds / 60, "measured": measured.get(stage.name)})
         sizes = " | ".join(f"{size / 1e9:.1f}" for size in (stage.kept, stage.scratch, stage.memory))
-        print(f"| {stage.name} | {stage.flops / 1e12:,.1f} | {sizes} | {row['minutes']:,.1f} | {found} |")
-    kept = sum(stage.kept for stage in stages)
-    disk, memory = kept + max(stage.scratch for stage in stages), max(stage.memory for stage in stages)
-    total = sum(row["minutes"] for row in rows)
-    print(f"\nTogether {total:,.0f} minutes; {disk / 1e9:.1f} GB of disk, of which {kept / 1e9:.1f} stay")
+        found = f" {measured[stage.name]:.1f} |" if stage.name in measured else " - |"
+        print(
+            f"| {stage.name} | {stage.flops / 1e12:,.1f} | {sizes} | {seconds / 60:,.1f} |" + found * arguments.measured
+        )
+    kept, memory = sum(stage.kept for stage in stages), max(stage.memory for stage in stages)
+    disk = kept + max(stage.scratch for stage in stages)
+    total = f"{sum(row['minutes'] for row in rows):,.1f} minutes computed"
+    if arguments.measured:
+        total += f", {sum(measured.values()):,.1f} measured"
+    print(f"\nTogether {total}; {disk / 1e9:.1f} GB of disk, of which {kept / 1e9:.1f} stay")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     if not arguments.measured:
-        require_room(arguments.work, disk, memory)
+        there = sum(stage.kept for stage in stages if stage.name in measured)
+        require_room(arguments.work, disk - there, memory)
 
 
 def costs(model: Model, counts: dict[str, int], gpus: int, block_size: int) -> list[Stage]:
-    """What each stage takes; `counts` are the shell scripts' settings that are numbers."""
+    """What each stage up to the evaluation takes; `counts` are the shell scripts' settings that are numbers."""
     hidden, neurons, layers, experts = model.hidden, model.neurons, model.layers, counts["NUM_EXPERTS"]
     split, features = counts["SPLIT_TOKENS"], counts["FEATURE_TOKENS"]
     calibration, checkpoint = counts["CALIBRATION_TOKENS"], model.parameters * model.bytes_each
@@ -130,7 +151,7 @@ def costs(model: Model, counts: dict[str, int], gpus: int, block_size: int) -> l
     pairs, maps = 1.2 * neurons**2, 2 * hidden * (hidden + neurons)
     shard = 2 * hidden * layers * BATCH * block_size
     fit = 3 * model.forward * calibration / 2  # a quarter of the text, twice, forward and backward
-    return [
+    stages = [
         Stage(
             "1_split",
             flops=layers * (split * (model.forward + pairs + maps) + 60 * neurons**2 * experts),
@@ -165,21 +186,48 @@ def costs(model: Model, counts: dict[str, int], gpus: int, block_size: int) -> l
             "evaluate", flops=2 * layers * counts["EVAL_TOKENS"] * model.forward, kept=0, scratch=0, memory=in_memory
         ),
     ]
+    return [replace(stage, memory=stage.memory + PYTHON_BYTES) for stage in stages]
 
 
-def read_measured(path: Path) -> dict[str, float]:
-    """Minutes by stage; of several runs of one, together."""
-    minutes: dict[str, float] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        minutes[row["stage"]] = minutes.get(row["stage"], 0.0) + row["minutes"]
+def export_cost(model: Model, outtypes: list[str]) -> Stage:
+    """What GGUF files of these types take, llama.cpp's check included, which reads all weights for each token."""
+    if unknown := [name for name in outtypes if name not in TYPE_BYTES]:
+        raise MoEficationError(f"OUTTYPE={unknown[0]}: choose of {', '.join(TYPE_BYTES)}")
+    files = sum(TYPE_BYTES[name] for name in outtypes) * model.parameters
+    memory = 4 * model.parameters + PYTHON_BYTES
+    flops = CHECK_TOKENS * model.forward * model.layers
+    return Stage("export", flops, files, 0, memory, moved=2 * files, read=CHECK_TOKENS * files)
+
+
+def measured_minutes(work: Path, name: str, settings: dict[str, str]) -> dict[str, float]:
+    """Of the stages that `convert_7b.sh` has finished: by their manifests, and the times of the evaluation's rows."""
+    folders = {
+        "1_split": Path(settings["SPLIT_FOLDER"]),
+        "2_get_hidden_features": Path(settings["FEATURES_FOLDER"]),
+        "3_select": Path(settings["SELECT_FOLDER"]),
+        "4_convert": work / f"{name}-MoE",
+        "5_calibrate": work / f"{name}-MoE-Calibrated",
+        "export": work / f"{name}-GGUF",
+    }
+    finished = {stage: folder / MANIFEST for stage, folder in folders.items() if (folder / MANIFEST).is_file()}
+    minutes = {stage: read_manifest(file).get("seconds", math.nan) / 60 for stage, file in finished.items()}
+    evaluation = work / "evaluation.json"
+    if evaluation.is_file():
+        minutes["evaluate"] = sum(row["seconds"] for row in json.loads(evaluation.read_text())) / 60
     return minutes
+
+
+def existing_part(work: Path) -> Path:
+    """The lowest folder of the path that is there; refused if nothing can be made in it."""
+    place = next(folder for folder in [work.absolute(), *work.absolute().parents] if folder.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise MoEficationError(f"--work {work} cannot be made: {place} is no folder to write to")
+    return place
 
 
 def require_room(work: Path, disk: float, memory: float) -> None:
     """Refuse a machine that the conversion does not fit on."""
-    place = next(folder for folder in [work.absolute(), *work.absolute().parents] if folder.is_dir())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(existing_part(work)).free
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if disk > free:
         raise MoEficationError(f"--work {work} needs {disk / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")

@@ -7,14 +7,19 @@
 #     RECIPE=engine bash scripts/convert_7b.sh /models/llama_7B          # for llama.cpp: exported as well
 #
 # Settings: DATA (folder of training text; default: the sample data), TEXT (held-out text; default: the sample data's
-# Wikipedia), WORK (folder for everything; default: MODEL-conversion), RECIPE, NUM_EXPERTS, NUM_SELECTS, SPLIT_TOKENS,
-# FEATURE_TOKENS, CALIBRATION_TOKENS, EVAL_TOKENS, BLOCK_SIZE, NUM_GPUS, BASE_MODEL_ID (the model's id on the hub, for
-# the card), OUTTYPE (of the export, such as "f16 q8_0").
+# Wikipedia), WORK (folder for everything, one for each set of other settings; default: MODEL-conversion, with RECIPE
+# MODEL-conversion-RECIPE), RECIPE, NUM_EXPERTS, NUM_SELECTS, SPLIT_TOKENS, FEATURE_TOKENS, CALIBRATION_TOKENS,
+# EVAL_TOKENS, BLOCK_SIZE, NUM_GPUS, BASE_MODEL_ID (the model's id on the hub, for the card), OUTTYPE (of the export,
+# such as "f16 q8_0").
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 usage "${BASH_SOURCE[0]}" "$@"
 STAGES="$REPOSITORY/run_moefication"
+if [ $# -gt 1 ]; then
+    echo "error: one checkpoint at a time; settings are given in the environment" >&2
+    exit 2
+fi
 if [ ! -f "$1/config.json" ]; then
     echo "error: $1 is no folder with a config.json: download the checkpoint first (llama_download/README.md)" >&2
     exit 2
@@ -22,7 +27,7 @@ fi
 MODEL_PATH="$(cd "$1" && pwd)"
 export MODEL_PATH
 ensure_environment quickstart,engine
-export PYTHON="$VENV_PYTHON" WORK="${WORK:-$MODEL_PATH-conversion}"
+export PYTHON="$VENV_PYTHON" WORK="${WORK:-$MODEL_PATH-conversion${RECIPE:+-$RECIPE}}"
 export EVAL_TOKENS="${EVAL_TOKENS:-65536}"
 
 "$PYTHON" "$REPOSITORY/scripts/conversion_cost.py" --model_path "$MODEL_PATH" --work "$WORK" \
@@ -39,32 +44,30 @@ NAME="$(basename "$MODEL_PATH")"
 export MOE_PATH="$WORK/$NAME-MoE" CALIBRATED_PATH="$WORK/$NAME-MoE-Calibrated" DISTILLED_PATH="$WORK/$NAME-MoE-Distilled"
 mkdir -p "$WORK"
 
-# timed STAGE COMMAND...: run it, and add its minutes to the file.
-timed() {
-    local stage="$1" start
-    shift
-    printf '\n== %s\n' "$stage"
-    start="$(date +%s.%N)"
-    "$@"
-    "$PYTHON" -c 'import json, sys, time; print(json.dumps({"stage": sys.argv[1], "minutes": (time.time() - float(sys.argv[2])) / 60}))' \
-        "$stage" "$start" >>"$WORK/minutes.jsonl"
-}
+say() { printf '\n== %s\n' "$*"; }
 for stage in 1_split 2_get_hidden_features 3_select 4_convert 5_calibrate; do
-    timed "$stage" bash "$STAGES/$stage.sh"
+    say "$stage"
+    bash "$STAGES/$stage.sh"
 done
-MAX_TOKENS="$EVAL_TOKENS" timed evaluate bash "$STAGES/evaluate.sh" --card --json "$WORK/evaluation.json"
+EVALUATION="$WORK/evaluation.json"
+if [ ! "$EVALUATION" -nt "$CALIBRATED_PATH/manifest.json" ]; then
+    say evaluate
+    MAX_TOKENS="$EVAL_TOKENS" bash "$STAGES/evaluate.sh" --card --json "$EVALUATION"
+fi
 if [ "${RECIPE:-calibrated}" = engine ]; then
+    say export
     # shellcheck disable=SC2086 # OUTTYPE is a list
-    timed export "$PYTHON" "$STAGES/llama_export.py" --model_path "$CALIBRATED_PATH" --save_path "$WORK/$NAME-GGUF" \
+    "$PYTHON" "$STAGES/llama_export.py" --model_path "$CALIBRATED_PATH" --save_path "$WORK/$NAME-GGUF" \
         --format gguf --outtype ${OUTTYPE:-f16 q8_0} --text_path "$TEXT_PATH"
 fi
 {
     echo "# $NAME, converted"
     echo
     "$PYTHON" "$REPOSITORY/scripts/conversion_cost.py" --model_path "$MODEL_PATH" --work "$WORK" \
-        ${NUM_GPUS:+--gpus "$NUM_GPUS"} --measured "$WORK/minutes.jsonl"
+        ${NUM_GPUS:+--gpus "$NUM_GPUS"} --measured
     echo
     sed -n '/<!-- evaluation -->/,/<!-- end of the evaluation -->/p' "$CALIBRATED_PATH/README.md"
 } >"$WORK/REPORT.md"
-printf '\n== The report, %s\n\n' "$WORK/REPORT.md"
+say "The report, $WORK/REPORT.md"
+echo
 cat "$WORK/REPORT.md"

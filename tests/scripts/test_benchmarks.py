@@ -247,12 +247,12 @@ LLAMA_7B = {
 
 def test_the_cost_of_a_7b_is_that_of_its_sizes(tmp_path, run_script):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
-    (tmp_path / "minutes.jsonl").write_text('{"stage": "4_convert", "minutes": 2}\n' * 2)
+    (tmp_path / "evaluation.json").write_text('[{"seconds": 60}, {"seconds": 180}]')
     options = ["--model_path", tmp_path, "--work", tmp_path, "--teraflops", 100, "--gpus", 4]
-    options += ["--measured", tmp_path / "minutes.jsonl", "--json", tmp_path / "cost.json"]
+    options += ["--measured", "--json", tmp_path / "cost.json"]
     status, out, err = run_script(conversion_cost.main, *options)
     assert status == 0, err
-    assert out.startswith(f"{tmp_path.name}: 6.74B parameters, 43 experts a layer; 4 GPUs")
+    assert out.startswith(f"{tmp_path.name}: 6.74B parameters, 43 experts a layer; GPUs: 4")
     rows = {row["name"]: row for row in json.loads((tmp_path / "cost.json").read_text())}
     weights, features = 2 * 6_738_415_616 - 2 * 65 * 4096, 2 * 4096 * 32 * 65_536  # norms are not counted
     assert rows["4_convert"]["kept"] == rows["5_calibrate"]["kept"] == weights
@@ -260,7 +260,62 @@ def test_the_cost_of_a_7b_is_that_of_its_sizes(tmp_path, run_script):
     forward = 65_536 * (2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32 * 2 * 4096 * 2048)
     assert rows["2_get_hidden_features"]["flops"] == forward
     assert rows["2_get_hidden_features"]["minutes"] == pytest.approx(forward / (0.4 * 100e12 * 4) / 60)
-    assert rows["4_convert"]["measured"] == 4
+    assert (rows["evaluate"]["measured"], rows["4_convert"]["measured"]) == (4, None)
+    assert "4.0 measured" in out
+
+
+def test_an_export_is_part_of_the_plan(tmp_path, run_script, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    monkeypatch.setenv("RECIPE", "engine")
+    monkeypatch.setenv("OUTTYPE", "f16 q8_0")
+    options = ["--model_path", tmp_path, "--work", tmp_path, "--teraflops", 100, "--gpus", 1, "--measured"]
+    run_script(conversion_cost.main, *options, "--json", tmp_path / "cost.json")
+    export = json.loads((tmp_path / "cost.json").read_text())[-1]
+    assert export["name"] == "export"
+    assert export["kept"] == pytest.approx(6.738e9 * (2 + 34 / 32), rel=1e-3)
+    monkeypatch.setenv("OUTTYPE", "f12")
+    assert_refused(run_script(conversion_cost.main, *options), "OUTTYPE=f12: choose of f32, f16")
+
+
+def test_what_is_finished_tells_its_minutes_and_needs_no_room(plain_run, tmp_path, run_script, monkeypatch):
+    """The folders of a real conversion."""
+    monkeypatch.setenv("NUM_EXPERTS", str(plain_run.num_experts))
+    options = [
+        "--model_path",
+        plain_run.model,
+        "--work",
+        plain_run.save,
+        "--teraflops",
+        1,
+        "--json",
+        tmp_path / "cost.json",
+    ]
+    status, _, err = run_script(conversion_cost.main, *options, "--measured")
+    assert status == 0, err
+    rows = {row["name"]: row for row in json.loads((tmp_path / "cost.json").read_text())}
+    seconds = json.loads((plain_run.split_folder / "manifest.json").read_text())["seconds"]
+    assert rows["1_split"]["measured"] == pytest.approx(seconds / 60)
+    assert [name for name, row in rows.items() if row["measured"] is None] == ["5_calibrate", "evaluate"]
+    free = max(row["scratch"] for row in rows.values()) + rows["5_calibrate"]["kept"]
+    for room, expected in ((free + 1, 0), (free - 1, 2)):
+        monkeypatch.setattr(conversion_cost.shutil, "disk_usage", lambda _, room=room: SimpleNamespace(free=room))
+        assert run_script(conversion_cost.main, *options)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpus", "8"], "--gpus 8: none is here to measure; give --teraflops"),
+        (["--teraflops", "1", "--work", "/dev/null/new"], "cannot be made: /dev/null is no folder to write to"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(tmp_path, run_script, monkeypatch, options, words):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_refused(run_script(conversion_cost.main, "--model_path", tmp_path, "--work", tmp_path, *options), words)
+    monkeypatch.setenv("NUM_EXPERTS", "7")
+    options = ["--model_path", tmp_path, "--work", tmp_path, "--teraflops", "1"]
+    assert_refused(run_script(conversion_cost.main, *options), "NUM_EXPERTS=7 does not divide the MLP width 11008")
 
 
 def test_a_machine_that_is_too_small_is_refused(tmp_path, run_script):
