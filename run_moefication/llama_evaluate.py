@@ -29,6 +29,8 @@ from run_moefication.settings import EvaluateSettings
 )
 def main(run: Run) -> None:
     """Evaluate, and print the tables or the JSON."""
+    from llama_moe import LlamaMoEConfig
+    from run_moefication.moefication.checkpoints.dense import resolve_model_path
     from run_moefication.moefication.checkpoints.model_card import add_evaluation
     from run_moefication.moefication.stages import evaluate as stage
     from run_moefication.moefication.storage.manifest import CARD
@@ -40,6 +42,8 @@ def main(run: Run) -> None:
     names = [Path(path).name for path in given.model_path]
     if given.card and len({*names}) < len(names):
         raise SettingError("card tells checkpoints apart by the last part of model_path, which two of these share")
+    if given.card and isinstance(stage.read_config(resolve_model_path(given.model_path[0])), LlamaMoEConfig):
+        raise SettingError("card compares with the dense model: name that first of model_path")
     results = stage.evaluate(given.model_path, given.text_path, **vars(run.settings), **run.options)
     as_json = json.dumps([row.as_data() for row in results], indent=1)
     if file:
@@ -59,7 +63,8 @@ def main(run: Run) -> None:
     print(f"\n{'model':<{width}} {'active':>7} {'perplexity':>12} {'ratio':>9} {'agreement':>9} {'tokens':>9}")
     for row in results:
         perplexity = f"{row.perplexity:>12.3f} {row.perplexity / results[0].perplexity:>9.4f}"
-        print(f"{row.label:<{width}} {row.active:>7.1%} {perplexity} {row.agreement:>9.1%} {row.predicted_tokens:>9,}")
+        active = "-" if row.active is None else f"{row.active:.1%}"
+        print(f"{row.label:<{width}} {active:>7} {perplexity} {row.agreement:>9.1%} {row.predicted_tokens:>9,}")
     print(f"evaluated in {took(given)}")
 
 

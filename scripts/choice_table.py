@@ -44,7 +44,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         low, high = interval(equal)
         cells = {
             "model": row["model"],
-            "active": f"{100 * row['active']:.1f} %",
+            "active": "-" if row["active"] is None else f"{100 * row['active']:.1f} %",
             "perplexity": f"{row['perplexity'] / dense['perplexity']:.3f}",
             "agreement": f"{100 * row['agreement']:.1f} %",
             "equal tokens": f"{np.mean(equal):.1f} ({low:.1f} to {high:.1f}), {np.median(equal):g}",

@@ -1,6 +1,7 @@
 """Perplexity of checkpoints, dense or MoE, how often they agree, and how evenly an MoE uses its experts."""
 
 import pickle
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -41,9 +42,10 @@ class Evaluation:
     perplexity: float
     predicted_tokens: int
     agreement: float  # share of these for which the first row's model has the same most likely token; 1 for that row
-    active: float  # parameters of the MLP blocks that ran per token, over those of the dense model
+    active: float | None  # parameters of the MLP blocks that ran per token, over the dense model's; None: not known
     expert_load: list[list[float]] | None  # by layer, the share of tokens that each routed expert ran for
     tokens_sha256: str  # `tokens_digest` of the blocks
+    seconds: float  # that it took, the loading of the model aside
     block_losses: list[float]  # mean negative log-likelihood of each block, in nats
     best_tokens: torch.Tensor = field(repr=False)  # int32 [predicted_tokens]: the most likely ones
 
@@ -175,7 +177,7 @@ def evaluate_model(
     """A loaded model on blocks of tokens, of which all but the last are equally long; `name` is for the row, `budget`
     the experts to run per token, shared ones included (None: as the model is). `reference` is the row of the same
     blocks that agreement is with; without one, a model agrees with itself."""
-    num_experts = None
+    num_experts, start = None, time.perf_counter()
     if model.config.model_type == "llama_moe":
         num_experts = model.config.num_experts + model.config.num_shared_experts
         if budget is not None:
@@ -200,12 +202,18 @@ def evaluate_model(
         perplexity=float(torch.tensor(sum(losses) / sum(counts), dtype=torch.float64).exp()),
         predicted_tokens=sum(counts),
         agreement=(best == reference.best_tokens).double().mean().item() if reference else 1.0,
-        active=active_share(model, routing) if routing else 1.0,
+        active=active_share(model, routing) if routing else None if is_foreign_moe(model.config) else 1.0,
         expert_load=[layer.expert_load.tolist() for layer in routing] or None,
         tokens_sha256=tokens_digest(blocks),
+        seconds=time.perf_counter() - start,
         block_losses=[loss / count for loss, count in zip(losses, counts, strict=True)],
         best_tokens=best,
     )
+
+
+def is_foreign_moe(config: PreTrainedConfig) -> bool:
+    """Whether it is of another class of MoEs, such as an export: how much of that runs is not counted here."""
+    return config.model_type != "llama_moe" and getattr(config, "num_experts_per_tok", None) is not None
 
 
 def tokens_digest(blocks: Sequence[torch.Tensor]) -> str:
