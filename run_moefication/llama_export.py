@@ -44,7 +44,7 @@ def main(run: Run) -> None:
             print(f"  bounding the experts of a token raises perplexity by a factor of {lost:.3f}")
         if cut := check.get("cut_otherwise"):
             print(f"  {len(cut)} of {check['texts']} provoking texts are cut into other tokens, such as {cut[0]!r}")
-    run.report(writer, "llama_evaluate.py, or the program it is for")
+    run.report(writer, "llama.cpp" if run.settings.format == "gguf" else "llama_evaluate.py, or the program it is for")
 
 
 if __name__ == "__main__":

@@ -229,7 +229,8 @@ class GraphSplitSettings(Settings):
         """Refuse to begin without METIS."""
         require_shared(self.num_shared_experts, self.num_experts)
         if find_spec("pymetis") is None:
-            raise SettingError("a split by the graph needs the package pymetis: pip install -e '.[graph]'")
+            cure = "pip install -e '.[graph]' -c constraints.txt"
+            raise SettingError(f"a split by the graph needs the package pymetis: {cure}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,6 +438,8 @@ class ExportSettings(Settings):
         given = self.outtype or ()
         if self.format != "gguf" and (len(given) > 1 or {*given} - {"f32", "f16", "bf16"}):
             raise SettingError(f"outtype {' '.join(given)}: format {self.format} has one of f32, f16, bf16")
+        if len({*given}) < len(given):
+            raise SettingError(f"outtype {' '.join(given)} names a type twice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -577,6 +580,8 @@ def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
     of_recipe = {name: getattr(recipe, name.lower()) or "" for name in OF_RECIPE}
     of_recipe["NUM_SHARED_EXPERTS"] = recipe.num_shared_experts(num_experts, num_selects)
     settings = {name: given.get(name, value) for name, value in of_recipe.items()}
+    if settings["CLUSTER_ON"] not in (*CLUSTERED_ON, GRAPH):
+        raise SettingError(f"CLUSTER_ON={settings['CLUSTER_ON']}: {', '.join(CLUSTERED_ON)} or {GRAPH}")
     method = GraphSplitSettings.method if settings["CLUSTER_ON"] == GRAPH else SplitSettings.method
     settings |= {
         "RECIPE": name,

@@ -14,8 +14,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_moefication as rm
-from run_moefication import llama_export
+from run_moefication import llama_evaluate, llama_export
 from run_moefication.moefication import llama_cpp
+from run_moefication.moefication.stages import export_check
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 320, "num_hidden_layers": 2}
 ROUTED = {"num_experts": 8, "num_experts_per_tok": 3, "num_shared_experts": 2, "gate_network": "linear"}
@@ -246,6 +247,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max
         (ROUTED | {"attention_bias": True}, ["glm4_moe"], "has biases in attention"),
         (ROUTED, ["glm4_moe", "--outtype", "q8_0"], "--outtype q8_0: --format glm4_moe has one of f32, f16, bf16"),
         (ROUTED, ["glm4_moe", "--outtype", "f32", "f16"], "has one of f32, f16, bf16"),
+        (ROUTED, ["gguf", "--outtype", "f16", "f16"], "--outtype f16 f16 names a type twice"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_with_the_cure(config, options, words, tmp_path, text, run_script):
@@ -256,6 +258,26 @@ def test_what_cannot_be_expressed_is_refused_with_the_cure(config, options, word
     assert status == 2
     assert words in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["gguf", "glm4_moe"])
+def test_a_result_that_computes_something_else_leaves_nothing(format, tmp_path, text, run_script, monkeypatch):
+    paths = ["--model_path", save_moe(tmp_path / "moe", **ROUTED), "--text_path", text, "--device", "cpu"]
+    monkeypatch.setattr(export_check, "MOST_RATIO", 0.5)  # which no ratio is within
+    (tmp_path / "out").mkdir()
+    options = [*paths, "--save_path", tmp_path / "out/model", "--format", format]
+    status, _, err = run_script(llama_export.main, *options)
+    assert (status, "it computes something else" in err) == (2, True)
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+def test_how_much_of_an_export_runs_is_not_known_to_the_evaluation(export, tmp_path, text, run_script):
+    folder, _ = export(ROUTED, "--format", "glm4_moe")
+    options = ["--model_path", tmp_path / "moe", folder, "--text_path", text, "--device", "cpu"]
+    _, out, _ = run_script(llama_evaluate.main, *options)
+    own, stock = [line.split() for line in out.splitlines()[-3:-1]]
+    assert own[4].endswith("%")
+    assert stock[1] == "-"
 
 
 def test_other_wrong_input_is_refused(tmp_path, text, tiny_llama, run_script, monkeypatch):
@@ -271,7 +293,7 @@ def test_other_wrong_input_is_refused(tmp_path, text, tiny_llama, run_script, mo
         return line
 
     assert "has a tokenizer whose way of cutting text is not among those known" in refused()
-    assert "is a llama model, not a LlamaMoE" in refused(model_path=tiny_llama)
+    assert f"{tiny_llama} is a llama model, not a LlamaMoE" in refused(model_path=tiny_llama)
     assert "--text_path nowhere is not a file" in refused(text_path="nowhere")
     monkeypatch.setattr("run_moefication.moefication.stages.export.find_spec", lambda name: None)
     assert "--format gguf needs the package gguf: pip install 'llama-moefication[engine]'" in refused()

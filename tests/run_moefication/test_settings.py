@@ -138,6 +138,7 @@ def test_the_environment_goes_before_the_recipe():
     ("environment", "words"),
     [
         ({"RECIPE": "best"}, "RECIPE=best: calibrated or engine or plain"),
+        ({"CLUSTER_ON": "grap"}, "CLUSTER_ON=grap: weights, activations or graph"),
         ({"NUM_EXPERTS": "08"}, "NUM_EXPERTS=08: a whole number is needed, 1 or more"),
         ({"NUM_EXPERTS": "0"}, "NUM_EXPERTS=0: a whole number is needed, 1 or more"),
         ({"NUM_EXPERTS": "9" * 20}, f"NUM_EXPERTS={'9' * 20}: a whole number is needed, 1 or more"),

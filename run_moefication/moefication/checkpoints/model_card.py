@@ -29,7 +29,9 @@ lm_eval run --model hf --model_args pretrained=PATH,trust_remote_code=True --tas
 hf upload OWNER/NAME PATH    # publishes this folder
 ```
 """
-LLAMA_CPP = "\nllama.cpp runs what `llama_export.py --format gguf` of LLaMA-MoEfication makes of it.\n"
+LLAMA_CPP = """
+llama.cpp runs what `llama_export.py --format gguf` of LLaMA-MoEfication makes of models of its `RECIPE=engine`.
+"""
 
 
 class Origin(NamedTuple):

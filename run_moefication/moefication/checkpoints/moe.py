@@ -65,12 +65,14 @@ class StoredMoE(StoredTensors):
     def __init__(self, path: Path):
         try:
             fields = json.loads((path / "config.json").read_bytes())
-            if fields["model_type"] != LlamaMoEConfig.model_type:
-                raise MoEficationError(f"{path} is a {fields['model_type']} model, not a LlamaMoE")
-            self.config = LlamaMoEConfig.from_dict(fields)
-            self.model_class = self.config.architectures[0]
+            kind = fields["model_type"]
+            if kind == LlamaMoEConfig.model_type:
+                self.config = LlamaMoEConfig.from_dict(fields)
+                self.model_class = self.config.architectures[0]
         except CONFIG_ERRORS as error:  # it is not JSON, or has values that the config refuses
             raise MoEficationError(f"{path} has no usable config.json ({first_line(error)})") from error
+        if kind != LlamaMoEConfig.model_type:
+            raise MoEficationError(f"{path} is a {kind} model, not a LlamaMoE")
         prefix = "" if self.model_class == "LlamaMoEModel" else "model."
         super().__init__(path, *map_tensors(path), prefix)
 

@@ -3,7 +3,8 @@
 The result is read back and compared with the LlamaMoE on a text before the folder gets its name.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,6 +81,16 @@ def _source(path: Path, name: str) -> dict[str, Any]:
     return {"name": name, "fingerprint": None}
 
 
+@contextmanager
+def discarding_what_is_refused(writer: ArtifactWriter) -> Iterator[None]:
+    """If the check of a result refuses it, all that was written goes."""
+    try:
+        yield
+    except MoEficationError:
+        writer.discard()
+        raise
+
+
 def _export_gguf(
     model: EngineModel, name: str, reference: Reference, outtypes: Sequence[str], new_writer: NewWriter
 ) -> ArtifactWriter:
@@ -96,12 +107,13 @@ def _export_gguf(
     for file, (outtype, content) in files.items():
         if file in missing:
             entry, checked = writer.write(file, content.write), {"run": False}
-            if llama_cpp.is_installed():
-                checked |= check_gguf(reference, writer.partial / file)
-                if outtype in OUTTYPE_DTYPES:
-                    require_near(checked, file)
-            else:
-                content.require_written(writer.partial / file)
+            with discarding_what_is_refused(writer):
+                if llama_cpp.is_installed():
+                    checked |= check_gguf(reference, writer.partial / file)
+                    if outtype in OUTTYPE_DTYPES:
+                        require_near(checked, file)
+                else:
+                    content.require_written(writer.partial / file)
             writer.write_part(file, {file: entry}, checked)
     if ABOUT in missing:
         path = model.moe.path
@@ -135,8 +147,9 @@ def _export_stock(
         tokenizer = carried_over(model.moe.path, config.model_type)
         write_checkpoint_files(writer, ABOUT, model.moe.path, shards, config, card, tokenizer)
     if CHECK in missing:
-        checked = check_stock(reference, writer.partial)
-        require_near(checked, str(writer.folder))
+        with discarding_what_is_refused(writer):
+            checked = check_stock(reference, writer.partial)
+            require_near(checked, str(writer.folder))
         writer.write_part(CHECK, {}, checked)
     writer.finish()
     return writer

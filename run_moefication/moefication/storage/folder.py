@@ -140,7 +140,8 @@ class ArtifactWriter(FolderWriter):
         existing = finished or partial
         unlike = existing and difference(existing, self._wanted, is_finished=finished is not None)
         if unlike:
-            raise SettingError(f"{self.folder} {unlike}; {ELSEWHERE}, or add overwrite to redo it")
+            place = self.folder if finished is not None else f"what was begun for {self.folder}"
+            raise SettingError(f"{place} {unlike}; {ELSEWHERE}, or add overwrite to redo it")
         if finished is not None:
             Artifact(self.folder, finished).check_sizes()  # "finished" is not said of a folder that has lost files
         return finished
