@@ -30,6 +30,9 @@ from .gates import Gate, load_balancing_loss
 from .moe_layers import Experts, MoEBlock
 from .triton_kernels import TRITON_IMPLEMENTATION
 
+# What outputs call the cache: transformers before 5.24 has another name.
+CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class LlamaMoEDecoderLayer(LlamaDecoderLayer):
     """The difference: `mlp` is an `MoEBlock`."""
@@ -213,7 +216,7 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM, GenerationM
             loss=loss,
             aux_loss=aux_loss if asked else None,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=router_logits if asked else None,

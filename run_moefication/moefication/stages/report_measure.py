@@ -20,7 +20,6 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from llama_moe.gates import Gate
 
-from ..checkpoints.transformers_library import quiet_transformers
 from ..errors import MoEficationError
 from ..progress import progress
 from .evaluate import Evaluation, evaluate_model, tokens_digest
@@ -128,7 +127,6 @@ def read(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens, use_cache=True, logits_to_keep=1).logits
 
 
-@quiet_transformers()  # LlamaMoE calls the cache by its older name, which 5.24 warns of
 def continued(
     models: Mapping[str, PreTrainedModel], tokenizer: Any, prompts: Sequence[str], new_tokens: int
 ) -> list[dict[str, str]]:
@@ -147,7 +145,6 @@ def continued(
     return spoken
 
 
-@quiet_transformers()
 def time_both(models: Mapping[str, PreTrainedModel], text: torch.Tensor, rounds: int) -> Row:
     """Seconds that "dense" and "moe" take to read the beginning of a text `[T]`, and to write."""
     device = models["moe"].device
