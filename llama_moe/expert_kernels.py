@@ -257,36 +257,30 @@ class TritonExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs: Tensor | None) -> Tensor:
+        """The arguments of `run_triton_kernels`."""
         ctx.save_for_backward(*inputs)
         return run_triton_kernels(*inputs)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """A gradient for each input that needs one."""
         needed = ctx.needs_input_grad
         saved = zip(ctx.saved_tensors, needed, strict=True)
         copies = [t.detach().requires_grad_(n) if t is not None else None for t, n in saved]
         hidden_states, index, weights, *matrices = copies
         packed = PackedExperts(*matrices, F.silu)
         with torch.enable_grad():
-            # Of both routings' kernels, the one that is a function of tensors.
+            # For "threshold" it is a kernel of ours: for "top_k" it may be transformers' own, which wants the module.
             kernel = choose_kernel(packed, hidden_states, weights, "threshold")
             output = kernel(packed, hidden_states, index, weights)
         gradients = iter(torch.autograd.grad(output, [t for t, n in zip(copies, needed, strict=True) if n], gradient))
         return tuple(next(gradients) if n else None for n in needed)
 
 
-# For graphs: an operator that they do not look into. Its name is this copy's of the code alone.
-@torch.library.custom_op(re.sub(r"\W", "_", __name__) + "::triton_experts", mutates_args=())
-def triton_experts(
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-) -> Tensor:
-    """`run_triton_kernels`, without gradients."""
-    return run_triton_kernels(hidden_states, top_k_index, top_k_weights, gate_up, down, gate_up_bias)
+# For graphs: an operator that they do not look into, without gradients. Its name is this copy's of the code alone.
+triton_experts = torch.library.custom_op(
+    re.sub(r"\W", "_", __name__) + "::triton_experts", run_triton_kernels, mutates_args=()
+)
 
 
 @triton_experts.register_fake

@@ -13,7 +13,7 @@ from test_modeling_llama_moe import make_moe, some_tokens, with_thresholds
 from test_moe_layers import hidden_states, naive_experts, random_experts, random_routing, require_naive
 from transformers.dynamic_module_utils import get_imports
 
-from llama_moe import expert_kernels, triton_kernels
+from llama_moe import triton_kernels
 from llama_moe.expert_kernels import PackedExperts
 from llama_moe.triton_kernels import FEW_TOKENS, TRITON_IMPLEMENTATION, run_triton_kernels
 
@@ -111,10 +111,8 @@ def test_gradients_are_the_reference_ones(frozen):
 @pytest.mark.parametrize("routing", [{}, {"routing": "threshold"}])
 def test_compiled_decoding_with_a_static_cache_is_one_graph(routing, monkeypatch):
     """Prompt and tokens by the kernels, with the text that the reference gives."""
-    ran = []
-    monkeypatch.setattr(
-        expert_kernels, "run_triton_kernels", lambda *a: ran.append(len(a[0])) or run_triton_kernels(*a)
-    )
+    ran, few_tokens = [], triton_kernels._few_tokens
+    monkeypatch.setattr(triton_kernels, "_few_tokens", lambda *a: ran.append(len(a[0])) or few_tokens(*a))
     model = with_thresholds(make_moe(**routing, num_hidden_layers=1, eos_token_id=None))
     tokens = some_tokens()
     options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=3, do_sample=False)
