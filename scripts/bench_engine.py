@@ -140,6 +140,9 @@ def random_models(
 ) -> tuple[PreTrainedModel, list[Path]]:
     """A dense model of the shape, and the folders of MoEs, saved."""
     torch.manual_seed(0)
+    width = SHAPES[arguments.shape]["intermediate_size"]
+    if uneven := [experts for experts in arguments.num_experts if width % experts]:
+        raise MoEficationError(f"--num_experts {uneven[0]} does not divide {width} neurons")
     fields = SHAPES[arguments.shape] | dict(
         num_hidden_layers=arguments.layers, vocab_size=dense.config.vocab_size, tie_word_embeddings=True
     )

@@ -10,7 +10,11 @@
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-if [ $# -gt 0 ]; then usage "${BASH_SOURCE[0]}" "$1"; fi
+if [ $# -gt 0 ]; then
+    usage "${BASH_SOURCE[0]}" "$1"
+    echo "error: '$1': settings are given in the environment (--help lists them)" >&2
+    exit 2
+fi
 if [ -z "${PYTHON:-}" ]; then
     ensure_environment quickstart
     PYTHON="$VENV_PYTHON"

@@ -10,6 +10,9 @@ set -euo pipefail
 # shellcheck source=scripts/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 usage "${BASH_SOURCE[0]}" "$@"
+for model in "$@"; do
+    [ -f "$model/config.json" ] || { echo "error: $model is no folder with a config.json" >&2 && exit 2; }
+done
 use_environment "${VLLM_VENV:-$REPOSITORY/.venv-vllm}"
 if ! "$VENV_PYTHON" -c 'import vllm' 2>/dev/null; then
     [ -x "$VENV_PYTHON" ] || "${PYTHON:-python3}" -m venv "$VENV"

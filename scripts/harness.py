@@ -8,6 +8,7 @@ LlamaMoE checkpoints run on the installed package, no code of theirs. `lm_eval.s
 
 import argparse
 import json
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,7 +47,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Run the tasks on each model, printing a row as it is there."""
     if find_spec("lm_eval") is None:
         raise MoEficationError("this wants the lm-evaluation-harness: pip install 'llama-moefication[eval]'")
-    paths = [resolve_model_path(path) for path in arguments.model_path]  # wrong ones are found before any work
+    # What is wrong is found before any work.
+    paths = [resolve_model_path(path) for path in arguments.model_path]
+    for path in paths:
+        if not (path / "config.json").is_file():
+            raise MoEficationError(f"{path} has no config.json: name a checkpoint that transformers loads")
+    if arguments.json and not (arguments.json.absolute().parent.is_dir() and os.access(arguments.json.parent, os.W_OK)):
+        raise MoEficationError(f"--json {arguments.json} cannot be written")
     tqdm.tqdm = Progress  # the harness's bars would fill log files, and so would those of `datasets`
     import datasets
     from lm_eval import simple_evaluate

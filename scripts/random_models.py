@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import timing
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from llama_moe import LlamaMoEConfig
 from llama_moe.gates import LinearGate
 from llama_moe.moe_layers import MoEBlock
 from run_moefication import command_line
+from run_moefication.moefication.checkpoints.transformers_library import quiet_transformers
 from run_moefication.moefication.errors import MoEficationError
 
 SHAPES = {
@@ -93,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make")
     parser.add_argument("--shape", choices=SHAPES, default="7B", help="of the layers")
-    parser.add_argument("--layers", type=int, default=2, help="decoder layers")
-    parser.add_argument("--characters", type=int, default=100_000, help="of random text, each a token")
+    parser.add_argument("--layers", type=timing.positive, default=2, help="decoder layers")
+    parser.add_argument("--characters", type=timing.positive, default=100_000, help="of random text, each a token")
     return command_line.run(parser, save, argv)
 
 
@@ -113,11 +115,13 @@ def save(arguments: argparse.Namespace) -> None:
     )
     fields = SHAPES[arguments.shape] | dict(num_hidden_layers=arguments.layers, vocab_size=len(words), eos_token_id=1)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**fields, bos_token_id=0), dtype=torch.bfloat16)
-    model.save_pretrained(folder / "model")
+    with quiet_transformers():
+        model.save_pretrained(folder / "model")
     letters = torch.randint(97, 123, (arguments.characters,), dtype=torch.uint8)
     letters[torch.rand(arguments.characters) < 0.2] = 32
     (folder / "text").mkdir()
     (folder / "text/text.jsonl").write_text(json.dumps({"text": bytes(letters.tolist()).decode()}) + "\n")
+    print(f"written: {folder / 'model'} ({model.num_parameters() / 1e9:.2f}B parameters) and {folder / 'text'}")
 
 
 if __name__ == "__main__":
