@@ -52,7 +52,7 @@ ENGINE_EXPERTS = (16, 48)
 class Check(NamedTuple):
     """Which values are right, and the rest of the sentence about one that is not."""
 
-    is_right: Callable[[Any], bool]
+    is_right: Callable[[Any], Any]
     otherwise: str
 
 
@@ -66,6 +66,7 @@ POSITIVE = Check(lambda value: 0 < value < math.inf, "must be a positive number"
 NOT_NEGATIVE = Check(lambda value: 0 <= value < math.inf, "must be a number, 0 or more")
 FRACTION = Check(lambda value: 0 < value < 1, "is not a fraction between 0 and 1")
 SHARE = Check(lambda value: 0 < value <= 1, "is not a fraction in (0, 1]; one percent is 0.01")
+HUB_ID = Check(re.compile(r"([\w.-]+/)?[\w.-]+").fullmatch, "is no id of the hub, such as owner/name")
 SEED = Check(lambda value: 0 <= value < 2**32, "is outside of 0 to 2^32 - 1")
 
 
@@ -324,6 +325,7 @@ class ConvertSettings(Settings):
     base_model_id: str | None = setting(
         None,
         "id of the dense model on the hub, for the model card (default: --model_path, of a folder its last part)",
+        check=HUB_ID,
     )
     num_labels: int | None = setting(
         None,

@@ -172,6 +172,7 @@ WRONG = [
     ("convert", {"routing": "threshold", "min_selects": 3}, "must not decrease"),
     ("convert", {"routing": "threshold", "max_selects": 5}, "must not decrease"),
     ("convert", {"num_labels": 3}, "--num_labels is for --convert_type LlamaMoEForSequenceClassification"),
+    ("convert", {"base_model_id": "a/b/c"}, "--base_model_id a/b/c is no id of the hub, such as owner/name"),
     ("convert", {"save_path": "{model}"}, "is the source checkpoint itself"),
     ("convert", {"save_path": "{text}"}, "holds files but no manifest.json: not ours to fill"),
     # Other options than those of the folder that is there; `test_stages` goes on with --overwrite.
@@ -198,6 +199,7 @@ WRONG = [
     ("evaluate", {"model_path": "{model}", "num_selects": 2}, "--num_selects is for MoE checkpoints"),
     ("evaluate", {"block_size": 129}, "--block_size 129 is outside"),
     ("evaluate", {"max_tokens": 1}, "--max_tokens 1 must be at least 2"),
+    ("evaluate", {"card": True}, "--card compares with the dense model: name that first of --model_path"),
     ("evaluate", {"json": "{tmp}/nowhere/rows.json"}, "cannot be written: name a file in a folder that exists"),
 ]
 
