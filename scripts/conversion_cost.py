@@ -95,38 +95,20 @@ def report(arguments: argparse.Namespace) -> None:
         raise MoEficationError(f"{found} does not divide the MLP width {config.intermediate_size} of {folder.name}")
     model = Model(raw, config, min(block_size, config.max_position_embeddings))
     gpus = torch.cuda.device_count() if arguments.gpus is None else arguments.gpus
-    rate = arguments.teraflops and arguments.teraflops * 1e12
-    if not rate:
-        if gpus and not torch.cuda.is_available():
-            raise MoEficationError(f"--gpus {gpus}: none is here to measure; give --teraflops, the speed of one")
-        device = torch.device(pick_device(None))
-        with bfloat16_products():  # as stages compute
-            dtype = torch.bfloat16 if device.type == "cuda" else product_dtype(device)
-        rate = timing.peak_rates(dtype, device)[0]
+    rate = arguments.teraflops * 1e12 if arguments.teraflops else measured_rate(gpus)
     counts = {name: int(value) for name, value in settings.items() if value.isdigit()}
     counts["EVAL_TOKENS"] = int(os.environ.get("EVAL_TOKENS") or EVAL_TOKENS)
     stages = costs(model, counts, gpus, block_size)
     if settings["RECIPE"] == "engine":
         stages.append(export_cost(model, os.environ.get("OUTTYPE", "f16 q8_0").split()))
     measured = measured_minutes(arguments.work, folder.name, settings)
-    print(
-        f"{folder.name}: {model.parameters / 1e9:.2f}B parameters, {settings['NUM_EXPERTS']} experts a layer; ", end=""
-    )
-    print(f"GPUs: {gpus}" if gpus else f"threads: {torch.get_num_threads()}", end="")
-    print(f", a large product at {rate / 1e12:.2f} TFLOP/s\n")
-    columns = ["stage", "TFLOP", "GB kept", "GB meanwhile", "GB of memory", "minutes, computed"]
-    print("| " + " | ".join(columns + ["minutes, measured"] * arguments.measured) + " |")
-    print("|---" * (len(columns) + arguments.measured) + "|")
-    rows = []
-    for stage in stages:
-        seconds = stage.flops / (rate * UTILISATION * max(1, gpus if stage.name in PARALLEL else 1))
-        seconds += stage.moved / BYTES_PER_SECOND + stage.read / MEMORY_BYTES_PER_SECOND
-        rows.append(vars(stage) | {"minutes": seconds / 60, "measured": measured.get(stage.name)})
-        sizes = " | ".join(f"{size / 1e9:.1f}" for size in (stage.kept, stage.scratch, stage.memory))
-        found = f" {measured[stage.name]:.1f} |" if stage.name in measured else " - |"
-        print(
-            f"| {stage.name} | {stage.flops / 1e12:,.1f} | {sizes} | {seconds / 60:,.1f} |" + found * arguments.measured
-        )
+    rows = [
+        vars(stage) | {"minutes": minutes(stage, rate, gpus), "measured": measured.get(stage.name)} for stage in stages
+    ]
+    place = f"GPUs: {gpus}" if gpus else f"threads: {torch.get_num_threads()}"
+    sizes = f"{model.parameters / 1e9:.2f}B parameters, {settings['NUM_EXPERTS']} experts a layer"
+    print(f"{folder.name}: {sizes}; {place}, a large product at {rate / 1e12:.2f} TFLOP/s\n")
+    print(table(rows, arguments.measured))
     kept, memory = sum(stage.kept for stage in stages), max(stage.memory for stage in stages)
     disk = kept + max(stage.scratch for stage in stages)
     total = f"{sum(row['minutes'] for row in rows):,.1f} minutes computed"
@@ -138,6 +120,35 @@ def report(arguments: argparse.Namespace) -> None:
     if not arguments.measured:
         there = sum(stage.kept for stage in stages if stage.name in measured)
         require_room(arguments.work, disk - there, memory)
+
+
+def measured_rate(gpus: int) -> float:
+    """Operations per second of a large product here, on one of `gpus` or, for 0, on the CPU."""
+    if gpus and not torch.cuda.is_available():
+        raise MoEficationError(f"--gpus {gpus}: none is here to measure; give --teraflops, the speed of one")
+    device = torch.device(pick_device(None))
+    with bfloat16_products():  # as stages compute
+        dtype = torch.bfloat16 if device.type == "cuda" else product_dtype(device)
+    return timing.peak_rates(dtype, device)[0]
+
+
+def minutes(stage: Stage, rate: float, gpus: int) -> float:
+    """What a stage takes, computed."""
+    seconds = stage.flops / (rate * UTILISATION * max(1, gpus if stage.name in PARALLEL else 1))
+    return (seconds + stage.moved / BYTES_PER_SECOND + stage.read / MEMORY_BYTES_PER_SECOND) / 60
+
+
+def table(rows: list[dict[str, Any]], with_measured: bool) -> str:
+    """In Markdown."""
+    columns = ["stage", "TFLOP", "GB kept", "GB meanwhile", "GB of memory", "minutes, computed"]
+    columns += ["minutes, measured"] * with_measured
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        sizes = [f"{row[name] / 1e9:.1f}" for name in ("kept", "scratch", "memory")]
+        cells = [row["name"], f"{row['flops'] / 1e12:,.1f}", *sizes, f"{row['minutes']:,.1f}"]
+        found = "-" if row["measured"] is None else f"{row['measured']:.1f}"
+        lines.append("| " + " | ".join(cells + [found] * with_measured) + " |")
+    return "\n".join(lines)
 
 
 def costs(model: Model, counts: dict[str, int], gpus: int, block_size: int) -> list[Stage]:
