@@ -14,7 +14,8 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +37,7 @@ from run_moefication.moefication.text.tokens import first_tokens
 from run_moefication.settings import OUTTYPES
 
 if TYPE_CHECKING:  # what writes GGUF files wants a package that may be missing
+    from run_moefication.moefication.checkpoints.gguf_file import GGUFModel
     from run_moefication.moefication.checkpoints.gguf_tokenizer import Tokenizer
 
 SHARED = 8  # one expert of so many, of random models
@@ -73,12 +75,11 @@ def main(argv: list[str] | None = None) -> int:
 def bench(arguments: argparse.Namespace) -> None:
     """Measure all that was asked for, and print a table."""
     if not llama_cpp.is_installed():
-        raise MoEficationError("this wants llama.cpp: pip install 'llama-moefication[engine]'")
+        raise MoEficationError("this wants llama.cpp: pip install -e '.[engine]' -c constraints.txt")
     if (arguments.moe_path is None) == (arguments.shape is None):
         raise MoEficationError("give one of --moe_path and --shape")
-    arguments.work.mkdir(parents=True, exist_ok=True)
     dense = DenseCheckpoint(arguments.model_path)
-    files = list(write_files(arguments, dense))
+    files = write_files(arguments, dense)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, dense.config.vocab_size, (arguments.prompt_tokens,), generator=generator).tolist()
     question = {"prompts": [prompt], "new_tokens": arguments.new_tokens, "ignore_eos": True}
@@ -106,8 +107,8 @@ def bench(arguments: argparse.Namespace) -> None:
     timing.write_json(arguments.json, torch.device("cpu"), rows)
 
 
-def write_files(arguments: argparse.Namespace, dense: DenseCheckpoint) -> Iterator[File]:
-    """The files that are not there yet, the dense model's first."""
+def write_files(arguments: argparse.Namespace, dense: DenseCheckpoint) -> list[File]:
+    """Those that are not there yet are made; the dense model's come first. What cannot be one is refused before."""
     from run_moefication.moefication.checkpoints.gguf_file import GGUFModel
     from run_moefication.moefication.checkpoints.gguf_tokenizer import Tokenizer
 
@@ -118,21 +119,28 @@ def write_files(arguments: argparse.Namespace, dense: DenseCheckpoint) -> Iterat
     else:
         name = f"{arguments.shape}-{arguments.layers}"
         dense_model, moes = random_models(arguments, dense, name)
+    files: dict[File, Callable[[Path], object]] = {}
     for kind in arguments.types:
-        path = arguments.work / f"{name}-{kind}.gguf"
-        if not path.exists():
-            write_dense(dense_model, tokenizer, path, kind)
-        yield File("dense", kind, path)
-    for moe in map(StoredMoE, moes):
+        file = File("dense", kind, arguments.work / f"{name}-{kind}.gguf")
+        files[file] = partial(write_dense, dense_model, tokenizer, kind)
+    for moe, kind in product(map(StoredMoE, moes), arguments.types):
         config = moe.config
         experts = config.num_experts + config.num_shared_experts
         label = f"{config.num_selects}/{experts}x{config.moe_intermediate_size}"
-        for kind in arguments.types:
-            path = arguments.work / f"{moe.path.name}-{config.num_selects}-of-{experts}-{kind}.gguf"
-            if not path.exists():
-                with path.open("wb") as file:
-                    GGUFModel(EngineModel(moe), tokenizer, moe.path.name, kind).write(file)
-            yield File(label, kind, path)
+        path = arguments.work / f"{moe.path.name}-{config.num_selects}-of-{experts}-{kind}.gguf"
+        files[File(label, kind, path)] = partial(write_moe, GGUFModel(EngineModel(moe), tokenizer, moe.path.name, kind))
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    for file, write in files.items():
+        make_once(file.path, write)
+    return list(files)
+
+
+def make_once(path: Path, make: Callable[[Path], object]) -> None:
+    """A file or folder that `make` writes, under its own name when it is whole; what is there stays."""
+    if not path.exists():
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        make(unfinished)
+        unfinished.replace(path)
 
 
 def random_models(
@@ -151,14 +159,18 @@ def random_models(
         shared = experts // SHARED
         of_moe = dict(num_experts=experts - shared, num_shared_experts=shared, gate_network="linear", gate_bias=True)
         of_moe["num_experts_per_tok"] = round(active * experts) - shared
-        folder = arguments.work / f"{name}-{experts}-{active}"
-        if not folder.exists():
-            LlamaMoEForCausalLM(LlamaMoEConfig(**fields, **of_moe)).save_pretrained(folder)
-        folders.append(folder)
+        folders.append(arguments.work / f"{name}-{experts}-{active}")
+        make_once(folders[-1], LlamaMoEForCausalLM(LlamaMoEConfig(**fields, **of_moe)).save_pretrained)
     return LlamaForCausalLM(LlamaConfig(**fields)), folders
 
 
-def write_dense(model: PreTrainedModel, tokenizer: "Tokenizer", path: Path, kind: str) -> None:
+def write_moe(model: "GGUFModel", path: Path) -> None:
+    """As the export writes it."""
+    with path.open("wb") as file:
+        model.write(file)
+
+
+def write_dense(model: PreTrainedModel, tokenizer: "Tokenizer", kind: str, path: Path) -> None:
     """A dense LLaMA as llama.cpp's own converter writes it."""
     import gguf
 
