@@ -270,8 +270,12 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         return fail(parser.prog, with_dashes(str(error), vars(arguments)))
     except MoEficationError as error:
         return fail(parser.prog, str(error), error.exit_status)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
+        return 141  # as the shell counts a process that SIGPIPE ended
     except OSError as error:
-        return fail(parser.prog, f"{error.filename or 'file'}: {error.strerror or error}")
+        what = f"{error.filename}: " if error.filename else ""
+        return fail(parser.prog, f"{what}{error.strerror or error}")
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise

@@ -59,7 +59,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def bench(arguments: argparse.Namespace) -> None:
     """Print and write each row."""
+    if arguments.minutes <= 0:
+        raise MoEficationError(f"--minutes {arguments.minutes:g} must be a positive number")
     if arguments.plan:
+        if arguments.json:
+            raise MoEficationError("--json is for what is measured, and --plan only computes")
+        print("Layers of LLaMA-7B's shape in bf16, where nothing but reading, writing and arithmetic took time:")
         print(timing.table_line(PLAN))
         for row in plans():
             print(timing.table_line(PLAN, row))

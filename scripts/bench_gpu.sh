@@ -18,6 +18,9 @@ fi
 if [ -z "${PYTHON:-}" ]; then
     ensure_environment quickstart
     PYTHON="$VENV_PYTHON"
+elif ! "$PYTHON" -c 'import torch' 2>/dev/null; then
+    echo "error: PYTHON=$PYTHON has no torch: name the interpreter of an environment with this project, or unset it" >&2
+    exit 2
 fi
 export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 SCRIPTS="$REPOSITORY/scripts"

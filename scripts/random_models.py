@@ -121,7 +121,7 @@ def save(arguments: argparse.Namespace) -> None:
     letters[torch.rand(arguments.characters) < 0.2] = 32
     (folder / "text").mkdir()
     (folder / "text/text.jsonl").write_text(json.dumps({"text": bytes(letters.tolist()).decode()}) + "\n")
-    print(f"written: {folder / 'model'} ({model.num_parameters() / 1e9:.2f}B parameters) and {folder / 'text'}")
+    print(f"written: {folder / 'model'} ({model.num_parameters():,} parameters) and {folder / 'text'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What bench_gpu.py computes and measures, on a CPU: Triton interprets the kernels, and no graph is captured."""
 
 import json
+import subprocess
+import sys
 from itertools import product
 from types import SimpleNamespace
 
@@ -69,7 +71,16 @@ def test_without_a_gpu_there_is_a_plan(run_script, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_refused(run_script(bench_gpu.main), "no GPU is here; --plan computes")
     status, out, _ = run_script(bench_gpu.main, "--plan")
-    assert (status, len(out.splitlines())) == (0, 1 + 5 * 2 * 5 * 2)
+    assert (status, len(out.splitlines())) == (0, 2 + 5 * 2 * 5 * 2)
+
+
+def test_whoever_reads_the_output_may_stop():
+    """As `| head` does: no message then, and the status of a process that a closed pipe ended."""
+    command = [sys.executable, bench_gpu.__file__, "--plan"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert b"error" not in process.stderr.read()
+    assert process.returncode == 141
 
 
 def test_random_models_are_checkpoints_with_text(tmp_path, run_script):
