@@ -16,14 +16,17 @@ use_environment() {
 }
 use_environment "$REPOSITORY/.venv"
 
-# usage SCRIPT [ARGUMENT]: for a script that takes folders. Without an argument, or with --help, prints the comment at the
-# script's top and ends; an argument that is another option is refused.
+# usage SCRIPT [ARGUMENT]: for a script that takes folders. With --help it prints the comment at the script's top and ends,
+# without an argument likewise, as an error; an argument that is another option is refused.
 usage() {
-    case "${2:--h}" in
-        -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$1" && exit 0 ;;
+    case "${2-}" in
+        -h | --help) _describe "$1" && exit 0 ;;
+        "") _describe "$1" >&2 && exit 2 ;;
         -*) echo "${1##*/}: error: '$2': settings are given in the environment (--help lists them)" >&2 && exit 2 ;;
     esac
 }
+
+_describe() { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$1"; }
 
 # Prints all that decides what an install gives. Fails where the environment has no working Python >= 3.11.
 # The path is part of it, since an editable install of a project that has moved points to its old place.
