@@ -86,7 +86,6 @@ def report(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.model_path)
     if not (folder / "config.json").is_file():
         raise MoEficationError(f"--model_path {folder} has no config.json: name the folder of the checkpoint")
-    existing_part(arguments.work)
     settings = shell_settings(os.environ | {"MODEL_PATH": str(folder), "SAVE_PATH": str(arguments.work)})
     block_size = int(os.environ.get("BLOCK_SIZE") or 2048)
     raw, config = read_dense_config(folder)
@@ -228,17 +227,12 @@ def measured_minutes(work: Path, name: str, settings: dict[str, str]) -> dict[st
     return minutes
 
 
-def existing_part(work: Path) -> Path:
-    """The lowest folder of the path that is there; refused if nothing can be made in it."""
-    place = next(folder for folder in [work.absolute(), *work.absolute().parents] if folder.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise MoEficationError(f"--work {work} cannot be made: {place} is no folder to write to")
-    return place
-
-
 def require_room(work: Path, disk: float, memory: float) -> None:
     """Refuse a machine that the conversion does not fit on."""
-    free = shutil.disk_usage(existing_part(work)).free
+    place = next(folder for folder in [work.absolute(), *work.absolute().parents] if folder.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise MoEficationError(f"{place} is no folder to write to: set WORK to another one than {work}")
+    free = shutil.disk_usage(place).free
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if disk > free:
         raise MoEficationError(f"--work {work} needs {disk / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")

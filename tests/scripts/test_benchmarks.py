@@ -310,20 +310,23 @@ def test_what_is_finished_tells_its_minutes_and_needs_no_room(plain_run, tmp_pat
         assert run_script(conversion_cost.main, *options)[0] == expected
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--gpus", "8"], "--gpus 8: none is here to measure; give --teraflops"),
-        (["--teraflops", "1", "--work", "/dev/null/new"], "cannot be made: /dev/null is no folder to write to"),
-    ],
-)
-def test_a_plan_that_cannot_be_is_refused(tmp_path, run_script, monkeypatch, options, words):
+def test_a_plan_that_cannot_be_is_refused(tmp_path, run_script, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    options = ["--model_path", tmp_path, "--work", tmp_path]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert_refused(run_script(conversion_cost.main, "--model_path", tmp_path, "--work", tmp_path, *options), words)
+    words = "--gpus 8: none is here to measure; give --teraflops"
+    assert_refused(run_script(conversion_cost.main, *options, "--gpus", 8), words)
     monkeypatch.setenv("NUM_EXPERTS", "7")
-    options = ["--model_path", tmp_path, "--work", tmp_path, "--teraflops", "1"]
-    assert_refused(run_script(conversion_cost.main, *options), "NUM_EXPERTS=7 does not divide the MLP width 11008")
+    words = "NUM_EXPERTS=7 does not divide the MLP width 11008"
+    assert_refused(run_script(conversion_cost.main, *options, "--teraflops", 1), words)
+
+
+def test_a_plan_for_a_place_that_cannot_be_written_is_shown_all_the_same(tmp_path, run_script):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    options = ["--model_path", tmp_path, "--work", "/dev/null/new", "--teraflops", 1]
+    status, out, err = run_script(conversion_cost.main, *options)
+    assert (status, out.count("\n| ")) == (2, 7)
+    assert err.endswith("/dev/null is no folder to write to: set WORK to another one than /dev/null/new\n")
 
 
 def test_a_machine_that_is_too_small_is_refused(tmp_path, run_script):
