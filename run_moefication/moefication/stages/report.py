@@ -71,7 +71,9 @@ def report(
         MoEficationError: a path is not what it should be, before anything is measured; or `save_path` is not ours.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise MoEficationError("the report needs the package matplotlib: pip install matplotlib")
+        raise MoEficationError(
+            "the report needs the package matplotlib: pip install -e '.[quickstart]' -c constraints.txt"
+        )
     from . import report_page  # which imports it
 
     place = _Place(Path(save_path))
@@ -147,8 +149,12 @@ class _Inputs:
             raise SettingError(f"layer {settings.layer} is outside of 0 to {self.config.num_hidden_layers - 1}")
         for budget in settings.num_selects or ():
             require_num_selects(budget, self.config)
-        self.known = measure.read_evaluation(Path(evaluation_path) if evaluation_path else None)
+        self._evaluation = measure.read_evaluation(Path(evaluation_path) if evaluation_path else None)
         self.texts = self._texts([Path(path) for path in text_paths])
+        self.known = self._known()
+        if evaluation_path and not self.known:
+            what = f"{self.names['moe']} at {self.config.num_selects} experts, after the dense model, on these texts"
+            raise SettingError(f"evaluation_path {evaluation_path} has no rows of {what}")
 
     def _splits(self, paths: Sequence[str | Path]) -> list[Split]:
         if not paths:
@@ -178,13 +184,22 @@ class _Inputs:
             if path.stem in texts:
                 raise SettingError(f"text_path names two texts {path.stem}: rename one")
             # An evaluation says how many blocks it has read, and how many tokens of these it predicted.
-            evaluated = [row["predicted_tokens"] + row["blocks"] for row in self.known[:1]]
+            evaluated = [row["predicted_tokens"] + row["blocks"] for row in self._evaluation[:1]]
             for max_tokens in (*evaluated, self.settings.max_tokens):
                 blocks = blocks_of(path, same_tokens(path, [*folders], [*configs], max_tokens), block_size)
                 texts[path.stem] = blocks
-                if self.known and tokens_digest(blocks) == self.known[0]["tokens_sha256"]:
+                if self._evaluation and tokens_digest(blocks) == self._evaluation[0]["tokens_sha256"]:
                     break
         return texts
+
+    def _known(self) -> dict[str, list[measure.Row]]:
+        """Rows of the evaluation, by text."""
+        names = (self.names.get("dense"), self.names["moe"], self.config.num_selects)
+        rows = {
+            text: measure.known_rows(self._evaluation, tokens_digest(blocks), *names)
+            for text, blocks in self.texts.items()
+        }
+        return {text: found for text, found in rows.items() if found}
 
     @property
     def made_from(self) -> dict[str, Any]:

@@ -209,6 +209,7 @@ def _heat(
             axes.set_yticks(range(len(rows)), [row if len(row) < 17 else f"{row[:15]}…" for row in rows])
             axes.tick_params(axis="y", length=0)
         else:
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         scale.imshow(np.linspace(*limits, 101)[None], extent=(*limits, 0, 1), **how)
         scale.set_yticks([])

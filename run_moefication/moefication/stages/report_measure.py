@@ -22,7 +22,7 @@ from llama_moe.gates import Gate
 
 from ..errors import MoEficationError
 from ..progress import progress
-from .evaluate import Evaluation, evaluate_model, tokens_digest
+from .evaluate import Evaluation, evaluate_model
 
 # Tokens of the first text that both models read, and that they write after the first PROMPT of these, to be timed.
 READ, WRITTEN, PROMPT = 256, 12, 8
@@ -102,7 +102,7 @@ def _row(data: Mapping[str, Any]) -> Row:
     return {name: data[name] for name in names} | {"blocks": len(data["block_losses"])}
 
 
-def known_rows(rows: Sequence[Row], digest: str, dense: str, moe: str, own: int) -> list[Row] | None:
+def known_rows(rows: Sequence[Row], digest: str, dense: str | None, moe: str, own: int) -> list[Row] | None:
     """Rows of an evaluation of these tokens: of the model `dense`, then of `moe`. None unless agreement there is with
     the dense model, and the MoE's `own` budget is among them."""
     if not rows or (rows[0]["model"], rows[0]["tokens_sha256"]) != (dense, digest):
@@ -198,7 +198,7 @@ class Measured:
     Args:
         models: "moe", and "dense" where there is one; names: what rows call them.
         texts: blocks of each text, by its name.
-        known: rows of an evaluation. A text that it has read is not evaluated again; only its routing is recorded, on
+        known: rows of an evaluation, by text. Such a text is not evaluated again; only its routing is recorded, on
             `max_tokens` at most.
     """
 
@@ -207,7 +207,7 @@ class Measured:
         models: Mapping[str, PreTrainedModel],
         names: Mapping[str, str],
         texts: Mapping[str, Blocks],
-        known: Sequence[Row],
+        known: Mapping[str, list[Row]],
         *,
         max_tokens: int,
         batch_size: int,
@@ -219,8 +219,7 @@ class Measured:
         self._dense: dict[str, Evaluation] = {}  # of the texts that are evaluated here
         self._evaluated: list[str] = []  # their names
         for text, blocks in texts.items():
-            rows = known_rows(known, tokens_digest(blocks), names.get("dense"), self._name, self.own)
-            if rows:
+            if text in known:
                 blocks = blocks[: max(1, max_tokens // len(blocks[0]))]
             else:
                 self._evaluated.append(text)
@@ -230,7 +229,7 @@ class Measured:
                 own_row = self._row_of(text, blocks, None)
             self.routings.append(Routing.of(choices))
             dense = [_row(self._dense[text].as_data())] if text in self._dense else []
-            self.rows[text] = rows or [*dense, own_row]
+            self.rows[text] = known.get(text, [*dense, own_row])
 
     def run_at(self, num_selects: int) -> None:
         """Add rows of another budget; SettingError if the model cannot run it. It stays at that budget."""

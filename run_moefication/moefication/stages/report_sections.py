@@ -94,6 +94,8 @@ def _ran(n: Numbers) -> str:
     lines = {"runs": [100 * share for share in n["experts"]["ran_by_layer"]]}
     svg = figures.lines("ran", "Share of the neurons that ran, by layer", lines, "neurons that ran, %")
     see = "The share of each layer's neurons that ran on these texts, shared experts included."
+    if n["model"]["routing"] == "top_k":
+        return figure(svg, see, "a line that is not flat: every token runs as many experts, in every layer.")
     return figure(svg, see, "a layer far off the others: its threshold was set on text unlike these.")
 
 
@@ -130,7 +132,7 @@ def experts(n: Numbers) -> str:
     together = figure(
         figures.together(n.all),
         "Blue: two experts run for the same tokens more often than by chance; orange: less often. Those that run "
-        "together are neighbours.",
+        "together are neighbours; what never ran, or always, is blank.",
         "blue all over: then gates decide how much runs for a token, and hardly what.",
     )
     least, most = (n.show("experts", f"{end}_neurons", form=".1%") for end in ("least", "most"))

@@ -339,6 +339,14 @@ def test_what_an_evaluation_has_read_is_not_evaluated_again(report, arguments, c
     assert "1234.500" in page
 
 
+def test_an_evaluation_of_other_models_is_refused(report, calibrated, texts, run_script, tmp_path):
+    file, other = tmp_path / "rows.json", ["--model_path", calibrated.model, calibrated.moe]
+    options = ["--block_size", BLOCK, "--max_tokens", 100, "--json", file, "--device", "cpu"]
+    assert run_script(llama_evaluate.main, *other, "--text_path", texts[1], *options)[0] == 0
+    words = f"rows.json has no rows of {calibrated.calibrated.name} at 4 experts, after the dense model, on these texts"
+    assert_refused(report(dense_path=[calibrated.model], evaluation_path=[file]), words)
+
+
 def test_what_the_models_say_is_what_generate_says(made, calibrated):
     tokenizer = make_tokenizer()
     for row in made.numbers["spoken"]:
@@ -495,7 +503,9 @@ def test_bad_input_is_refused_and_nothing_written(changes, words, report, calibr
 
 def test_without_matplotlib_nothing_begins(report, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert_refused(report(), "the report needs the package matplotlib: pip install matplotlib")
+    assert_refused(
+        report(), "the report needs the package matplotlib: pip install -e '.[quickstart]' -c constraints.txt"
+    )
 
 
 def test_importing_a_report_does_not_need_matplotlib():
