@@ -31,13 +31,15 @@ def main(run: Run) -> None:
     for part, check in writer.metrics().items():
         what = part if part != stage.CHECK else run.settings.format
         if not check.get("run", True):
-            print(f"{what}: read back; not run, since llama.cpp is not here (pip install xllamacpp)")
+            cure = "pip install -e '.[engine]' -c constraints.txt, and --overwrite"
+            print(f"{what}: read back; not run, since llama.cpp was not there when it was made ({cure})")
             continue
         ratio = check["perplexity"] / check["reference_perplexity"]
-        largest = max(value for name, value in check.items() if name.startswith("max_"))
+        name, largest = next(item for item in check.items() if item[0].startswith("max_"))
+        of = "a logit" if name == "max_logit_difference" else "a log-probability"
         print(
             f"{what}: perplexity {check['perplexity']:.3f} ({ratio:.4f} of the LlamaMoE's), same most likely token "
-            f"{check['argmax_agreement']:.2%}, largest difference {largest:.1e}; {check['tokens']} tokens"
+            f"{check['argmax_agreement']:.2%}, largest difference of {of} {largest:.1e}; {check['tokens']} tokens"
         )
         if "perplexity_without_bound" in check:
             lost = check["reference_perplexity"] / check["perplexity_without_bound"]

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the tasks on each model, printing a row as it is there."""
     if find_spec("lm_eval") is None:
-        raise MoEficationError("this wants the lm-evaluation-harness: pip install 'llama-moefication[eval]'")
+        raise MoEficationError("this wants the lm-evaluation-harness: pip install -e '.[eval]' -c constraints.txt")
     # What is wrong is found before any work.
     paths = [resolve_model_path(path) for path in arguments.model_path]
     for path in paths:

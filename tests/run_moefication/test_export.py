@@ -296,4 +296,4 @@ def test_other_wrong_input_is_refused(tmp_path, text, tiny_llama, run_script, mo
     assert f"{tiny_llama} is a llama model, not a LlamaMoE" in refused(model_path=tiny_llama)
     assert "--text_path nowhere is not a file" in refused(text_path="nowhere")
     monkeypatch.setattr("run_moefication.moefication.stages.export.find_spec", lambda name: None)
-    assert "--format gguf needs the package gguf: pip install 'llama-moefication[engine]'" in refused()
+    assert "--format gguf needs the package gguf: pip install -e '.[engine]' -c constraints.txt" in refused()

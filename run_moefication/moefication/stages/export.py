@@ -96,7 +96,7 @@ def _export_gguf(
 ) -> ArtifactWriter:
     """A file for each type, and a card."""
     if find_spec("gguf") is None:
-        raise SettingError("format gguf needs the package gguf: pip install 'llama-moefication[engine]'")
+        raise SettingError("format gguf needs the package gguf: pip install -e '.[engine]' -c constraints.txt")
     from ..checkpoints.gguf_file import GGUFModel
     from ..checkpoints.gguf_tokenizer import Tokenizer
 
