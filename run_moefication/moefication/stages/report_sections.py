@@ -36,7 +36,10 @@ def spoken(n: Numbers) -> str:
         for row in n["spoken"]
     )
     alone = "" if len(models) > 1 else n.left_out("dense", "The dense model's text is left out")
-    words = "Each goes on with the most likely token, one after the other. A bad sign: loops, or words that are none."
+    words = (
+        "Each goes on with the most likely token, one after the other, without a template for chats. A bad sign: loops "
+        "that the dense model has not, or words that are none."
+    )
     return f'<p class="small">{words}</p>{alone}<div class="tiles">{cards}</div>'
 
 
