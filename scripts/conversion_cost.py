@@ -39,6 +39,9 @@ SHARD_BYTES = 2 << 30
 EVAL_TOKENS = 65_536  # if the environment does not say
 CHECK_TOKENS = 512  # that an export is checked on, one after the other
 TYPE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}  # of a parameter
+# How much longer an operation in float64 takes: on a CPU, and on a GPU made for computing (others: four times that).
+DOUBLE_COST = {"cpu": 2, "gpu": 16}
+SOLUTIONS = 5  # of a layer's normal equations, to find the strength: three or four, and the last one on all text
 PARALLEL = ("2_get_hidden_features",)  # stages that run on all GPUs
 
 
@@ -53,6 +56,7 @@ class Stage:
     memory: float
     moved: float = 0  # bytes read from the disk and written, where these decide
     read: float = 0  # bytes read from memory, likewise
+    doubles: float = 0  # operations of the `flops` in float64
 
 
 class Model:
@@ -133,7 +137,8 @@ def measured_rate(gpus: int) -> float:
 
 def minutes(stage: Stage, rate: float, gpus: int) -> float:
     """What a stage takes, computed."""
-    seconds = stage.flops / (rate * UTILISATION * max(1, gpus if stage.name in PARALLEL else 1))
+    operations = stage.flops + (DOUBLE_COST["gpu" if gpus else "cpu"] - 1) * stage.doubles
+    seconds = operations / (rate * UTILISATION * max(1, gpus if stage.name in PARALLEL else 1))
     return (seconds + stage.moved / BYTES_PER_SECOND + stage.read / MEMORY_BYTES_PER_SECOND) / 60
 
 
@@ -161,6 +166,8 @@ def costs(model: Model, counts: dict[str, int], gpus: int, block_size: int) -> l
     pairs, maps = 1.2 * neurons**2, 2 * hidden * (hidden + neurons)
     shard = 2 * hidden * layers * BATCH * block_size
     fit = 3 * model.forward * calibration / 2  # a quarter of the text, twice, forward and backward
+    # A Cholesky decomposition, with it the solution, and the error on text that is held out.
+    solutions = layers * SOLUTIONS * (neurons**3 / 3 + 4 * neurons**2 * hidden)
     stages = [
         Stage(
             "1_split",
@@ -186,7 +193,8 @@ def costs(model: Model, counts: dict[str, int], gpus: int, block_size: int) -> l
         Stage("4_convert", 0, checkpoint, 0, 2 * min(SHARD_BYTES, checkpoint), moved=2 * checkpoint),
         Stage(
             "5_calibrate",
-            flops=layers * (calibration * (3 * model.forward + pairs) + fit),
+            flops=layers * (calibration * (3 * model.forward + pairs) + fit) + solutions,
+            doubles=solutions,
             kept=checkpoint,
             scratch=16 * hidden * calibration + 4 * layers * hidden * neurons,
             memory=2 * float32_layer + 10 * square + SHARD_BYTES + 5 * calibration * experts,
