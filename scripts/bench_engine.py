@@ -78,6 +78,8 @@ def bench(arguments: argparse.Namespace) -> None:
         raise MoEficationError("this wants llama.cpp: pip install -e '.[engine]' -c constraints.txt")
     if (arguments.moe_path is None) == (arguments.shape is None):
         raise MoEficationError("give one of --moe_path and --shape")
+    if arguments.new_tokens < 2:
+        raise MoEficationError("--new_tokens 1 is part of reading the prompt: decode at least 2")
     dense = DenseCheckpoint(arguments.model_path)
     files = write_files(arguments, dense)
     generator = torch.Generator().manual_seed(0)

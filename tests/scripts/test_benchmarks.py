@@ -234,6 +234,7 @@ def test_engine_bench_compares_models_of_the_same_weights(tmp_path, run_script, 
 
 def test_engine_bench_writes_nothing_for_models_that_an_engine_cannot_hold(tmp_path, run_script, plain_run):
     options = ["--model_path", plain_run.model, "--moe_path", plain_run.moe, "--work", tmp_path / "files"]
+    assert_refused(run_script(bench_engine.main, *options, "--new_tokens", 1), "decode at least 2")
     status, out, err = run_script(bench_engine.main, *options)
     assert (status, out) == (2, "")
     assert "RECIPE=engine" in err
