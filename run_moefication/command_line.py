@@ -270,10 +270,9 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         return fail(parser.prog, with_dashes(str(error), vars(arguments)))
     except MoEficationError as error:
         return fail(parser.prog, str(error), error.exit_status)
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
-        return 141  # as the shell counts a process that SIGPIPE ended
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and output_is_closed():
+            return 141  # as the shell counts a process that a closed pipe ended
         what = f"{error.filename}: " if error.filename else ""
         return fail(parser.prog, f"{what}{error.strerror or error}")
     except RuntimeError as error:
@@ -285,6 +284,16 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         print(f"{parser.prog}: interrupted; run again to go on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def output_is_closed() -> bool:
+    """Whether nobody reads the output any more, as after `| head`. What is left of it then goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        return True
+    return False
 
 
 def took(arguments: argparse.Namespace) -> str:
