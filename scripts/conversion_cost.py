@@ -39,7 +39,7 @@ SHARD_BYTES = 2 << 30
 EVAL_TOKENS = 65_536  # if the environment does not say
 CHECK_TOKENS = 512  # that an export is checked on, one after the other
 TYPE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}  # of a parameter
-# How much longer an operation in float64 takes: on a CPU, and on a GPU made for computing (others: four times that).
+# How much longer an operation in float64 takes: on a CPU, and on an A100 or H100. GPUs for games are far slower at it.
 DOUBLE_COST = {"cpu": 2, "gpu": 16}
 SOLUTIONS = 5  # of a layer's normal equations, to find the strength: three or four, and the last one on all text
 PARALLEL = ("2_get_hidden_features",)  # stages that run on all GPUs

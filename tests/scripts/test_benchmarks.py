@@ -269,6 +269,10 @@ def test_the_cost_of_a_7b_is_that_of_its_sizes(tmp_path, run_script):
     forward = 65_536 * (2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32 * 2 * 4096 * 2048)
     assert rows["2_get_hidden_features"]["flops"] == forward
     assert rows["2_get_hidden_features"]["minutes"] == pytest.approx(forward / (0.4 * 100e12 * 4) / 60)
+    solutions = 32 * 5 * (11008**3 / 3 + 4 * 11008**2 * 4096)  # in float64: a sixteenth as fast
+    calibrate = rows["5_calibrate"]
+    expected = (calibrate["flops"] + 15 * solutions) / (0.4 * 100e12) + 3 * weights / 5e8
+    assert calibrate["minutes"] == pytest.approx(expected / 60)
     assert (rows["evaluate"]["measured"], rows["4_convert"]["measured"]) == (4, None)
     assert "4.0 measured" in out
 
