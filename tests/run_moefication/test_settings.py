@@ -14,7 +14,7 @@ from pipeline import SCRIPTS
 
 import llama_moe
 from llama_moe.configuration_llama_moe import GATE_NETWORKS, ROUTINGS
-from run_moefication import settings
+from run_moefication import command_line, settings
 from run_moefication.command_line import with_dashes
 from run_moefication.moefication.checkpoints.dense import DTYPES
 from run_moefication.moefication.errors import SettingError
@@ -203,3 +203,14 @@ def test_options_that_older_versions_recorded(recorded, wanted, said):
     claim = {"source": {"fingerprint": "1"}, "inputs": {}, "environment": {}}
     told = difference(claim | {"options": recorded}, claim | {"options": wanted}, is_finished=True)
     assert told is None if said is None else told.startswith(said)
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_an_error(run_script):
+    def work(_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def main(argv):
+        return command_line.run(command_line.new_parser("A script."), work, argv)
+
+    status, _, err = run_script(main)
+    assert (status, err.endswith("error: Broken pipe\n")) == (2, True)
