@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import re
+import select
 import sys
 import time
 import traceback
@@ -287,13 +288,13 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
 
 
 def output_is_closed() -> bool:
-    """Whether nobody reads the output any more, as after `| head`. What is left of it then goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
-        return True
-    return False
+    """Whether nobody reads the standard output any more, as after `| head`. What is left of it then goes nowhere."""
+    poll = select.poll()
+    poll.register(1, 0)  # errors are told in any case, and this is one
+    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains when it ends
+    return is_closed
 
 
 def took(arguments: argparse.Namespace) -> str:
