@@ -30,7 +30,7 @@ from .gates import Gate, load_balancing_loss
 from .moe_layers import Experts, MoEBlock
 from .triton_kernels import TRITON_IMPLEMENTATION
 
-# What outputs call the cache: transformers before 5.24 has another name.
+# What transformers calls the cache, in calls and in outputs: before 5.24 it has another name.
 CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -184,8 +184,8 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM, GenerationM
         """As `LlamaForCausalLM.forward`; `logits_to_keep`: the last so many positions (0: all), or those listed."""
         asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
         balanced = self.training and labels is not None and self.config.router_aux_loss_coef > 0
-        # transformers from 5.24 on passes `cache`, among the rest, and warns of two.
-        cache = {} if past_key_values is None else {"past_key_values": past_key_values}
+        # transformers from 5.24 on passes `cache`, among the rest.
+        cache = {} if past_key_values is None else {CACHE: past_key_values}
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

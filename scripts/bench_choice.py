@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import run_moefication as rm
+from llama_moe.modeling_llama_moe import CACHE
 from run_moefication import command_line
 from run_moefication.moefication.checkpoints.moe import require_num_selects
 from run_moefication.moefication.checkpoints.tokenizers import load_tokenizer
@@ -127,9 +128,9 @@ def chosen(model: PreTrainedModel, example: Example, tokens: list[torch.Tensor])
 def log_likelihoods(model: PreTrainedModel, context: torch.Tensor, answers: list[torch.Tensor]) -> list[float]:
     """Of each answer's tokens after those of the context, in nats, summed; the context is read once for all."""
     before = model.model(input_ids=context[None], use_cache=True)
-    before.past_key_values.batch_repeat_interleave(len(answers))
+    before[CACHE].batch_repeat_interleave(len(answers))
     padded = pad_sequence(answers, batch_first=True)  # [answers, tokens]; a token sees nothing of what fills up the end
-    states = model.model(input_ids=padded, past_key_values=before.past_key_values).last_hidden_state
+    states = model.model(input_ids=padded, **{CACHE: before[CACHE]}).last_hidden_state
     first = before.last_hidden_state[:, -1:].expand(len(answers), -1, -1)
     log_p = model.lm_head(torch.cat([first, states[:, :-1]], dim=1)).float().log_softmax(-1)
     log_p = log_p.gather(-1, padded[..., None])[..., 0]
@@ -142,8 +143,8 @@ def greedy(model: PreTrainedModel, prompts: torch.Tensor) -> torch.Tensor:
     `[B, NEW]`."""
     tokens, cache, made = prompts, None, []
     for _ in range(NEW):
-        output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        tokens, cache = output.logits.argmax(-1), output.past_key_values
+        output = model(tokens, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+        tokens, cache = output.logits.argmax(-1), output[CACHE]
         made.append(tokens)
     return torch.cat(made, dim=1)
 

@@ -19,6 +19,7 @@ import torch
 from random_models import SHAPES, make_models
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from llama_moe.modeling_llama_moe import CACHE
 from run_moefication import command_line
 
 SHAPE = SHAPES["1B"]
@@ -80,13 +81,13 @@ def runs(phase: str, model: PreTrainedModel, prompt: torch.Tensor, new_tokens: i
     prefill = partial(model, prompt, logits_to_keep=1, use_cache=True)
     if phase == "prefill":
         return prefill
-    cache = prefill().past_key_values
+    cache = prefill()[CACHE]
     cache.crop(-1)  # each run reads the last token of the prompt again, which gives the first new one
 
     def decode() -> torch.Tensor:
         token = prompt[:, -1:]
         for _ in range(new_tokens):
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(token, use_cache=True, **{CACHE: cache}).logits[:, -1:].argmax(-1)
         cache.crop(-new_tokens)
         return token
 

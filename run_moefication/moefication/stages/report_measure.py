@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from llama_moe.gates import Gate
+from llama_moe.modeling_llama_moe import CACHE
 
 from ..errors import MoEficationError
 from ..progress import progress
@@ -27,8 +27,6 @@ from .evaluate import Evaluation, evaluate_model
 # Tokens of the first text that both models read, and that they write after the first PROMPT of these, to be timed.
 READ, WRITTEN, PROMPT = 256, 12, 8
 MEASURED = ("perplexity", "predicted_tokens", "agreement", "active")
-# What forward calls the cache: transformers before 5.24 has another name.
-CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 Row = dict[str, Any]  # what a report needs of an `Evaluation`, and how many "blocks" it has read
 Blocks = list[torch.Tensor]
