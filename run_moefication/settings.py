@@ -251,7 +251,7 @@ class FeatureSettings(Settings):
     feature_format: str = setting("full", "full: MLP inputs and activations; inputs: only those", choices=FORMATS)
     templates: str | None = template(only="feature_format full")
     batch_size: int = setting(4, "blocks per forward pass; limits device memory", check=COUNT)
-    save_interval: int = setting(1, "batches per file, which are in host memory together", check=COUNT)
+    save_interval: int = setting(1, "batches per file; two files lie in host memory at a time", check=COUNT)
     dtype: str = setting("bfloat16", "dtype of the stored features", choices=DTYPES)
 
 

@@ -7,6 +7,7 @@ W of the run that began the folder: a run may go on with another number of proce
 
 import math
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def extract_features(
     """Run the dense model over the corpus and store, per layer, the MLP's inputs and (format "full") activations:
     SiLU(gate_proj x), or with the template of up_proj SiLU(gate_proj x) * (up_proj x).
 
-    The model runs in float32 on CPUs and in its own dtype elsewhere. Memory: the model, and one shard. `rank` of
+    The model runs in float32 on CPUs and in its own dtype elsewhere. Memory: the model, and two shards. `rank` of
     `world_size`: this process among those that share the work.
     """
     if not 0 <= rank < world_size:
@@ -68,11 +69,16 @@ def extract_features(
         recorder = _Recorder(model, settings.templates, dtype)
         shards = {n: corpus.blocks[n * blocks_per_shard : (n + 1) * blocks_per_shard] for n in mine}
         num_batches = sum(-(-len(blocks) // settings.batch_size) for blocks in shards.values())
-        with progress(range(num_batches), "record hidden features", "batch") as bar:
+        # A shard is written while the model reads the next one.
+        with progress(range(num_batches), "record hidden features", "batch") as bar, ThreadPoolExecutor(1) as disk:
+            written: Future[None] | None = None
             for number, blocks in shards.items():
                 batches = batches_of(blocks, settings.batch_size)
                 features = recorder.record(blocks, batches, number * blocks_per_shard, bar)
-                _write_shard(writer, number, features)
+                if written is not None:
+                    written.result()  # at most two shards are in memory, and a full disk ends the run here
+                written = disk.submit(_write_shard, writer, number, features)
+            written.result()
     writer.finish()
     return writer
 
