@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import change_weights, make_llama
-from pipeline import GATE, UP, Pipeline, corpus_of, load, mlp_inputs
+from pipeline import GATE, UP, Pipeline, contents, corpus_of, limited_files, load, mlp_inputs
 
 from run_moefication.moefication.artifacts.features import Features
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
@@ -92,3 +92,12 @@ def test_lack_of_room_is_foreseen(checkpoint, corpus, tmp_path, monkeypatch):
     with pytest.raises(MoEficationError, match=r"needs about 0.0 GB and 0.0 GB are free"):
         extract(checkpoint, corpus, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_ends_the_run(checkpoint, corpus, tmp_path):
+    """Files are written beside the forward pass, and a failure there is the run's; with room again, it goes on."""
+    with limited_files(10_000), pytest.raises(OSError, match="File too large"):
+        extract(checkpoint, corpus, tmp_path / "full", batch_size=4)
+    for name in ("full", "whole"):
+        extract(checkpoint, corpus, tmp_path / name, batch_size=4)
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")
