@@ -5,8 +5,12 @@ other ids in a folder whose config.json names another `model_type`.
 """
 
 import json
+import logging
 import tempfile
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -49,14 +53,29 @@ COMPARED_ATTRIBUTES = (
     *("padding_side", "truncation_side", "model_max_length"),
 )
 AUTO_MAP = "auto_map"
+# Digits after spaces, which pre-tokenizers cut in different ways.
+NUMBERS = ("Total:    42", "x:\n  1\n    22\n", "12345 67")
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder; refused if the libraries cannot read it without code of its own."""
+    """The tokenizer of a checkpoint folder; refused if the libraries cannot read it without code of its own. Where it
+    seems to cut text otherwise than the one that the model was trained with, a warning says so, once."""
+    tokenizer = _load(path)
+    for doubt in _doubts(path, tokenizer):
+        _warn(f"{path}: {doubt}")
+    return tokenizer
+
+
+@cache
+def _warn(message: str) -> None:
+    logger.warning(message)
+
+
+def _load(path: Path) -> PreTrainedTokenizerBase:
     if not any((path / name).is_file() for name in VOCABULARY_FILES):  # some releases make an empty one
         raise MoEficationError(f"{path} has no usable tokenizer (none of {', '.join(VOCABULARY_FILES)} is there)")
-    file = path / "tokenizer_config.json"
-    if file.is_file() and read_json_object(file, "download it again").get(AUTO_MAP):
+    if _json(path / "tokenizer_config.json").get(AUTO_MAP):
         raise MoEficationError(
             f"{path} has a tokenizer with code of its own (auto_map in tokenizer_config.json), which is not run here; "
             f"give a checkpoint whose tokenizer is one of transformers' own"
@@ -70,15 +89,62 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         # The tokenizers library raises plain Exceptions; the others mean that a file, a class or a package is missing.
         if type(error) is Exception or isinstance(error, (OSError, RuntimeError, ImportError, *CONFIG_ERRORS)):
-            raise MoEficationError(f"{path} has no usable tokenizer ({first_line(error)})") from error
+            reason = first_line(error)
+            if isinstance(error, RecursionError):  # as of the first LLaMA checkpoints on the hub
+                reason = "a special token in tokenizer_config.json may be empty; LLaMA's are <s>, </s> and <unk>"
+            raise MoEficationError(f"{path} has no usable tokenizer ({reason})") from error
         raise
     return tokenizer
 
 
+def _json(file: Path) -> dict[str, Any]:
+    """The content of a JSON file of a checkpoint; empty where there is none."""
+    return read_json_object(file, "download it again") if file.is_file() else {}
+
+
+def _doubts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """What suggests that a model's text was cut otherwise when it was trained.
+
+    Some classes of transformers 5 replace the rules of tokenizer.json by their own (huggingface/transformers#48206),
+    which version 4 followed. Only texts that begin with a letter or a digit are compared, since there are two ways to
+    put a space before the others.
+    """
+    file, eos = path / "tokenizer.json", tokenizer.eos_token_id
+    settings, of_model = _json(path / "tokenizer_config.json"), _json(path / "config.json").get("eos_token_id")
+    if file.is_file():
+        written = Tokenizer.from_file(str(file))
+        written.no_truncation()
+        written.no_padding()
+        texts = [text for text in (*PLAIN_TEXTS, *NUMBERS) if text[:1].isascii() and text[:1].isalnum()]
+        read = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for text, ids, of_file in zip(texts, read, written.encode_batch(texts, add_special_tokens=False), strict=True):
+            if ids != of_file.ids:
+                yield (
+                    f"transformers reads its tokenizer.json as a {type(tokenizer).__name__}, which makes {ids[:8]} of "
+                    f"{text!r}, and the file itself {of_file.ids[:8]}; if the model was trained with the file's, write "
+                    f'"tokenizer_class": "TokenizersBackend" into tokenizer_config.json'
+                )
+                break
+        if eos is not None and written.id_to_token(eos) is None and eos != of_model:
+            yield (
+                f"its end of documents, {tokenizer.eos_token!r}, is not in tokenizer.json, and the model never learned "
+                f"token {eos}; name the right eos_token in tokenizer_config.json"
+            )
+    elif tokenizer.bos_token_id not in [None, *tokenizer("a")["input_ids"]] and "add_bos_token" not in settings:
+        yield (
+            f"transformers puts no {tokenizer.bos_token} before a text, as LLaMA's training did; write "
+            f'"add_bos_token": true into tokenizer_config.json, or false if this model wants none'
+        )
+    if eos is None and of_model is not None:
+        yield (
+            f"its tokenizer has no end of documents, so nothing parts them, and config.json says {of_model}; "
+            f"name the eos_token in tokenizer_config.json"
+        )
+
+
 def _config_beside(path: Path) -> PreTrainedConfig | None:
     """The fields of the model's config.json that decide on the tokenizer's class; the rest need not even be valid."""
-    file = path / "config.json"
-    raw = read_json_object(file, "download it again") if file.is_file() else {}
+    raw = _json(path / "config.json")
     if raw.get("model_type") not in CONFIG_MAPPING:
         return None
     config = CONFIG_MAPPING[raw["model_type"]](name_or_path=str(path))
@@ -133,7 +199,7 @@ def carried_over(source: Path, model_type: str = LlamaMoEConfig.model_type) -> d
             for name, content in {**files, "config.json": json.dumps({"model_type": model_type}).encode()}.items():
                 Path(folder, name).parent.mkdir(exist_ok=True)
                 Path(folder, name).write_bytes(content)
-            found = difference(tokenizer, load_tokenizer(Path(folder)))
+            found = difference(tokenizer, _load(Path(folder)))
         if found is None:
             return files
     raise MoEficationError(

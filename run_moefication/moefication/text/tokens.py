@@ -4,6 +4,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,7 +22,7 @@ from .documents import Document, DocumentReader, grouped
 from .text_files import TextFile, find_text_files
 
 BATCH_CHARACTERS = 4 << 20  # that much text is tokenised at once, on all cores, in some 200 MB of memory
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 CURE = "remove it, and the text is tokenised again"  # for a damaged record of a cache
 logger = logging.getLogger(__name__)
 
@@ -134,12 +135,13 @@ def _write_tokens(checkpoint: DenseCheckpoint, domain: str, reader: DocumentRead
 
 def _cache_key(checkpoint: DenseCheckpoint, files: list[TextFile], skip_bad_lines: bool) -> str:
     tokenizer = {name: digest(content.hex()) for name, content in tokenizer_files(checkpoint.path).items()}
+    libraries = [version(package) for package in ("transformers", "tokenizers")]  # which read the same files otherwise
     # What the class of the tokenizer follows from, and which tokens are refused.
     model = [checkpoint.raw_config.get(name) for name in ("model_type", "tokenizer_class")]
     shown = Progress(files, "compare text with the cache", unit="file", leave=False)
     # The names too: they decide how a file is read.
     contents = [[file.path.suffix, file.member, file.plain_name, file_sha256(file.path)] for file in shown]
-    return digest([CACHE_VERSION, tokenizer, model, checkpoint.config.vocab_size, contents, skip_bad_lines])
+    return digest([CACHE_VERSION, tokenizer, libraries, model, checkpoint.config.vocab_size, contents, skip_bad_lines])
 
 
 def _mapped(file) -> torch.Tensor:
