@@ -50,6 +50,7 @@ class Shape:
     dtype: torch.dtype = torch.float32
     files: Callable[[Path], None] = lambda folder: None  # changes the folder at the end
     said: str | None = None  # words of a line that each stage says, and goes on
+    doubted: str | None = None  # words of the line that is said of its tokenizer, once
 
 
 LEFT_OUT = object()  # of config.json
@@ -147,9 +148,13 @@ SHAPES = {
     ),
     "Mistral, a bias that it ignores": Shape({}, MISTRAL | {"attention_bias": True}),
     "Mistral with tokenizer.model alone": Shape(
-        {}, MISTRAL, tokenizer_config=LLAMA2, files=lambda folder: (folder / "tokenizer.json").unlink()
+        {},
+        MISTRAL,
+        tokenizer_config=LLAMA2,
+        files=lambda folder: (folder / "tokenizer.json").unlink(),
+        doubted="transformers puts no <s> before a text",
     ),
-    "Devstral": Shape({"head_dim": 16}, MISTRAL, save_tekken, dtype=torch.bfloat16),
+    "Devstral": Shape({"head_dim": 16}, MISTRAL, save_tekken, dtype=torch.bfloat16, doubted="has no end of documents"),
     "rope linear": Shape({}, rope(type="linear", factor=4.0)),
     "rope dynamic": Shape({"max_position_embeddings": 32}, rope(type="dynamic", factor=2.0)),
     "rope yarn": Shape({}, rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)),
@@ -234,9 +239,13 @@ def test_published_shape(name, text, tmp_path, caplog):
     shape = SHAPES[name]
     folder = write(shape, tmp_path / "model")
     moe = converted(folder, text, tmp_path / "out").moe
-    lines = [record.getMessage() for record in caplog.records if record.name.startswith("run_moefication")]
+    records = [record for record in caplog.records if record.name.startswith("run_moefication")]
+    doubts = [record.getMessage() for record in records if record.name.endswith(".tokenizers")]
+    lines = [record.getMessage() for record in records if not record.name.endswith(".tokenizers")]
     assert len(lines) == (4 if shape.said else 0)  # once in each stage
     assert all(shape.said in line for line in lines)
+    assert len(doubts) == (1 if shape.doubted else 0)
+    assert all(shape.doubted in line for line in doubts)
 
     tokens = torch.arange(2 * 48).view(2, 48) % VOCABULARY
     dense = for_transformers(folder)

@@ -45,7 +45,7 @@ def resolve_model_path(model_path: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) or model_path.startswith("."):
         raise SettingError(f"model_path {model_path!r} is no folder here, and no hub id (owner/name)")
     try:
-        ignored = ["*.gguf", "*.pth", "original/*", "onnx/*"]
+        ignored = ["*.gguf", "*.pth", "*.h5", "*.msgpack", "consolidated*", "original/*", "onnx/*"]
         return Path(snapshot_download(model_path, ignore_patterns=ignored, tqdm_class=Progress))
     except HUB_ERRORS as error:
         reason = first_line(error)

@@ -64,13 +64,18 @@ def llama_config(file: Path, raw: dict[str, Any]) -> LlamaConfig:
     if config.hidden_act not in ("silu", "swish"):
         found = f"{file.parent} has hidden_act {config.hidden_act!r}"
         raise MoEficationError(f"{found}; MLPs with SiLU (SwiGLU) are converted")
+    config.hidden_act = "silu"  # of which swish is another name
     return config
 
 
 def is_convertible(raw: dict[str, Any]) -> bool:
     """Whether `read_dense_config` takes this kind of config.json: a plain LLaMA, or a Mistral without a window."""
-    window = raw.get("sliding_window", MistralConfig().sliding_window) if raw.get("model_type") == "mistral" else None
-    return raw.get("model_type") in KINDS and window is None and not raw.get("quantization_config")
+    kind, default = raw.get("model_type"), MistralConfig()
+    window, positions = (
+        raw.get(name, getattr(default, name)) for name in ("sliding_window", "max_position_embeddings")
+    )
+    is_windowed = kind == "mistral" and window is not None and window < positions
+    return kind in KINDS and not is_windowed and not raw.get("quantization_config")
 
 
 def _described(fields: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +86,8 @@ def _described(fields: dict[str, Any]) -> dict[str, Any]:
 def _mistral(file: Path, raw: dict[str, Any]) -> LlamaConfig:
     window = {name: value for name, value in raw.items() if name == "sliding_window"}  # else the class's default
     mistral = built_config(MistralConfig, file, _described(raw) | window)
-    if mistral.sliding_window is not None:
+    # A window as long as the model's longest text hides nothing.
+    if mistral.sliding_window is not None and mistral.sliding_window < mistral.max_position_embeddings:
         found = f"sliding_window {mistral.sliding_window}"
         if not window:
             found += ' (what its config.json means by leaving it out; "sliding_window": null says that there is none)'

@@ -1,5 +1,6 @@
 """The tensors in a checkpoint's folder, memory-mapped: safetensors or .bin, sharded or not."""
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 HEAD = "lm_head.weight"
 HEADS = (HEAD, "score.weight")
 ADAPTER = "adapter_config.json"
+# What an index may name although no file holds it: the head or the embedding of a tied model, one of which is enough,
+# and rotary tables of older releases. The checkpoint refuses where one is needed.
+MAY_BE_MISSING = re.compile(r"lm_head\.weight|(model\.)?embed_tokens\.weight|.+\.rotary_emb\.\w+")
 FINGERPRINT_SAMPLES = 16
 # Fields of config.json that say nothing about what the weights compute.
 CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache"}
@@ -83,9 +87,7 @@ def _map_shards(path: Path, index: Path) -> tuple[dict[str, torch.Tensor], dict[
         tensors |= shard
         files |= dict.fromkeys(shard, file)
     for name, file in weight_map.items():
-        if name == HEAD and name not in files:
-            continue  # a tied model needs none; the checkpoint refuses where one is needed
-        if files.get(name) != file:
+        if files.get(name) != file and (name in files or not MAY_BE_MISSING.fullmatch(name)):
             raise MoEficationError(f"{index} says that {name} lies in {file}, where it is not; download both again")
     return tensors, files
 

@@ -38,7 +38,8 @@ def require_num_selects(
     least = config.num_shared_experts + max(least_routed, config.min_experts_per_tok)
     most = config.num_shared_experts + config.max_routed_experts
     if not least <= num_selects <= most:
-        raise SettingError(f"{name} {num_selects} is outside of {least} to {most}, the model's experts")
+        shared = f" (shared ones, which always run: {config.num_shared_experts})" if config.num_shared_experts else ""
+        raise SettingError(f"{name} {num_selects} is outside of {least} to {most}, the model's experts{shared}")
 
 
 def set_num_selects(model: PreTrainedModel, num_selects: int, name: str | Path) -> None:

@@ -1,6 +1,7 @@
 """Perplexity of checkpoints, dense or MoE, how often they agree, and how evenly an MoE uses its experts."""
 
 import pickle
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,9 @@ def evaluate(
     budgets = [_budgets(config, settings.num_selects) for config in configs]
     if settings.num_selects and not any(config.model_type == "llama_moe" for config in configs):
         raise SettingError("num_selects is for MoE checkpoints, none of model_path is one")
-    positions = min(config.max_position_embeddings for config in configs)
+    # Some models of other kinds have no longest text.
+    limits = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
+    positions = min(filter(None, limits), default=sys.maxsize)
     name = "the smallest model" if len(paths) > 1 else paths[0].name
     block_size = require_block_size(settings.block_size, positions, name)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import LLAMA3_ROPE, TINY, Bomb, as_bin, change_config, change_weights, make_llama, to_bin
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel, MistralForCausalLM
 
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import MoEficationError
@@ -190,7 +190,7 @@ REFUSED = {
     "code of its own": (config(auto_map={"AutoConfig": "x.X"}), "brings code of its own (auto_map in config.json)"),
     "Mistral v0.1": (config(model_type="mistral", sliding_window=64), "is a Mistral with sliding_window 64"),
     "Mistral v0.1, window left out": (
-        config(model_type="mistral"),
+        config(model_type="mistral", max_position_embeddings=32768),
         'sliding_window 4096 (what its config.json means by leaving it out; "sliding_window": null',
     ),
     "tensor absent": (change_state(lambda state: state.pop(NORM)), f"lacks the tensor {NORM}"),
@@ -281,3 +281,27 @@ def test_values_must_be_finite(tmp_path):
         change_state(lambda state, value=value: state[GATE][3].fill_(value))(folder)
         with pytest.raises(MoEficationError, match=f"{name} holds NaN or infinite values"):
             DenseCheckpoint(str(folder)).finite_tensor(name)
+
+
+def test_an_index_may_name_what_no_model_needs(tmp_path):
+    """Such as the embedding of a tied model that was saved under the name of its head, and old rotary tables."""
+    folder = make_llama(tmp_path / "llama", tie_word_embeddings=True)
+    state = state_of(folder)
+    index(dict.fromkeys([*state, "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"], "a"))(folder)
+    moved = {name.replace("model.embed_tokens", "lm_head"): tensor for name, tensor in state.items()}
+    save_file(moved, folder / "a", metadata={"format": "pt"})
+    assert_reads(folder, state)
+
+
+def test_names_of_one_thing_are_read_alike(tiny_llama, tmp_path):
+    """A window as long as the longest text is full attention, and swish is SiLU."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
+    positions = TINY["max_position_embeddings"]
+    change_config(folder, model_type="mistral", sliding_window=positions, hidden_act="swish")
+    model = DenseCheckpoint(folder).load_causal_lm("cpu", torch.float32)
+    tokens = torch.arange(positions)[None] % TINY["vocab_size"]
+    expected = MistralForCausalLM.from_pretrained(folder)
+    assert expected.config.sliding_window == positions
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, expected(tokens).logits)
+    assert model.config.hidden_act == "silu"

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCES, make_tokenizer, write_jsonl
+from conftest import SENTENCES, VOCABULARY, make_tokenizer, write_jsonl
 from pipeline import load, make_moe, with_thresholds
+from transformers import BloomConfig, BloomForCausalLM
 
 from llama_moe import LlamaMoEForCausalLM
 from run_moefication import llama_evaluate
@@ -146,3 +147,10 @@ def test_table_and_json(tiny_llama, plain_run, text, run_script, tmp_path):
     _, out, _ = run_script(llama_evaluate.main, *arguments, "--json")
     assert all(row.pop("seconds") > 0 for row in rows)
     assert [{**row, "seconds": None} for row in json.loads(out)] == [{**row, "seconds": None} for row in rows]
+
+
+def test_a_model_without_a_longest_text(text, tmp_path):
+    BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    (row,) = evaluate([tmp_path], text, max_tokens=200)
+    assert 1 < row.perplexity < math.inf
