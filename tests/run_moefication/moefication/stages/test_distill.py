@@ -576,7 +576,7 @@ WRONG = [
     ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
     ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be at least 1"),
     ({"save_steps": 0}, "--save_steps 0 must be at least 1"),
-    ({"num_selects": 1}, "--num_selects 1 is outside of 2 to 8, the model's experts (shared ones, which always run: 1)"),
+    ({"num_selects": 1}, "--num_selects 1 is outside of 2 to 8, the model's experts (shared ones, which always run: 1"),
     ({"nested_selects": "4 9"}, "--nested_selects 9 is outside of 2 to 8, the model's experts"),
     ({"clone_weight": -1}, "--clone_weight -1.0 must be a number, 0 or more"),
     ({"max_tokens": 1}, "the corpus is a single block, and one is held out"),
