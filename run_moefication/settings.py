@@ -546,8 +546,8 @@ def intermediate_size(model_path: str) -> int:
     """Of the model that MODEL_PATH names, a folder or hub id; LLaMA-7B's if it names none, which the stage refuses."""
     if not model_path:
         return 11_008
+    config = Path(model_path, "config.json")
     try:
-        config = Path(model_path, "config.json")
         if not Path(model_path).exists():
             from huggingface_hub import snapshot_download  # takes a while, and folders do without
 
@@ -555,6 +555,9 @@ def intermediate_size(model_path: str) -> int:
         size = json.loads(config.read_bytes())["intermediate_size"]
     except (ImportError, OSError, ValueError, LookupError, TypeError):
         size = None
+    if not config.parent.exists():
+        what = "is no folder here, and no hub id (owner/name) that the hub answers to"
+        raise SettingError(f"MODEL_PATH={model_path} {what}")
     if not isinstance(size, int) or not 0 < size < 1 << 24:
         where = f"MODEL_PATH={model_path} has no config.json with an intermediate_size"
         raise SettingError(f"NUM_EXPERTS is not given, and {where} to propose it from")
@@ -584,6 +587,13 @@ def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
     settings = {name: given.get(name, value) for name, value in of_recipe.items()}
     if settings["CLUSTER_ON"] not in (*CLUSTERED_ON, GRAPH):
         raise SettingError(f"CLUSTER_ON={settings['CLUSTER_ON']}: {', '.join(CLUSTERED_ON)} or {GRAPH}")
+    if settings["CLUSTER_ON"] == "weights":
+        if int(given.get("NUM_SHARED_EXPERTS", 0)):
+            shared = f"NUM_SHARED_EXPERTS={settings['NUM_SHARED_EXPERTS']}"
+            raise SettingError(f"{shared} is for CLUSTER_ON=activations or graph, not weights")
+        settings["NUM_SHARED_EXPERTS"] = 0
+    gates = settings["GATE_NETWORK"], given.get("GATE_FIT", "ridge"), given.get("GATE_BIAS", ON)
+    rank = recipe.rank(num_experts) if gates == ("linear", "ridge", ON) else None  # others have none
     method = GraphSplitSettings.method if settings["CLUSTER_ON"] == GRAPH else SplitSettings.method
     settings |= {
         "RECIPE": name,
@@ -591,7 +601,7 @@ def shell_settings(environment: Mapping[str, str]) -> dict[str, str]:
         "NUM_SELECTS": num_selects,
         "BUDGET": given.get("NUM_SELECTS", ""),
         # These two may be given as empty, which says none.
-        "GATE_RANK": environment.get("GATE_RANK", recipe.rank(num_experts) or ""),
+        "GATE_RANK": environment.get("GATE_RANK", rank or ""),
         "OUTPUT_BIAS": environment.get("OUTPUT_BIAS", 1 if recipe.output_bias else ""),
         "SPLIT_FOLDER": split_folder(save_path, model, num_experts, method),
         "FEATURES_FOLDER": features_folder(save_path, model),

@@ -113,6 +113,11 @@ def test_the_shell_proposes_the_number_of_experts_for_the_model(tmp_path):
         assert settings.shell_settings({"MODEL_PATH": str(tmp_path), "RECIPE": "plain"})["NUM_EXPERTS"] == "8"
 
 
+def test_a_model_that_is_not_there_is_named_before_the_number_of_experts():
+    with pytest.raises(SettingError, match=r"^MODEL_PATH=models/typo is no folder here, and no hub id \(owner/name\)"):
+        settings.shell_settings({"MODEL_PATH": "models/typo"})
+
+
 def test_the_shell_proposes_the_number_of_experts_for_a_hub_id(tmp_path):
     """From the hub's cache, of which this has the layout."""
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -132,6 +137,25 @@ def test_the_environment_goes_before_the_recipe():
     assert settings.shell_settings({"NUM_EXPERTS": "512"})["NUM_SELECTS"] == "256"
     assert settings.shell_settings({"NUM_EXPERTS": "255"})["GATE_RANK"] == ""  # small gates have no rank
     assert settings.shell_settings(given)["BUDGET"] == "9"
+    on_weights = {"NUM_EXPERTS": "8", "CLUSTER_ON": "weights"}
+    assert settings.shell_settings(on_weights)["NUM_SHARED_EXPERTS"] == "0"
+    assert settings.shell_settings(on_weights | {"NUM_SHARED_EXPERTS": "0"})["NUM_SHARED_EXPERTS"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, "64"),
+        ({"GATE_FIT": "ridge"}, "64"),
+        ({"GATE_FIT": "adam"}, ""),
+        ({"GATE_BIAS": "off"}, ""),
+        ({"GATE_NETWORK": "mlp"}, ""),
+        ({"GATE_NETWORK": "similarity"}, ""),
+        ({"GATE_NETWORK": "mlp", "GATE_RANK": "8"}, "8"),  # which the stage refuses
+    ],
+)
+def test_a_rank_is_proposed_for_gates_that_can_have_one(environment, rank):
+    assert settings.shell_settings({"NUM_EXPERTS": "256"} | environment)["GATE_RANK"] == rank
 
 
 @pytest.mark.parametrize(
@@ -144,6 +168,10 @@ def test_the_environment_goes_before_the_recipe():
         ({"NUM_EXPERTS": "9" * 20}, f"NUM_EXPERTS={'9' * 20}: a whole number is needed, 1 or more"),
         ({"NUM_EXPERTS": "4", "NUM_SELECTS": "5"}, "NUM_SELECTS=5 is outside of 1 to NUM_EXPERTS=4"),
         ({"NUM_EXPERTS": "1"}, "NUM_SELECTS=0 is outside of 1 to NUM_EXPERTS=1"),
+        (
+            {"RECIPE": "plain", "NUM_SHARED_EXPERTS": "2"},
+            "NUM_SHARED_EXPERTS=2 is for CLUSTER_ON=activations or graph, not weights",
+        ),
         ({"NUM_SHARED_EXPERTS": "-1"}, "NUM_SHARED_EXPERTS=-1: a whole number is needed, 0 or more"),
     ],
 )
