@@ -3,7 +3,9 @@
 #     MODEL_PATH=/models/llama_7B NUM_GPUS=4 bash 2_get_hidden_features.sh
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-stage_settings # MODEL_PATH, SAVE_PATH, TEMPLATES, SEED, NUM_GPUS; what text is read
+# MODEL_PATH, SAVE_PATH, TEMPLATES, SEED, NUM_GPUS;
+# what text is read: TRAIN_DATA_PATH, TRAIN_DATA_CACHE_PATH, DOMAIN_WEIGHTS, BLOCK_SIZE
+stage_settings
 
 FEATURE_FORMAT="${FEATURE_FORMAT:-inputs}"  # inputs: the rest is recomputed; full: store it all
 DATA_USE_PERCENT="${DATA_USE_PERCENT:-1.0}" # fraction of what the domain mix allows

@@ -4,7 +4,9 @@
 #     MODEL_PATH=/models/llama_7B MAX_TOKENS=262144 bash 5_calibrate.sh
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-stage_settings # MODEL_PATH, MOE_PATH, CALIBRATED_PATH (the new one), SEED, NUM_SELECTS, OUTPUT_BIAS; what text is read
+# MODEL_PATH, MOE_PATH, CALIBRATED_PATH (the new one), SEED, NUM_SELECTS, OUTPUT_BIAS;
+# what text is read: TRAIN_DATA_PATH, TRAIN_DATA_CACHE_PATH, DOMAIN_WEIGHTS, BLOCK_SIZE
+stage_settings
 
 MAX_TOKENS="${MAX_TOKENS:-$CALIBRATION_TOKENS}"                          # more is better, and longer
 BATCH_SIZE="${BATCH_SIZE:-4}"                                            # blocks at a time

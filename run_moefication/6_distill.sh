@@ -4,7 +4,8 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 BLOCK_SIZE="${BLOCK_SIZE:-512}" # tokens that predict one another
-# MODEL_PATH, CALIBRATED_PATH, DISTILLED_PATH (the new one), SEED, NUM_SELECTS, NUM_GPUS; what text is read
+# MODEL_PATH, CALIBRATED_PATH, DISTILLED_PATH (the new one), SEED, NUM_SELECTS, NUM_GPUS;
+# what text is read: TRAIN_DATA_PATH, TRAIN_DATA_CACHE_PATH, DOMAIN_WEIGHTS, BLOCK_SIZE
 stage_settings
 
 MAX_TOKENS="${MAX_TOKENS:-$DISTILLATION_TOKENS}" # more is better, and longer

@@ -3,6 +3,7 @@
 # several stages share, how settings become options, and how a stage starts on several GPUs. Each setting of a script
 # can be given in the environment instead.
 
+ARGUMENTS=" $* " # of the script that sources this one
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 PYTHON_OF_VENV="$HERE/../.venv/bin/python"
 PYTHON="${PYTHON:-$([ -x "$PYTHON_OF_VENV" ] && echo "$PYTHON_OF_VENV" || echo python3)}"
@@ -12,9 +13,37 @@ in_full() {
     [ -d "$1" ] && (CDPATH='' cd -- "$1" && pwd) || echo "${1%/}"
 }
 
+# refuse WORDS: says what is wrong, and ends the script.
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# asks_for OPTION|OPTION...: whether the script was called with one of them.
+asks_for() {
+    [[ "$ARGUMENTS" =~ \ ($1)[\ =] ]]
+}
+
+# require_model SETTING: refuses a setting that names neither the folder of a checkpoint nor what may be a hub id.
+require_model() {
+    local model="${!1}"
+    [ ! -f "$model/config.json" ] || return 0
+    [ ! -e "$model" ] || refuse "$1=$model has no config.json: name the folder of a checkpoint in transformers format"
+    [[ "$model" =~ ^[[:alnum:]_-][[:alnum:]_.-]*/[[:alnum:]_.-]+$ ]] ||
+        refuse "$1=$model is no folder here, and no hub id (owner/name)"
+}
+
 # The settings that several stages share.
 shared_settings() {
+    # With -P, since the stages do not find what lies in the current directory.
+    "$PYTHON" -P -c 'from importlib.util import find_spec; assert find_spec("run_moefication") and find_spec("torch")' \
+        2>/dev/null || refuse "'$PYTHON' is no Python >= 3.11 that has this project: pip install -e . -c constraints.txt" \
+        "in an environment, or set PYTHON to the python of one that has it"
     export MODEL_PATH="${MODEL_PATH:-}"                           # dense LLaMA in transformers format, or a hub id
+    if ! asks_for '-h|--help'; then
+        [ -n "$MODEL_PATH" ] || refuse "MODEL_PATH is not set: MODEL_PATH=/models/llama_7B bash $0"
+        require_model MODEL_PATH
+    fi
     export SAVE_PATH="${SAVE_PATH:-$HERE/../llama_moe_temp_files}" # where stages 1 to 3 keep their files
     MOE_PATH="${MOE_PATH:-$(in_full "$MODEL_PATH")-MoE}"          # the checkpoint that 4_convert.sh writes
     CALIBRATED_PATH="${CALIBRATED_PATH:-$MOE_PATH-Calibrated}"    # that of 5_calibrate.sh

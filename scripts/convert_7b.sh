@@ -41,7 +41,8 @@ fi
 export TRAIN_DATA_PATH="${DATA:-$SAMPLE}" TEXT_PATH="${TEXT:-$SAMPLE/heldout/wikipedia.jsonl}"
 export SAVE_PATH="$WORK" TRAIN_DATA_CACHE_PATH="$WORK/tokens"
 NAME="$(basename "$MODEL_PATH")"
-export MOE_PATH="$WORK/$NAME-MoE" CALIBRATED_PATH="$WORK/$NAME-MoE-Calibrated" DISTILLED_PATH="$WORK/$NAME-MoE-Distilled"
+export MOE_PATH="$WORK/$NAME-MoE" CALIBRATED_PATH="$WORK/$NAME-MoE-Calibrated"
+unset DISTILLED_PATH # there is none
 mkdir -p "$WORK"
 
 say() { printf '\n== %s\n' "$*"; }

@@ -32,10 +32,9 @@ DISTILLATION_TOKENS="${DISTILLATION_TOKENS:-32768}"
 # Wrong settings are found at once. How many experts there are follows the model, which is not there yet.
 # shellcheck source=run_moefication/recipe.sh
 (NUM_EXPERTS="${NUM_EXPERTS:-999999}" . "$STAGES/recipe.sh") || exit 2
-if [ -n "${TEXT:-}" ] && [ ! -f "$TEXT" ]; then
-    echo "error: TEXT=$TEXT is not a file" >&2
-    exit 2
-fi
+[ -z "${MODEL:-}" ] || require_model MODEL
+[ -z "${DATA:-}" ] || [ -e "$DATA" ] || refuse "DATA=$DATA is not there: name a folder of text"
+[ -z "${TEXT:-}" ] || [ -f "$TEXT" ] || refuse "TEXT=$TEXT is not a file"
 PYTHON="$GIVEN_PYTHON" ensure_environment quickstart
 export PYTHON="$VENV_PYTHON"
 WORK="${WORK:-$REPOSITORY/.quickstart}"
@@ -90,6 +89,9 @@ DENSE=()
 "$PYTHON" "$REPOSITORY/scripts/test_llama_moe_transformers.py" --model_path "$BEST" --num_selects $BUDGETS \
     ${DENSE[@]+"${DENSE[@]}"}
 
+# evaluate.sh wants that what is named is there.
+[ "$RECIPE" != plain ] || unset CALIBRATED_PATH
+[ -n "${DISTILL:-}" ] || unset DISTILLED_PATH
 say "Dense against MoE: perplexity on held-out text ($(basename "$TEXT"))"
 EVALUATION="$WORK/evaluation.json"
 NUM_SELECTS="$BUDGETS" TEXT_PATH="$TEXT" MAX_TOKENS="${EVAL_TOKENS:-4096}" bash "$STAGES/evaluate.sh" --json "$EVALUATION"

@@ -33,7 +33,7 @@ SCRIPTS = {
 # Prints the words of the command, unless it is one of those that the scripts need to make up their own.
 PYTHON = f"""#!/bin/bash
 case "$1 $2" in
-    "-c "* | "-m run_moefication.settings") exec "{sys.executable}" "$@" ;;
+    "-c "* | "-P -c" | "-m run_moefication.settings") exec "{sys.executable}" "$@" ;;
     *) printf '%s\\n' "$@" ;;
 esac
 """
@@ -50,6 +50,7 @@ def run(tiny_llama, text_folder, tmp_path, monkeypatch) -> Callable[..., subproc
         "MOE_PATH": "out/tiny-llama-MoE",
         "TRAIN_DATA_PATH": str(text_folder),
         "TRAIN_DATA_CACHE_PATH": "out/cache",
+        "TEXT_PATH": str(text_folder / "c4.jsonl"),
         "BLOCK_SIZE": "32",
         "MAX_TOKENS": "512",
         "NUM_GPUS": "1",
@@ -119,8 +120,8 @@ def test_scripts_in_order_do_what_the_library_does(
     calibrated = {"tiny-llama-MoE-Calibrated"} if recipe.is_calibrated else set()
     assert names == {"tiny-llama", "tiny-llama-MoE"} | calibrated
 
-    # MAX_TOKENS of the environment is the number of tokens of stages 2 and 5.
-    recipe = replace(recipe, feature_tokens=512, calibration_tokens=512, **changes)
+    # MAX_TOKENS of the environment is the number of tokens of stages 1, 2 and 5.
+    recipe = replace(recipe, split_tokens=512, feature_tokens=512, calibration_tokens=512, **changes)
     dense, num_experts = rm.DenseCheckpoint(str(tiny_llama)), int(environment["NUM_EXPERTS"])
     library = rm.moefy(dense, text_folder, tmp_path / "moe", recipe, block_size=32, num_experts=num_experts)
     config = library.config
@@ -155,6 +156,13 @@ UNTRAINED = {"use_softmax": None, "seed": None}
         ("3_select.sh", {"GATE_FIT": "adam", "GATE_RANK": ""}, {"gate_fit": "adam", "use_softmax": True, "seed": 3}),
         ("3_select.sh", {"GATE_NETWORK": "mlp", "GATE_RANK": ""}, {"gate_fit": "adam", "use_softmax": True, "seed": 3}),
         ("3_select.sh", {"GATE_NETWORK": "similarity", "GATE_RANK": ""}, {"gate_fit": None} | UNTRAINED),
+        # A rank is proposed only for gates that can have one.
+        ("3_select.sh", {"NUM_EXPERTS": "256"}, {"gate_rank": 64}),
+        ("3_select.sh", {"NUM_EXPERTS": "256", "GATE_NETWORK": "mlp"}, {"gate_fit": "adam", "gate_rank": None}),
+        ("3_select.sh", {"NUM_EXPERTS": "256", "GATE_FIT": "adam"}, {"gate_fit": "adam", "gate_rank": None}),
+        ("3_select.sh", {"NUM_EXPERTS": "256", "GATE_BIAS": "off"}, {"gate_bias": "off", "gate_rank": None}),
+        ("1_split.sh", {}, {"max_tokens": 512}),
+        ("1_split.sh", {"MAX_TOKENS": ""}, {"max_tokens": settings.CALIBRATED.split_tokens}),
         ("2_get_hidden_features.sh", {"FEATURE_FORMAT": "full", "TEMPLATES": UP}, {"templates": UP}),
         ("6_distill.sh", {"TRAIN": "experts", "LR": "0.001"}, {"train": "experts", "lr": 0.001, "block_size": 32}),
         ("6_distill.sh", {"NESTED_SELECTS": "6 2"}, {"nested_selects": [6, 2]}),
@@ -176,12 +184,13 @@ def test_the_graph_splits_where_it_is_asked_for(typed):
     assert Path(path).samefile(script.__file__)
     made = script.main.build_parser().parse_args(words)
     assert (made.num_experts, made.num_shared_experts, made.seed) == (8, 1, 3)
-    assert made.max_tokens == settings.CALIBRATED.split_tokens
+    assert made.max_tokens == 512
     for stage in ("3_select.sh", "4_convert.sh"):
         assert "out/tiny-llama-8Expert-Split-Graph" in typed(stage, CLUSTER_ON="graph", NUM_EXPERTS="8")
 
 
-def test_a_model_called_dot_has_a_name(options, tmp_path):
+def test_a_model_called_dot_has_a_name(options, tiny_llama, tmp_path):
+    shutil.copy(tiny_llama / "config.json", ".")
     how = dict(MODEL_PATH=".", MOE_PATH="", NUM_EXPERTS="8", GATE_RANK="")
     made = options("3_select.sh", **how) | options("4_convert.sh", **how)
     assert made["split_file_path"] == "out/a b-8Expert-Split-Clustering"
@@ -201,12 +210,46 @@ def test_several_processes_are_launched_by_torchrun(typed):
 @pytest.mark.parametrize(
     ("script", "setting", "words"),
     [("6_distill.sh", {"NUM_GPUS": "two"}, "error: NUM_GPUS=two: a whole number is needed, 1 or more")]
-    + [(script, {"MODEL_PATH": ""}, "argument --model_path: the path is empty") for script in SCRIPTS],
+    + [(script, {"MODEL_PATH": ""}, "error: MODEL_PATH is not set: MODEL_PATH=") for script in SCRIPTS]
+    + [(script, {"MODEL_PATH": "/x"}, "error: MODEL_PATH=/x is no folder here, and no hub id") for script in SCRIPTS]
+    + [
+        ("1_split.sh", {"MODEL_PATH": "."}, "error: MODEL_PATH=. has no config.json: name the folder of a checkpoint"),
+        ("evaluate.sh", {"MOE_PATH": "/x-MoE"}, "error: MOE_PATH=/x-MoE is no folder here, and no hub id"),
+        ("evaluate.sh", {"CALIBRATED_PATH": "typo"}, "error: CALIBRATED_PATH=typo has no config.json"),
+        ("evaluate.sh", {"DISTILLED_PATH": "typo"}, "error: DISTILLED_PATH=typo has no config.json"),
+        ("evaluate.sh", {"TEXT_PATH": "typo"}, "error: TEXT_PATH=typo is not a file: set it to held-out text, such as"),
+        ("../scripts/quickstart.sh", {"MODEL": "/x"}, "error: MODEL=/x is no folder here, and no hub id"),
+        ("../scripts/quickstart.sh", {"DATA": "/x"}, "error: DATA=/x is not there: name a folder of text"),
+        ("../scripts/quickstart.sh", {"TEXT": "/x"}, "error: TEXT=/x is not a file"),
+    ],
 )
 def test_a_wrong_setting_is_one_line_before_any_work(script, setting, words, run):
     result = run(script, **setting)
     assert_refused((result.returncode, result.stdout, result.stderr), words)
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_python_without_the_project_is_named(script, run, tmp_path, monkeypatch):
+    """In the root of the project, too, where `python -c` would find it."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\nexec "{sys.executable}" -E -S "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.chdir(STAGES.parent)
+    result = run(script, PYTHON=str(python))
+    words = [f"error: '{python}' is no Python >= 3.11 that has this project", "pip install -e .", "set PYTHON"]
+    assert_refused((result.returncode, result.stdout, result.stderr), *words)
+
+
+def test_the_evaluation_takes_every_checkpoint_that_is_there(typed, tiny_llama):
+    """A manifest is not asked for: whoever changes a checkpoint removes it."""
+    folder = Path("out/tiny-llama-MoE-Calibrated")
+    assert str(folder) not in typed("evaluate.sh")
+    folder.mkdir(parents=True)
+    shutil.copy(tiny_llama / "config.json", folder)
+    assert str(folder) in typed("evaluate.sh")
+    assert typed("evaluate.sh", DISTILLED_PATH=str(tiny_llama)).count(str(tiny_llama)) == 2
+    assert "/elsewhere" in typed("evaluate.sh", "--text_path", "/elsewhere", TEXT_PATH="")
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "../scripts/quickstart.sh"])
@@ -230,6 +273,7 @@ def test_the_quick_start_ends_with_a_total(tiny_llama, text_folder, tmp_path):
     python.write_text(PYTHON)
     python.chmod(0o755)
     settings = {"MODEL": str(tiny_llama), "DATA": str(text_folder), "TEXT": str(text_folder / "c4.jsonl")}
+    settings |= {"MOE_PATH": str(tiny_llama), "CALIBRATED_PATH": str(tiny_llama)}  # as if the stages had made them
     command = ["bash", tmp_path / "scripts/quickstart.sh"]
     result = subprocess.run(command, env=os.environ | settings | {"NUM_GPUS": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
