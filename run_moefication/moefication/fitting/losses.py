@@ -33,10 +33,9 @@ class TeacherKL:
 
     @torch.no_grad()
     def __init__(self, states: torch.Tensor, head: torch.Tensor):
-        """`states [T, H]` enter the head in the teacher; `head [V, H]` is that of both, and no gradient goes to it."""
-        device = states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
-        self._head = head.to(dtype)  # once, not in each chunk
+        """`states [T, H]` enter the head in the teacher; `head [V, H]` is that of both, no gradient goes to it, and its
+        dtype is that of all products."""
+        self._head = head
         rows, negative_entropies = [], []
         for chunk in states.split(TOKENS_OF_LOGITS):
             logits = logits_of(chunk, self._head)

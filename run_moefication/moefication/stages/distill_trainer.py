@@ -28,6 +28,7 @@ from ..text.batches import batches_of
 logger = logging.getLogger(__name__)
 
 WARMUP = 0.05  # share of the steps in which the learning rate rises to --lr; it falls as a cosine afterwards
+DDP_TIMEOUT = 24 * 3600  # seconds; the first process measures the KL alone, while the others wait
 WHOLE = "whole.json"  # in a saved step's folder: says that all other files are there, and their sizes
 TRAINED = {
     "gates": lambda name: ".mlp.gate." in name,
@@ -95,6 +96,7 @@ def training_arguments(settings: DistillSettings, seed: int, device: str) -> Tra
             per_device_train_batch_size=settings.batch_size,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
             bf16=settings.bf16,
+            ddp_timeout=DDP_TIMEOUT,
             save_steps=settings.save_steps,
         )
     except ValueError as error:  # for example, the GPU has no bfloat16
@@ -146,7 +148,8 @@ class DistillationTrainer(Trainer):
             # Calling the wrapped model (DDP, autocast) makes logits too; here, of the last token only.
             outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
             states = final_states(self._teacher, tokens, kept)
-        kl = TeacherKL(states, self.model.lm_head.weight)
+        # Here, outside of the model's forward pass, autocast is off.
+        kl = TeacherKL(states, self.model.lm_head.weight.to(torch.bfloat16 if self.args.bf16 else torch.float32))
         loss = kl(outputs.hidden_states[-1][kept]).mean()
         if self._clone_weight:
             loss = loss + self._clone_weight * clone_loss(student, teacher, kept)

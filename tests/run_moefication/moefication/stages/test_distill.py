@@ -35,6 +35,7 @@ from llama_moe import LlamaMoEForCausalLM
 from run_moefication import llama_distill
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.checkpoints.moe import MoECheckpoint
+from run_moefication.moefication.fitting.losses import TeacherKL
 from run_moefication.moefication.layers.straight_through import (
     TEMPERATURE,
     THRESHOLD_STEP,
@@ -44,6 +45,7 @@ from run_moefication.moefication.layers.straight_through import (
     straight_through,
     update_thresholds,
 )
+from run_moefication.moefication.stages import distill_trainer
 from run_moefication.moefication.stages.distill import distill
 from run_moefication.moefication.stages.distill_trainer import drawn_budget
 from run_moefication.settings import DistillSettings
@@ -395,8 +397,17 @@ def test_top_k_models_have_nested_budgets_too(tiny_llama, text_folder, tmp_path)
         assert row["loss_after"] < row["loss_before"]
 
 
-def test_bfloat16_training_keeps_float32_weights(finished, short, tmp_path):
+def test_bfloat16_training_keeps_float32_weights(finished, short, tmp_path, monkeypatch):
+    heads = []
+
+    class Recorded(TeacherKL):
+        def __init__(self, states, head):
+            super().__init__(states, head)
+            heads.append(head.dtype)
+
+    monkeypatch.setattr(distill_trainer, "TeacherKL", Recorded)
     folder = distilled_to(tmp_path / "moe", finished, "--bf16", **SHORT)
+    assert {*heads} == {torch.bfloat16, torch.float32}  # of the training, and of what is measured before and after
     in_float32, in_bfloat16 = (load_file(moe / "model.safetensors") for moe in (short, folder))
     name = "model.layers.1.mlp.experts.gate_up_proj"
     assert not torch.equal(in_bfloat16[name], in_float32[name])
