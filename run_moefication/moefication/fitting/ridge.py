@@ -101,8 +101,12 @@ def low_rank_map(
     metric.diagonal().add_(strength * equations.gram.diagonal().mean() / total)
     root = torch.linalg.cholesky(metric)
     product = weight @ root
-    # Right singular vectors, the largest first; there are at most D, however many targets.
-    right = torch.linalg.eigh(product.T @ product).eigenvectors.flip(1)[:, :rank]
+    # The right singular vectors, or a basis of their space, from the smaller of the two Gram matrices.
+    if len(product) < product.shape[1]:
+        left = torch.linalg.eigh(product @ product.T).eigenvectors.flip(1)[:, :rank]
+        right = torch.linalg.qr(product.T @ left).Q
+    else:
+        right = torch.linalg.eigh(product.T @ product).eigenvectors.flip(1)[:, :rank]
     output_weight = product @ right
     # right^T @ root^-1, without an inverse
     input_weight = torch.linalg.solve_triangular(root, right.T, upper=False, left=False)
