@@ -44,8 +44,9 @@ def balanced_partition(weights: torch.Tensor, num_parts: int, num_neighbours: in
     nearly = _metis(weights, num_parts, num_neighbours, seed)
     labels = equalized(nearly, weights, num_parts)
     own = _weight_to_parts(weights, labels, num_parts).gather(1, labels[:, None])
-    total = weights.sum().item()
-    return Partition(labels, own.sum().item() / total if total else 0.0, int((labels != nearly).sum()))
+    inside, total = (sums.sum(dtype=torch.float64).item() for sums in (own, weights))
+    share = min(1.0, inside / total) if total else 0.0  # the sums that `own` holds are rounded
+    return Partition(labels, share, int((labels != nearly).sum()))
 
 
 def _metis(weights: torch.Tensor, num_parts: int, num_neighbours: int, seed: int) -> torch.Tensor:
