@@ -201,7 +201,7 @@ class DenseCheckpoint(LlamaCheckpoint):
 
     def mlp_tensor(self, layer: int, projection: str, device: str | torch.device = "cpu") -> torch.Tensor:
         """`gate_proj.weight`, `up_proj.bias`, ... of a layer, in float32."""
-        return self.finite_tensor(f"layers.{layer}.mlp.{projection}").to(device, torch.float32)
+        return self.finite_tensor(f"layers.{layer}.mlp.{projection}").to(device).to(torch.float32)
 
     def require_experts(self, num_experts: int) -> None:
         """Raise SettingError if so many experts cannot be equal parts of the MLP; the error names numbers that can."""

@@ -43,7 +43,7 @@ class PreMLP:
             self.mlp_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         names = ("self_attn", "input_layernorm", "post_attention_layernorm")
         for name, module in zip(names, (self._attention, self._norm, self.mlp_norm), strict=True):
-            state = {key: tensor(f"{name}.{key}").to(device, torch.float32) for key in module.state_dict()}
+            state = {key: tensor(f"{name}.{key}").to(device).to(torch.float32) for key in module.state_dict()}
             module.load_state_dict(state, assign=True)
             module.eval()
         for projection in self._attention.children():

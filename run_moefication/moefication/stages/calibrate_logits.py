@@ -45,17 +45,22 @@ FACTORS = "layers.{}.mlp.factors"  # `[E]`
 Tensors = Callable[[str], torch.Tensor]
 
 
+def _most_kept_bytes(device: str) -> int:
+    """Up to which size a model is kept whole. To a GPU, weights would travel again at every step."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if torch.device(device).type == "cuda" else MOST_KEPT_BYTES
+
+
 class WholeModel:
     """All layers of an MoE, in float32, `tensor(name)` giving its tensors; routed experts count by a factor each.
 
-    Memory: the whole model, if it has at most MOST_KEPT_BYTES, or else a layer at a time, which is made anew whenever
-    it is needed.
+    Memory: the whole model, if it has at most MOST_KEPT_BYTES or fits into half of a GPU's free memory, or else a layer
+    at a time, which is made anew whenever it is needed.
     """
 
     def __init__(self, config: LlamaMoEConfig, tensor: Tensors, device: str, factors: Mapping[str, torch.Tensor]):
         self.config, self._tensor, self._device, self._factors = config, tensor, device, factors
         layer_size = config.hidden_size * (3 * config.intermediate_size + 4 * config.hidden_size)
-        self._is_kept = 4 * layer_size * config.num_hidden_layers <= MOST_KEPT_BYTES
+        self._is_kept = 4 * layer_size * config.num_hidden_layers <= _most_kept_bytes(device)
         self._layer = cache(self._load) if self._is_kept else self._load
         self.thresholds: dict[int, torch.Tensor] = {}  # that have moved, by layer, `[1]` each
         self.wanted: dict[int, torch.Tensor] = {}  # by layer, `[1]`: what the last text would have had
