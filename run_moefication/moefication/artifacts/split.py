@@ -41,19 +41,19 @@ def split_writer(
     inputs: dict[str, str] | None = None,
     told: dict[str, Any] | None = None,
     device: str = "cpu",
-    **how: bool,
+    overwrite: bool = False,
 ) -> ArtifactWriter:
     """The writer of a split's folder, with a part for each template and layer.
 
     `method`: the last word of the folder's name; `inputs`: digests of the text that was read; `told`: fields of the
-    `ArtifactSpec` that say more of it; `how`: `overwrite` and `exclusive`, as `ArtifactWriter` takes them.
+    `ArtifactSpec` that say more of it.
     """
     checkpoint.require_experts(options["num_experts"])
     options = options | {"templates": templates}
     spec = ArtifactSpec("split", options, checkpoint.source, environment(device), inputs or {}, **(told or {}))
     folder = split_folder(save_path, checkpoint.name, options["num_experts"], method)
     names = [template.format(i) for template in templates for i in range(checkpoint.config.num_hidden_layers)]
-    writer = ArtifactWriter(folder, spec, names, **how)
+    writer = ArtifactWriter(folder, spec, names, overwrite=overwrite, exclusive=True)
     if writer.missing():
         carried_over(checkpoint.path)  # what the last stage needs is better refused in the first
     return writer

@@ -75,29 +75,29 @@ def calibrate(
         facts={"tokens": corpus.num_tokens, "mix": [asdict(share) for share in corpus.mix]},
         earlier=moe.artifact.history,
     )
-    shards = _plan(moe, config, settings)
-    writer = ArtifactWriter(Path(save_path), spec, [*shards, "config"], overwrite=overwrite, exclusive=True)
-    missing = writer.missing()
-    fits = Fits(writer)
-    if missing:
-        checkpoint.check_finite()  # before anything is written
-        together, tensor = _fit(checkpoint, moe, config, corpus, settings, writer, fits, device)
-        if missing == writer.parts:  # the first part counts the time of all fits
-            writer.add_to_lap(sum(fits.seconds(name) for name in (*_layer_fits(config), TOGETHER) if fits.has(name)))
-        fit_of_file = dict(zip(shards, [*_layer_fits(config), TOGETHER], strict=True))
-        for index, (file, fit) in enumerate(progress(fit_of_file.items(), "write the calibrated model", "file")):
-            if file in missing:
-                to_make = [planned.name for planned in shards[file] if planned.make is None]
-                values = {name: with_factors(together, tensor, name.removeprefix("model.")) for name in to_make}
-                metrics = fits.metrics(fit) if fits.has(fit) else None
-                if (moved := together.get(f"layers.{index}.mlp.gate.threshold")) is not None:
-                    metrics["threshold"] = moved.item()
-                write_shard(writer, file, shards[file], values, metrics)
-    if "config" in missing:
-        origin, tokens = Origin.of_moe(moe.path, checkpoint.name), {row.domain: row.got for row in corpus.mix}
-        card = calibration_card(origin, config, moe.model_class, tokens, *gains(writer))
-        write_checkpoint_files(writer, "config", moe.path, shards, config, card, tokenizer_files(moe.path))
-    writer.finish()
+    shards, names = _plan(moe, config, settings), [*_layer_fits(config), TOGETHER]
+    with ArtifactWriter(Path(save_path), spec, [*shards, "config"], overwrite=overwrite, exclusive=True) as writer:
+        missing = writer.missing()
+        fits = Fits(writer)
+        if missing:
+            checkpoint.check_finite()  # before anything is written
+            together, tensor = _fit(checkpoint, moe, config, corpus, settings, writer, fits, device)
+            if missing == writer.parts:  # the first part counts the time of all fits
+                writer.add_to_lap(sum(fits.seconds(name) for name in names if fits.has(name)))
+            fit_of_file = dict(zip(shards, names, strict=True))
+            for index, (file, fit) in enumerate(progress(fit_of_file.items(), "write the calibrated model", "file")):
+                if file in missing:
+                    to_make = [planned.name for planned in shards[file] if planned.make is None]
+                    values = {name: with_factors(together, tensor, name.removeprefix("model.")) for name in to_make}
+                    metrics = fits.metrics(fit) if fits.has(fit) else None
+                    if (moved := together.get(f"layers.{index}.mlp.gate.threshold")) is not None:
+                        metrics["threshold"] = moved.item()
+                    write_shard(writer, file, shards[file], values, metrics)
+        if "config" in missing:
+            origin, tokens = Origin.of_moe(moe.path, checkpoint.name), {row.domain: row.got for row in corpus.mix}
+            card = calibration_card(origin, config, moe.model_class, tokens, *gains(writer))
+            write_checkpoint_files(writer, "config", moe.path, shards, config, card, tokenizer_files(moe.path))
+        writer.finish()
     return writer
 
 

@@ -57,21 +57,23 @@ def convert(
     )
     if Path(save_path).resolve() == checkpoint.path:
         raise SettingError(f"save_path {save_path} is the source checkpoint itself; choose another folder")
-    writer = ArtifactWriter(Path(save_path), spec, [*shards, "config"], overwrite=overwrite)
-    missing = writer.missing()
-    tokenizer = carried_over(checkpoint.path) if missing else {}
-    for name in progress(checkpoint.tensors if missing else [], f"check {checkpoint.name}", "tensor"):
-        tensor = checkpoint.finite_tensor(name)
-        if settings.dtype and tensor.abs().max() > torch.finfo(DTYPES[settings.dtype]).max:
-            raise SettingError(f"{checkpoint.path}: {name} has values beyond {settings.dtype}; choose another dtype")
-    for file in progress([file for file in shards if file in missing], "convert", "shard"):
-        write_shard(writer, file, shards[file])
-    if "config" in missing:
-        # Last of all, so that nothing loads a folder whose weights are not complete.
-        origin = Origin.of_source(checkpoint.path, checkpoint.name, settings.base_model_id or checkpoint.hub_id)
-        card = conversion_card(origin, config, settings.convert_type, gates.artifact.manifest["metrics"])
-        write_checkpoint_files(writer, "config", checkpoint.path, shards, config, card, tokenizer)
-    writer.finish()
+    with ArtifactWriter(Path(save_path), spec, [*shards, "config"], overwrite=overwrite, exclusive=True) as writer:
+        missing = writer.missing()
+        tokenizer = carried_over(checkpoint.path) if missing else {}
+        for name in progress(checkpoint.tensors if missing else [], f"check {checkpoint.name}", "tensor"):
+            tensor = checkpoint.finite_tensor(name)
+            if settings.dtype and tensor.abs().max() > torch.finfo(DTYPES[settings.dtype]).max:
+                raise SettingError(
+                    f"{checkpoint.path}: {name} has values beyond {settings.dtype}; choose another dtype"
+                )
+        for file in progress([file for file in shards if file in missing], "convert", "shard"):
+            write_shard(writer, file, shards[file])
+        if "config" in missing:
+            # Last of all, so that nothing loads a folder whose weights are not complete.
+            origin = Origin.of_source(checkpoint.path, checkpoint.name, settings.base_model_id or checkpoint.hub_id)
+            card = conversion_card(origin, config, settings.convert_type, gates.artifact.manifest["metrics"])
+            write_checkpoint_files(writer, "config", checkpoint.path, shards, config, card, tokenizer)
+        writer.finish()
     return writer
 
 

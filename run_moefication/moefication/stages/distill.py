@@ -47,8 +47,9 @@ def distill(
 ) -> ArtifactWriter:
     """Write a distilled copy of a LlamaMoE checkpoint. Under torchrun, all its processes train and the first writes.
 
-    Memory: both models whole, the MoE in float32 with its gradients and two moments of what is trained, and for each
-    token of a batch the activations of all experts. Disk, until it is finished: the MoE in float32 with the moments.
+    Memory: both models whole, the MoE in float32 with its gradients and two moments of what is trained, its experts
+    once more as they are multiplied (half of the bytes with bf16), and the activations of all of them for each token of
+    a batch. Disk, until it is finished: the MoE in float32 with the moments.
     """
     moe = MoECheckpoint(moe_path, checkpoint)
     _check(checkpoint, moe, save_path, settings)
@@ -77,24 +78,25 @@ def distill(
             model = _load(moe, settings)
             if is_first:
                 writer.begin()
-    if not missing:
-        leave_group()
+    with writer:
+        if not missing:
+            leave_group()
+            if is_first:
+                writer.finish()  # an interrupted run may have left this to do
+            return writer
+        arguments.output_dir = str(writer.temporary_path("training"))
+        metrics = _train(checkpoint, moe, model, corpus, settings, arguments)
         if is_first:
-            writer.finish()  # an interrupted run may have left this to do
-        return writer
-    arguments.output_dir = str(writer.temporary_path("training"))
-    metrics = _train(checkpoint, moe, model, corpus, settings, arguments)
-    if is_first:
-        trained = model.state_dict()
-        for file in progress([file for file in shards if file in missing], "write the distilled model", "shard"):
-            values = {tensor.name: trained[tensor.name].cpu() for tensor in shards[file] if tensor.make is None}
-            write_shard(writer, file, shards[file], values)
-        budget = ("num_experts_per_tok", "layer_num_experts_per_tok")
-        config = moe.new_config(**{name: getattr(model.config, name) for name in budget})
-        origin, tokens = Origin.of_moe(moe.path, checkpoint.name), {row.domain: row.got for row in corpus.mix}
-        card = distillation_card(origin, config, moe.model_class, settings.train, tokens, metrics)
-        write_checkpoint_files(writer, RESULT, moe.path, shards, config, card, tokenizer_files(moe.path), metrics)
-        writer.finish()
+            trained = model.state_dict()
+            for file in progress([file for file in shards if file in missing], "write the distilled model", "shard"):
+                values = {tensor.name: trained[tensor.name].cpu() for tensor in shards[file] if tensor.make is None}
+                write_shard(writer, file, shards[file], values)
+            budget = ("num_experts_per_tok", "layer_num_experts_per_tok")
+            config = moe.new_config(**{name: getattr(model.config, name) for name in budget})
+            origin, tokens = Origin.of_moe(moe.path, checkpoint.name), {row.domain: row.got for row in corpus.mix}
+            card = distillation_card(origin, config, moe.model_class, settings.train, tokens, metrics)
+            write_checkpoint_files(writer, RESULT, moe.path, shards, config, card, tokenizer_files(moe.path), metrics)
+            writer.finish()
     return writer
 
 

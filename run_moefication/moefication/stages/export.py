@@ -102,28 +102,28 @@ def _export_gguf(
 
     tokenizer = Tokenizer(model.moe.path, model.reference.vocab_size)
     files = {f"{name}-{one.upper()}.gguf": (one, GGUFModel(model, tokenizer, name, one)) for one in outtypes}
-    writer = new_writer([*files, ABOUT])
-    missing = writer.missing()
-    for file, (outtype, content) in files.items():
-        if file in missing:
-            entry, checked = writer.write(file, content.write), {"run": False}
-            with discarding_what_is_refused(writer):
-                if llama_cpp.is_installed():
-                    checked |= check_gguf(reference, writer.partial / file)
-                    if outtype in OUTTYPE_DTYPES:
-                        require_near(checked, file)
-                else:
-                    content.require_written(writer.partial / file)
-            writer.write_part(file, {file: entry}, checked)
-    if ABOUT in missing:
-        path = model.moe.path
-        contents = {one: (path / one).read_bytes() for one in LICENCES if (path / one).is_file()}
-        contents[CARD] = export_card(
-            Origin.of_moe(path, name), name, model.reference, "gguf", writer.metrics()
-        ).encode()
-        entries = {one: writer.write(one, lambda f, c=content: f.write(c)) for one, content in contents.items()}
-        writer.write_part(ABOUT, entries)
-    writer.finish()
+    with new_writer([*files, ABOUT]) as writer:
+        missing = writer.missing()
+        for file, (outtype, content) in files.items():
+            if file in missing:
+                entry, checked = writer.write(file, content.write), {"run": False}
+                with discarding_what_is_refused(writer):
+                    if llama_cpp.is_installed():
+                        checked |= check_gguf(reference, writer.partial / file)
+                        if outtype in OUTTYPE_DTYPES:
+                            require_near(checked, file)
+                    else:
+                        content.require_written(writer.partial / file)
+                writer.write_part(file, {file: entry}, checked)
+        if ABOUT in missing:
+            path = model.moe.path
+            contents = {one: (path / one).read_bytes() for one in LICENCES if (path / one).is_file()}
+            contents[CARD] = export_card(
+                Origin.of_moe(path, name), name, model.reference, "gguf", writer.metrics()
+            ).encode()
+            entries = {one: writer.write(one, lambda f, c=content: f.write(c)) for one, content in contents.items()}
+            writer.write_part(ABOUT, entries)
+        writer.finish()
     return writer
 
 
@@ -138,18 +138,18 @@ def _export_stock(
     else:
         config, plan = glm4_moe(model, dtype, lambda layer: reference.most_scores[layer])
     shards = plan_shards(plan, MAX_SHARD_BYTES)
-    writer = new_writer([*shards, ABOUT, CHECK])
-    missing = writer.missing()
-    for file in progress([file for file in shards if file in missing], "export", "shard"):
-        write_shard(writer, file, shards[file])
-    if ABOUT in missing:
-        card = export_card(Origin.of_moe(model.moe.path, name), name, model.reference, settings.format)
-        tokenizer = carried_over(model.moe.path, config.model_type)
-        write_checkpoint_files(writer, ABOUT, model.moe.path, shards, config, card, tokenizer)
-    if CHECK in missing:
-        with discarding_what_is_refused(writer):
-            checked = check_stock(reference, writer.partial)
-            require_near(checked, str(writer.folder))
-        writer.write_part(CHECK, {}, checked)
-    writer.finish()
+    with new_writer([*shards, ABOUT, CHECK]) as writer:
+        missing = writer.missing()
+        for file in progress([file for file in shards if file in missing], "export", "shard"):
+            write_shard(writer, file, shards[file])
+        if ABOUT in missing:
+            card = export_card(Origin.of_moe(model.moe.path, name), name, model.reference, settings.format)
+            tokenizer = carried_over(model.moe.path, config.model_type)
+            write_checkpoint_files(writer, ABOUT, model.moe.path, shards, config, card, tokenizer)
+        if CHECK in missing:
+            with discarding_what_is_refused(writer):
+                checked = check_stock(reference, writer.partial)
+                require_near(checked, str(writer.folder))
+            writer.write_part(CHECK, {}, checked)
+        writer.finish()
     return writer

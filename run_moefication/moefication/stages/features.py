@@ -61,26 +61,37 @@ def extract_features(
     blocks_per_shard = settings.batch_size * settings.save_interval
     num_shards = math.ceil(len(corpus.blocks) / blocks_per_shard)
     _require_space(checkpoint, corpus, folder, is_full, dtype)
-    writer = ArtifactWriter(folder, spec, map(str, range(num_shards)), overwrite=overwrite, shared=world_size > 1)
-    mine = [number for number in map(int, writer.missing()) if number % world_size == rank]
-    if mine:
-        on_cpu = torch.device(device).type == "cpu"
-        model = checkpoint.load_model(device, torch.float32 if on_cpu else checkpoint.dtype)
-        recorder = _Recorder(model, settings.templates, dtype)
-        shards = {n: corpus.blocks[n * blocks_per_shard : (n + 1) * blocks_per_shard] for n in mine}
-        num_batches = sum(-(-len(blocks) // settings.batch_size) for blocks in shards.values())
-        # A shard is written while the model reads the next one.
-        with progress(range(num_batches), "record hidden features", "batch") as bar, ThreadPoolExecutor(1) as disk:
-            written: Future[None] | None = None
-            for number, blocks in shards.items():
-                batches = batches_of(blocks, settings.batch_size)
-                features = recorder.record(blocks, batches, number * blocks_per_shard, bar)
-                if written is not None:
-                    written.result()  # at most two shards are in memory, and a full disk ends the run here
-                written = disk.submit(_write_shard, writer, number, features)
-            written.result()
-    writer.finish()
+    how = dict(overwrite=overwrite, shared=world_size > 1, exclusive=world_size == 1)
+    with ArtifactWriter(folder, spec, map(str, range(num_shards)), **how) as writer:
+        mine = [number for number in map(int, writer.missing()) if number % world_size == rank]
+        if mine:
+            shards = {n: corpus.blocks[n * blocks_per_shard : (n + 1) * blocks_per_shard] for n in mine}
+            _record(checkpoint, shards, settings, writer, device)
+        writer.finish()
     return writer
+
+
+def _record(
+    checkpoint: DenseCheckpoint,
+    shards: dict[int, list[torch.Tensor]],
+    settings: FeatureSettings,
+    writer: ArtifactWriter,
+    device: str,
+) -> None:
+    """Record shards, given as blocks by number, and write each while the model reads the next."""
+    on_cpu = torch.device(device).type == "cpu"
+    model = checkpoint.load_model(device, torch.float32 if on_cpu else checkpoint.dtype)
+    recorder = _Recorder(model, settings.templates, DTYPES[settings.dtype])
+    num_batches = sum(-(-len(blocks) // settings.batch_size) for blocks in shards.values())
+    with progress(range(num_batches), "record hidden features", "batch") as bar, ThreadPoolExecutor(1) as disk:
+        written: Future[None] | None = None
+        for number, blocks in shards.items():
+            first_block = number * settings.batch_size * settings.save_interval
+            features = recorder.record(blocks, batches_of(blocks, settings.batch_size), first_block, bar)
+            if written is not None:
+                written.result()  # at most two shards are in memory, and a full disk ends the run here
+            written = disk.submit(_write_shard, writer, number, features)
+        written.result()
 
 
 def _require_space(

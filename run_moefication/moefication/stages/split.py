@@ -28,17 +28,17 @@ def split_by_weights(
     Writes per template and layer an int64 tensor `[intermediate_size]`. Memory: one weight at a time, in float32.
     """
     how = dict(method=settings.method, device=device, overwrite=overwrite)
-    writer = split_writer(checkpoint, save_path, templates, settings.recorded(), **how)
-    missing = writer.missing()
-    for name in progress(missing, f"check {checkpoint.name}", "weight"):
-        if not checkpoint.finite_tensor(name).any():
-            raise MoEficationError(f"{checkpoint.path}: {name} is all zeros, there is nothing to cluster")
-    for name in progress(missing, "split", "layer"):
-        weight = checkpoint.finite_tensor(name).to(device, torch.float32)
-        rows = torch.nn.functional.normalize(weight)
-        clusters = balanced_kmeans(rows, settings.num_experts, settings.distance, settings.seed)
-        write_labels(writer, name, clusters.labels, clusters.metrics)
-    writer.finish()
+    with split_writer(checkpoint, save_path, templates, settings.recorded(), **how) as writer:
+        missing = writer.missing()
+        for name in progress(missing, f"check {checkpoint.name}", "weight"):
+            if not checkpoint.finite_tensor(name).any():
+                raise MoEficationError(f"{checkpoint.path}: {name} is all zeros, there is nothing to cluster")
+        for name in progress(missing, "split", "layer"):
+            weight = checkpoint.finite_tensor(name).to(device, torch.float32)
+            rows = torch.nn.functional.normalize(weight)
+            clusters = balanced_kmeans(rows, settings.num_experts, settings.distance, settings.seed)
+            write_labels(writer, name, clusters.labels, clusters.metrics)
+        writer.finish()
     return writer
 
 
@@ -54,11 +54,11 @@ def split_at_random(
     num_experts, width = settings.num_experts, checkpoint.config.intermediate_size
     require_shared(settings.num_shared_experts, num_experts)
     how = dict(method=settings.method, overwrite=overwrite)
-    writer = split_writer(checkpoint, save_path, templates, settings.recorded(), **how)
-    for name in writer.missing():
-        # Each weight has a generator of its own, so that an interrupted run goes on with the same numbers.
-        generator = torch.Generator().manual_seed(int(digest([settings.seed, name])[:8], 16))
-        labels = torch.arange(num_experts).repeat_interleave(width // num_experts)
-        write_labels(writer, name, labels[torch.randperm(width, generator=generator)])
-    writer.finish()
+    with split_writer(checkpoint, save_path, templates, settings.recorded(), **how) as writer:
+        for name in writer.missing():
+            # Each weight has a generator of its own, so that an interrupted run goes on with the same numbers.
+            generator = torch.Generator().manual_seed(int(digest([settings.seed, name])[:8], 16))
+            labels = torch.arange(num_experts).repeat_interleave(width // num_experts)
+            write_labels(writer, name, labels[torch.randperm(width, generator=generator)])
+        writer.finish()
     return writer

@@ -143,30 +143,30 @@ def split_by_activations(
         del options["batch_size"]
         inputs = {"hidden_features_path": text.artifact.digest}
         told["earlier"] = text.artifact.history
-    how = dict(method=settings.method, told=told, device=device, overwrite=overwrite, exclusive=True)
-    writer = split_writer(checkpoint, save_path, [template], options, inputs=inputs, **how)
-    names, missing = writer.parts, writer.missing()
-    layers = [layer for layer, name in enumerate(names) if name in missing]
-    if layers:
-        checkpoint.check_finite()  # before anything is written
-    if isinstance(text, Features):
-        for layer in progress(layers, "split", "layer"):
-            labels, parts = _of_features(checkpoint, text, layer, device).split(settings)
-            write_labels(writer, names[layer], labels, parts.metrics)
-    else:
-        streams = Streams(writer, (1, text.num_tokens, checkpoint.config.hidden_size))
-        batches = batches_of(text.blocks, settings.batch_size)
-        layers = streams.layers_to_walk(layers, len(names))
-        if layers and layers[0] == 0 and not streams.has(0):
-            with streams.filling(0) as first:
-                embed(first[0], text.blocks, batches, checkpoint.finite_tensor("embed_tokens.weight"))
-        for layer in progress(layers, "split", "layer", done=len(names) - len(layers)):
-            with streams.filling(layer + 1) as after:
-                statistics = _of_text(checkpoint, layer, batches, streams.before(layer)[0], after[0], device)
-            labels, parts = statistics.split(settings)
-            write_labels(writer, names[layer], labels, parts.metrics)
-            streams.remove(layer)
-    writer.finish()
+    how = dict(method=settings.method, told=told, device=device, overwrite=overwrite)
+    with split_writer(checkpoint, save_path, [template], options, inputs=inputs, **how) as writer:
+        names, missing = writer.parts, writer.missing()
+        layers = [layer for layer, name in enumerate(names) if name in missing]
+        if layers:
+            checkpoint.check_finite()  # before anything is written
+        if isinstance(text, Features):
+            for layer in progress(layers, "split", "layer"):
+                labels, parts = _of_features(checkpoint, text, layer, device).split(settings)
+                write_labels(writer, names[layer], labels, parts.metrics)
+        else:
+            streams = Streams(writer, (1, text.num_tokens, checkpoint.config.hidden_size))
+            batches = batches_of(text.blocks, settings.batch_size)
+            layers = streams.layers_to_walk(layers, len(names))
+            if layers and layers[0] == 0 and not streams.has(0):
+                with streams.filling(0) as first:
+                    embed(first[0], text.blocks, batches, checkpoint.finite_tensor("embed_tokens.weight"))
+            for layer in progress(layers, "split", "layer", done=len(names) - len(layers)):
+                with streams.filling(layer + 1) as after:
+                    statistics = _of_text(checkpoint, layer, batches, streams.before(layer)[0], after[0], device)
+                labels, parts = statistics.split(settings)
+                write_labels(writer, names[layer], labels, parts.metrics)
+                streams.remove(layer)
+        writer.finish()
     return writer
 
 

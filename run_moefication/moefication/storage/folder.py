@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 
@@ -71,7 +71,8 @@ class ArtifactWriter(FolderWriter):
         overwrite: make anew what an earlier run of the same stage left; what it finished stays until then.
         shared: other processes of this run fill the same folder: an unfinished folder with the same spec is theirs,
             and is joined rather than made anew.
-        exclusive: no other process may fill this folder meanwhile, for two would share the stage's temporary files.
+        exclusive: no other process may fill this folder meanwhile. A writer is a context, at whose end the folder is
+            free again, whatever ended it.
 
     Raises:
         MoEficationError: the folder holds something else, or was begun with other options, model or inputs; at the
@@ -97,6 +98,12 @@ class ArtifactWriter(FolderWriter):
         self._lap_began = time.perf_counter()
         self.spec = existing or self._wanted  # the one in force, with the facts of the run that began the folder
         self.was_finished = self.finished  # there was nothing to do from the start
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
     @property
     def finished(self) -> bool:

@@ -1,6 +1,7 @@
 """The one way to write a folder: it is filled beside its name, and renamed when it is whole."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -33,7 +34,8 @@ class FolderWriter:
         self._target = folder.resolve()
         self.partial = self._target.with_name(f".{self._target.name}.partial")
         self.workspace = self.partial / WORKSPACE
-        self._lock = FileLock(self._target.with_name(f".{self._target.name}.lock"))
+        # One thread may begin a folder and another finish it.
+        self._lock = FileLock(self._target.with_name(f".{self._target.name}.lock"), thread_local=False)
 
     def refuse_place(self) -> None:
         """Refuse a folder that cannot be made or replaced here, before any work."""
@@ -98,4 +100,9 @@ class FolderWriter:
                         folder.rmdir()
             shutil.copytree(replaced, self._target, symlinks=True, copy_function=os.rename, dirs_exist_ok=True)
         if workspace.exists():
-            shutil.rmtree(workspace)
+            try:
+                shutil.rmtree(workspace)
+            except OSError as error:
+                # On NFS, a file that is still mapped lives on under another name: the next `sweep` removes the folder.
+                if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+                    raise

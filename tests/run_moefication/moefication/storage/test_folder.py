@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,6 +102,30 @@ def hold(folder, begun):
     fill(writer, PARTS[:1])
     begun.set()
     time.sleep(600)
+
+
+def test_an_exclusive_folder_is_free_after_an_error(tmp_path):
+    """Even while its traceback, and so the writer, is kept, as notebooks do."""
+
+    def interrupted() -> None:
+        with ArtifactWriter(tmp_path / "folder", SPEC, PARTS, exclusive=True) as writer:
+            fill(writer, PARTS[:1])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as kept:
+        interrupted()
+    with ArtifactWriter(tmp_path / "folder", SPEC, PARTS, exclusive=True) as again:
+        assert again.missing() == PARTS[1:]
+        fill(again, PARTS[1:])
+        assert again.finish()
+    assert kept.traceback
+
+
+def test_a_part_may_be_written_by_another_thread(tmp_path):
+    with ArtifactWriter(tmp_path / "folder", SPEC, PARTS, exclusive=True) as writer:
+        with ThreadPoolExecutor(1) as other:
+            other.submit(fill, writer, PARTS).result()
+        assert writer.finish()
 
 
 def test_an_exclusive_folder_has_one_writer_at_a_time(tmp_path):
