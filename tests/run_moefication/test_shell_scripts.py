@@ -260,22 +260,32 @@ def test_help_needs_no_settings(script):
     assert len(result.stdout.splitlines()) > 5
 
 
-def test_the_quick_start_ends_with_a_total(tiny_llama, text_folder, tmp_path):
-    """A copy of the scripts, in which every Python only says what it is asked."""
-    for file in ("scripts/quickstart.sh", "scripts/environment.sh", *map(str, STAGES.glob("*.sh"))):
-        copy = tmp_path / Path(file).parent.name / Path(file).name
+@pytest.fixture
+def says(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """`says("quickstart.sh", ..., NAME="value")`: a copy of the scripts, where Python only says what it is asked."""
+    for file in (*STAGES.parent.glob("scripts/*.sh"), *STAGES.glob("*.sh")):
+        copy = tmp_path / file.parent.name / file.name
         copy.parent.mkdir(exist_ok=True)
-        shutil.copy(STAGES.parent / file, copy)
+        shutil.copy(file, copy)
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(STAGES.parent / name, tmp_path)
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(PYTHON)
     python.chmod(0o755)
+
+    def says(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        command = ["bash", tmp_path / "scripts" / script, *arguments]
+        environment = os.environ | {"NUM_GPUS": "1"} | environment
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    return says
+
+
+def test_the_quick_start_ends_with_a_total(says, tiny_llama, text_folder, tmp_path):
     settings = {"MODEL": str(tiny_llama), "DATA": str(text_folder), "TEXT": str(text_folder / "c4.jsonl")}
     settings |= {"MOE_PATH": str(tiny_llama), "CALIBRATED_PATH": str(tiny_llama)}  # as if the stages had made them
-    command = ["bash", tmp_path / "scripts/quickstart.sh"]
-    result = subprocess.run(command, env=os.environ | settings | {"NUM_GPUS": "1"}, capture_output=True, text=True)
+    result = says("quickstart.sh", DISTILLED_PATH="of another run", **settings)
     assert result.returncode == 0, result.stderr
     total = r"== Done in \d+ min \d+ s, of which the stages, the evaluation and the page took \d+ min \d+ s"
     assert re.fullmatch(total, result.stdout.splitlines()[-1])
@@ -286,3 +296,17 @@ def test_the_quick_start_ends_with_a_total(tiny_llama, text_folder, tmp_path):
     assert arguments.text_path == [settings["TEXT"]]
     assert arguments.evaluation_path == words[words.index("--json") + 1]
     assert settings_of(arguments, rm.ReportSettings).num_selects == [48, 32, 16]  # of 64
+
+
+def test_a_whole_conversion_evaluates_what_it_made(says, tiny_llama, text_folder, tmp_path):
+    made = [tmp_path / "work" / f"tiny-llama-MoE{name}" for name in ("", "-Calibrated")]  # as if by the stages
+    for folder in made:
+        shutil.copytree(tiny_llama, folder)
+        (folder / "README.md").touch()
+    text = {"DATA": str(text_folder), "TEXT": str(text_folder / "c4.jsonl")}
+    result = says("convert_7b.sh", tiny_llama, WORK=str(tmp_path / "work"), DISTILLED_PATH="of another run", **text)
+    assert result.returncode == 0, result.stderr
+    words = result.stdout.splitlines()
+    first = words.index(str(tmp_path / "run_moefication/llama_evaluate.py")) + 2
+    assert words[first : words.index("--text_path", first)] == [str(path) for path in (tiny_llama, *made)]
+    assert any(line.startswith("== The report, ") for line in words)
