@@ -95,7 +95,7 @@ def balanced_kmeans(rows: torch.Tensor, num_clusters: int, distance: str = "l2",
         cost=assignment.cost,
         lower_bound=assignment.lower_bound,
         iterations=iterations,
-        converged=assignment.labels is not labels,
+        converged=not len(moved),
     )
 
 
