@@ -70,17 +70,17 @@ def target(tmp_path) -> Path:
 
 
 @pytest.fixture
-def run(hub, target, tmp_path):
+def environment(hub, tmp_path) -> dict[str, str]:
+    """In which that hub answers, and its cache is empty."""
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+    return os.environ | online | {"PYTHON": sys.executable, "HF_HOME": str(tmp_path / "home")}
+
+
+@pytest.fixture
+def run(environment, target, tmp_path):
     """`run(NAME="value")` downloads the model into the target; `run("other", "arguments")`."""
 
     def run(*arguments: str | Path, **settings: str) -> subprocess.CompletedProcess:
-        environment = os.environ | {
-            "PYTHON": sys.executable,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "0",
-            "TRANSFORMERS_OFFLINE": "0",
-        }
         return subprocess.run(
             ["bash", SCRIPT, *(arguments or (MODEL, target))],
             env=environment | settings,
@@ -100,6 +100,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 def assert_complete(result: subprocess.CompletedProcess, hub: Hub, target: Path, names: list[str] = NEEDED) -> None:
     assert (result.returncode, result.stderr) == (0, ""), result.stdout
     assert contents(target) == {name: hub.contents[name] for name in names}
+
+
+@pytest.mark.parametrize("weights", [[*SHARDS, "model.safetensors.index.json"], ["pytorch_model.bin"]])
+def test_a_stage_that_is_given_a_hub_id_fetches_the_weights_once(weights, hub, environment):
+    """And where the hub cannot be reached, it takes what it has fetched."""
+    hub.publish(["config.json", "tokenizer.model", "pytorch_model.bin", "consolidated.safetensors", *weights])
+    code = "from run_moefication.moefication.checkpoints.dense import resolve_model_path\n"
+    code += f"print(resolve_model_path({MODEL!r}))"
+    for offline in "01":
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment | {"HF_HUB_OFFLINE": offline}, capture_output=True, text=True
+        )
+        folder = Path(result.stdout.strip() or "nowhere")
+        found = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+        assert found == {"config.json", "tokenizer.model", *weights}, result.stderr
 
 
 def test_what_a_checkpoint_needs_is_fetched_once(run, hub, target):

@@ -6,7 +6,7 @@ All is checked when a checkpoint is opened, before any work: config, index, head
 import logging
 import re
 from collections.abc import Collection, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ EMBEDDING = "embed_tokens.weight"
 UNUSED_TENSORS = re.compile(
     r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|(v_head|value_head)\..+"
 )
+# What else repositories of the hub hold: other formats, and the same weights for other libraries.
+NO_WEIGHTS_OF_OURS = ["*.gguf", "*.pth", "*.h5", "*.msgpack", "consolidated*", "original/*", "onnx/*"]
 # The hub client raises these for the hub's answers, the network (the base of the first), files, and names.
 HUB_ERRORS = (HfHubHTTPError, HfHubHTTPError.__bases__[0], OSError, ValueError)
 
@@ -44,9 +46,12 @@ def resolve_model_path(model_path: str | Path) -> Path:
         raise SettingError(f"model_path {model_path} is a file; name the folder of the checkpoint")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) or model_path.startswith("."):
         raise SettingError(f"model_path {model_path!r} is no folder here, and no hub id (owner/name)")
+    fetch = partial(snapshot_download, model_path, tqdm_class=Progress)
     try:
-        ignored = ["*.gguf", "*.pth", "*.h5", "*.msgpack", "consolidated*", "original/*", "onnx/*"]
-        return Path(snapshot_download(model_path, ignore_patterns=ignored, tqdm_class=Progress))
+        folder = Path(fetch(ignore_patterns=[*NO_WEIGHTS_OF_OURS, "*.bin"]))
+        if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+            return folder
+        return Path(fetch(ignore_patterns=NO_WEIGHTS_OF_OURS))
     except HUB_ERRORS as error:
         reason = first_line(error)
         raise SettingError(f"model_path {model_path} is no folder here and the hub has no answer ({reason})") from error
