@@ -125,12 +125,17 @@ def _doubts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
                     f'"tokenizer_class": "TokenizersBackend" into tokenizer_config.json'
                 )
                 break
-        if eos is not None and written.id_to_token(eos) is None and eos != of_model:
+        ends = of_model if isinstance(of_model, list) else [of_model]
+        if eos is not None and written.id_to_token(eos) is None and eos not in ends:
             yield (
                 f"its end of documents, {tokenizer.eos_token!r}, is not in tokenizer.json, and the model never learned "
                 f"token {eos}; name the right eos_token in tokenizer_config.json"
             )
-    elif tokenizer.bos_token_id not in [None, *tokenizer("a")["input_ids"]] and "add_bos_token" not in settings:
+    elif (
+        not (path / "vocab.json").is_file()  # as of GPT-2, which has no BOS
+        and tokenizer.bos_token_id not in [None, *tokenizer("a")["input_ids"]]
+        and "add_bos_token" not in settings
+    ):
         yield (
             f"transformers puts no {tokenizer.bos_token} before a text, as LLaMA's training did; write "
             f'"add_bos_token": true into tokenizer_config.json, or false if this model wants none'
