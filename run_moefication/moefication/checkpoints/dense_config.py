@@ -74,9 +74,7 @@ def is_convertible(raw: dict[str, Any]) -> bool:
     window, positions = (
         raw.get(name, getattr(default, name)) for name in ("sliding_window", "max_position_embeddings")
     )
-    are_numbers = isinstance(window, int) and isinstance(
-        positions, int
-    )  # else the class of the config says what is wrong
+    are_numbers = isinstance(window, int) and isinstance(positions, int)  # else the config's class says what is wrong
     is_windowed = kind == "mistral" and are_numbers and window < positions
     return kind in KINDS and not is_windowed and not raw.get("quantization_config")
 

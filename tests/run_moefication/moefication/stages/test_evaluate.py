@@ -2,11 +2,12 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCES, VOCABULARY, make_tokenizer, write_jsonl
+from conftest import SENTENCES, VOCABULARY, change_config, make_tokenizer, write_jsonl
 from pipeline import load, make_moe, with_thresholds
 from transformers import BloomConfig, BloomForCausalLM
 
@@ -154,3 +155,11 @@ def test_a_model_without_a_longest_text(text, tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     (row,) = evaluate([tmp_path], text, max_tokens=200)
     assert 1 < row.perplexity < math.inf
+
+
+@pytest.mark.parametrize("wrong", [{"sliding_window": "x"}, {"sliding_window": 8, "max_position_embeddings": "x"}])
+def test_a_window_that_is_no_number(wrong, tiny_llama, text, tmp_path):
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
+    change_config(folder, model_type="mistral", **wrong)
+    with pytest.raises(MoEficationError, match=r"config\.json: "):
+        evaluate([folder], text)
