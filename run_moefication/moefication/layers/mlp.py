@@ -60,7 +60,7 @@ class MoEMLP(GatedMLP):
         """`tensor(name)`: the block's tensors by their names within it, such as `experts.down_proj`."""
 
         def loaded(name: str) -> torch.Tensor:
-            return tensor(name).to(device).to(torch.float32)  # 16 bits travel
+            return tensor(name).to(device).to(torch.float32)  # a GPU is sent 16 bits a weight
 
         def rows(kind: str) -> list[torch.Tensor]:
             """gate_proj and up_proj, weights or biases, of all experts."""

@@ -18,22 +18,17 @@ def write(folder: Path, **settings) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def change_file(folder: Path, change) -> None:
-    """Save a byte-level tokenizer, and change its tokenizer.json."""
+def save_with_digits(folder: Path) -> None:
+    """A byte-level tokenizer whose tokenizer.json cuts each digit apart, as SmolLM2's does."""
     make_tokenizer().save_pretrained(folder)
     content = json.loads((folder / "tokenizer.json").read_text())
-    change(content)
+    digits = {"type": "Digits", "individual_digits": True}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, content["pre_tokenizer"]]}
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
-def with_digits(content: dict) -> None:
-    digits = {"type": "Digits", "individual_digits": True}
-    parts = [digits, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
-
-
 def test_a_class_that_passes_over_the_rules_of_tokenizer_json(tmp_path, caplog):
-    change_file(tmp_path, with_digits)
+    save_with_digits(tmp_path)
     write(tmp_path, **NAMES, tokenizer_class="GPT2Tokenizer")
     wrong = load_tokenizer(tmp_path)("Total:    42")["input_ids"]
     assert '"tokenizer_class": "TokenizersBackend"' in caplog.text
