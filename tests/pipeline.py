@@ -1,5 +1,6 @@
 """The stages as a user types them, for tests: through each script's `main`, with the description's names."""
 
+import itertools
 import json
 import os
 import re
@@ -189,21 +190,26 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return model(some_tokens(2, 24)).logits
 
 
+def batches(blocks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Blocks of tokens, `[blocks, length]` for those in succession that are equally long; nothing is padded."""
+    return [torch.stack([*group]).long() for _, group in itertools.groupby(blocks, len)]
+
+
 @torch.no_grad()
 def inputs_to(module: nn.Module, model: PreTrainedModel, blocks: list[torch.Tensor]) -> torch.Tensor:
-    """What enters a module of the model in plain forward passes, a block at a time: `[tokens, width]`."""
+    """What enters a module of the model in plain forward passes: `[tokens, width]`."""
     seen = []
-    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
-    for block in blocks:
-        model(block[None].long())
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    for batch in batches(blocks):
+        model(batch)
     hook.remove()
     return torch.cat(seen)
 
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, blocks: list[torch.Tensor]) -> torch.Tensor:
-    """What a model says of blocks, one at a time: `[tokens, V]`."""
-    return torch.cat([model(block[None].long()).logits[0] for block in blocks])
+    """What a model says of blocks: `[tokens, V]`."""
+    return torch.cat([model(batch).logits.flatten(0, 1) for batch in batches(blocks)])
 
 
 def divergence(model: PreTrainedModel, dense: PreTrainedModel, blocks: list[torch.Tensor]) -> float:
@@ -221,8 +227,8 @@ def mlp_inputs(model: PreTrainedModel, layer: int, blocks: list[torch.Tensor]) -
 def shares_on(model: PreTrainedModel, blocks: list[torch.Tensor]) -> list[float]:
     """The share of the routed experts that runs on these blocks, by layer."""
     with record_routing(model) as statistics:
-        for block in blocks:
-            model(block[None].long())
+        for batch in batches(blocks):
+            model(batch)
     return [layer.experts_per_tok / layer.runs.numel() for layer in statistics]
 
 
