@@ -74,10 +74,11 @@ def run_triton_kernels(
     output = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     weights = (gate_up.contiguous(), down.contiguous(), gate_up_bias)
     chunks = zip(*(t.split(TOKENS_PER_CHUNK) for t in (inputs, top_k_index, top_k_weights, output)), strict=True)
-    for x, index, slot_weights, out in chunks:
-        run = _few_tokens if len(x) <= FEW_TOKENS else _many_tokens
-        if len(x):
-            run(x, index.contiguous(), slot_weights.contiguous(), *weights, out)
+    with torch.cuda.device_of(inputs):  # Triton starts its programs on the current GPU, wherever the tensors are
+        for x, index, slot_weights, out in chunks:
+            run = _few_tokens if len(x) <= FEW_TOKENS else _many_tokens
+            if len(x):
+                run(x, index.contiguous(), slot_weights.contiguous(), *weights, out)
     return output
 
 

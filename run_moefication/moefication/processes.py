@@ -32,9 +32,11 @@ def this_process(local_rank: int | None = None) -> Process:
 
 
 def pick_device(device: str | None = None, local_rank: int = 0) -> str:
-    """The device asked for, checked; by default the GPU of this process where there is one."""
-    if device is None:
-        return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    """The device asked for, checked; "cuda" is the GPU of this process, and so is the default where there is one."""
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
+        device = f"cuda:{local_rank}"
+    elif device is None:
+        return "cpu"
     try:
         torch.empty(0, device=device)
         if torch.device(device).type == "meta":
