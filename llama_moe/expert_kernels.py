@@ -25,6 +25,7 @@ SMALL_LAYER_BYTES = 2**24  # such a layer stays in caches, so calls cost more th
 FEWEST_TOKENS, VERY_FEW_TOKENS, FEW_TOKENS = 8, 24, 128
 FEW_PAIRS = 1024
 TOKENS_PER_CHUNK = 512
+MOST_GROUPED_TOKENS = 4096  # whose pairs are held at once, 8 bytes for each value of their outputs
 MANY_EXPERTS = 8  # of one token: fewer are as fast one by one, with each product in parallel
 LONG_ROW = 256  # neurons: in 16 bits, products of shorter rows are slow
 # PyTorch's own name for what `_products` calls, which has no gradients, is not one that it promises to keep.
@@ -226,6 +227,10 @@ def _masked_activations(packed: PackedExperts, hidden_states: Tensor, weights: T
 def grouped(packed: PackedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """All used pairs in one grouped product. Gain: 1.1 to 1.3 times `one_by_one` for up to 64 tokens of SmolLM2's layer
     with 16 experts, 1.3 to 4 times for 512 tokens on an H200."""
+    slots = (hidden_states, top_k_index, top_k_weights)
+    if len(hidden_states) > MOST_GROUPED_TOKENS:
+        chunks = zip(*(t.split(MOST_GROUPED_TOKENS) for t in slots), strict=True)
+        return torch.cat([grouped(packed, *chunk) for chunk in chunks])
     tokens, weights, experts = _used_pairs(top_k_index, top_k_weights)
     ends = torch.searchsorted(experts, torch.arange(len(packed.down), device=experts.device), right=True)
     ends = ends.to(torch.int32)

@@ -16,6 +16,7 @@ from llama_moe.expert_kernels import (
     FINE_WIDTH,
     LONG_ROW,
     MANY_EXPERTS,
+    MOST_GROUPED_TOKENS,
     TOKENS_PER_CHUNK,
     PackedExperts,
     choose_kernel,
@@ -37,7 +38,7 @@ KERNELS = [one_by_one, masked_dense, grouped, one_token]
 SIZES = {
     one_by_one: [(5, 6, 1), (4, 16, 70), (3, 43, 5)],
     masked_dense: [(5, 6, 1), (4, 16, 5), (5, 6, 13), (4, 16, 70), (3, 5, TOKENS_PER_CHUNK + 9)],
-    grouped: [(4, 16, 1), (4, 8, 70)],  # widths of whole 16 bytes only
+    grouped: [(4, 16, 1), (4, 8, 70), (4, 8, MOST_GROUPED_TOKENS + 9)],  # widths of whole 16 bytes only
     one_token: [(5, 6, 1), (4, 16, 1), (3 * MANY_EXPERTS, 6, 1), (3 * MANY_EXPERTS, LONG_ROW, 1)],
 }
 
