@@ -52,6 +52,8 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
     config: LlamaMoEConfig
     config_class = LlamaMoEConfig
     _no_split_modules = ["LlamaMoEDecoderLayer"]
+    # Scores that round to a rounded threshold would all reach it, and more experts run than were asked for.
+    _keep_in_fp32_modules_strict = ["threshold", "score_quantiles"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(Gate, index=0),
         "hidden_states": LlamaMoEDecoderLayer,
