@@ -70,10 +70,15 @@ options() {
     done
 }
 
-# launch SCRIPT OPTION...: start a process for each of NUM_GPUS, by default all that are there, or one on the CPU.
+# count_gpus: NUM_GPUS is by default the number of those that are there, or 1 on the CPU.
+count_gpus() {
+    NUM_GPUS="${NUM_GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+}
+
+# launch SCRIPT OPTION...: start a process for each of NUM_GPUS.
 launch() {
     local launcher=()
-    NUM_GPUS="${NUM_GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+    count_gpus
     [ "$NUM_GPUS" -eq 1 ] || launcher=(-m torch.distributed.run --standalone --nproc_per_node="$NUM_GPUS") # torchrun
     "$PYTHON" ${launcher[@]+"${launcher[@]}"} "$@"
 }

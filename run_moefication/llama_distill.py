@@ -4,8 +4,10 @@ r"""Stage 6, distill: train gates and experts of a LlamaMoE checkpoint to predic
     --train_data_path ../llama_data --max_tokens 131072 --block_size 512
   torchrun --nproc_per_node=8 llama_distill.py (the same options) --bf16
 
-Writes a LlamaMoE checkpoint like the one it read. Memory: the dense model, the MoE in float32, and 12 more bytes for
-each parameter that is trained; disk, until it is done: 12, and twice that while a step is saved.
+Writes a LlamaMoE checkpoint like the one it read. Memory of each process: the dense model, the MoE in float32, and 12
+more bytes for each parameter that is trained (of LLaMA-7B 92 GB; with --train gates 41), and activations; disk, until
+it is done: 12, and twice that while a step is saved. Several processes take batches of their own: with as much text
+for each as for one, there are as many steps.
 """
 
 import os

@@ -205,6 +205,11 @@ def test_several_processes_are_launched_by_torchrun(typed):
         assert words[:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
         assert Path(words[4]).samefile(SCRIPTS[script].__file__)
         assert words[-2:] == ["--batch_size", "2"]
+    # Each has as much text as one would have: as many steps.
+    tokens = words[words.index("--max_tokens") + 1]
+    assert tokens == "512"
+    words = typed(script, MAX_TOKENS="", NUM_GPUS="3")
+    assert words[words.index("--max_tokens") + 1] == str(3 * settings.CALIBRATED.distillation_tokens)
 
 
 @pytest.mark.parametrize(

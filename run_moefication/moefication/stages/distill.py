@@ -6,6 +6,8 @@ With nested budgets each step draws one, and thresholds follow at each.
 """
 
 import importlib.util
+import logging
+import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,9 @@ from ..storage.manifest import ArtifactSpec, environment
 from ..text.corpus import Corpus, require_held_out_block
 from .distill_trainer import TRAINED, DistillationTrainer, last_whole_step, leave_group, mean_kl, training_arguments
 
+logger = logging.getLogger(__name__)
+
+FEW_STEPS = 100  # a warning says that so few gain little
 MEASURED_EVERY_NTH_BLOCK = 16  # one block in so many is not trained on; the loss before and after is measured there
 RESULT = "distillation"  # the last part holds config, code, card, and what the training gained
 
@@ -74,6 +79,7 @@ def distill(
         writer = ArtifactWriter(Path(save_path), spec, [*shards, RESULT], **how)
         missing = writer.missing()
         if missing:
+            require_memory(moe, settings, arguments.device)
             checkpoint.check_finite()
             model = _load(moe, settings)
             if is_first:
@@ -115,6 +121,21 @@ def _check(checkpoint: DenseCheckpoint, moe: MoECheckpoint, save_path: str | Pat
         require_num_selects(num_selects, config, name="nested_selects")
     if Path(save_path).resolve() in (checkpoint.path, folder.resolve()):
         raise SettingError(f"save_path {save_path} is one of the source checkpoints; choose another folder")
+
+
+def require_memory(moe: MoECheckpoint, settings: DistillSettings, device: torch.device) -> None:
+    """Refuse models of which a GPU cannot hold what they need beside their activations."""
+    if device.type != "cuda":
+        return
+    sizes = {name: math.prod(info.shape) for name, info in moe.tensors.items()}
+    trained = sum(size for name, size in sizes.items() if TRAINED[settings.train](name))
+    needed, free = 6 * sum(sizes.values()) + 12 * trained, torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        both = f"both models, and gradients and moments of what train {settings.train} trains"
+        raise SettingError(
+            f"{both}, are {needed / 1e9:.0f} GB, more than the {free / 1e9:.0f} that {device} has free: "
+            + ("a larger GPU is needed" if settings.train == "gates" else "train gates needs less")
+        )
 
 
 def _shards(moe: MoECheckpoint) -> dict[str, list[PlannedTensor]]:
@@ -167,8 +188,14 @@ def _train(
     shares = _shares(model, settings)
     num_held_out = -(-len(corpus.blocks) // MEASURED_EVERY_NTH_BLOCK)
     blocks, held_out = corpus.blocks[:-num_held_out], corpus.blocks[-num_held_out:]
+    num_processes, num_batches = arguments.world_size, batch_size * settings.gradient_accumulation_steps
+    steps = settings.epochs * -(-len(blocks) // (num_processes * num_batches))
+    if is_first and steps < FEW_STEPS:
+        each = f"{len(blocks)} blocks, {num_processes * num_batches} of them a step"
+        logger.warning("%d training steps gain little (%s): more text or epochs gain more", steps, each)
     model.to(device)
-    teacher_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    is_half = checkpoint.dtype.itemsize == 2
+    teacher_dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype if is_half else torch.bfloat16
     teacher = checkpoint.load_causal_lm(device, teacher_dtype).requires_grad_(False)
     last = last_whole_step(Path(arguments.output_dir))
     with quiet_transformers(), straight_through(model, shares) as soft:

@@ -136,6 +136,8 @@ class DistillationTrainer(Trainer):
         self._steps = Steps(moe_blocks)
         super().__init__(model, arguments, data_collator=collate, train_dataset=blocks, callbacks=[self._steps])
         self.remove_callback(PrinterCallback)
+        if ddp := self.accelerator.ddp_handler:
+            ddp.gradient_as_bucket_view = True  # else DDP holds all gradients twice
         self.model_accepts_loss_kwargs = False  # compute_loss gives each batch's mean, which the Trainer then averages
         self._moe_blocks, self._teacher, self._clone_weight = moe_blocks, teacher, clone_weight
 

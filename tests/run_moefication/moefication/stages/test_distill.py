@@ -35,6 +35,7 @@ from llama_moe import LlamaMoEForCausalLM
 from run_moefication import llama_distill
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.checkpoints.moe import MoECheckpoint
+from run_moefication.moefication.errors import SettingError
 from run_moefication.moefication.fitting.losses import TeacherKL
 from run_moefication.moefication.layers.straight_through import (
     TEMPERATURE,
@@ -46,7 +47,7 @@ from run_moefication.moefication.layers.straight_through import (
     update_thresholds,
 )
 from run_moefication.moefication.stages import distill_trainer
-from run_moefication.moefication.stages.distill import distill
+from run_moefication.moefication.stages.distill import distill, require_memory
 from run_moefication.moefication.stages.distill_trainer import drawn_budget
 from run_moefication.settings import DistillSettings
 
@@ -99,6 +100,25 @@ NESTED = SHORT | {"nested_selects": "6 3", "lr": 3e-4, "epochs": 2}  # two passe
 def nested(finished, tmp_path_factory) -> Path:
     """The same with steps at other budgets."""
     return distilled_to(tmp_path_factory.mktemp("nested") / "moe", finished, **NESTED)
+
+
+def test_few_steps_are_warned_of(finished, short, tmp_path, caplog):
+    distilled_to(tmp_path / "moe", finished, **SHORT | {"gradient_accumulation_steps": 3})
+    assert "6 training steps gain little (35 blocks, 6 of them a step)" in caplog.text
+    assert metrics_of(short)["steps"] == 17
+
+
+def test_a_gpu_that_is_too_small_is_refused(finished, monkeypatch):
+    moe = MoECheckpoint(finished.moe, DenseCheckpoint(str(finished.model)))
+    model = load(finished.moe)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    trained = sum(size for name, size in sizes.items() if ".mlp." in name)
+    needed = 6 * sum(sizes.values()) + 12 * trained
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - 1, 2 * needed))
+    with pytest.raises(SettingError, match="train gates needs less"):
+        require_memory(moe, DistillSettings(), gpu)
+    require_memory(moe, DistillSettings(train="gates"), gpu)
 
 
 def metrics_of(folder: Path) -> dict:
