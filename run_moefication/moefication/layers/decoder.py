@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import AttentionInterface, LlamaConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from ..checkpoints.dense import DenseCheckpoint
@@ -19,12 +19,17 @@ from ..text.batches import Batch
 
 
 def rounded_attention(
-    module: LlamaAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any
+    module: LlamaAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
-    """PyTorch's attention, its factors rounded as those of other products are."""
-    dtype = product_dtype(query.device)
-    output, _ = sdpa_attention_forward(module, query.to(dtype), key.to(dtype), value.to(dtype), *args, **options)
-    return output.to(query.dtype), None
+    """PyTorch's causal attention, its factors rounded as those of other products are: `[B, heads, N, width]` each."""
+    factors = [factor.to(product_dtype(query.device)) for factor in (query, key, value)]
+    is_grouped = query.shape[1] != key.shape[1]
+    if is_grouped and query.device.type == "cuda":
+        # In float32 a GPU has no kernel for grouped queries that does without the weights of all pairs of positions.
+        factors[1:] = (factor.repeat_interleave(module.num_key_value_groups, dim=1) for factor in factors[1:])
+        is_grouped = False
+    output = F.scaled_dot_product_attention(*factors, is_causal=True, scale=options["scaling"], enable_gqa=is_grouped)
+    return output.transpose(1, 2).to(query.dtype), None
 
 
 AttentionInterface.register(rounded_attention.__name__, rounded_attention)

@@ -47,7 +47,10 @@ Tensors = Callable[[str], torch.Tensor]
 
 def _most_kept_bytes(device: str) -> int:
     """Up to which size a model is kept whole. To a GPU, weights would travel again at every step."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if torch.device(device).type == "cuda" else MOST_KEPT_BYTES
+    if torch.device(device).type != "cuda":
+        return MOST_KEPT_BYTES
+    torch.cuda.empty_cache()  # what PyTorch keeps for later counts as used
+    return torch.cuda.mem_get_info(device)[0] // 2
 
 
 class WholeModel:
@@ -61,9 +64,16 @@ class WholeModel:
         self.config, self._tensor, self._device, self._factors = config, tensor, device, factors
         layer_size = config.hidden_size * (3 * config.intermediate_size + 4 * config.hidden_size)
         self._is_kept = 4 * layer_size * config.num_hidden_layers <= _most_kept_bytes(device)
-        self._layer = cache(self._load) if self._is_kept else self._load
+        self._kept: dict[int, tuple[PreMLP, MoEMLP]] = {}
         self.thresholds: dict[int, torch.Tensor] = {}  # that have moved, by layer, `[1]` each
         self.wanted: dict[int, torch.Tensor] = {}  # by layer, `[1]`: what the last text would have had
+
+    def _layer(self, layer: int) -> tuple[PreMLP, MoEMLP]:
+        if not self._is_kept:
+            return self._load(layer)
+        if layer not in self._kept:
+            self._kept[layer] = self._load(layer)
+        return self._kept[layer]
 
     def _load(self, layer: int) -> tuple[PreMLP, MoEMLP]:
         """A layer whose small parameters, if they have gradients, are those that `tensor` gives themselves."""
@@ -181,6 +191,7 @@ def fit_to_logits(
     found |= {name: p.detach().cpu() for name, p in factors.items()}
     if not all(values.isfinite().all() for values in found.values()):
         return {}, {"divergence_before": before, "divergence_after": before}
+    del model  # before the next one asks how much memory there is
     model = WholeModel(config, partial(with_factors, found, tensor), device, {})
     found |= model.routed(blocks, batch_size)
     after = measured(model, found[FINAL_NORM].to(device, torch.float32))

@@ -107,6 +107,7 @@ def train_gates(
         gate.store_score_quantiles(_logits(gate, inputs))
         state = {name: tensor.cpu().clone() for name, tensor in gate.state_dict().items()}
         writer.write_part(names[layer], {names[layer]: writer.write_tensors(names[layer], state)}, metrics)
+        del inputs, scores  # before those of the next layer are made
     writer.finish()
     return writer
 

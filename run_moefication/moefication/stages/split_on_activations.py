@@ -165,6 +165,7 @@ def split_by_activations(
                     statistics = _of_text(checkpoint, layer, batches, streams.before(layer)[0], after[0], device)
                 labels, parts = statistics.split(settings)
                 write_labels(writer, names[layer], labels, parts.metrics)
+                del statistics  # before those of the next layer are made
                 streams.remove(layer)
         writer.finish()
     return writer
