@@ -8,11 +8,12 @@ set -euo pipefail
 # what text is read: TRAIN_DATA_PATH, TRAIN_DATA_CACHE_PATH, DOMAIN_WEIGHTS, BLOCK_SIZE
 stage_settings
 
-MAX_TOKENS="${MAX_TOKENS:-$CALIBRATION_TOKENS}"                          # more is better, and longer
-BATCH_SIZE="${BATCH_SIZE:-4}"                                            # blocks at a time
-REFIT_GATES="${REFIT_GATES-$([ "$GATE_NETWORK" != linear ] || echo 1)}" # empty: gates stay as they are
-GATE_BIAS="${GATE_BIAS:-}"                                              # as in stage 3
-FIT_LOGITS="${FIT_LOGITS-1}"                                            # empty: no fit of all layers together
+MAX_TOKENS="${MAX_TOKENS:-$CALIBRATION_TOKENS}"                           # more is better, and longer
+BATCH_SIZE="${BATCH_SIZE:-4}"                                             # blocks at a time
+REFIT_GATES="${REFIT_GATES-$([ "$GATE_NETWORK" != linear ] || echo on)}" # off: gates stay as they are
+GATE_BIAS="${GATE_BIAS:-}"                                               # as in stage 3
+FIT_LOGITS="${FIT_LOGITS-on}"                                            # off: no fit of all layers together
+switch REFIT_GATES OUTPUT_BIAS FIT_LOGITS
 
 options TRAIN_DATA_PATH TRAIN_DATA_CACHE_PATH DOMAIN_WEIGHTS MAX_TOKENS BLOCK_SIZE BATCH_SIZE GATE_BIAS SEED
 "$PYTHON" "$HERE/llama_calibrate.py" --model_path "$MODEL_PATH" --moe_path "$MOE_PATH" --save_path "$CALIBRATED_PATH" \

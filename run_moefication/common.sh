@@ -75,6 +75,18 @@ count_gpus() {
     NUM_GPUS="${NUM_GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 }
 
+# switch SETTING...: on is 1 and off is empty from now on; other words are refused.
+switch() {
+    local setting
+    for setting in "$@"; do
+        case "${!setting:-}" in
+        1 | on | yes | true) printf -v "$setting" 1 ;;
+        "" | 0 | off | no | false) printf -v "$setting" '' ;;
+        *) refuse "$setting=${!setting}: on or off" ;;
+        esac
+    done
+}
+
 # launch SCRIPT OPTION...: start a process for each of NUM_GPUS.
 launch() {
     local launcher=()

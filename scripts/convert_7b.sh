@@ -16,6 +16,9 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 usage "${BASH_SOURCE[0]}" "$@"
 STAGES="$REPOSITORY/run_moefication"
+# shellcheck source=run_moefication/common.sh
+. "$STAGES/common.sh"
+switch PLAN
 if [ $# -gt 1 ]; then
     echo "error: one checkpoint at a time; settings are given in the environment" >&2
     exit 2
@@ -32,7 +35,7 @@ export EVAL_TOKENS="${EVAL_TOKENS:-65536}"
 
 "$PYTHON" "$REPOSITORY/scripts/conversion_cost.py" --model_path "$MODEL_PATH" --work "$WORK" \
     ${NUM_GPUS:+--gpus "$NUM_GPUS"}
-[ -z "${PLAN:-}" ] || exit 0
+[ -z "$PLAN" ] || exit 0
 
 SAMPLE="$REPOSITORY/.cache/llama_data"
 if [ -z "${DATA:-}" ] || [ -z "${TEXT:-}" ]; then
@@ -50,10 +53,12 @@ for stage in 1_split 2_get_hidden_features 3_select 4_convert 5_calibrate; do
     say "$stage"
     bash "$STAGES/$stage.sh"
 done
-EVALUATION="$WORK/evaluation.json"
-if [ ! "$EVALUATION" -nt "$CALIBRATED_PATH/manifest.json" ]; then
+EVALUATED="$WORK/evaluated" # says on what, once the card has it
+ON="$EVAL_TOKENS tokens of $(cd "$(dirname "$TEXT_PATH")" && pwd)/$(basename "$TEXT_PATH")"
+if [ ! "$EVALUATED" -nt "$CALIBRATED_PATH/manifest.json" ] || [ "$(cat "$EVALUATED")" != "$ON" ]; then
     say evaluate
-    MAX_TOKENS="$EVAL_TOKENS" bash "$STAGES/evaluate.sh" --card --json "$EVALUATION"
+    MAX_TOKENS="$EVAL_TOKENS" bash "$STAGES/evaluate.sh" --card --json "$WORK/evaluation.json"
+    echo "$ON" >"$EVALUATED"
 fi
 if [ "${RECIPE:-calibrated}" = engine ]; then
     say export

@@ -29,6 +29,7 @@ CALIBRATION_TOKENS="${CALIBRATION_TOKENS:-32768}"
 DISTILLATION_TOKENS="${DISTILLATION_TOKENS:-32768}"
 # shellcheck source=run_moefication/common.sh
 . "$STAGES/common.sh"
+switch DISTILL
 # Wrong settings are found at once. How many experts there are follows the model, which is not there yet.
 # shellcheck source=run_moefication/recipe.sh
 (NUM_EXPERTS="${NUM_EXPERTS:-999999}" . "$STAGES/recipe.sh") || exit 2
@@ -73,7 +74,7 @@ if [ "$RECIPE" != plain ]; then
     BEST="$CALIBRATED_PATH"
     stage "5. Calibrate" 5_calibrate
 fi
-if [ -n "${DISTILL:-}" ]; then
+if [ -n "$DISTILL" ]; then
     CALIBRATED_PATH="$BEST" stage "6. Distil" 6_distill
     BEST="$DISTILLED_PATH"
 fi
@@ -91,7 +92,7 @@ DENSE=()
 
 # evaluate.sh wants that what is named is there.
 [ "$RECIPE" != plain ] || unset CALIBRATED_PATH
-[ -n "${DISTILL:-}" ] || unset DISTILLED_PATH
+[ -n "$DISTILL" ] || unset DISTILLED_PATH
 say "Dense against MoE: perplexity on held-out text ($(basename "$TEXT"))"
 EVALUATION="$WORK/evaluation.json"
 NUM_SELECTS="$BUDGETS" TEXT_PATH="$TEXT" MAX_TOKENS="${EVAL_TOKENS:-4096}" bash "$STAGES/evaluate.sh" --json "$EVALUATION"

@@ -199,6 +199,15 @@ def test_a_model_called_dot_has_a_name(options, tiny_llama, tmp_path):
     assert made["save_path"] == str(tmp_path / "a b-MoE")
 
 
+@pytest.mark.parametrize(
+    ("words", "is_on"), [(("off", "0", "no"), False), (("", "false", ""), False), (("on", "1", "true"), True)]
+)
+def test_what_is_on_can_be_off(words, is_on, options):
+    names = ("FIT_LOGITS", "OUTPUT_BIAS", "REFIT_GATES")
+    made = options("5_calibrate.sh", **dict(zip(names, words, strict=True)))
+    assert [made[name.lower()] for name in names] == [is_on] * 3
+
+
 def test_several_processes_are_launched_by_torchrun(typed):
     for script in ("2_get_hidden_features.sh", "6_distill.sh"):
         words = typed(script, "--batch_size", "2", NUM_GPUS="3")
@@ -223,6 +232,8 @@ def test_several_processes_are_launched_by_torchrun(typed):
         ("evaluate.sh", {"CALIBRATED_PATH": "typo"}, "error: CALIBRATED_PATH=typo has no config.json"),
         ("evaluate.sh", {"DISTILLED_PATH": "typo"}, "error: DISTILLED_PATH=typo has no config.json"),
         ("evaluate.sh", {"TEXT_PATH": "typo"}, "error: TEXT_PATH=typo is not a file: set it to held-out text, such as"),
+        ("5_calibrate.sh", {"FIT_LOGITS": "maybe"}, "error: FIT_LOGITS=maybe: on or off"),
+        ("../scripts/quickstart.sh", {"DISTILL": "maybe"}, "error: DISTILL=maybe: on or off"),
         ("../scripts/quickstart.sh", {"MODEL": "/x"}, "error: MODEL=/x is no folder here, and no hub id"),
         ("../scripts/quickstart.sh", {"DATA": "/x"}, "error: DATA=/x is not there: name a folder of text"),
         ("../scripts/quickstart.sh", {"TEXT": "/x"}, "error: TEXT=/x is not a file"),
