@@ -147,9 +147,10 @@ def _mixed(
     placed, shares = [], []
     for name, stream in streams.items():
         available = len(stream.tokens)
-        asked = min(available, round(total * weights[name]), left)  # rounded shares may exceed the limit together
-        left -= asked
-        taken = _draw(stream.tokens, options["block_size"], asked, generator)
+        wanted = min(available, round(total * weights[name]), left)  # rounded shares may exceed the limit together
+        left -= wanted
+        taken = _draw(stream.tokens, options["block_size"], wanted, generator)
+        asked = round(max_tokens * weights[name]) if max_tokens else wanted
         placed += (((number + 0.5) / len(taken), block) for number, block in enumerate(taken))
         got = sum(map(len, taken))
         shares.append(DomainShare(name, weights[name], available, asked, got, stream.skipped_lines, files[name]))

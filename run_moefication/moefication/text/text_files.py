@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import itertools
+import os
 import re
 import zipfile
 import zlib
@@ -26,6 +27,8 @@ UNREAD = {
         *(".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".pkl", ".jl", ".warc", ".warc.gz"),
     ),
 }
+NO_TEXT = (".py", ".md")  # of datasets on the hub
+NO_TEXT_NAMES = re.compile("(readme|licen[cs]e|notice|checksums|.*sums$)", re.IGNORECASE)
 NO_PARQUET = "pip install datasets, with which it is read"
 SHOWN_NAMES = 3
 MOST_LOOKED_AT = 10_000  # files of an unread folder, to tell whether it holds text
@@ -93,6 +96,12 @@ def cure_of_unread(name: str) -> str | None:
     return next((cure for cure, ends in cures.items() if name.lower().endswith(ends)), None)
 
 
+def _cure_of_unknown(file: Path) -> str | None:
+    """What to do about a file whose name says nothing of what it holds; None for one that is read, or not for that."""
+    is_known = TextFile(file).is_text or file.name in METADATA or file.suffix.lower() in (".zip", *NO_TEXT)
+    return None if is_known or NO_TEXT_NAMES.match(file.name) else "if it is text, let its name end in .txt or .jsonl"
+
+
 def find_text_files(path: Path) -> list[TextFile]:
     """The files of a folder (not below it), or a single file, in the order of their plain names.
 
@@ -105,20 +114,44 @@ def find_text_files(path: Path) -> list[TextFile]:
         return zip_members(path) if path.suffix.lower() == ".zip" else [TextFile(path)]
     if not path.is_dir():
         raise MoEficationError(f"{path} does not exist; name a folder or a file of text")
+    return _chosen(path)[0]
+
+
+def _chosen(path: Path) -> tuple[list[TextFile], dict[str, str]]:
+    """The files of a folder as `find_text_files` gives them; and what is read in place of others, by their names."""
     files = sorted(filter(Path.is_file, path.iterdir()))
     names: dict[str, TextFile] = {}
+    set_aside: dict[str, str] = {}
     for file in map(TextFile, sorted(files, key=lambda file: file.suffix.lower() in COMPRESSED)):
-        if file.is_text:
-            names.setdefault(file.plain_name, file)
+        if file.is_text and names.setdefault(file.plain_name, file) is not file:
+            set_aside[file.path.name] = names[file.plain_name].path.name
 
-    def is_there_as_lines(file: Path) -> bool:
-        return any(file.stem + suffix in names for suffix in LINES)
+    def as_lines(file: Path) -> str | None:
+        return next((file.stem + suffix for suffix in LINES if file.stem + suffix in names), None)
 
-    found = [file for file in names.values() if not (file.is_parquet and is_there_as_lines(file.path))]
+    found = []
+    for file in names.values():
+        if file.is_parquet and (lines := as_lines(file.path)):
+            set_aside[file.path.name] = lines
+        else:
+            found.append(file)
     for file in files:
-        if file.suffix.lower() == ".zip" and not is_there_as_lines(file):
-            found += [member for member in zip_members(file) if member.plain_name not in names]
-    return sorted(found, key=lambda file: (file.plain_name, str(file)))
+        if file.suffix.lower() == ".zip" and (lines := as_lines(file)):
+            set_aside[file.name] = lines
+        elif file.suffix.lower() == ".zip":
+            beside = path / file.stem  # where `unzip -d` would put it
+            unpacked = {each.name for each in beside.rglob("*")} if beside.is_dir() else set()
+            for member in zip_members(file):
+                if member.plain_name in names or member.plain_name in unpacked:
+                    is_here = member.plain_name in names
+                    place = names[member.plain_name].path.name if is_here else f"{file.stem}/{member.plain_name}"
+                    set_aside[f"{file.name}/{member.member}"] = place
+                else:
+                    found.append(member)
+    for file in found:
+        if not str(file).isprintable() and any("\udc80" <= letter <= "\udcff" for letter in str(file)):
+            raise MoEficationError(f"{os.fsencode(str(file))!r} has a name that is not UTF-8; rename it")
+    return sorted(found, key=lambda file: (file.plain_name, str(file))), set_aside
 
 
 def _zip_infos(path: Path) -> list[zipfile.ZipInfo]:
@@ -158,6 +191,9 @@ def unread_data(path: Path, read_below: list[Path]) -> str:
     for file in (file for folder in (path, *read_below) for file in sorted(folder.iterdir())):
         for unread, cure in () if file.name.startswith(".") else _unread(file):
             names.setdefault(cure, []).append(str(unread.relative_to(path)))
+    for folder in (path, *read_below):
+        for name, read in _chosen(folder)[1].items():
+            names.setdefault(f"{read} is read for it", []).append(str((folder / name).relative_to(path)))
     for folder in sorted(set(filter(Path.is_dir, path.iterdir())) - set(read_below)):
         below = itertools.islice(folder.rglob("*"), MOST_LOOKED_AT)
         is_hidden = folder.name == HELD_OUT_FOLDER or folder.name.startswith(".")
@@ -170,7 +206,7 @@ def _unread(file: Path) -> Iterator[tuple[Path, str]]:
     """The file, or the members of a zip, if not read, with the cure."""
     if file.is_symlink() and not file.exists():
         yield file, "its link leads nowhere"
-    elif file.is_file() and (cure := cure_of_unread(file.name)):
+    elif file.is_file() and (cure := cure_of_unread(file.name) or _cure_of_unknown(file)):
         yield file, cure
     elif file.is_file() and file.suffix.lower() == ".zip":
         with contextlib.suppress(MoEficationError):  # damaged: refused where it is read

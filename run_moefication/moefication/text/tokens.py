@@ -116,6 +116,8 @@ def token_stream(
         )
         if record.exists() and not is_whole:
             logger.warning("%s is damaged; tokenising again", cached)
+        for unfinished in cached.parent.glob(f".{cached.name}.*.tmp"):  # of a killed run
+            unfinished.unlink()
         if not is_whole:
             entry = write_atomically(cached, write)
             write_json(record, entry | {"skipped_lines": reader.skipped})

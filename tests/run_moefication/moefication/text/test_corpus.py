@@ -63,6 +63,8 @@ def test_shares_are_exact_and_the_scarcest_domain_is_used_up(checkpoint, tmp_pat
     assert rows["c4"].got == rows["c4"].available  # it has the largest share of the three
     assert corpus.num_tokens == sum(row.got for row in corpus.mix)
     assert_blocks_of(corpus, checkpoint, tmp_path, 16)
+    asked = {row.domain: row.asked for row in draw(checkpoint, tmp_path, max_tokens=10**6).mix}
+    assert asked == {name: round(10**6 * LLAMA_MIX[name] / total_weight) for name in rows}
 
 
 @settings(max_examples=25, deadline=None)

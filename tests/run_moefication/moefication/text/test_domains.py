@@ -158,7 +158,7 @@ def test_data_that_is_not_read_is_said_in_one_line(tmp_path, caplog, monkeypatch
     with zipfile.ZipFile(tmp_path / "github.zip", "w") as archive:
         archive.writestr("a.jsonl", json.dumps({"text": "x"}))
         archive.writestr("b.jsonl.xz", "x")
-    for name in ("wiki.jsonl.xz", "book.jsonl.bz2", "notes.csv", "arxiv.parquet", "README.md", ".hidden.xz"):
+    for name in ("wiki.jsonl.xz", "book.jsonl.bz2", "notes.csv", "wiki.doc", "arxiv.parquet", "README.md", ".a.xz"):
         (tmp_path / name).write_bytes(b"x")
     monkeypatch.setattr("run_moefication.moefication.text.text_files.reads_parquet", lambda: False)
     with caplog.at_level(logging.WARNING):
@@ -169,6 +169,8 @@ def test_data_that_is_not_read_is_said_in_one_line(tmp_path, caplog, monkeypatch
         "arxiv.parquet (pip install datasets, with which it is read); "
         "book.jsonl.bz2, wiki.jsonl.xz (unpack it); github.zip/b.jsonl.xz (unpack the zip); "
         'notes.csv (write it as .jsonl, with a "text" in each line); '
+        "wiki.doc (if it is text, let its name end in .txt or .jsonl); "
+        "github.zip (github.jsonl is read for it); "
         "extra/ (name it after a domain to have it read)"
     )
 
