@@ -22,6 +22,7 @@ from run_moefication.settings import ConvertSettings
 )
 def main(run: Run) -> None:
     """Run the stage and print what kind of checkpoint came out."""
+    from run_moefication.moefication.checkpoints.tokenizers import tokenizer_files
     from run_moefication.moefication.stages import convert as stage
 
     checkpoint, settings = run.checkpoint, run.settings
@@ -33,7 +34,7 @@ def main(run: Run) -> None:
     if settings.convert_type == "LlamaMoEForSequenceClassification" and "score.weight" not in checkpoint.tensors:
         labels = writer.spec["options"]["num_labels"]
         print(f"the source has no score.weight: the classification head of {labels} labels is new and must be trained")
-    if not (checkpoint.path / "tokenizer_config.json").exists():
+    if not tokenizer_files(checkpoint.path):
         print(f"{checkpoint.path} has no tokenizer files: none were copied")
     run.report(writer, "llama_calibrate.py (5_calibrate.sh), or llama_evaluate.py (evaluate.sh)")
 

@@ -39,6 +39,24 @@ def test_values_beyond_the_new_dtype_are_refused_before_anything_is_written(text
     assert {tensor.dtype for tensor in load_file(pipeline.moe / "model.safetensors").values()} == {torch.bfloat16}
 
 
+def test_experts_have_a_dtype_that_holds_all_of_their_layer(text_folder, tmp_path):
+    model = make_llama(tmp_path / "llama")
+
+    def halve_some(state):
+        for name in state:
+            if ".0.mlp." in name or name.endswith("1.mlp.gate_proj.weight"):
+                state[name] = state[name].half()
+        state["model.layers.1.mlp.down_proj.weight"][0, 0] = 1e5  # beyond float16
+
+    change_weights(model, halve_some)
+    run = Pipeline(model, text_folder, tmp_path / "out").run()
+    state = load_file(run.moe / "model.safetensors")
+    dtypes = [state[f"model.layers.{layer}.mlp.experts.down_proj"].dtype for layer in range(3)]
+    assert dtypes == [torch.float16, torch.float32, torch.float32]
+    assert state["model.layers.1.mlp.experts.down_proj"].max() == 1e5
+    assert logits(load(run.moe, run.num_experts)).sub(logits(load(model))).abs().max() < DENSE_TOLERANCE
+
+
 def test_names_are_those_of_the_description(plain_run):
     layers = {f"layers.{i}.mlp.gate_proj.weight" for i in range(3)}
     # 512 tokens, 394 of c4 and 118 of github by LLaMA's mix: 13 + 4 blocks of 32, 4 a batch, 1 batch a file.
@@ -95,6 +113,22 @@ def test_cards_say_what_the_hub_reads(shared_run, tmp_path, text_folder, run_scr
     assert all(perplexity in out and ratio in out for _, perplexity, ratio in rows)
     assert "A line of the owner's." in card
     assert card.split("<!-- evaluation -->")[0] == text.split("<!-- evaluation -->")[0]
+    (run.moe / "README.md").write_text(card.replace("<!-- end of the evaluation -->", ""))
+    assert run_script(SCRIPTS["evaluate"].main, *options, "--block_size", 32, "--num_selects", 8)[0] == 0
+    assert "A line of the owner's." in (run.moe / "README.md").read_text()
+
+
+def test_another_tokenizer_than_the_converted_one_is_noticed(shared_run, tmp_path, refuses):
+    model = shutil.copytree(shared_run.model, tmp_path / "tiny-llama")
+    run = replace(shared_run, model=model, moe=tmp_path / "moe", calibrated=tmp_path / "calibrated")
+    assert run.convert() == 0
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = True
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    words = f"the tokenizer of {model} is not what {run.moe} was made with, which makes"
+    refuses(run.convert, words)
+    refuses(run.calibrate, words)
+    assert not run.calibrated.exists()
 
 
 def test_a_licence_without_a_card_is_named_by_its_file(shared_run, tmp_path):

@@ -185,6 +185,17 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
+def require_same_tokenizer(source: Path, moe: Path) -> None:
+    """Raise MoEficationError where the checkpoint `moe` carries another tokenizer than `source`, of which it was made,
+    has by now: text would be cut by one, and the model go on with the other."""
+    carried = tokenizer_files(moe)
+    if carried in ({}, tokenizer_files(source)):
+        return
+    if found := difference(load_tokenizer(source), load_tokenizer(moe)):
+        changed = f"the tokenizer of {source} is not what {moe} was made with, which {found}"
+        raise MoEficationError(f"{changed}: make that anew (llama_convert.py --overwrite), or take the tokenizer back")
+
+
 def carried_over(source: Path, model_type: str = LlamaMoEConfig.model_type) -> dict[str, bytes]:
     """The files by name that make, beside a model of another type, the tokenizer of the checkpoint folder `source`.
 

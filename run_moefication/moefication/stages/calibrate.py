@@ -22,7 +22,7 @@ from ..artifacts.streams import Streams
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.model_card import Origin, calibration_card
 from ..checkpoints.moe import MoECheckpoint, require_num_selects
-from ..checkpoints.tokenizers import tokenizer_files
+from ..checkpoints.tokenizers import require_same_tokenizer, tokenizer_files
 from ..checkpoints.writer import PlannedTensor, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
 from ..layers.decoder import embed
@@ -80,6 +80,7 @@ def calibrate(
         missing = writer.missing()
         fits = Fits(writer)
         if missing:
+            require_same_tokenizer(checkpoint.path, moe.path)
             checkpoint.check_finite()  # before anything is written
             together, tensor = _fit(checkpoint, moe, config, corpus, settings, writer, fits, device)
             if missing == writer.parts:  # the first part counts the time of all fits

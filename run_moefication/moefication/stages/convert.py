@@ -1,5 +1,6 @@
 """Stage 4: dense tensors, a split and gates become a LlamaMoE checkpoint, tensor by tensor."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..artifacts.split import Split
 from ..checkpoints.dense import DTYPES, DenseCheckpoint
 from ..checkpoints.headers import HEAD, HEADS
 from ..checkpoints.model_card import Origin, conversion_card
-from ..checkpoints.tokenizers import carried_over
+from ..checkpoints.tokenizers import carried_over, require_same_tokenizer
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
 from ..progress import progress
@@ -59,6 +60,8 @@ def convert(
         raise SettingError(f"save_path {save_path} is the source checkpoint itself; choose another folder")
     with ArtifactWriter(Path(save_path), spec, [*shards, "config"], overwrite=overwrite, exclusive=True) as writer:
         missing = writer.missing()
+        if not missing:
+            require_same_tokenizer(checkpoint.path, Path(save_path))
         tokenizer = carried_over(checkpoint.path) if missing else {}
         for name in progress(checkpoint.tensors if missing else [], f"check {checkpoint.name}", "tensor"):
             tensor = checkpoint.finite_tensor(name)
@@ -97,12 +100,19 @@ def _plan(
         makers[name] = partial(torch.zeros, shapes[name]) if is_new else partial(checkpoint.finite_tensor, name)
     prefix, plan = "" if settings.convert_type == "LlamaMoEModel" else "model.", []
     for name, make in makers.items():
-        dtype = checkpoint.tensors[name].dtype if name in checkpoint.tensors else checkpoint.dtype
+        dtype = checkpoint.tensors[name].dtype if name in checkpoint.tensors else _dtype_beside(checkpoint, name)
         dtype = DTYPES[settings.dtype] if settings.dtype else dtype
         new_name = name if name in HEADS else prefix + name
         dtype = torch.float32 if name.endswith(GATE_BUFFERS) else dtype
         plan.append(PlannedTensor(new_name, shapes[new_name], dtype, make))
     return plan
+
+
+def _dtype_beside(checkpoint: DenseCheckpoint, name: str) -> torch.dtype:
+    """That of a new tensor: of an MLP the one that holds the values of all of its projections."""
+    mlp, found, _ = name.partition(".mlp.")
+    dtypes = [info.dtype for other, info in checkpoint.tensors.items() if found and other.startswith(mlp + found)]
+    return functools.reduce(torch.promote_types, dtypes, dtypes[0]) if dtypes else checkpoint.dtype
 
 
 def _expert_makers(checkpoint: DenseCheckpoint, split: Split, config: LlamaMoEConfig, layer: int) -> dict[str, Maker]:

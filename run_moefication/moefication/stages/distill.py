@@ -22,7 +22,7 @@ from ...settings import DistillSettings
 from ..checkpoints.dense import DenseCheckpoint
 from ..checkpoints.model_card import Origin, distillation_card
 from ..checkpoints.moe import MoECheckpoint, experts_per_tok, require_num_selects, set_num_selects
-from ..checkpoints.tokenizers import tokenizer_files
+from ..checkpoints.tokenizers import require_same_tokenizer, tokenizer_files
 from ..checkpoints.transformers_library import quiet_transformers
 from ..checkpoints.writer import MAX_SHARD_BYTES, PlannedTensor, plan_shards, write_checkpoint_files, write_shard
 from ..errors import MoEficationError, SettingError
@@ -79,6 +79,7 @@ def distill(
         writer = ArtifactWriter(Path(save_path), spec, [*shards, RESULT], **how)
         missing = writer.missing()
         if missing:
+            require_same_tokenizer(checkpoint.path, moe.path)
             require_memory(moe, settings, arguments.device)
             checkpoint.check_finite()
             model = _load(moe, settings)
