@@ -33,12 +33,16 @@ def main(run: Run) -> None:
     from run_moefication.moefication.checkpoints.dense import resolve_model_path
     from run_moefication.moefication.checkpoints.model_card import add_evaluation
     from run_moefication.moefication.stages import evaluate as stage
+    from run_moefication.moefication.stages.report_measure import read_evaluation
+    from run_moefication.moefication.storage.files import write_atomically
     from run_moefication.moefication.storage.manifest import CARD
 
     given = run.arguments
     file = Path(given.json) if given.json not in (None, "-") else None
     if file and (file.is_dir() or not file.parent.is_dir()):
         raise SettingError(f"json {file} cannot be written: name a file in a folder that exists")
+    if file and file.exists():
+        read_evaluation(file)  # another file is refused
     names = [Path(path).name for path in given.model_path]
     if given.card and len({*names}) < len(names):
         raise SettingError("card tells checkpoints apart by the last part of model_path, which two of these share")
@@ -47,7 +51,7 @@ def main(run: Run) -> None:
     results = stage.evaluate(given.model_path, given.text_path, **vars(run.settings), **run.options)
     as_json = json.dumps([row.as_data() for row in results], indent=1)
     if file:
-        file.write_text(as_json + "\n")
+        write_atomically(file, lambda json: json.write(as_json.encode() + b"\n"))
     if given.card:
         for path in map(Path, given.model_path):
             rows = [row for row in results if row.model == path.name and row.num_experts]

@@ -250,7 +250,8 @@ def add_evaluation(folder: Path, table: str) -> None:
     """Put what was evaluated, a table in Markdown, into the card of a checkpoint, in place of what it said before; at
     its end, if it has no place for it."""
     before, found, rest = (folder / CARD).read_text().partition(EVALUATION[0])
-    _, _, after = rest.partition(EVALUATION[1]) if found else ("", "", "\n")
+    _, end, after = rest.partition(EVALUATION[1]) if found else ("", EVALUATION[1], "\n")
+    after = after if end else rest  # somebody took the mark away: what follows may be theirs
     card = f"{before.rstrip()}\n\n{EVALUATION[0]}\n{table.strip()}\n{EVALUATION[1]}{after}"
     write_atomically(folder / CARD, lambda file: file.write(card.encode()))
 

@@ -16,12 +16,12 @@ from llama_moe import LlamaMoEConfig
 from ...settings import PROMPTS, ReportSettings
 from ..artifacts.split import Split
 from ..checkpoints.dense import DenseCheckpoint, resolve_model_path
-from ..checkpoints.moe import require_num_selects, verify_weights
+from ..checkpoints.moe import StoredMoE, require_num_selects, verify_weights
 from ..checkpoints.tokenizers import load_tokenizer
 from ..errors import MoEficationError, SettingError
 from ..names import model_name
 from ..storage.artifact import open_finished
-from ..storage.files import digest, file_sizes, parse_json_object, write_atomically, write_json
+from ..storage.files import parse_json_object, write_atomically, write_json
 from ..storage.manifest import MANIFEST, MOE_STAGES
 from ..text.corpus import require_block_size
 from . import report_measure as measure
@@ -83,8 +83,9 @@ def report(
         return Report(place.page, place.json, finished, True)
     numbers = {"format": FORMAT, "made_from": inputs.made_from} | _gather(inputs, device)
     html = report_page.page_of(numbers).encode()
-    write_json(place.json, numbers)
+    place.json.unlink(missing_ok=True)  # it says of what the page is, so it goes before that, and comes after
     write_atomically(place.page, lambda file: file.write(html))
+    write_json(place.json, numbers)
     return Report(place.page, place.json, numbers, False)
 
 
@@ -204,9 +205,9 @@ class _Inputs:
     @property
     def made_from(self) -> dict[str, Any]:
         """What a page is made from: another page of the same is not made again."""
-        weights = [path.name for path in self.moe.glob("*.safetensors")] + ["config.json"]
+        stored = StoredMoE(self.moe)
         return {
-            "moe": self.artifact.digest if self.artifact else digest(file_sizes(self.moe, weights)),
+            "moe": self.artifact.digest if self.artifact else stored.hashed(stored.config.to_dict()),
             "dense": self.dense.fingerprint if self.dense else None,
             "texts": {name: tokens_digest(blocks) for name, blocks in self.texts.items()},
             "splits": [split.artifact.digest for split in self.splits],

@@ -87,7 +87,7 @@ def read_evaluation(path: Path | None) -> list[Row]:
         raise MoEficationError(f"{path} is not a file; {what}")
     try:
         rows = [_row(row) for row in json.loads(path.read_bytes())]
-        if any(not isinstance(row[name], (int, float)) for row in rows for name in MEASURED):
+        if not rows or any(not isinstance(row[name], (int, float)) for row in rows for name in MEASURED):
             raise TypeError
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise MoEficationError(f"{path} holds no rows of an evaluation as this version writes them; {what}") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCES, VOCABULARY, change_config, make_tokenizer, write_jsonl
+from conftest import SENTENCES, VOCABULARY, assert_refused, change_config, make_tokenizer, write_jsonl
 from pipeline import load, make_moe, with_thresholds
 from transformers import BloomConfig, BloomForCausalLM
 
@@ -145,6 +145,10 @@ def test_table_and_json(tiny_llama, plain_run, text, run_script, tmp_path):
     for row, line in zip(rows, table, strict=True):
         ratio = row["perplexity"] / rows[0]["perplexity"]
         assert line.split()[-4:-1] == [f"{row['perplexity']:.3f}", f"{ratio:.4f}", f"{row['agreement']:.1%}"]
+    (tmp_path / "mine.json").write_text("{}")
+    refused = run_script(llama_evaluate.main, *arguments, "--json", tmp_path / "mine.json")
+    assert_refused(refused, "mine.json holds no rows of an evaluation as this version writes them")
+    assert run_script(llama_evaluate.main, *arguments, "--json", tmp_path / "rows.json")[0] == 0  # its own, again
     _, out, _ = run_script(llama_evaluate.main, *arguments, "--json")
     assert all(row.pop("seconds") > 0 for row in rows)
     assert [{**row, "seconds": None} for row in json.loads(out)] == [{**row, "seconds": None} for row in rows]

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES, assert_refused, make_llama, make_tokenizer, write_jsonl
-from pipeline import Pipeline, contents, load, make_moe
+from pipeline import Pipeline, contents, limited_files, load, make_moe
 
 import run_moefication as rm
 from run_moefication import llama_evaluate, llama_report
@@ -444,10 +444,18 @@ def test_a_fixed_number_of_experts_has_no_costs_to_show(report, arguments, plain
 
 
 def test_thresholds_without_quantiles_have_no_dial(report, arguments, tmp_path):
-    make_moe(routing="threshold", gate_network="linear").save_pretrained(tmp_path / "moe")
+    """And of a checkpoint without a manifest, other weights are noticed."""
+    model = make_moe(routing="threshold", gate_network="linear")
+    model.save_pretrained(tmp_path / "moe")
     make_tokenizer().save_pretrained(tmp_path / "moe")
     status, _, err = report(model_path=[tmp_path / "moe"])
     assert status == 0, err
+    with torch.no_grad():
+        model.model.embed_tokens.weight.neg_()
+    model.save_pretrained(tmp_path / "moe")
+    assert_refused(
+        report(model_path=[tmp_path / "moe"]), "was made of other models, texts or settings: add --overwrite"
+    )
     text = Page(arguments["save_path"][0].read_text()).text
     assert "Other budgets are left out:" in text
     assert "no score quantiles are stored" in text
@@ -522,7 +530,9 @@ def test_a_page_is_made_once_and_anew_only_when_asked(report, arguments):
     assert "already finished" in out
     assert_refused(report(new_tokens=[5]), "was made of other models, texts or settings: add --overwrite to redo it")
     assert page.read_bytes() == first
-    status, out, err = report(new_tokens=[5], overwrite=[])
+    with limited_files(len(first) // 2):
+        assert report(new_tokens=[5], overwrite=[])[0] == 2
+    status, out, err = report(new_tokens=[5])  # the old page does not pass for the new one
     assert status == 0, err
     assert out.splitlines()[-1].startswith(f"written: {page} (")
     assert json.loads(page.with_suffix(".json").read_text())["made_from"]["settings"]["new_tokens"] == 5
