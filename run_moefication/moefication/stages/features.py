@@ -60,12 +60,17 @@ def extract_features(
     )
     blocks_per_shard = settings.batch_size * settings.save_interval
     num_shards = math.ceil(len(corpus.blocks) / blocks_per_shard)
-    _require_space(checkpoint, corpus, folder, is_full, dtype)
     how = dict(overwrite=overwrite, shared=world_size > 1, exclusive=world_size == 1)
     with ArtifactWriter(folder, spec, map(str, range(num_shards)), **how) as writer:
-        mine = [number for number in map(int, writer.missing()) if number % world_size == rank]
-        if mine:
-            shards = {n: corpus.blocks[n * blocks_per_shard : (n + 1) * blocks_per_shard] for n in mine}
+        missing = {
+            number: corpus.blocks[number * blocks_per_shard : (number + 1) * blocks_per_shard]
+            for number in map(int, writer.missing())
+        }
+        shards = {number: blocks for number, blocks in missing.items() if number % world_size == rank}
+        if shards:
+            num_tokens = sum(len(block) for blocks in missing.values() for block in blocks)
+            unused = writer.partial if len(missing) == num_shards else None
+            _require_space(checkpoint, num_tokens, folder, unused, is_full, dtype)
             _record(checkpoint, shards, settings, writer, device)
         writer.finish()
     return writer
@@ -95,15 +100,15 @@ def _record(
 
 
 def _require_space(
-    checkpoint: DenseCheckpoint, corpus: Corpus, folder: Path, is_full: bool, dtype: torch.dtype
+    checkpoint: DenseCheckpoint, num_tokens: int, folder: Path, unused: Path | None, is_full: bool, dtype: torch.dtype
 ) -> None:
+    """Refuse what the disk has no room for; what lies in the folder `unused`, of an earlier run, will go."""
     config = checkpoint.config
     width = config.hidden_size + is_full * config.intermediate_size
-    needed = corpus.num_tokens * config.num_hidden_layers * width * dtype.itemsize
+    needed = num_tokens * config.num_hidden_layers * width * dtype.itemsize
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    # A run that was interrupted has used some of the room already.
-    written = sum(file.stat().st_size for file in folder.rglob("*.pth")) if folder.is_dir() else 0
-    free = shutil.disk_usage(existing).free + written
+    freed = sum(file.stat().st_size for file in unused.rglob("*.pth")) if unused else 0
+    free = shutil.disk_usage(existing).free + freed
     if needed > free:
         room = f"about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
         raise SettingError(f"{folder} needs {room}; use feature_format inputs, max_tokens or data_use_percent")

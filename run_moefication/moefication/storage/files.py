@@ -68,8 +68,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> dict[str, 
             os.fsync(file.fileno())
         entry = {"size": temporary.stat().st_size, "sha256": file_sha256(temporary)}
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # which disk is full
         raise
     sync(path.parent)
     return entry

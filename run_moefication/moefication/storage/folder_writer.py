@@ -51,7 +51,10 @@ class FolderWriter:
         if partial.is_symlink() or (partial.exists() and not is_ours and any(partial.iterdir())):
             raise MoEficationError(f"{partial} is in the way, and not ours: move it away")
         if target.exists():
-            self._own_files(target)  # refuses a record that cannot be trusted
+            own_files = self._own_files(target)  # refuses a record that cannot be trusted
+            folders = {(target / name).parent for name in own_files}
+            if links := sorted(str(folder) for folder in folders - {target} if folder.is_symlink()):
+                raise MoEficationError(f"{links[0]} is a link, which cannot be replaced: move its folder back")
 
     def locked(self, timeout: float = LOCK_TIMEOUT) -> AbstractContextManager[None]:
         """Be the only process that works on this folder; may be nested. After `timeout` seconds it is refused."""

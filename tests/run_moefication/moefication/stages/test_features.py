@@ -10,6 +10,7 @@ from pipeline import GATE, UP, Pipeline, contents, corpus_of, limited_files, loa
 from run_moefication.moefication.artifacts.features import Features
 from run_moefication.moefication.checkpoints.dense import DenseCheckpoint
 from run_moefication.moefication.errors import MoEficationError
+from run_moefication.moefication.stages import features
 from run_moefication.moefication.stages.features import extract_features
 from run_moefication.moefication.text.corpus import Corpus
 from run_moefication.settings import FeatureSettings
@@ -92,6 +93,28 @@ def test_lack_of_room_is_foreseen(checkpoint, corpus, tmp_path, monkeypatch):
     with pytest.raises(MoEficationError, match=r"needs about 0.0 GB and 0.0 GB are free"):
         extract(checkpoint, corpus, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_what_is_written_already_needs_no_room(checkpoint, corpus, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def fails_at_the_last(writer, number, features):
+        if number == 3:
+            raise Stop
+        written(writer, number, features)
+
+    settings, written = FeatureSettings(batch_size=4, save_interval=1, dtype="float32"), features._write_shard
+    monkeypatch.setattr(features, "_write_shard", fails_at_the_last)
+    with pytest.raises(Stop):
+        extract_features(checkpoint, corpus, tmp_path, settings)
+    monkeypatch.undo()
+    # Of 4 shards the last is missing: less than a third of 200 tokens, 3 layers, 32 + 64 floats of 4 bytes.
+    room = 200 * 3 * 96 * 4 // 3
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, room))
+    with pytest.raises(MoEficationError, match="GB are free"):
+        extract_features(checkpoint, corpus, tmp_path / "anew", settings)
+    assert extract_features(checkpoint, corpus, tmp_path, settings).finished
 
 
 def test_a_full_disk_ends_the_run(checkpoint, corpus, tmp_path):

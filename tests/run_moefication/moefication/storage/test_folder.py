@@ -244,6 +244,17 @@ def test_a_link_stays_a_link(tmp_path):
     assert open_finished(tmp_path / "folder", "split").options == OTHER.options
 
 
+def test_a_folder_that_was_moved_and_linked_is_not_replaced(tmp_path):
+    before = made(tmp_path / "folder")
+    (tmp_path / "folder" / "files").rename(tmp_path / "moved")
+    (tmp_path / "folder" / "files").symlink_to(tmp_path / "moved")
+    with pytest.raises(MoEficationError, match="files is a link, which cannot be replaced: move its folder back"):
+        made(tmp_path / "folder", OTHER, overwrite=True)
+    (tmp_path / "folder" / "files").unlink()
+    (tmp_path / "moved").rename(tmp_path / "folder" / "files")
+    assert contents(tmp_path / "folder") == before
+
+
 def test_an_unfinished_folder_of_an_earlier_version_is_refused(tmp_path):
     """These filled a folder in place."""
     (tmp_path / "manifest.parts").mkdir()
