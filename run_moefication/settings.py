@@ -422,7 +422,7 @@ class ExportSettings(Settings):
 
     format: str = setting(
         help="gguf: a file for llama.cpp; granitemoeshared (exact, for gates without a bias) and glm4_moe (nearly "
-        "exact): a checkpoint of that class of transformers, vLLM, SGLang and MLX",
+        "exact): a checkpoint of that class of transformers, vLLM and SGLang",
         choices=EXPORT_FORMATS,
     )
     outtype: Sequence[str] | None = setting(

@@ -54,7 +54,9 @@ def ask(file: Path, question: dict[str, Any], threads: int = 1) -> dict[str, Any
         said = [line for line in errors if line.strip()] or [f"status {engine.returncode}"]
     if engine.returncode or not answer:
         reason = next((line for line in said if "rror" in line or "ASSERT" in line), said[-1])
-        raise MoEficationError(f"llama.cpp does not run {file}: {reason.strip()}")
+        # Where its graph has no room for the experts that a token runs, it says no more than where it stopped.
+        cure = "; convert with fewer and wider experts (RECIPE=engine)" if "ggml-impl.h" in reason else ""
+        raise MoEficationError(f"llama.cpp does not run {file}: {reason.strip()}{cure}")
     return json.loads(answer)
 
 

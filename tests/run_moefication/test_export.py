@@ -88,7 +88,7 @@ def test_llama_cpp_computes_what_the_model_does(export, config, options):
     ("format", "config", "options"),
     [
         ("granitemoeshared", ROUTED, []),
-        ("granitemoeshared", ROUTED | {"attention_bias": True, "num_shared_experts": 0, "num_experts": 10}, []),
+        ("granitemoeshared", ROUTED | {"num_shared_experts": 0, "num_experts": 10}, []),
         ("glm4_moe", BIASED, []),
         ("glm4_moe", THRESHOLD | {"tie_word_embeddings": True}, CAP),
         ("glm4_moe", ROUTED | {"num_shared_experts": 0, "num_experts": 10}, []),
@@ -105,7 +105,21 @@ def test_stock_classes_compute_what_the_model_does(export, format, config, optio
     assert check["perplexity"] == pytest.approx(check["reference_perplexity"], rel=1e-2)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.model_type == format
+    if format == "glm4_moe":  # transformers 5.4 looks for it there, or rotates half of each head
+        assert json.loads((folder / "config.json").read_text())["partial_rotary_factor"] == 1.0
     assert AutoTokenizer.from_pretrained(folder)("The cat")["input_ids"] == make_tokenizer()("The cat")["input_ids"]
+
+
+@pytest.mark.parametrize("format", ["gguf", "glm4_moe"])
+def test_a_head_that_is_not_the_embedding_is_taken_whatever_the_config_says(export, format, tmp_path):
+    model = load(save_moe(tmp_path / "tied", **BIASED, tie_word_embeddings=True))
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 0.05 * torch.randn(model.lm_head.weight.shape))
+    model.save_pretrained(tmp_path / "moe")
+    make_tokenizer().save_pretrained(tmp_path / "moe")
+    _, parts = export(tmp_path / "moe", "--format", format, *["--outtype", "f32"])
+    (check,) = parts.values()
+    assert check["argmax_agreement"] > 0.95
 
 
 def test_a_file_runs_at_another_budget(export, tmp_path):
@@ -239,12 +253,23 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max
         (ROUTED, ["gguf", *CAP], "--max_selects is for models that route by threshold"),
         (THRESHOLD, ["gguf"], "Give --max_selects, the most that one runs"),
         (THRESHOLD, ["gguf", "--max_selects", 11], "--max_selects 11 is outside of 3 to 10, the model's experts"),
-        (ROUTED | {"attention_bias": True}, ["gguf"], "has biases in attention; use --format granitemoeshared"),
+        (ROUTED | {"attention_bias": True}, ["gguf"], "has biases in attention, which such a file does not hold"),
         (ROUTED | {"rope_parameters": YARN}, ["gguf"], "has rotary embeddings of kind yarn; in a GGUF they can be"),
         (ROUTED | {"num_experts": 38, "num_experts_per_tok": 30}, ["gguf"], "and llama.cpp has room for 29"),
         (BIASED, ["granitemoeshared"], "by more than a product (gate bias or threshold)"),
         (ROUTED, ["granitemoeshared", "--outtype", "f16"], "float16 cannot hold the small logits"),
-        (ROUTED | {"attention_bias": True}, ["glm4_moe"], "has biases in attention"),
+        (ROUTED | {"attention_bias": True}, ["glm4_moe"], "has biases in attention, which such a file does not hold"),
+        (
+            ROUTED | {"attention_bias": True},
+            ["granitemoeshared"],
+            "has biases in attention, which vLLM and",
+        ),
+        (ROUTED | {"head_dim": 24}, ["granitemoeshared"], "has heads of 24 values, which vLLM and SGLang pass over"),
+        (
+            ROUTED | {"num_experts": 1, "num_shared_experts": 3, "num_experts_per_tok": 1},
+            ["glm4_moe"],
+            "among two or more",
+        ),
         (ROUTED, ["glm4_moe", "--outtype", "q8_0"], "--outtype q8_0: --format glm4_moe has one of f32, f16, bf16"),
         (ROUTED, ["glm4_moe", "--outtype", "f32", "f16"], "has one of f32, f16, bf16"),
         (ROUTED, ["gguf", "--outtype", "f16", "f16"], "--outtype f16 f16 names a type twice"),

@@ -20,13 +20,12 @@ from ..errors import MoEficationError, SettingError
 from ..names import model_name
 from ..progress import Progress, progress
 from .dense_config import expected_shapes, read_dense_config
-from .headers import ADAPTER, HEAD, HEADS, MERGE_ADAPTER, StoredTensors, map_tensors
+from .headers import ADAPTER, EMBEDDING, HEAD, HEADS, MERGE_ADAPTER, StoredTensors, map_tensors
 from .transformers_library import first_line, quiet_transformers
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-EMBEDDING = "embed_tokens.weight"
 # Logits do not depend on the stored rotary tables of older releases, nor on the value head of reinforcement learning.
 UNUSED_TENSORS = re.compile(
     r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|(v_head|value_head)\..+"

@@ -27,7 +27,7 @@ ARCHITECTURES = {"default": PLAIN, "linear": PLAIN, "llama3": WITH_ROPE_FACTORS}
 TYPES = {name.lower(): gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0")}
 SOFTMAX_OF_CHOSEN = 3  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX_WEIGHT, which the package does not name
 LOGIT_SCALE = 2.0**-30  # a power of two, so that nothing is rounded
-# The graph of llama.cpp has room for so many in a model of 32 layers.
+# The graph of llama.cpp has room for so many in a model of 32 layers; for as few as 22 in one of 18, 35 or 36.
 MOST_EXPERTS_PER_TOK, MOST_EXPERTS = 29, 1024
 SLIDING_WINDOW = 512  # of the layer that `step35` must have, and that does nothing here
 
@@ -188,7 +188,9 @@ def _architecture(model: EngineModel) -> str:
     """That of llama.cpp which computes what the model does; refused if there is none."""
     config, path = model.reference, model.moe.path
     if config.attention_bias:
-        raise SettingError(f"{path} has biases in attention; use format granitemoeshared, whose attention has them")
+        raise SettingError(
+            f"{path} has biases in attention, which such a file does not hold; vLLM runs the LlamaMoE itself"
+        )
     if model.experts_per_tok > MOST_EXPERTS_PER_TOK:
         raise MoEficationError(
             f"{path} runs {model.experts_per_tok} routed experts per token, and llama.cpp has room for "

@@ -14,6 +14,7 @@ from ..storage.tensors import load_tensors
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 HEAD = "lm_head.weight"
+EMBEDDING = "embed_tokens.weight"
 HEADS = (HEAD, "score.weight")
 ADAPTER = "adapter_config.json"
 # What an index may name although no file holds it: the head or the embedding of a tied model, one of which is enough,

@@ -215,10 +215,16 @@ def model_card(origin: Origin, config: LlamaMoEConfig, model_class: str, made: s
 
 The dense model {name} with each MLP of {config.intermediate_size} neurons cut into {experts} experts of
 {config.moe_intermediate_size}; {budget}. {made}""",
-        "model.set_active_fraction(0.5)  # half of the experts; 1: all of them; fewer: less work, less quality\n",
+        f"model.set_active_fraction({_half(config)})  # of the experts; 1: all; fewer: less work, less quality\n",
         f"{quality}{limits}",
         LLAMA_CPP,
     )
+
+
+def _half(config: LlamaMoEConfig) -> str:
+    """Python for about half of the experts: top-k takes a whole number of them."""
+    experts = config.num_experts + config.num_shared_experts
+    return "0.5" if config.routing == "threshold" or experts % 2 == 0 else f"{(experts + 1) // 2} / {experts}"
 
 
 def _card(
@@ -237,7 +243,7 @@ from transformers import {auto_class}, AutoTokenizer
 
 # trust_remote_code runs the model's code from this folder; with the package llama_moe imported it is not needed
 model = {auto_class}.from_pretrained("PATH", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 {usage}```
 {COMMANDS + engines if is_causal and not config.mlp_bias else ""}
 {EVALUATION[0]}
@@ -267,7 +273,7 @@ def export_card(
         return f"""{origin.head("text-generation", library_name="transformers", tags=tags)}\
 # {name} as {format}
 
-{what}, in an architecture that transformers, vLLM, SGLang and MLX bring along. No code comes with it. `manifest.json`
+{what}, in an architecture that transformers, vLLM and SGLang bring along. No code comes with it. `manifest.json`
 says how near it is to the original.
 
 ```python

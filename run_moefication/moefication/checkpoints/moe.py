@@ -17,7 +17,7 @@ from ..progress import progress
 from ..storage.artifact import open_finished
 from ..storage.manifest import MANIFEST, MOE_STAGES
 from .dense import DenseCheckpoint
-from .headers import StoredTensors, map_tensors
+from .headers import EMBEDDING, HEAD, StoredTensors, map_tensors
 from .transformers_library import CONFIG_ERRORS, first_line, quiet_transformers
 
 
@@ -76,6 +76,10 @@ class StoredMoE(StoredTensors):
             raise MoEficationError(f"{path} is a {kind} model, not a LlamaMoE")
         prefix = "" if self.model_class == "LlamaMoEModel" else "model."
         super().__init__(path, *map_tensors(path), prefix)
+        if self.config.tie_word_embeddings and HEAD in self.tensors:
+            # Where the two differ, the tensors decide, as they do in transformers.
+            head, embedding = (StoredTensors.tensor(self, name) for name in (HEAD, EMBEDDING))
+            self.config.tie_word_embeddings = torch.equal(head, embedding)
 
     def new_config(self, **changed: Any) -> LlamaMoEConfig:
         """The config with other values for some of its fields."""

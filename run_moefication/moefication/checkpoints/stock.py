@@ -1,4 +1,4 @@
-"""LlamaMoE models as architectures that transformers, vLLM, SGLang and MLX bring along: a config and planned tensors.
+"""LlamaMoE models as architectures that transformers, vLLM and SGLang bring along: a config and planned tensors.
 
 * `granitemoeshared` chooses by logits and weighs by a softmax over those of the chosen: so small that all weigh 1/k,
   which `down_proj` makes up for. Exact, but it has no bias to choose by.
@@ -15,10 +15,9 @@ from transformers import Glm4MoeConfig, GraniteMoeSharedConfig, PreTrainedConfig
 
 from ..errors import SettingError
 from .engine_model import EngineModel
-from .headers import HEAD
+from .headers import EMBEDDING, HEAD
 from .writer import PlannedTensor
 
-EMBEDDING = "embed_tokens.weight"
 GRANITE_SCALE = 2.0**-24  # of logits: a power of two, so that nothing is rounded
 # The largest logit on a text: weights then differ by half of it at most, and two scores by 2^-22 of it at least.
 GLM_MOST_LOGIT = 2.0**-6
@@ -40,8 +39,16 @@ def granitemoeshared(model: EngineModel, dtype: torch.dtype) -> Plan:
             f"{path} chooses experts by more than a product (gate bias or threshold), which granitemoeshared cannot; "
             f"use format glm4_moe or gguf, or fit gates without a bias: RECIPE=engine GATE_BIAS=off"
         )
+    if config.attention_bias or config.head_dim * config.num_attention_heads != config.hidden_size:
+        what = "biases in attention" if config.attention_bias else f"heads of {config.head_dim} values"
+        raise SettingError(
+            f"{path} has {what}, which vLLM and SGLang pass over in granitemoeshared without a word; both run the "
+            f"LlamaMoE itself"
+        )
     if dtype == torch.float16:
-        raise SettingError(f"{path}: float16 cannot hold the small logits of granitemoeshared; use outtype bf16")
+        raise SettingError(
+            f"{path}: float16 cannot hold the small logits of granitemoeshared; use outtype bf16, or format glm4_moe"
+        )
     hidden, width, experts = config.hidden_size, config.moe_intermediate_size, model.num_experts
     shared = config.num_shared_experts * width
     plan = _outside(model, dtype)
@@ -77,11 +84,15 @@ def glm4_moe(model: EngineModel, dtype: torch.dtype, most_score: Callable[[int],
     """
     config, path = model.reference, model.moe.path
     if config.attention_bias:
-        raise SettingError(f"{path} has biases in attention; use format granitemoeshared, whose attention has them")
+        raise SettingError(
+            f"{path} has biases in attention, which such a file does not hold; vLLM runs the LlamaMoE itself"
+        )
     hidden, width, experts = config.hidden_size, config.moe_intermediate_size, model.num_experts
+    if experts < 2:
+        raise SettingError(f"{path} has {experts} routed expert, and glm4_moe chooses among two or more")
     shared = model.num_shared_experts * width
     plan = _outside(model, dtype)
-    if config.tie_word_embeddings:  # MLX wants a head
+    if config.tie_word_embeddings:  # readers beside transformers want a head
         _add(plan, "", dtype, HEAD, model.moe.tensors[EMBEDDING].shape, lambda: model.moe.tensor(EMBEDDING).clone())
     for layer in range(config.num_hidden_layers):
         add = partial(_add, plan, f"model.layers.{layer}.mlp.")
@@ -114,7 +125,8 @@ def glm4_moe(model: EngineModel, dtype: torch.dtype, most_score: Callable[[int],
         use_qk_norm=False,
         num_mtp_layers=0,
     )
-    made.rope_theta = config.rope_parameters["rope_theta"]
+    # Glm4MoeConfig moves both into rope_parameters, where transformers 5.4 does not look.
+    made.rope_theta, made.partial_rotary_factor = config.rope_parameters["rope_theta"], 1.0
     return made, plan
 
 
