@@ -114,7 +114,7 @@ def choose_kernel(packed: PackedExperts, hidden_states: Tensor, top_k_weights: T
 def _choose_on_gpu(packed: PackedExperts, num_tokens: int, capability: tuple[int, int], routing: str) -> Kernel | None:
     measured = FASTEST_ON_GPUS.get(capability, FASTEST_ON_GPUS[9, 0])
     kernel = next(kernel for most_tokens, kernel in measured if num_tokens <= most_tokens)
-    if kernel is grouped and not (capability >= (8, 0) and packed.is_aligned):
+    if kernel is grouped and not (capability >= (8, 0) and packed.gate_up.dtype in DTYPES and packed.is_aligned):
         return masked_dense  # PyTorch has no grouped products there
     return None if kernel is grouped and routing == "top_k" else kernel
 
@@ -127,7 +127,11 @@ def _choose_on_cpu(packed: PackedExperts, hidden_states: Tensor, top_k_weights: 
     if num_tokens == 1 and not torch.is_grad_enabled():  # `one_by_one` gives unused experts gradients of zero
         return one_token
     # torch 2.10 wants aligned addresses, too, which weights mapped from a file may not have.
-    can_group = packed.is_aligned and packed.gate_up.data_ptr() % 16 == packed.down.data_ptr() % 16 == 0
+    can_group = (
+        packed.gate_up.dtype in DTYPES
+        and packed.is_aligned
+        and packed.gate_up.data_ptr() % 16 == packed.down.data_ptr() % 16 == 0
+    )
     if can_group and (is_small or in_bfloat16) and top_k_weights.count_nonzero() <= FEW_PAIRS:
         return grouped
     return one_by_one

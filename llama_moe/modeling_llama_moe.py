@@ -46,6 +46,11 @@ class LlamaMoEDecoderLayer(LlamaDecoderLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
+def _gates_of(layer: nn.Module) -> list[Gate]:
+    """The gate of a layer: where PEFT wraps one, the original and its copies, of which the last is in use."""
+    return [module for module in layer.modules() if isinstance(module, Gate)]
+
+
 class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
     """The difference: experts and gates are initialised, recorded, dispatched, and their budget can be changed."""
 
@@ -128,15 +133,15 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
     def _set_routed_budgets(self, budgets: list[int | float]) -> None:
         """Set routed experts per token by layer, in gates and config; on a refusal nothing has changed."""
         config = self.config
-        gates = [module for module in self.modules() if isinstance(module, Gate)]
+        layers = [module for module in self.modules() if isinstance(module, LlamaMoEDecoderLayer)]
+        gates = [(gate, budget) for layer, budget in zip(layers, budgets, strict=True) for gate in _gates_of(layer)]
         if config.routing == "threshold":
-            shares = [budget / config.num_experts for budget in budgets]
-            thresholds = [g.quantile_threshold(g.score_quantiles, s) for g, s in zip(gates, shares, strict=True)]
-            for gate, threshold in zip(gates, thresholds, strict=True):
+            thresholds = [gate.quantile_threshold(gate.score_quantiles, b / config.num_experts) for gate, b in gates]
+            for (gate, _), threshold in zip(gates, thresholds, strict=True):
                 gate.threshold.fill_(threshold)
             config.num_experts_per_tok = round(sum(budgets) / len(budgets))
         else:
-            for gate, budget in zip(gates, budgets, strict=True):
+            for gate, budget in gates:
                 gate.num_experts_per_tok = budget
             config.num_experts_per_tok = max(budgets)
         config.layer_num_experts_per_tok = budgets if len(set(budgets)) > 1 else None
@@ -186,8 +191,9 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM, GenerationM
         """As `LlamaForCausalLM.forward`; `logits_to_keep`: the last so many positions (0: all), or those listed."""
         asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
         balanced = self.training and labels is not None and self.config.router_aux_loss_coef > 0
-        # transformers from 5.24 on passes `cache`, among the rest.
+        # transformers from 5.24 on passes `cache`, among the rest, and PEFT's prefixes come by either name.
         cache = {} if past_key_values is None else {CACHE: past_key_values}
+        cache |= {CACHE: kwargs.pop(CACHE)} if kwargs.get(CACHE) is not None else {}
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -205,7 +211,7 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM, GenerationM
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         router_logits, aux_loss = outputs.get("router_logits"), None
         if router_logits is not None:
-            selected = [layer.mlp.gate.mask(s) for layer, s in zip(self.model.layers, router_logits, strict=True)]
+            selected = [_gates_of(layer)[-1].mask(s) for layer, s in zip(self.model.layers, router_logits, strict=True)]
             new_tokens = outputs.last_hidden_state.shape[1]  # the mask covers the cached ones as well
             mask = attention_mask[:, -new_tokens:] if getattr(attention_mask, "ndim", 0) == 2 else None
             aux_loss = load_balancing_loss(router_logits, selected, mask)

@@ -13,6 +13,7 @@ from pipeline import make_moe, some_tokens, with_thresholds
 from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingArguments
 
 from llama_moe import LlamaMoEForCausalLM, LlamaMoEForSequenceClassification
+from llama_moe.gates import Gate
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
 
@@ -94,6 +95,17 @@ def test_peft_adapts_the_experts(implementation, checkpointing, tmp_path):
     adapted = get_peft_model(model, LoraConfig(r=2, target_parameters=names, task_type="CAUSAL_LM"))
     check_adapter(adapted, tmp_path)
     assert all(p.grad.any() for name, p in adapted.named_parameters() if "lora_B" in name and p.requires_grad)
+
+
+def test_gates_that_peft_wraps_keep_their_budget_and_are_found():
+    copied = get_peft_model(make_moe(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["gate"]))
+    copied.base_model.model.set_num_experts_per_tok(1)
+    gates = [module for module in copied.modules() if isinstance(module, Gate)]
+    assert [gate.num_experts_per_tok for gate in gates] == [1] * 2 * TINY["num_hidden_layers"]
+    model = make_moe(gate_network="linear")
+    expected = model(some_tokens(), output_router_logits=True).aux_loss
+    adapted = get_peft_model(model, LoraConfig(r=2, target_parameters=["mlp.gate.weight"]))
+    torch.testing.assert_close(adapted(some_tokens(), output_router_logits=True).aux_loss, expected)
 
 
 @pytest.mark.parametrize(

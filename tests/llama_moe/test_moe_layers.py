@@ -122,6 +122,7 @@ def test_every_kernel_equals_the_naive_loop(kernel, biased, dtype, size):
         ((4, 16, 16, FEW_PAIRS // 2 + 1, 2), torch.float32, one_by_one),
         ((2, 1024, 2048, 2, 1), torch.bfloat16, grouped),
         ((2, 1024, 2048, 2, 1), torch.float32, one_by_one),
+        ((4, 16, 16, 30, 2), torch.float64, one_by_one),
     ],
 )
 def test_what_runs_on_a_cpu(sizes, dtype, kernel):
