@@ -129,7 +129,8 @@ class Gate(nn.Module):
         if not 0 < share < 1:
             return cls.LOWEST_THRESHOLD if share >= 1 else -cls.LOWEST_THRESHOLD
         if score_quantiles[0] == score_quantiles[-1]:
-            raise ValueError("no score quantiles are stored, or all are equal: this model has not been calibrated")
+            why = "the model has not been calibrated, or the layer's experts add nothing"
+            raise ValueError(f"no score quantiles are stored, or all are equal: {why}")
         level, part = divmod((1 - share) * (cls.NUM_QUANTILES - 1), 1)
         low, high = score_quantiles[int(level) : int(level) + 2]
         return torch.lerp(low, high, part).item()

@@ -55,4 +55,4 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor, weights: torch.
     """sum_t w_t |found_t - expected_t|^2 over sum_t w_t |expected_t|^2, of float32 `[T, H]` twice and `[T]`."""
     # No product of matrices, which autocast would round.
     error, whole = ((weights * rows.square().sum(1)).sum() for rows in (found - expected, expected))
-    return error / whole.clamp(min=torch.finfo(whole.dtype).tiny)
+    return torch.where(whole > 0, error / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0)

@@ -90,8 +90,9 @@ def low_rank_map(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The map of that rank nearest to a `solution` `[D + 1, K]` whose last feature is the constant 1.
 
-    Nearest in the metric of the inputs: the truncated singular value decomposition of W L, with L L^T the covariance of
-    the inputs. What lies between the factors has variance 1, so both are of a size that training can move.
+    Nearest in the metric of the ridge fit: the truncated singular value decomposition of W L, with L L^T the covariance
+    of the inputs plus `strength` times its mean diagonal (reduced-rank ridge regression, Mukherjee and Zhu 2011). What
+    lies between the factors has a variance of at most 1, so both are of a size that training can move.
 
     Returns: the factors `[K, rank]` and `[rank, D]`, and the bias `[K]` that goes with them, in float64.
     """
@@ -114,9 +115,10 @@ def low_rank_map(
 
 
 def token_weights(squares: torch.Tensor) -> torch.Tensor:
-    """Weights `[T]`: 1 over a token's squared magnitude `[T]`, at most 4 times the median.
+    """Weights `[T]`: 1 over a token's squared magnitude `[T]`, at most 4 times the median of those that have any.
 
     With equal weights few tokens own every fit (Sun et al. 2024, "Massive activations in large language models").
     """
     weights = 1 / squares.clamp(min=LEAST_SQUARES)
-    return weights.clamp(max=LARGEST_WEIGHT * weights.median())
+    usual = weights.masked_fill(squares <= LEAST_SQUARES, torch.nan).nanmedian()  # nothing but zeros is not usual
+    return weights.clamp(max=LARGEST_WEIGHT * usual.nan_to_num(nan=1.0))

@@ -57,6 +57,16 @@ def test_massive_activations_do_not_own_it():
     assert 0.02 < loss < 0.1  # 2 if only the one token counted, 0.02 without it
 
 
+def test_an_mlp_that_adds_nothing_asks_for_nothing():
+    torch.manual_seed(0)
+    stream, kept = torch.randn(1, 50, 8), torch.ones(1, 50, dtype=torch.bool)
+    student = LayerOutputs([torch.randn(1, 50, 8, requires_grad=True)], [stream])
+    loss = clone_loss(student, LayerOutputs([torch.zeros(1, 50, 8)], [stream]), kept)
+    loss.backward()
+    assert loss == 0
+    assert not student.mlps[0].grad.any()
+
+
 def test_it_is_float32_under_autocast():
     torch.manual_seed(0)
     student, teacher = (LayerOutputs([torch.randn(1, 300, 64)], [torch.randn(1, 300, 64)]) for _ in range(2))

@@ -138,4 +138,7 @@ def test_massive_tokens_do_not_own_the_fit():
 
 
 def test_token_weights_are_inverse_squares_up_to_four_medians():
-    assert token_weights(torch.tensor([1.0, 2.0, 4.0, 1e6, 0.0])).tolist() == [1.0, 0.5, 0.25, pytest.approx(1e-6), 2.0]
+    assert token_weights(torch.tensor([1.0, 2.0, 4.0, 1e6, 0.1])).tolist() == [1.0, 0.5, 0.25, pytest.approx(1e-6), 2.0]
+    # Tokens of nothing but zeros weigh what the others allow, however many they are.
+    assert token_weights(torch.tensor([1.0, 2.0, 4.0, 0.0, 0.0, 0.0, 0.0])).tolist() == [1.0, 0.5, 0.25] + [2.0] * 4
+    assert token_weights(torch.zeros(3)).isfinite().all()
