@@ -148,8 +148,10 @@ def _fit(
         return {}, tensor
     if not fits.has(TOGETHER):
         dense = streams.before(len(names))[0, -sum(map(len, held_out)) :]
+        # As many of the others as are held out, spread over the text.
+        others = corpus.blocks[:-num_held_out][:: HELD_OUT_EVERY_NTH_BLOCK - 1]
         how = dict(batch_size=settings.batch_size, device=device)
-        fits.save(TOGETHER, *fit_to_logits(checkpoint, config, tensor, held_out, dense, **how))
+        fits.save(TOGETHER, *fit_to_logits(checkpoint, config, tensor, held_out, dense, others, **how))
     return fits.tensors(TOGETHER), tensor
 
 

@@ -144,16 +144,19 @@ def fit_to_logits(
     tensor: Tensors,
     blocks: list[torch.Tensor],
     dense_states: torch.Tensor,
+    other_blocks: list[torch.Tensor],
     *,
     batch_size: int,
     device: str,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Fit the small parameters, a block a step, and set the thresholds anew by all blocks.
+    """Fit the small parameters, a block a step, and set the thresholds anew.
 
     Args:
         tensor: gives the MoE's tensors as the layers' fits left them, by name.
-        blocks: of tokens; those at the end are measured on.
+        blocks: of tokens; every eighth is measured on, the others are fitted to.
         dense_states: what leaves the dense model's last layer on these blocks, float32 `[tokens, H]`.
+        other_blocks: text that these parameters are not fitted to, which thresholds are set on: their own asks for
+            fewer experts than any other text does.
 
     Returns: the tensors with new values, in their dtypes, and `FACTORS`, for `with_factors`; and the divergence from
     the dense model before and after, in nats a token. Where it does not fall, no tensor is new.
@@ -166,7 +169,9 @@ def fit_to_logits(
     head = checkpoint.finite_tensor(checkpoint.lm_head).to(device, product_dtype(device))
     dense_norm = checkpoint.finite_tensor(FINAL_NORM).to(device, torch.float32)
     ends = list(accumulate(map(len, blocks)))
-    num_measured = -(-len(blocks) // MEASURED_EVERY_NTH_BLOCK)
+    # Spread over the text, since the domains take turns in it.
+    to_measure = [*range(len(blocks))][MEASURED_EVERY_NTH_BLOCK - 1 :: MEASURED_EVERY_NTH_BLOCK] or [len(blocks) - 1]
+    to_fit = [index for index in range(len(blocks)) if index not in to_measure]
 
     def teacher_of(index: int) -> TeacherKL:
         dense = dense_states[ends[index] - len(blocks[index]) : ends[index]].to(device)
@@ -179,21 +184,22 @@ def fit_to_logits(
 
     @torch.no_grad()
     def measured(model: WholeModel, norm: torch.Tensor) -> float:
-        last = progress(range(len(blocks) - num_measured, len(blocks)), "measure the divergence", "block")
-        parts = [divergence(model, index, norm) for index in last]
+        parts = [divergence(model, index, norm) for index in progress(to_measure, "measure the divergence", "block")]
         return torch.cat(parts).mean(dtype=torch.float64).item()
 
     model = WholeModel(config, lambda name: small[name] if name in small else tensor(name), device, factors)
-    before, num_fitted = measured(model, small[FINAL_NORM]), len(blocks) - num_measured
-    losses = (divergence(model, index, small[FINAL_NORM]).mean() for index in [*range(num_fitted)] * PASSES)
-    _train(small | factors, losses, PASSES * num_fitted, model)
+    before = measured(model, small[FINAL_NORM])
+    if not to_fit:
+        return {}, {"divergence_before": before, "divergence_after": before}
+    losses = (divergence(model, index, small[FINAL_NORM]).mean() for index in to_fit * PASSES)
+    _train(small | factors, losses, PASSES * len(to_fit), model)
     found = {name: p.detach().to(tensor(name).dtype).cpu() for name, p in small.items()}
     found |= {name: p.detach().cpu() for name, p in factors.items()}
     if not all(values.isfinite().all() for values in found.values()):
         return {}, {"divergence_before": before, "divergence_after": before}
     del model  # before the next one asks how much memory there is
     model = WholeModel(config, partial(with_factors, found, tensor), device, {})
-    found |= model.routed(blocks, batch_size)
+    found |= model.routed(other_blocks, batch_size)
     after = measured(model, found[FINAL_NORM].to(device, torch.float32))
     metrics = {"divergence_before": before, "divergence_after": min(before, after)}
     return found if after < before else {}, metrics
