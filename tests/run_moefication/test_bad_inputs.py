@@ -119,7 +119,7 @@ WRONG = [
     ("split", ON_FEATURES | {"train_data_path": "{text}"}, "either --train_data_path or --hidden_features_path"),
     ("split", ON_FEATURES | {"batch_size": 4}, "--batch_size is for --train_data_path"),
     ("split", ON_FEATURES | {"train_data_cache_path": "{tmp}/cache"}, "cache_path is for --train_data_path"),
-    ("features", {"train_data_cache_path": "{text}"}, "is the folder of the text, where it would be read as text"),
+    ("features", {"train_data_cache_path": "{text}"}, "is the folder of the text, and would be read as text"),
     ("split", ON_FEATURES | {"templates": "{both}"}, "takes one of --templates"),
     ("split", ON_FEATURES | {"hidden_features_path": "{other_features}"}, "another model (other-llama)"),
     ("split", ON_TEXT | {"num_shared_experts": 4}, "--num_shared_experts 4 is outside of 0 to 3"),

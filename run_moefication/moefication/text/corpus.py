@@ -115,7 +115,7 @@ def training_corpus(
     blocks: any such cut leaves all domains in their shares on both sides, and other documents on one than on the other.
     """
     if cache_path and Path(cache_path).resolve() == Path(data_path).resolve():
-        raise SettingError(f"train_data_cache_path {cache_path} is the folder of the text, where it would be read as text")
+        raise SettingError(f"train_data_cache_path {cache_path} is the folder of the text, and would be read as text")
     positions, weights = checkpoint.config.max_position_embeddings, parse_domain_weights(settings.domain_weights)
     block_size = require_block_size(settings.block_size, positions, checkpoint.name)
     options = asdict(settings) | {"block_size": block_size, "domain_weights": weights}

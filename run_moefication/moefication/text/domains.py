@@ -1,12 +1,13 @@
 """The domains of the text in a folder, told by the names of its files and folders."""
 
+import glob
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import MoEficationError, SettingError
-from .text_files import HELD_OUT_FOLDER, TextFile, find_text_files, unread_data
+from .text_files import HELD_OUT_FOLDER, TextFile, find_text_files, some, unread_data
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +65,19 @@ def find_domains(data_path: str | Path, weights: Mapping[str, float] | None = No
     # The name of another domain may be written in several words: "my_notes.jsonl" is of the domain "mynotes".
     aliases = {name: ALIASES.get(name) or " ?".join(map(re.escape, name)) for name in weights or ALIASES}
     found: dict[str, list[TextFile]] = {}
-    unnamed = []
+    unnamed, unpacked = [], []
     folders = _domain_folders(data_path, aliases) if data_path.is_dir() else {}
     for folder, names in {data_path: [], **folders}.items():
         for file in find_text_files(folder):
+            beside = file.path.with_suffix("")  # where a zip may lie unpacked
+            if file.member and beside in folders and [*beside.rglob(glob.escape(file.plain_name))]:
+                unpacked.append(str(file.path.relative_to(data_path) / file.member))
+                continue
             domain = _decided([*file.names, *names], file, aliases)
             (found.setdefault(domain, []) if domain else unnamed).append(file)
     unread = unread_data(data_path, [*folders]) if data_path.is_dir() else ""
+    if unpacked:
+        unread += f"{unread and '; '}{some(unpacked)} (the folder beside the zip is read for it)"
     if not found and not unnamed:
         raise SettingError(
             f"train_data_path {data_path} holds no .jsonl, .txt or .parquet (nor .gz, .zst of the first two) or .zip "

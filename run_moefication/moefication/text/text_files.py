@@ -139,18 +139,16 @@ def _chosen(path: Path) -> tuple[list[TextFile], dict[str, str]]:
         if file.suffix.lower() == ".zip" and (lines := as_lines(file)):
             set_aside[file.name] = lines
         elif file.suffix.lower() == ".zip":
-            beside = path / file.stem  # where `unzip -d` would put it
-            unpacked = {each.name for each in beside.rglob("*")} if beside.is_dir() else set()
             for member in zip_members(file):
-                if member.plain_name in names or member.plain_name in unpacked:
-                    is_here = member.plain_name in names
-                    place = names[member.plain_name].path.name if is_here else f"{file.stem}/{member.plain_name}"
-                    set_aside[f"{file.name}/{member.member}"] = place
+                if member.plain_name in names:
+                    set_aside[f"{file.name}/{member.member}"] = names[member.plain_name].path.name
                 else:
                     found.append(member)
-    for file in found:
-        if not str(file).isprintable() and any("\udc80" <= letter <= "\udcff" for letter in str(file)):
-            raise MoEficationError(f"{os.fsencode(str(file))!r} has a name that is not UTF-8; rename it")
+    for file in map(str, found):
+        try:
+            file.encode()
+        except UnicodeEncodeError as error:
+            raise MoEficationError(f"{os.fsencode(file)!r} has a name that is not UTF-8; rename it") from error
     return sorted(found, key=lambda file: (file.plain_name, str(file))), set_aside
 
 

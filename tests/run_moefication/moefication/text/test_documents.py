@@ -169,12 +169,6 @@ def test_a_zip_half_unpacked_is_read_in_its_rest_but_for_what_is_held_out(tmp_pa
     assert read(tmp_path) == ["zipped a", "unpacked b", "zipped c\n", "one\ntwo"]
 
 
-def test_a_zip_unpacked_into_a_folder_of_its_name_is_read_once(tmp_path):
-    write_zip(tmp_path / "a.zip", {f"{name}.jsonl": json.dumps({"text": f"zipped {name}"}) for name in "bc"})
-    write_jsonl(tmp_path / "a" / "b.jsonl", ["unpacked b"])
-    assert read(tmp_path) == ["zipped c"]  # the folder is for those who read domains
-
-
 def test_names_that_are_not_utf_8_are_refused(tmp_path):
     with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "wb") as file:
         file.write(b'{"text": "a"}\n')

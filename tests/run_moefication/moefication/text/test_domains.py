@@ -150,6 +150,19 @@ def test_the_table_names_the_files_counted_for_each_domain(tiny_llama, tmp_path,
     assert "  github/b.jsonl, github/c.jsonl, github/d.jsonl and 1 more\n" in out
 
 
+def test_a_zip_that_lies_unpacked_beside_is_read_once(tmp_path, caplog):
+    for name in ("wikipedia", "notes"):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            for part in "ab":
+                archive.writestr(f"wikipedia_{part}.jsonl", json.dumps({"text": f"zipped {part}"}))
+    make_text(tmp_path / "wikipedia", "wikipedia_a")
+    make_text(tmp_path / "notes", "wikipedia_a")  # is not read, since it names no domain
+    files = ["notes.zip/wikipedia_a.jsonl", "notes.zip/wikipedia_b.jsonl", "wikipedia.zip/wikipedia_b.jsonl"]
+    with caplog.at_level(logging.WARNING):
+        assert sorted(found_in(tmp_path)["wikipedia"]) == [*files, "wikipedia/wikipedia_a.jsonl"]
+    assert "wikipedia.zip/wikipedia_a.jsonl (the folder beside the zip is read for it)" in caplog.text
+
+
 def test_data_that_is_not_read_is_said_in_one_line(tmp_path, caplog, monkeypatch):
     make_text(tmp_path, "c4", "github")
     make_text(tmp_path / "extra" / "chunk1", "book")
