@@ -165,10 +165,10 @@ class Run:
         for row in filter(attrgetter("skipped_lines"), self.corpus.mix):
             print(f"{row.domain}: {row.skipped_lines:,} bad lines skipped")
         print(f"{self.checkpoint.name}: {self.corpus.num_tokens:,} tokens in {len(self.corpus.blocks):,} blocks")
-        least = min(self.corpus.mix, key=lambda row: row.available / row.weight)
-        if self.corpus.num_tokens < (self.arguments.max_tokens or 0):
-            why = f"{least.domain} has no more for its share of {least.weight:.1%}"
-            print(f"fewer than --max_tokens: {why}; give it more text, or other --domain_weights")
+        if any(row.got < row.asked for row in self.corpus.mix):
+            least = min(self.corpus.mix, key=lambda row: row.available / row.weight)
+            why = f"the text of {least.domain} ends, whose share is {least.weight:.1%}"
+            print(f"fewer than --max_tokens: {why}; give it more, or other --domain_weights")
 
     def report(self, writer: "ArtifactWriter", next_step: str, missing: str = "still missing") -> None:
         """The last lines of a stage; `missing` says of parts that are not there who makes them."""
