@@ -19,6 +19,8 @@ STAGES="$REPOSITORY/run_moefication"
 # shellcheck source=run_moefication/common.sh
 . "$STAGES/common.sh"
 switch PLAN
+[ -z "${DATA:-}" ] || [ -e "$DATA" ] || refuse "DATA=$DATA is not there: name a folder of text"
+[ -z "${TEXT:-}" ] || [ -f "$TEXT" ] || refuse "TEXT=$TEXT is not a file"
 if [ $# -gt 1 ]; then
     echo "error: one checkpoint at a time; settings are given in the environment" >&2
     exit 2

@@ -237,10 +237,13 @@ def test_several_processes_are_launched_by_torchrun(typed):
         ("../scripts/quickstart.sh", {"MODEL": "/x"}, "error: MODEL=/x is no folder here, and no hub id"),
         ("../scripts/quickstart.sh", {"DATA": "/x"}, "error: DATA=/x is not there: name a folder of text"),
         ("../scripts/quickstart.sh", {"TEXT": "/x"}, "error: TEXT=/x is not a file"),
+        ("../scripts/convert_7b.sh MODEL", {"TEXT": "/x"}, "error: TEXT=/x is not a file"),
+        ("../scripts/convert_7b.sh MODEL", {"DATA": "/x"}, "error: DATA=/x is not there: name a folder of text"),
+        ("../scripts/convert_7b.sh MODEL", {"PLAN": "maybe"}, "error: PLAN=maybe: on or off"),
     ],
 )
 def test_a_wrong_setting_is_one_line_before_any_work(script, setting, words, run):
-    result = run(script, **setting)
+    result = run(*script.split(), **setting)
     assert_refused((result.returncode, result.stdout, result.stderr), words)
     assert not Path("out").exists()
 
