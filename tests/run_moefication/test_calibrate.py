@@ -302,6 +302,13 @@ def test_without_a_gain_the_layers_fits_stay_which_saw_no_held_out_text(together
     np.testing.assert_allclose(down_of(mlp), expected, rtol=1e-2, atol=1e-3)
 
 
+def test_one_piece_of_text_is_measured_on_and_not_fitted_to(together, tmp_path):
+    folder = recalibrated(together, tmp_path / "moe", *TOGETHER, "--max_tokens", 2 * BLOCK).calibrated
+    (metrics,) = metrics_of(folder, "divergence_after")
+    assert metrics["divergence_after"] == metrics["divergence_before"]
+    assert torch.equal(load(folder).model.norm.weight, load(together.moe).model.norm.weight)
+
+
 def test_the_fit_of_all_layers_leaves_every_matrix_but_for_a_factor_for_each_expert(together, tmp_path, monkeypatch):
     monkeypatch.setattr(logit_calibration, "LEARNING_RATE", 0.0)
     unmoved = recalibrated(together, tmp_path / "moe", *TOGETHER).calibrated
