@@ -105,6 +105,8 @@ class LlamaMoEConfig(LlamaConfig):
 
     @num_selects.setter
     def num_selects(self, value: int) -> None:
+        if self.routing == "threshold":
+            raise ValueError("thresholds hold the budget: use model.set_active_fraction or set_num_experts_per_tok")
         self.num_experts_per_tok = value - self.num_shared_experts
 
     def experts_per_tok_of(self, layer: int) -> int | float:

@@ -108,6 +108,9 @@ def test_fields_can_be_given_while_loading(tmp_path):
     for field, value in {"num_experts_per_tok": 5, "num_experts": 8, "gate_network": "conv"}.items():
         with pytest.raises(ValueError, match=field):
             LlamaMoEForCausalLM.from_pretrained(tmp_path, **{field: value})
+    make_moe(routing="threshold").save_pretrained(tmp_path / "threshold")
+    with pytest.raises(ValueError, match="thresholds hold the budget: use model"):
+        LlamaMoEForCausalLM.from_pretrained(tmp_path / "threshold", num_selects=3)
 
 
 def test_config_round_trip(tmp_path):
