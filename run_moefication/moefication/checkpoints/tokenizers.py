@@ -164,13 +164,21 @@ def provoking_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [*PLAIN_TEXTS, *MARKUP_TEXTS, *(text for token in added for text in (token, f"a{token}b", f" {token} c"))]
 
 
+def other_ids(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """As `difference`, of ids alone."""
+    texts = provoking_texts(one)
+    for text, ids, others in zip(texts, one(texts)["input_ids"], other(texts)["input_ids"], strict=True):
+        if ids != others:
+            return f"makes {others[:8]} of {text!r} instead of {ids[:8]}"
+    return None
+
+
 def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
     """What two tokenizers make differently, as the rest of a sentence, or None: ids of texts, text of ids, the ids of
     their special tokens, the form of a chat, and the side and length of batches."""
-    texts = provoking_texts(one)
-    for text, ids, other_ids in zip(texts, one(texts)["input_ids"], other(texts)["input_ids"], strict=True):
-        if ids != other_ids:
-            return f"makes {other_ids[:8]} of {text!r} instead of {ids[:8]}"
+    if found := other_ids(one, other):
+        return found
+    for ids in one(provoking_texts(one))["input_ids"]:
         if one.decode(ids) != other.decode(ids):
             return f"makes {other.decode(ids)!r} of the ids {ids[:8]} instead of {one.decode(ids)!r}"
     for name in COMPARED_ATTRIBUTES:
@@ -191,7 +199,7 @@ def require_same_tokenizer(source: Path, moe: Path) -> None:
     carried = tokenizer_files(moe)
     if carried in ({}, tokenizer_files(source)):
         return
-    if found := difference(load_tokenizer(source), load_tokenizer(moe)):
+    if found := other_ids(load_tokenizer(source), load_tokenizer(moe)):
         changed = f"the tokenizer of {source} is not what {moe} was made with, which {found}"
         raise MoEficationError(f"{changed}: make that anew (llama_convert.py --overwrite), or take the tokenizer back")
 
