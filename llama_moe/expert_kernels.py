@@ -46,9 +46,11 @@ class PackedExperts(NamedTuple):
         return cls(experts.gate_up_proj, experts.down_proj, experts.gate_up_proj_bias, experts.act_fn)
 
     @property
-    def is_aligned(self) -> bool:
-        """Whether the strides are whole 16 bytes, as grouped products want them."""
-        return all(n * w.element_size() % 16 == 0 for w in (self.gate_up, self.down) for n in w.shape[1:])
+    def can_be_grouped(self) -> bool:
+        """Whether grouped products take the weights: these know no float64, and want strides of whole 16 bytes."""
+        return self.gate_up.dtype in DTYPES and all(
+            n * w.element_size() % 16 == 0 for w in (self.gate_up, self.down) for n in w.shape[1:]
+        )
 
     def run_one(self, expert: int, hidden_states: Tensor, weights: Tensor) -> Tensor:
         """Weighted output of one expert: `[T, H]`, weights `[T, 1]` -> `[T, H]`."""
@@ -101,7 +103,7 @@ def choose_kernel(packed: PackedExperts, hidden_states: Tensor, top_k_weights: T
     device = hidden_states.device
     if torch.compiler.is_compiling():
         # A graph cannot choose by value, and grouped_mm computes unused slots: with threshold routing, most of them.
-        return None if routing == "top_k" and packed.is_aligned else masked_dense
+        return None if routing == "top_k" and packed.can_be_grouped else masked_dense
     if type(packed.gate_up).__module__.startswith("torchao."):
         return one_by_one  # quantised weights give the matrix of an expert, and multiply by it, but little else
     if device.type == "cpu":
@@ -114,7 +116,7 @@ def choose_kernel(packed: PackedExperts, hidden_states: Tensor, top_k_weights: T
 def _choose_on_gpu(packed: PackedExperts, num_tokens: int, capability: tuple[int, int], routing: str) -> Kernel | None:
     measured = FASTEST_ON_GPUS.get(capability, FASTEST_ON_GPUS[9, 0])
     kernel = next(kernel for most_tokens, kernel in measured if num_tokens <= most_tokens)
-    if kernel is grouped and not (capability >= (8, 0) and packed.gate_up.dtype in DTYPES and packed.is_aligned):
+    if kernel is grouped and not (capability >= (8, 0) and packed.can_be_grouped):
         return masked_dense  # PyTorch has no grouped products there
     return None if kernel is grouped and routing == "top_k" else kernel
 
@@ -127,11 +129,7 @@ def _choose_on_cpu(packed: PackedExperts, hidden_states: Tensor, top_k_weights: 
     if num_tokens == 1 and not torch.is_grad_enabled():  # `one_by_one` gives unused experts gradients of zero
         return one_token
     # torch 2.10 wants aligned addresses, too, which weights mapped from a file may not have.
-    can_group = (
-        packed.gate_up.dtype in DTYPES
-        and packed.is_aligned
-        and packed.gate_up.data_ptr() % 16 == packed.down.data_ptr() % 16 == 0
-    )
+    can_group = packed.can_be_grouped and packed.gate_up.data_ptr() % 16 == packed.down.data_ptr() % 16 == 0
     if can_group and (is_small or in_bfloat16) and top_k_weights.count_nonzero() <= FEW_PAIRS:
         return grouped
     return one_by_one
