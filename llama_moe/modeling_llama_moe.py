@@ -192,8 +192,9 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM, GenerationM
         asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
         balanced = self.training and labels is not None and self.config.router_aux_loss_coef > 0
         # transformers from 5.24 on passes `cache`, among the rest, and PEFT's prefixes come by either name.
-        cache = {} if past_key_values is None else {CACHE: past_key_values}
-        cache |= {CACHE: kwargs.pop(CACHE)} if kwargs.get(CACHE) is not None else {}
+        given = kwargs.pop(CACHE, None)
+        given = past_key_values if given is None else given
+        cache = {} if given is None else {CACHE: given}
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import TINY
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from pipeline import make_moe, some_tokens, with_thresholds
 from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingArguments
 
@@ -95,6 +95,11 @@ def test_peft_adapts_the_experts(implementation, checkpointing, tmp_path):
     adapted = get_peft_model(model, LoraConfig(r=2, target_parameters=names, task_type="CAUSAL_LM"))
     check_adapter(adapted, tmp_path)
     assert all(p.grad.any() for name, p in adapted.named_parameters() if "lora_B" in name and p.requires_grad)
+
+
+def test_peft_prefixes_generate():
+    prefixed = get_peft_model(make_moe(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert prefixed.generate(input_ids=some_tokens(), max_new_tokens=3).shape == (2, 13)
 
 
 def test_gates_that_peft_wraps_keep_their_budget_and_are_found():
