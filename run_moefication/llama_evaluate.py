@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from run_moefication.command_line import DEVICE, Run, path_option, stage_script, took
-from run_moefication.moefication.errors import SettingError
+from run_moefication.moefication.errors import MoEficationError, SettingError
 from run_moefication.settings import EvaluateSettings
 
 
@@ -42,7 +42,10 @@ def main(run: Run) -> None:
     if file and (file.is_dir() or not file.parent.is_dir()):
         raise SettingError(f"json {file} cannot be written: name a file in a folder that exists")
     if file and file.exists():
-        read_evaluation(file)  # another file is refused
+        try:
+            read_evaluation(file)
+        except MoEficationError as error:
+            raise SettingError(f"json {file} is in the way, and no evaluation: name another file") from error
     names = [Path(path).name for path in given.model_path]
     if given.card and len({*names}) < len(names):
         raise SettingError("card tells checkpoints apart by the last part of model_path, which two of these share")

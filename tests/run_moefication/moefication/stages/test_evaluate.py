@@ -147,7 +147,7 @@ def test_table_and_json(tiny_llama, plain_run, text, run_script, tmp_path):
         assert line.split()[-4:-1] == [f"{row['perplexity']:.3f}", f"{ratio:.4f}", f"{row['agreement']:.1%}"]
     (tmp_path / "mine.json").write_text("{}")
     refused = run_script(llama_evaluate.main, *arguments, "--json", tmp_path / "mine.json")
-    assert_refused(refused, "mine.json holds no rows of an evaluation as this version writes them")
+    assert_refused(refused, "mine.json is in the way, and no evaluation: name another file")
     assert run_script(llama_evaluate.main, *arguments, "--json", tmp_path / "rows.json")[0] == 0  # its own, again
     _, out, _ = run_script(llama_evaluate.main, *arguments, "--json")
     assert all(row.pop("seconds") > 0 for row in rows)
