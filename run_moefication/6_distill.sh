@@ -9,11 +9,11 @@ BLOCK_SIZE="${BLOCK_SIZE:-512}" # tokens that predict one another
 stage_settings
 
 count_gpus
-MAX_TOKENS="${MAX_TOKENS:-$((DISTILLATION_TOKENS * NUM_GPUS))}" # as many steps on any number; more is better, and longer
+MAX_TOKENS="${MAX_TOKENS:-$((DISTILLATION_TOKENS * NUM_GPUS))}" # so much for each process; more is better, and longer
 BATCH_SIZE="${BATCH_SIZE:-2}"                                   # blocks at a time in each process
 TRAIN="${TRAIN:-all}"                                           # gates, experts or all
 LR="${LR:-2e-4}"                                                # learning rate
-NESTED_SELECTS="${NESTED_SELECTS:-}"                            # other budgets to train for in turn, such as "36 12"
+NESTED_SELECTS="${NESTED_SELECTS:-}"                            # other budgets to train for in turn ("36 12"), or none
 
 options TRAIN_DATA_PATH TRAIN_DATA_CACHE_PATH DOMAIN_WEIGHTS MAX_TOKENS BLOCK_SIZE BATCH_SIZE TRAIN LR SEED
 # shellcheck disable=SC2086 # NESTED_SELECTS is a list

@@ -181,7 +181,7 @@ def costs(model: Model, counts: dict[str, int], gpus: int, block_size: int) -> l
             flops=layers * features * model.forward,
             kept=2 * hidden * layers * features,
             scratch=0,
-            memory=in_memory + max(1, gpus) * (2 * shard + PYTHON_BYTES) - PYTHON_BYTES,  # weights are shared
+            memory=in_memory + max(1, gpus) * (2 * shard + PYTHON_BYTES) - PYTHON_BYTES,  # all map the same weights
         ),
         Stage(
             "3_select",

@@ -1,8 +1,7 @@
 """Stage 4: dense tensors, a split and gates become a LlamaMoE checkpoint, tensor by tensor."""
 
-import functools
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -112,7 +111,7 @@ def _dtype_beside(checkpoint: DenseCheckpoint, name: str) -> torch.dtype:
     """That of a new tensor: of an MLP the one that holds the values of all of its projections."""
     mlp, found, _ = name.partition(".mlp.")
     dtypes = [info.dtype for other, info in checkpoint.tensors.items() if found and other.startswith(mlp + found)]
-    return functools.reduce(torch.promote_types, dtypes, dtypes[0]) if dtypes else checkpoint.dtype
+    return reduce(torch.promote_types, dtypes, dtypes[0]) if dtypes else checkpoint.dtype
 
 
 def _expert_makers(checkpoint: DenseCheckpoint, split: Split, config: LlamaMoEConfig, layer: int) -> dict[str, Maker]:

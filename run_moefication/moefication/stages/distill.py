@@ -189,10 +189,10 @@ def _train(
     shares = _shares(model, settings)
     num_held_out = -(-len(corpus.blocks) // MEASURED_EVERY_NTH_BLOCK)
     blocks, held_out = corpus.blocks[:-num_held_out], corpus.blocks[-num_held_out:]
-    num_processes, num_batches = arguments.world_size, batch_size * settings.gradient_accumulation_steps
-    steps = settings.epochs * -(-len(blocks) // (num_processes * num_batches))
+    step_blocks = arguments.world_size * batch_size * settings.gradient_accumulation_steps
+    steps = settings.epochs * -(-len(blocks) // step_blocks)
     if is_first and steps < FEW_STEPS:
-        each = f"{len(blocks)} blocks, {num_processes * num_batches} of them a step"
+        each = f"{len(blocks)} blocks, {step_blocks} of them a step"
         logger.warning("%d training steps gain little (%s): more text or epochs gain more", steps, each)
     model.to(device)
     is_half = checkpoint.dtype.itemsize == 2

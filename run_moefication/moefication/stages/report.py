@@ -205,9 +205,8 @@ class _Inputs:
     @property
     def made_from(self) -> dict[str, Any]:
         """What a page is made from: another page of the same is not made again."""
-        stored = StoredMoE(self.moe)
         return {
-            "moe": self.artifact.digest if self.artifact else stored.hashed(stored.config.to_dict()),
+            "moe": self.artifact.digest if self.artifact else StoredMoE(self.moe).hashed(self.config.to_dict()),
             "dense": self.dense.fingerprint if self.dense else None,
             "texts": {name: tokens_digest(blocks) for name, blocks in self.texts.items()},
             "splits": [split.artifact.digest for split in self.splits],
